@@ -1,0 +1,85 @@
+"""Grouped-query attention through scaled_dot_product_attention, with a key-value cache, optional RoPE and QK-norm.
+
+H query heads share K key-value heads (arXiv 2305.13245): head h reads group h // R, R = H / K. Nemotron-H has no
+positional embedding at all (the Mamba layers tell the order), Qwen3 has RoPE (arXiv 2104.09864) and QK-norm (arXiv
+2302.05442); both are switches here.
+
+How to read: `Attention.forward`, then `attention_mask`, the one rule for padding, packing, causality and the cache.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config import ModelConfig
+
+
+class Attention(nn.Module):
+    """y = softmax(q k^T / sqrt(P) + mask) v, projected back to the model's width."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.attn_head_dim
+        self.rope_theta = config.rope_theta
+        self.q_proj = nn.Linear(config.d_model, self.n_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.d_model, self.n_kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.d_model, self.n_kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.n_heads * self.head_dim, config.d_model, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(
+        self, x_BTD: Tensor, cached: tuple[Tensor, Tensor] | None, mask: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Args: cached: keys and values of earlier tokens, [B, K, S, P] each, or None; mask: see `attention_mask`.
+
+        Returns: y_BTD, and the keys and values of the earlier and of these tokens.
+        """
+        B, T, D = x_BTD.shape
+        q_BHTP = self.q_norm(self.q_proj(x_BTD).view(B, T, self.n_heads, self.head_dim)).transpose(1, 2)
+        k_BKTP = self.k_norm(self.k_proj(x_BTD).view(B, T, self.n_kv_heads, self.head_dim)).transpose(1, 2)
+        v_BKTP = self.v_proj(x_BTD).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)
+        if self.rope_theta:
+            start = 0 if cached is None else cached[0].shape[2]
+            q_BHTP, k_BKTP = (rope(t, start, self.rope_theta) for t in (q_BHTP, k_BKTP))
+        if cached is None:
+            k_BKSP, v_BKSP = k_BKTP, v_BKTP
+        else:
+            k_BKSP = torch.cat([cached[0], k_BKTP], dim=2)
+            v_BKSP = torch.cat([cached[1], v_BKTP], dim=2)
+        causal = mask is None and T > 1  # no mask and one token: it sees everything
+        y_BHTP = F.scaled_dot_product_attention(
+            q_BHTP, k_BKSP, v_BKSP, attn_mask=mask, is_causal=causal, enable_gqa=self.n_heads != self.n_kv_heads
+        )
+        return self.o_proj(y_BHTP.transpose(1, 2).reshape(B, T, -1)), (k_BKSP, v_BKSP)
+
+
+def attention_mask(ids_BS: Tensor | None, n_tokens: int, n_cached: int, device: torch.device) -> Tensor | None:
+    """True where query t may read position s: the same document, and not later. One rule for every case.
+
+    Args: ids_BS: document ids of the cached positions followed by the new tokens (-1 padding), None if all of them are
+    of one document without padding.
+    Returns: [B or 1, 1, T, S], or None where plain causality says it all. A padded query sees padding only, so that its
+    row is finite.
+    """
+    if ids_BS is None and (n_cached == 0 or n_tokens == 1):
+        return None
+    T, S = n_tokens, n_cached + n_tokens
+    mask = torch.ones(T, S, dtype=torch.bool, device=device).tril(n_cached)[None]
+    if ids_BS is not None:
+        mask = mask & (ids_BS[:, n_cached:, None] == ids_BS[:, None, :])
+    return mask[:, None]
+
+
+def rope(x_BHTP: Tensor, start: int, theta: float) -> Tensor:
+    """Rotate channel pairs (i, i + P/2) of token t by the angle (start + t) theta^(-2i/P) (arXiv 2104.09864, eq. 34).
+
+    Scores depend on differences of positions only, so left padding and packing need no positions of their own.
+    """
+    T, P = x_BHTP.shape[-2:]
+    position = torch.arange(start, start + T, device=x_BHTP.device, dtype=torch.float32)
+    frequency = theta ** (-torch.arange(0, P, 2, device=x_BHTP.device, dtype=torch.float32) / P)
+    angle = position[:, None] * frequency
+    cos, sin = (torch.cat([f(angle), f(angle)], dim=-1).to(x_BHTP.dtype) for f in (torch.cos, torch.sin))
+    left, right = x_BHTP.chunk(2, dim=-1)
+    return x_BHTP * cos + torch.cat([-right, left], dim=-1) * sin

@@ -1,0 +1,470 @@
+"""What the model reads: real text, reasoning problems, a tokenizer trained on both, and batches that can be resumed.
+
+Text: the language reference, the docstrings and the sources of the running Python, or any UTF-8 files (`data.path`).
+Problems: four generated families whose answers need several steps in a row, each with a worked thought:
+
+    chain    Let k = 3. Let b = k + 4. Let m = b - 6. Value of m?     k 3, b +4 7, m -6 1
+    word     Tom has 3 apples. On Monday Tom buys 4. ...              start 3, Monday +4 7
+    lookup   Ann calls Bob. Eve calls Ann. ... 2 calls from Eve?      1 Ann 2 Bob
+    sum      Tens digit of 47 + 85 + 36?                              7 +5 12 +6 18, 1 +4 5 +8 13 +3 16
+
+A document is a question, sometimes a thought between the think tags, and the answer. `pretrain_batch` mixes worked
+thoughts with useless ones, so that the base thinks badly, as a real base does. RLP never sees a written thought.
+
+Held out: documents and problems are dealt to train, val and test by a checksum of their name or question, so no
+problem and no document can be on two sides. Every batch is a function of (seed, step): resuming needs no state.
+"""
+
+import ast
+import itertools
+import random
+import re
+import sysconfig
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+from torch import Tensor
+
+from config import Config, DataConfig, PretrainConfig, RLPConfig, fingerprint, require
+
+END, THINK, CLOSE = "<|endoftext|>", "<think>", "</think>"
+# A word, a digit or a run of signs, each with at most one space before it: digits stay single, so sums can be learned.
+TOKEN_PATTERN = r"""'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+SPLITS = ("train", "val", "test")
+
+
+# ------------------------------------------------------------------------------------------------------- problems
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question with one right answer, and the steps that lead to it."""
+
+    family: str
+    question: str
+    steps: tuple[str, ...]
+    answer: str
+
+    @property
+    def prompt(self) -> str:
+        """What stands before the answer; the next token is the answer's first."""
+        return f"{self.question}\nAnswer:"
+
+    @property
+    def thought(self) -> str:
+        """The worked thought."""
+        return "".join(self.steps)
+
+
+NAMES = ("Ann", "Bob", "Eve", "Tom", "Kim", "Max", "Sue", "Leo", "Zoe", "Ian", "Amy", "Dan")
+THINGS = ("apples", "books", "coins", "cards", "shells", "stamps")
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday")
+GAINS = ("buys", "finds", "gets")
+LOSSES = ("sells", "loses", "gives")
+LETTERS = "abcdefghijkmnpqrstuvwxyz"
+
+
+def chain_problem(rng: random.Random) -> Problem:
+    """Variables defined one from another; every sum counts modulo 10, so that digits suffice."""
+    names = rng.sample(LETTERS, rng.randint(3, 5))
+    value = rng.randrange(10)
+    lines, steps = [f"Modulo 10: {names[0]} = {value}."], [f" {names[0]} {value}"]
+    for before, name in itertools.pairwise(names):
+        sign, operand = rng.choice("+-"), rng.randint(1, 9)
+        value = (value + operand if sign == "+" else value - operand) % 10
+        lines.append(f"{before} {sign} {operand} gives {name}.")
+        steps.append(f" {sign} {operand} gives {name} {value}")
+    return Problem("chain", f"{' '.join(lines)} Value of {names[-1]}?", tuple(steps), f" {value}")
+
+
+def word_problem(rng: random.Random) -> Problem:
+    """A stock of things that changes from day to day and stays within 0 to 9."""
+    name, thing, value = rng.choice(NAMES), rng.choice(THINGS), rng.randrange(10)
+    lines, steps = [f"Count: {name} has {value} {thing}."], [f" start {value}"]
+    for day in DAYS[: rng.randint(2, 5)]:
+        new = rng.choice([n for n in range(10) if n != value])
+        sign, verb = ("+", rng.choice(GAINS)) if new > value else ("-", rng.choice(LOSSES))
+        lines.append(f"On {day} {name} {verb} {abs(new - value)}.")
+        steps.append(f" {day} {sign}{abs(new - value)} {new}")
+        value = new
+    return Problem("word", f"{' '.join(lines)} How many {thing} has {name}?", tuple(steps), f" {value}")
+
+
+def lookup_problem(rng: random.Random) -> Problem:
+    """Who calls whom, in one ring; follow it some steps from a start."""
+    ring = rng.sample(NAMES, rng.randint(5, 7))
+    hops = rng.randint(2, 4)
+    calls = [f"{a} calls {b}." for a, b in zip(ring, ring[1:] + ring[:1], strict=True)]
+    rng.shuffle(calls)
+    steps = tuple(f" {i} {ring[i - 1]} calls {ring[i]}" for i in range(1, hops + 1))
+    return Problem("lookup", f"Ring: {' '.join(calls)} Start at {ring[0]}, {hops} calls on?", steps, f" {ring[hops]}")
+
+
+def sum_problem(rng: random.Random) -> Problem:
+    """The tens digit of a sum of two-digit numbers: the units first, for their carry."""
+    numbers = [rng.randint(10, 99) for _ in range(rng.randint(2, 4))]
+    total = numbers[0] % 10
+    steps = [f" {total}"]
+    for n in numbers[1:]:
+        total += n % 10
+        steps.append(f" +{n % 10} {total}")
+    total //= 10
+    steps.append(f", {total}")
+    for n in numbers:
+        total += n // 10
+        steps.append(f" +{n // 10} {total}")
+    question = f"Tens digit of {' + '.join(map(str, numbers))}?"
+    return Problem("sum", question, tuple(steps), f" {total % 10}")
+
+
+FAMILIES: dict[str, Callable[[random.Random], Problem]] = {
+    "chain": chain_problem,
+    "word": word_problem,
+    "lookup": lookup_problem,
+    "sum": sum_problem,
+}
+FILLER = (
+    " Let me think.", " Hmm.", " This looks easy.", " I am not sure.", " It could be anything.", " One moment.",
+    " Well, well.", " A good question.", " Let us see what comes next.", " I would guess.",
+)  # fmt: skip
+
+
+def draw_problem(rng: random.Random, split: str, held_out_percent: int, family: str | None = None) -> Problem:
+    """A random problem of a split: drawn again until its checksum says so."""
+    make = FAMILIES[family or rng.choice(list(FAMILIES))]
+    while True:
+        problem = make(rng)
+        if split_of(problem.question, held_out_percent) == split:
+            return problem
+
+
+def held_out_problems(split: str, n_per_family: int, seed: int, held_out_percent: int) -> list[Problem]:
+    """n different problems of each family, the same for every run with this seed."""
+    problems = []
+    for family in FAMILIES:
+        rng = random.Random(f"problems-{split}-{family}-{seed}")
+        found: dict[str, Problem] = {}
+        while len(found) < n_per_family:
+            problem = draw_problem(rng, split, held_out_percent, family)
+            found[problem.question] = problem
+        problems += found.values()
+    return problems
+
+
+def thought_for(problem: Problem, rng: random.Random, worked: float) -> str:
+    """A worked thought with probability `worked`; otherwise, evenly, one that stops half-way, or filler."""
+    if rng.random() < worked:
+        return problem.thought
+    if rng.random() < 0.5:
+        return "".join(problem.steps[: rng.randint(1, len(problem.steps) - 1)])
+    return "".join(rng.sample(FILLER, rng.randint(1, 2)))
+
+
+def split_of(name: str, held_out_percent: int) -> str:
+    """`train`, `val` or `test`, by the checksum of a document's name or a problem's question."""
+    bucket = zlib.crc32(name.encode()) % 100
+    return "val" if bucket < held_out_percent else "test" if bucket < 2 * held_out_percent else "train"
+
+
+# ----------------------------------------------------------------------------------------------------------- text
+
+
+def python_documents() -> Iterator[tuple[str, str]]:
+    """(name, text) of the reference topics, and of each standard module: its docstrings, and its source.
+
+    Both documents of a module carry the module's name: they land in the same split.
+    """
+    from pydoc_data.topics import topics
+
+    for name in sorted(topics):
+        yield f"topic {name}", topics[name]
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        source = path.read_text(encoding="utf-8", errors="ignore")
+        nodes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))]
+        yield f"module {path.stem}", "\n\n".join(d for d in (ast.get_docstring(n) for n in nodes) if d)
+        yield f"module {path.stem}", source
+
+
+def user_documents(path: Path) -> Iterator[tuple[str, str]]:
+    """(name, text) of a UTF-8 file, cut at blank lines into pieces of about 2,000 characters, or of a folder's files.
+
+    Raises ValueError for a path that does not exist, or a file that is empty or not UTF-8 text.
+    """
+    require(path.exists(), f"data.path ({path}) does not exist; give a UTF-8 text file, a folder of them, or nothing")
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    require(files, f"data.path ({path}) is a folder without files; put UTF-8 text files into it")
+    for file in files:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"data.path: {file} is not UTF-8 text (byte {error.start}); convert it or leave it out"
+            ) from None
+        require("\0" not in text, f"data.path: {file} holds zero bytes, so it is not text; leave it out")
+        require(text.strip(), f"data.path: {file} is empty; leave it out or give another file")
+        pieces, piece = [], ""
+        for paragraph in re.split(r"(?<=\n)\s*\n", text):
+            piece += paragraph + "\n"
+            if len(piece) >= 2000:
+                pieces.append(piece)
+                piece = ""
+        pieces.append(piece)
+        yield from ((f"{file.name} {i}", p) for i, p in enumerate(pieces) if p.strip())
+
+
+# ------------------------------------------------------------------------------------------------------ tokenizer
+
+
+class Tokenizer:
+    """A tiktoken vocabulary with the three special tokens END, THINK and CLOSE."""
+
+    def __init__(self, base: tiktoken.Encoding):
+        ranks = base._mergeable_ranks
+        special = dict(base._special_tokens)
+        for text in (END, THINK, CLOSE):
+            special.setdefault(text, max([len(ranks) - 1, *ranks.values(), *special.values()]) + 1)
+        self.encoding = tiktoken.Encoding(base.name, pat_str=base._pat_str, mergeable_ranks=ranks, special_tokens=special)
+        self.end, self.think, self.close = (special[t] for t in (END, THINK, CLOSE))
+        self.n_vocab = self.encoding.n_vocab
+
+    @property
+    def tags(self) -> tuple[int, int]:
+        """The think tags: scorers leave them out of their softmax."""
+        return self.think, self.close
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text; a special token written out in the text is plain text too."""
+        return self.encoding.encode_ordinary(text)
+
+    def decode(self, tokens: list[int]) -> str:
+        """Text of token ids, special tokens included; bytes that are no UTF-8 become the replacement character."""
+        return self.encoding.decode([int(t) for t in tokens])
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> dict[str, int]:
+    """Byte-pair ranks {hexadecimal bytes: rank} for tiktoken, trained by the `tokenizers` library."""
+    from tokenizers import Regex
+    from tokenizers import Tokenizer as Trainable
+    from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
+    from tokenizers.trainers import BpeTrainer
+
+    trainable = Trainable(BPE())
+    split = Split(Regex(TOKEN_PATTERN), behavior="isolated")
+    trainable.pre_tokenizer = Sequence([split, ByteLevel(add_prefix_space=False, use_regex=False)])
+    trainer = BpeTrainer(vocab_size=vocab_size - 3, initial_alphabet=ByteLevel.alphabet(), show_progress=False)
+    trainable.train_from_iterator(texts, trainer)
+    # ByteLevel writes each byte as a printable character: the printable ones as themselves, the others from U+0100 on.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    by_id = sorted(trainable.get_vocab().items(), key=lambda item: item[1])
+    return {bytes(byte_of[c] for c in token).hex(): rank for token, rank in by_id}
+
+
+def named_tokenizer(name: str) -> Tokenizer:
+    """tiktoken's own vocabulary of that name. Raises ValueError if it is unknown or cannot be fetched."""
+    known = tiktoken.list_encoding_names()
+    require(name in known, f"data.tokenizer ({name!r}) is unknown; choose 'corpus' or one of {', '.join(known)}")
+    try:
+        return Tokenizer(tiktoken.get_encoding(name))
+    except OSError as error:
+        raise ValueError(
+            f"data.tokenizer ({name!r}) must be downloaded once by tiktoken, and that failed ({type(error).__name__}); "
+            "use 'corpus' when offline"
+        ) from error
+
+
+# --------------------------------------------------------------------------------------------------------- corpus
+
+
+@dataclass
+class Corpus:
+    """The tokenizer and, for each split, all text documents as token ids."""
+
+    tokenizer: Tokenizer
+    documents: dict[str, list[np.ndarray]]
+    held_out_percent: int
+
+    @staticmethod
+    def load(config: DataConfig) -> "Corpus":
+        """Read the text, or what an earlier run made of the same text and settings. Raises ValueError for unusable text."""
+        pairs = list(user_documents(Path(config.path)) if config.path else python_documents())
+        named = [(name, text) for name, text in dict.fromkeys(pairs) if text.strip()]
+        n_characters = sum(len(text) for _, text in named)
+        require(
+            n_characters >= 20_000,
+            f"data.path ({config.path}) holds {n_characters} characters; at least 20000 are needed to train and hold out",
+        )
+        key = fingerprint([named, config.tokenizer, config.vocab_size, config.held_out_percent, TOKEN_PATTERN])
+        file = Path(config.cache_dir) / f"corpus-{key}.npz"
+        cached = _load_arrays(file)
+        if config.tokenizer != "corpus":
+            tokenizer = named_tokenizer(config.tokenizer)
+        else:
+            if cached is None:
+                ranks = train_tokenizer(_tokenizer_texts(named, config.held_out_percent), config.vocab_size)
+            else:
+                ranks = dict(zip(cached["ranks"].tolist(), range(len(cached["ranks"])), strict=True))
+            merges = {bytes.fromhex(k): rank for k, rank in ranks.items()}
+            tokenizer = Tokenizer(
+                tiktoken.Encoding("corpus", pat_str=TOKEN_PATTERN, mergeable_ranks=merges, special_tokens={})
+            )
+        if cached is None:
+            arrays = {"ranks": np.array(list(ranks) if config.tokenizer == "corpus" else [])}
+            for split in SPLITS:
+                kept = [text for name, text in named if split_of(name, config.held_out_percent) == split]
+                require(
+                    kept,
+                    f"data.path ({config.path}) leaves no document for the {split} split; "
+                    "add documents or raise data.held_out_percent",
+                )
+                encoded = [np.array([*tokenizer.encode(text), tokenizer.end], dtype=np.int32) for text in kept]
+                arrays[f"{split}_tokens"] = np.concatenate(encoded)
+                arrays[f"{split}_lengths"] = np.array([len(e) for e in encoded])
+            _save_arrays(file, arrays)
+            cached = arrays
+        documents = {}
+        for split in SPLITS:
+            ends = np.cumsum(cached[f"{split}_lengths"])
+            documents[split] = np.split(cached[f"{split}_tokens"], ends[:-1])
+        return Corpus(tokenizer, documents, config.held_out_percent)
+
+    def text_window(self, rng: random.Random, split: str, length: int) -> np.ndarray:
+        """Up to `length` tokens in a row from one document, documents chosen in proportion to their length."""
+        lengths = self._lengths(split)
+        i = int(np.searchsorted(lengths, rng.randrange(int(lengths[-1])), side="right"))
+        document = self.documents[split][i]
+        start = rng.randrange(max(1, len(document) - length + 1))
+        return document[start : start + length]
+
+    def _lengths(self, split: str) -> np.ndarray:
+        if not hasattr(self, "_cumulative"):
+            self._cumulative = {s: np.cumsum([len(d) for d in docs]) for s, docs in self.documents.items()}
+        return self._cumulative[split]
+
+
+def _tokenizer_texts(named: list[tuple[str, str]], held_out_percent: int) -> list[str]:
+    """Training documents, and enough problems for their words to become tokens."""
+    rng = random.Random("tokenizer")
+    texts = [text for name, text in named if split_of(name, held_out_percent) == "train"]
+    problems = [draw_problem(rng, "train", held_out_percent) for _ in range(8000)]
+    return texts + [p.prompt + p.thought + p.answer for p in problems] + list(FILLER) * 200
+
+
+def _load_arrays(file: Path) -> dict[str, np.ndarray] | None:
+    if not file.exists():
+        return None
+    with np.load(file, allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def _save_arrays(file: Path, arrays: dict[str, np.ndarray]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{random.randrange(10**9)}.partial")
+    with open(partial, "wb") as f:
+        np.savez(f, **arrays)
+    partial.replace(file)
+
+
+# -------------------------------------------------------------------------------------------------------- batches
+
+
+def problem_tokens(tokenizer: Tokenizer, problem: Problem, thought: str | None = None) -> tuple[list[int], list[int]]:
+    """Token ids of the prompt (with the thought between its tags, if there is one) and of the answer with END."""
+    prompt = tokenizer.encode(problem.prompt)
+    if thought is not None:
+        prompt += [tokenizer.think, *tokenizer.encode(thought), tokenizer.close]
+    return prompt, [*tokenizer.encode(problem.answer), tokenizer.end]
+
+
+def pretrain_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
+    """Packed documents for next-token prediction: tokens_BT, targets_BT and ids_BT (the document of each token).
+
+    A function of (seed, step) alone. Raises nothing: the settings were checked.
+    """
+    fit = config.pretrain
+    rng = random.Random(f"pretrain-{config.seed}-{step}")
+    tokens_BT = np.zeros((fit.batch, fit.seq_len + 1), dtype=np.int64)
+    ids_BT = np.zeros((fit.batch, fit.seq_len + 1), dtype=np.int64)
+    for row in range(fit.batch):
+        n, i = 0, 0
+        while n <= fit.seq_len:
+            document = _pretrain_document(corpus, config, step, rng)[: fit.seq_len + 1 - n]
+            tokens_BT[row, n : n + len(document)] = document
+            ids_BT[row, n : n + len(document)] = i
+            n, i = n + len(document), i + 1
+    tokens_BT, ids_BT = torch.from_numpy(tokens_BT), torch.from_numpy(ids_BT)
+    same = ids_BT[:, 1:] == ids_BT[:, :-1]
+    targets_BT = tokens_BT[:, 1:].masked_fill(~same, -100)
+    return {"tokens_BT": tokens_BT[:, :-1], "targets_BT": targets_BT, "ids_BT": ids_BT[:, :-1]}
+
+
+def _pretrain_document(corpus: Corpus, config: Config, step: int, rng: random.Random) -> list[int]:
+    """A window of text, or a problem, with or without a thought."""
+    fit: PretrainConfig = config.pretrain
+    # A text window is about three problems long: choose by tokens, not by documents.
+    share = config.data.text_share
+    if rng.random() < share / (share + 3 * (1 - share)):
+        return corpus.text_window(rng, "train", fit.seq_len).tolist()
+    problem = draw_problem(rng, "train", corpus.held_out_percent)
+    clean = step < fit.clean_share * fit.steps
+    thought = None
+    if rng.random() < (fit.clean_think if clean else fit.think):
+        thought = thought_for(problem, rng, 1.0 if clean else fit.worked)
+    prompt, answer = problem_tokens(corpus.tokenizer, problem, thought)
+    return prompt + answer
+
+
+def rlp_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
+    """Contexts and the tokens that follow them: a function of (seed, step) alone. See `collate_contexts`."""
+    fit = config.rlp
+    rng = random.Random(f"rlp-{config.seed}-{step}")
+    contexts, targets = [], []
+    for _ in range(fit.batch):
+        is_text = rng.random() < fit.text_share
+        context, target = text_position(corpus, fit, "train", rng) if is_text else problem_position(corpus, fit, rng)
+        contexts.append(context)
+        targets.append(target)
+    return collate_contexts(corpus.tokenizer, contexts, targets, fit)
+
+
+def problem_position(corpus: Corpus, fit: RLPConfig, rng: random.Random) -> tuple[list[int], list[int]]:
+    """Context and following tokens in a problem document without a thought: at the answer, or at a random position."""
+    problem = draw_problem(rng, "train", corpus.held_out_percent)
+    prompt, answer = problem_tokens(corpus.tokenizer, problem)
+    document = prompt + answer
+    t = len(prompt) if fit.positions == "answer" else rng.randrange(1, len(document) - fit.horizon + 1)
+    return document[:t], document[t : t + fit.horizon]
+
+
+def text_position(corpus: Corpus, fit: RLPConfig, split: str, rng: random.Random) -> tuple[list[int], list[int]]:
+    """Context and following tokens at a uniformly random position of a text window."""
+    document: list[int] = []
+    while len(document) <= fit.horizon:
+        document = corpus.text_window(rng, split, fit.context_len + fit.horizon).tolist()
+    t = rng.randrange(1, len(document) - fit.horizon + 1)
+    return document[:t], document[t : t + fit.horizon]
+
+
+def collate_contexts(
+    tokenizer: Tokenizer, contexts: list[list[int]], targets: list[list[int]], fit: RLPConfig
+) -> dict[str, Tensor]:
+    """context_BT (padded on the left), ids_BT (-1 at the padding, 0 elsewhere), target_BX (X = horizon tokens).
+
+    A context longer than rlp.context_len loses its beginning; a target shorter than the horizon is filled up with END.
+    """
+    contexts = [c[-fit.context_len :] for c in contexts]
+    T = max(len(c) for c in contexts)
+    context_BT = torch.full((len(contexts), T), tokenizer.end)
+    ids_BT = torch.full((len(contexts), T), -1)
+    for i, c in enumerate(contexts):
+        context_BT[i, T - len(c) :] = torch.tensor(c)
+        ids_BT[i, T - len(c) :] = 0
+    target_BX = torch.tensor([(t + [tokenizer.end] * fit.horizon)[: fit.horizon] for t in targets])
+    return {"context_BT": context_BT, "ids_BT": ids_BT, "target_BX": target_BX}

@@ -1,0 +1,189 @@
+"""What a person sees: plots and tables, made from results and never by hand.
+
+    python report.py            rewrite the tables and figures of README.md from results/
+
+`plot_run` and `print_summary` serve train.py at the end of each run. A table in README.md stands between the lines
+`<!-- table NAME -->` and `<!-- end -->`; a test compares what stands there with what this file would write.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+BLUE, ORANGE, GREY = "#2f6db3", "#e07b39", "#9a9a9a"
+
+
+# ----------------------------------------------------------------------------------------------------------- plots
+
+
+def plot_run(run_dir: Path) -> None:
+    """gain.png, accuracy.png and thoughts.png for an RLP run, loss.png for a pretraining run."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((run_dir / "summary.json").read_text())
+    if summary["mode"] == "pretrain":
+        _plot_series(run_dir / "loss.png", lines, "loss", "training loss (nats a token)")
+        return
+    _plot_series(run_dir / "gain.png", lines, "gain_ema_nats", "information gain in training (nats, against the teacher)")
+    _plot_series(run_dir / "thoughts.png", lines, "thought_tokens", "sampled thought (tokens)")
+    plot_accuracy([summary], run_dir / "accuracy.png")
+
+
+def plot_accuracy(summaries: list[dict], file: Path) -> None:
+    """Held-out accuracy by family, before and after RLP, with 95 % intervals; runs with several seeds are averaged."""
+    families = [k for k in summaries[0]["accuracy"]["sampled"] if k != "all"] + ["all"]
+    kinds = (("no_think", "base", GREY, "base, no thought"), ("sampled", "base", BLUE, "base, its own thoughts"),
+             ("sampled", "rlp", ORANGE, "after RLP, sampled thoughts"))  # fmt: skip
+    figure, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    for i, (kind, who, color, label) in enumerate(kinds):
+        cells = [[s["accuracy"][kind][f][who] for s in summaries] for f in families]
+        means = [np.mean([c["mean"] for c in cell]) for cell in cells]
+        half = [np.mean([c["high"] - c["mean"] for c in cell]) / len(cell) ** 0.5 for cell in cells]
+        axis.bar(np.arange(len(families)) + 0.27 * (i - 1), means, 0.25, yerr=half, color=color, label=label, capsize=2)
+    axis.set_xticks(range(len(families)), families)
+    axis.set_ylim(0, 1.02)
+    axis.set_ylabel("accuracy on held-out problems")
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=3, frameon=False, fontsize=8)
+    _finish(figure, axis, file)
+
+
+def _plot_series(file: Path, lines: list[dict], key: str, label: str) -> None:
+    """One metric over steps: each step pale, a running mean over about a twentieth of the run on top."""
+    figure, axis = plt.subplots(figsize=(5, 3), layout="constrained")
+    points = [(line["step"], line[key]) for line in lines if key in line]
+    if points:
+        step, value = map(np.array, zip(*points, strict=True))
+        width = max(1, len(value) // 20)
+        axis.plot(step, value, color=BLUE, alpha=0.25, linewidth=0.8)
+        axis.plot(step[width - 1 :], np.convolve(value, np.ones(width) / width, mode="valid"), color=BLUE)
+    axis.set_xlabel("step")
+    axis.set_ylabel(label, fontsize=8)
+    _finish(figure, axis, file)
+
+
+def _finish(figure: plt.Figure, axis: plt.Axes, file: Path) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------- tables
+
+
+def cell(leaf: dict[str, Any]) -> str:
+    """`0.93 (0.91 to 0.95)`: a mean with its 95 % interval."""
+    return f"{leaf['mean']:.2f} ({leaf['low']:.2f} to {leaf['high']:.2f})"
+
+
+def percent(leaf: dict[str, Any]) -> str:
+    """`+1.2 % (+0.9 to +1.5)`: a relative change with its 95 % interval."""
+    return f"{100 * leaf['mean']:+.1f} % ({100 * leaf['low']:+.1f} to {100 * leaf['high']:+.1f})"
+
+
+def print_summary(summary: dict, console: Console) -> None:
+    """The closing table of a run."""
+    table = Table(title=f"held-out figures, mean (95 % interval), seed {summary['seed']}")
+    who = [w for w in ("base", "rlp") if w in summary["accuracy"]["sampled"]["all"]]
+    for column in ("", *who):
+        table.add_column(column)
+    for kind, label in (
+        ("no_think", "without a thought"),
+        ("sampled", "sampled thoughts"),
+        ("greedy", "greedy thought"),
+    ):
+        for family, leaves in summary["accuracy"][kind].items():
+            name = f"accuracy, {label}" if family == "all" else f"  {family}"
+            table.add_row(name, *(cell(leaves[w]) for w in who))
+    table.add_row("loss on text, no thought (nats a token)", *(cell(summary["loss_nats"]["no_think_text"][w]) for w in who))
+    for key, label in (("thought_tokens", "thought length (tokens)"), ("closed", "thoughts that close")):
+        if key in summary:
+            table.add_row(label, *(cell(summary[key]["all"][w]) for w in who))
+    for reference, leaf in summary["gain_nats"].items():
+        table.add_row(f"gain against {reference} (nats)", *([""] * (len(who) - 1)), cell(leaf))
+    console.print(table)
+    console.print(f"{summary['wall_s']:.0f} s, {summary['peak_memory_gib']:.2f} GiB at the peak")
+
+
+def main_table(summaries: list[dict]) -> str:
+    """README: what the default run reaches, a column a seed."""
+    rows = [("gain against the frozen base, nats", lambda s: cell(s["gain_nats"]["frozen_base"]))]
+    for name, kind, family, who in (
+        ("accuracy, base without a thought", "no_think", "all", "base"),
+        ("accuracy, base with its own thoughts", "sampled", "all", "base"),
+        ("accuracy, base, greedy thought", "greedy", "all", "base"),
+        ("**accuracy after RLP, sampled thoughts**", "sampled", "all", "rlp"),
+        ("accuracy after RLP, greedy thought", "greedy", "all", "rlp"),
+    ):
+        rows.append((name, lambda s, k=kind, f=family, w=who: cell(s["accuracy"][k][f][w])))
+    for family in [f for f in summaries[0]["accuracy"]["sampled"] if f != "all"]:
+        rows.append((f"&nbsp;&nbsp;{family}: base → RLP, sampled", lambda s, f=family: " → ".join(
+            f"{s['accuracy']['sampled'][f][w]['mean']:.2f}" for w in ("base", "rlp"))))  # fmt: skip
+    rows += [
+        ("gain against the EMA teacher", lambda s: cell(s["gain_nats"]["ema"])),
+        ("gain against its own no-think prediction", lambda s: cell(s["gain_nats"]["own_no_think"])),
+        ("gain against an empty thought", lambda s: cell(s["gain_nats"]["empty_thought"])),
+        ("base, worked style forced, accuracy at temperature 0 / 0.7 / 1", lambda s: " / ".join(
+            f"{v['all']['mean']:.2f}" for v in s["forced_style_base"].values())),
+        ("no-think loss on ordinary text, change", lambda s: percent(s["loss_nats"]["no_think_text_change"])),
+        ("gain at ordinary-text positions, nats", lambda s: cell(s["text_positions"]["rlp"]["gain_nats"]["frozen_base"])),
+        ("the same for the base's own thoughts", lambda s: cell(s["text_positions"]["base"]["gain_nats"]["frozen_base"])),
+        ("thought length in tokens, base → RLP", lambda s: " → ".join(
+            f"{s['thought_tokens']['all'][w]['mean']:.1f}" for w in ("base", "rlp"))),
+        ("time, peak memory", lambda s: f"{s['wall_s'] / 60:.1f} min, {s['peak_memory_gib']:.1f} GiB"),
+    ]  # fmt: skip
+    head = ["n = " + str(summaries[0]["gain_nats"]["frozen_base"]["n"]), *(f"seed {s['seed']}" for s in summaries)]
+    return markdown([head, *[[name, *(f(s) for s in summaries)] for name, f in rows]])
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A Markdown table; the first row is its head."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
+
+
+def load_results(folder: Path, prefix: str) -> list[dict]:
+    """Summaries in results/ whose name begins with the prefix, in the order of their seeds."""
+    found = [json.loads(f.read_text()) for f in sorted(folder.glob(f"{prefix}-seed*.json"))]
+    return sorted(found, key=lambda s: s["seed"])
+
+
+def tables(folder: Path) -> dict[str, str]:
+    """Every table of README.md by its name; `Not run` where results/ has nothing for it."""
+    out = {}
+    for name in ("rlp-cpu", "rlp-cpu-random"):
+        summaries = load_results(folder, name)
+        out[name] = main_table(summaries) if summaries else "Not run."
+    return out
+
+
+def fill(text: str, made: dict[str, str]) -> str:
+    """The text with every named table replaced."""
+    for name, table in made.items():
+        text = re.sub(
+            rf"(<!-- table {name} -->\n).*?(<!-- end -->)", lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.S
+        )
+    return text
+
+
+def main() -> int:
+    """Rewrite README.md and docs/*.png from results/."""
+    here = Path(__file__).parent
+    readme = here / "README.md"
+    readme.write_text(fill(readme.read_text(), tables(here / "results")))
+    summaries = load_results(here / "results", "rlp-cpu")
+    if summaries:
+        plot_accuracy(summaries, here / "results" / "accuracy.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
