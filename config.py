@@ -50,7 +50,7 @@ class ModelConfig:
     # Chunk length of the scan; any value gives the same result.
     chunk: int = 32
     # Use the embedding as output matrix.
-    tie_embeddings: bool = True
+    tie_embeddings: bool = False
     # Epsilon of every RMSNorm.
     norm_eps: float = 1e-5
 

@@ -77,8 +77,8 @@ def chain_problem(rng: random.Random) -> Problem:
     for before, name in itertools.pairwise(names):
         sign, operand = rng.choice("+-"), rng.randint(1, 9)
         value = (value + operand if sign == "+" else value - operand) % 10
-        lines.append(f"{before} {sign} {operand} gives {name}.")
-        steps.append(f" {sign} {operand} gives {name} {value}")
+        lines.append(f"{before} to {name} {sign} {operand}.")
+        steps.append(f" {name} {sign} {operand} {value}")
     return Problem("chain", f"{' '.join(lines)} Value of {names[-1]}?", tuple(steps), f" {value}")
 
 

@@ -19,12 +19,13 @@ from kernels import mask_banned, token_logp
 from model import Cache, HybridLM
 
 
+# Where a row stands: sampling; ended without a closing tag, its last token being fed; the tag being fed; scored.
+THINKING, CUT, CLOSING, DONE = range(4)
+
+
 @dataclass
 class Thoughts:
-    """R = B G thoughts, those of one context in a row; M = the longest thought.
-
-    tokens_RM: sampled tokens, the closing tag included where it was sampled; n_RM... : see each field.
-    """
+    """R = B G thoughts, those of one context in a row; M = the longest thought, X = the horizon."""
 
     tokens_RM: Tensor  # sampled ids; past a thought's end they are the closing tag and count for nothing
     logp_RM: Tensor  # log-probability of each at the sampling temperature, 0 past the end
@@ -71,39 +72,39 @@ def sample_thoughts(
     logp_target_R = torch.zeros(R, device=device)
     answer_RX = torch.zeros(R, X, dtype=torch.long, device=device)
 
-    rows = torch.arange(R, device=device)  # rows in the batch, the token each is fed next, and where each stands
+    rows = torch.arange(R, device=device)  # the rows in the batch, what each is fed next, and how far each has come
     feed = torch.full((R,), think, device=device)
-    thinking, closing = torch.ones_like(closed_R), torch.zeros_like(closed_R)
-    for step in range(thought_len + 1):
+    phase = torch.full((R,), THINKING, device=device)
+    for step in range(thought_len + 2):
         hidden, cache = model(feed[:, None], cache)
         hidden = hidden[:, 0]
+        closing = phase == CLOSING
         if closing.any():
             at, live = rows[closing], closing.nonzero()[:, 0]
-            scored = score_targets(
-                model, hidden[live], cache.select(live) if X > 1 else None, target_BX[at // group_size], tags
-            )
+            kept = cache.select(live) if X > 1 else None
+            scored = score_targets(model, hidden[live], kept, target_BX[at // group_size], tags)
             logp_target_R[at], answer_RX[at] = scored
-        if not thinking.any():
+            phase = phase.masked_fill(closing, DONE)
+        busy = phase < CLOSING
+        if not busy.any():
             break
-        if thinking.sum() <= 0.8 * len(rows):  # dropping rows copies the cache: it pays once a fifth of them is done
-            live = thinking.nonzero()[:, 0]
-            rows, feed, hidden, cache, thinking = (
-                rows[live],
-                feed[live],
-                hidden[live],
-                cache.select(live),
-                thinking[live],
-            )
-        token, logp = sample(model.logits(hidden), (think,), temperature, generator)
+        if busy.sum() <= 0.8 * len(rows):  # dropping rows copies the cache: it pays once a fifth of them is done
+            live = busy.nonzero()[:, 0]
+            rows, hidden, phase, cache = rows[live], hidden[live], phase[live], cache.select(live)
+        logits = model.logits(hidden)
+        token, logp = sample(logits, (think,), temperature, generator)
         if forced_RY is not None and step < forced_RY.shape[1]:
             token = forced_RY[rows, step]
-        at = rows[thinking]
-        tokens_RM[at, step], logp_RM[at, step] = token[thinking], logp[thinking].to(logp_RM.dtype)
+            logp = token_logp(logits, token, (think,), temperature or 1.0)
+        thinking, was_cut = phase == THINKING, phase == CUT
+        at, place = rows[thinking], min(step, thought_len - 1)  # past the last place no row is thinking any more
+        tokens_RM[at, place], logp_RM[at, place] = token[thinking], logp[thinking].to(logp_RM.dtype)
         length_R[at] += 1
-        closed_R[at] = token[thinking] == close
-        closing = thinking & ((token == close) | (token == end) | (step == thought_len - 1))
-        thinking = thinking & ~closing
-        feed = torch.where(closing, close, token)
+        closed = thinking & (token == close)
+        closed_R[rows[closed]] = True
+        phase = phase.masked_fill(thinking & ((token == end) | (step == thought_len - 1)), CUT)
+        phase = phase.masked_fill(closed | was_cut, CLOSING)
+        feed = token.masked_fill(phase == CLOSING, close)
     M = int(length_R.max())
     return Thoughts(
         tokens_RM[:, :M], logp_RM[:, :M], length_R, closed_R, logp_target_R, answer_RX, logp_plain_B, answer_plain_BX

@@ -133,8 +133,8 @@ def ssd_chunked(
     start = torch.stack(starts, dim=1).view(B, C, K, R * P, N).to(c_BCKQN.dtype)
     read = (c_BCKQN @ start.transpose(-1, -2)).view(B, C, K, Q, R, P).transpose(3, 4).reshape(B, C, H, Q, P)
     y_BCHQP = torch.addcmul(y_BCHQP, read, from_start_BCHQ[..., None].to(read.dtype))
-    y_BTHP = y_BCHQP.transpose(2, 3).reshape(B, C * Q, H, P)[:, :T]
-    return torch.addcmul(y_BTHP, x_in, d_H[:, None].to(x_in.dtype)), state_BHPN
+    y = y_BCHQP.transpose(2, 3).reshape(B, C * Q, H, P)[:, :T]
+    return torch.addcmul(y, x_in, d_H[:, None].to(x_in.dtype)), state_BHPN
 
 
 ssd = ssd_chunked
@@ -184,7 +184,7 @@ def causal_conv_reference(
             same_B = ids_all[:, t + j] == ids_BT[:, t]
             y_BE = y_BE + weight_EW[:, j] * x_all[:, t + j] * same_B[:, None]
         rows.append(y_BE)
-    return torch.stack(rows, dim=1), x_all[:, T:]
+    return torch.stack(rows, dim=1), x_all[:, T:] * (ids_all[:, T:] == ids_BT[:, -1:])[..., None]
 
 
 def causal_conv(
@@ -204,7 +204,10 @@ def causal_conv(
         if ids_BT is not None:
             shifted_BTE = shifted_BTE * (ids_all[:, j : j + T] == ids_BT)[..., None].to(x_BTE.dtype)
         y_BTE = torch.addcmul(y_BTE, shifted_BTE, weight_EW[:, j])
-    return y_BTE, x_all[:, T:]
+    tail_BXE = x_all[:, T:]
+    if ids_BT is not None:
+        tail_BXE = tail_BXE * (ids_all[:, T:] == ids_BT[:, -1:])[..., None].to(x_BTE.dtype)
+    return y_BTE, tail_BXE
 
 
 # -------------------------------------------------------------------------------------------- gated norm, log-probs
@@ -221,21 +224,21 @@ def gated_norm(y_BTE: Tensor, z_BTE: Tensor, weight_E: Tensor, n_groups: int, ep
     return (weight_E * g_BTE).to(y_BTE.dtype)
 
 
-def token_logp(logits_BV: Tensor, token_B: Tensor, banned: tuple[int, ...] = (), temperature: float = 1.0) -> Tensor:
+def token_logp(logits: Tensor, token: Tensor, banned: tuple[int, ...] = (), temperature: float = 1.0) -> Tensor:
     """log softmax(logits / temperature)[token], the softmax taken over the vocabulary without the `banned` ids.
 
     Leading dimensions are free: logits [..., V] and token [...] give [...]. A banned token itself gets -inf.
     """
-    logits_BV = mask_banned(_wide(logits_BV), banned) / temperature
-    return logits_BV.gather(-1, token_B[..., None])[..., 0] - logits_BV.logsumexp(-1)
+    logits = mask_banned(_wide(logits), banned) / temperature
+    return logits.gather(-1, token[..., None])[..., 0] - logits.logsumexp(-1)
 
 
-def mask_banned(logits_BV: Tensor, banned: tuple[int, ...]) -> Tensor:
+def mask_banned(logits: Tensor, banned: tuple[int, ...]) -> Tensor:
     """A copy of the logits with -inf at the banned ids (the same tensor where none is banned)."""
     if not banned:
-        return logits_BV
-    index = torch.tensor(banned, device=logits_BV.device)
-    return logits_BV.index_fill(-1, index, float("-inf"))
+        return logits
+    index = torch.tensor(banned, device=logits.device)
+    return logits.index_fill(-1, index, float("-inf"))
 
 
 def _wide(t: Tensor) -> Tensor:

@@ -95,13 +95,20 @@ class HybridLM(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Matrices N(0, 1/fan_in), smaller by sqrt(layers) where they write to the stream; embeddings N(0, 0.02)."""
+        """Embeddings N(0, 1); matrices N(0, 1/fan_in); those that write to the residual stream 0, and the head N(0, 0.02).
+
+        The stream begins as the tokens themselves, not buried under the noise of untrained layers. Tied embeddings also
+        serve as head, so they are N(0, 0.02).
+        """
         for name, p in self.named_parameters():
-            if p.dim() == 2 and "conv" not in name:
-                std = 0.02 if "embed" in name or "head" in name else p.shape[1] ** -0.5
-                if name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight")):
-                    std *= len(self.layers) ** -0.5
-                p.normal_(0.0, std)
+            if p.dim() < 2 or "conv" in name:
+                continue
+            elif name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight")):
+                p.zero_()
+            elif name == "embed.weight":
+                p.normal_(0.0, 0.02 if self.head is None else 1.0)
+            else:
+                p.normal_(0.0, 0.02 if name == "head.weight" else p.shape[1] ** -0.5)
 
     def forward(self, tokens_BT: Tensor, cache: Cache | None = None, ids_BT: Tensor | None = None) -> tuple[Tensor, Cache]:
         """Args: tokens_BT: token ids; cache: of the tokens before, or None; ids_BT: document ids, -1 for padding, None
@@ -121,9 +128,9 @@ class HybridLM(nn.Module):
             layers.append(left)
         return self.norm(x_BTD), Cache(layers, n_cached + T, ids_BS)
 
-    def logits(self, hidden_BTD: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits of hidden states, [..., D] to [..., V]."""
-        return F.linear(hidden_BTD, self.embed.weight if self.head is None else self.head.weight)
+        return F.linear(hidden, self.embed.weight if self.head is None else self.head.weight)
 
 
 def _join_ids(ids_BT: Tensor | None, cache: Cache | None, B: int, T: int, device: torch.device) -> Tensor | None:
@@ -134,7 +141,8 @@ def _join_ids(ids_BT: Tensor | None, cache: Cache | None, B: int, T: int, device
     parts = []
     if cache is not None:
         parts.append(torch.zeros(B, cache.n_tokens, dtype=torch.long, device=device) if old is None else old)
-    parts.append(torch.zeros(B, T, dtype=torch.long, device=device) if ids_BT is None else ids_BT)
+    new = torch.zeros(B, T, dtype=torch.long, device=device) if old is None else old[:, -1:].clamp(min=0).expand(B, T)
+    parts.append(new if ids_BT is None else ids_BT)
     return torch.cat(parts, dim=1)
 
 

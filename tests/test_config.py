@@ -1,0 +1,271 @@
+"""Every refusal of config.py by its message, the saved form, the key of the base; and two rules of the house by `ast`:
+no setting is ignored, and imports only point downwards.
+"""
+
+import ast
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import config
+import train
+from config import PRESETS, Config, from_dict
+
+SOURCES = {file.stem: ast.parse(file.read_text()) for file in Path(config.__file__).parent.glob("*.py")}
+
+
+def override(start: Config, **changes) -> Config:
+    """The settings with others in their place; `rlp__tau=2.0` is `rlp.tau`."""
+    for name, value in changes.items():
+        group, _, field = name.rpartition("__")
+        if group:
+            start = dataclasses.replace(start, **{group: dataclasses.replace(getattr(start, group), **{field: value})})
+        else:
+            start = dataclasses.replace(start, **{field: value})
+    return start
+
+
+# ----------------------------------------------------------------------------------------------------------- refusals
+
+SIZES = "d_model d_ff n_heads n_kv_heads attn_head_dim mamba_heads mamba_head_dim mamba_groups d_state conv_width chunk"
+REFUSED = [  # setting, value, the rule that the message must give
+    ("model__pattern", "", "needs at least one layer"),
+    ("model__pattern", "M?*X", r"unknown letters '\?X'.*M \(Mamba-2\), \* \(attention\) or - \(feed-forward\)"),
+    ("model__pattern", "--", r"no M and no \*, so no token would see another"),
+    *((f"model__{name}", 0, "must be at least 1") for name in SIZES.split()),
+    ("model__vocab_size", -1, "must be positive, or 0 for the tokenizer's"),
+    ("data__vocab_size", 299, "must be at least 300"),
+    ("data__text_share", -0.1, r"must lie in \[0, 1\]"),
+    ("data__text_share", 1.1, r"must lie in \[0, 1\]"),
+    ("data__held_out_percent", 0, "must lie in 1 to 25"),
+    ("data__held_out_percent", 26, "must lie in 1 to 25"),
+    *(
+        (f"{group}__{name}", value, rule)
+        for group in ("pretrain", "rlp")
+        for name, value, rule in [
+            ("steps", -1, "must be 0 or more"),
+            ("batch", 0, "must be at least 1"),
+            ("accumulate", 0, "must be at least 1"),
+            ("checkpoint_every", 0, "must be at least 1"),
+            ("log_every", 0, "must be at least 1"),
+            ("lr", -1e-3, "must be 0 or more"),
+            ("lr", float("nan"), "must be 0 or more"),
+            ("muon_lr", -1e-3, "must be 0 or more"),
+            ("weight_decay", -0.1, "must be 0 or more"),
+            ("warmup", -1, "must be 0 or more"),
+            ("clip_norm", 0.0, "must be positive"),
+            ("decay", 1.5, r"must lie in \[0, 1\]"),
+        ]
+    ),
+    ("pretrain__seq_len", 15, "must be at least 16"),
+    *((f"pretrain__{name}", 1.5, r"must lie in \[0, 1\]") for name in ("clean_share", "clean_think", "think", "worked")),
+    ("rlp__group_size", 1, "must be at least 2: advantages compare the thoughts of a group"),
+    ("rlp__thought_len", 0, "must be at least 1: the closing tag is a token of the thought"),
+    ("rlp__horizon", 0, "must be at least 1"),
+    ("rlp__context_len", 7, "must be at least 8"),
+    ("rlp__temperature", 0.0, "must be positive"),
+    ("rlp__tau", -0.1, r"must lie in \[0, 1\]"),
+    ("rlp__tau", 1.001, r"must lie in \[0, 1\]; the paper's is 0.999"),
+    ("rlp__text_share", 2.0, r"must lie in \[0, 1\]"),
+    ("rlp__eps_low", 1.1, r"must lie in \[0, 1\]"),
+    ("rlp__eps_high", -0.1, "must be 0 or more"),
+    ("rlp__kl", -0.1, "must be 0 or more"),
+    ("rlp__inner_epochs", 0, "must be at least 1"),
+    *((f"eval__{f.name}", 1, "must be at least 2 to give an interval") for f in dataclasses.fields(config.EvalConfig)),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "rule"), REFUSED)
+def test_a_value_that_cannot_work_is_refused_with_its_name_and_the_rule(name, value, rule):
+    with pytest.raises(ValueError, match=rf"^{name.replace('__', '[.]')} .*{rule}"):
+        override(PRESETS["smoke"], **{name: value}).check()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__n_heads": 4, "model__n_kv_heads": 3}, "n_heads (4) must be a multiple of model.n_kv_heads (3); nearest"),
+        ({"model__mamba_groups": 3}, "mamba_heads (4) must be a multiple of model.mamba_groups (3); nearest is 3"),
+        ({"model__rope_theta": 1e4, "model__attn_head_dim": 7}, "attn_head_dim (7) must be a multiple of the pairs"),
+        ({"pretrain__batch": 10, "pretrain__accumulate": 4}, "batch (10) must be a multiple of pretrain.accumulate (4)"),
+        ({"rlp__batch": 1, "rlp__accumulate": 4}, "batch (1) must be a multiple of rlp.accumulate (4); nearest is 4"),
+    ],
+    ids=str,
+)
+def test_two_settings_that_do_not_fit_are_refused_with_the_nearest_value_that_does(changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        override(PRESETS["smoke"], **changes).check()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_accepted(preset):
+    assert PRESETS[preset].check() is PRESETS[preset]
+    assert PRESETS[preset].preset == preset
+
+
+@pytest.mark.parametrize(
+    "extreme",
+    [
+        {"rlp__tau": 0.0},
+        {"rlp__tau": 1.0},
+        {"rlp__steps": 0},
+        {"rlp__reward_floor": float("-inf")},
+        {"rlp__thought_len": 1, "rlp__group_size": 2},
+        {"data__held_out_percent": 25, "data__text_share": 1.0},
+        {"rlp__batch": 12, "rlp__accumulate": 4},
+    ],
+    ids=str,
+)
+def test_extremes_that_work_are_accepted(extreme):
+    assert override(PRESETS["smoke"], **extreme).check()
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+
+@pytest.fixture
+def empty_folder(tmp_path, monkeypatch):
+    """The current folder, empty, with no way to load a corpus: whoever refuses must do it before any work."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train.Corpus, "load", lambda _: pytest.fail("work was begun"))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--preset", "huge"], "preset ('huge') is unknown; choose one of cpu, smoke"),
+        (["--preset=huge"], "preset ('huge') is unknown; choose one of cpu, smoke"),
+        (["--rlp.group-size", "1"], "rlp.group_size (1) must be at least 2"),
+        (["--rlp.tau", "1.5"], "rlp.tau (1.5) must lie in [0, 1]"),
+        (["--init", "nowhere", "--resume"], "resume: runs/rlp-cpu-seed0 holds no checkpoint"),
+        (["--model.pattern", "M[b]"], "model.pattern ('M[b]') has the unknown letters '[]b'"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_unusable_settings_end_the_program_with_2_a_message_and_no_files(empty_folder, capsys, argv, message):
+    assert train.main(argv) == 2
+    assert message in capsys.readouterr().out
+    assert not list(empty_folder.iterdir())
+
+
+@pytest.mark.parametrize(("argv", "named"), [(["--mode", "dream"], "dream"), (["--rlp.gruop-size", "4"], "gruop-size")])
+def test_unknown_modes_and_fields_end_the_program_with_2_and_no_files(empty_folder, capsys, argv, named):
+    with pytest.raises(SystemExit) as stop:
+        train.main(argv)
+    assert stop.value.code == 2
+    assert named in "".join(capsys.readouterr())
+    assert not list(empty_folder.iterdir())
+
+
+def test_command_line_changes_the_preset_it_names():
+    parsed = train.parse(["--preset", "smoke", "--rlp.group-size", "6", "--seed", "3", "--rlp.betas", "0.8", "0.9"])
+    assert parsed == override(PRESETS["smoke"], rlp__group_size=6, seed=3, rlp__betas=(0.8, 0.9))
+
+
+def test_no_preset_named_is_the_cpu_preset():
+    assert train.parse([]) == PRESETS["cpu"]
+
+
+# --------------------------------------------------------------------------------------------------------- saved form
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_settings_survive_being_saved(preset):
+    saved = override(PRESETS[preset], rlp__reward_floor=float("-inf"), out="somewhere")
+    assert from_dict(Config, json.loads(json.dumps(saved.to_dict()))) == saved
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [({"colour": 1}, "Config lacks: colour"), ({"rlp": {"x": 1}}, "RLPConfig lacks: x")],
+)
+def test_saved_settings_with_unknown_fields_are_refused(values, named):
+    with pytest.raises(ValueError, match=rf"{named}; use the version that wrote them"):
+        from_dict(Config, values)
+
+
+def test_settings_of_an_older_version_get_todays_defaults_for_what_they_lack():
+    assert from_dict(Config, {"seed": 3, "rlp": {"tau": 0.5}}) == override(Config(), seed=3, rlp__tau=0.5)
+
+
+def test_run_folders_are_named_by_mode_preset_and_seed_unless_given():
+    assert Config(mode="pretrain", preset="smoke", seed=2).run_dir() == Path("runs/pretrain-smoke-seed2")
+    assert Config(out="here").run_dir() == Path("here")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 1}, {"model__d_ff": 100}, {"data__text_share": 0.5}, {"data__path": "a.txt"}, {"pretrain__lr": 1.0}],
+    ids=str,
+)
+def test_the_key_of_the_base_changes_with_what_makes_its_weights(change):
+    assert override(PRESETS["cpu"], **change).base_fingerprint() != PRESETS["cpu"].base_fingerprint()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"rlp__lr": 1.0}, {"eval__samples": 9}, {"out": "x"}, {"mode": "pretrain"}, {"preset": "x"}, {"resume": True},
+     {"data__cache_dir": "x"}, {"pretrain__log_every": 9}, {"pretrain__checkpoint_every": 9}],
+    ids=str,
+)  # fmt: skip
+def test_the_key_of_the_base_does_not_change_with_anything_else(change):
+    assert override(PRESETS["cpu"], **change).base_fingerprint() == PRESETS["cpu"].base_fingerprint()
+
+
+# ------------------------------------------------------------------------------------------------- rules of the house
+
+
+def attributes_read(tree):
+    """Names X of every `something.X` that is read, other than in checks and in the key of the base."""
+    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+    checks = [f for f in functions if f.name in ("check", "check_fit", "base_fingerprint")]
+    skipped = {id(inner) for f in checks for inner in ast.walk(f)}
+    nodes = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and id(n) not in skipped]
+    return {n.attr for n in nodes if isinstance(n.ctx, ast.Load)}
+
+
+def test_every_setting_is_read_somewhere():
+    """By name: a field that no file reads would be an option without effect."""
+    read = set().union(*map(attributes_read, SOURCES.values()))
+    classes = [c for c in vars(config).values() if dataclasses.is_dataclass(c)]
+    fields = {f"{c.__name__}.{f.name}" for c in classes for f in dataclasses.fields(c)}
+    assert len(fields) > 60
+    assert not {f for f in fields if f.split(".")[1] not in read}
+
+
+# Each file may import from the rows above its own (../shared/design.md, with what its third column adds inside a layer).
+LAYERS = [
+    {"config", "kernels", "parallel"},
+    {"attention", "mamba", "data", "checkpoint"},
+    {"model"},
+    {"generate"},
+    {"elastic", "rlp"},
+    {"evals"},
+    {"report"},
+    {"train"},
+    {"bench"},
+]
+LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_imports_point_downwards(name):
+    """At module level; generate.py, as a program, loads a run through train.py inside its `main`."""
+    imported = set()
+    for node in SOURCES[name].body:
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module)
+    assert not {other for other in imported & LEVEL.keys() if LEVEL[other] >= LEVEL[name]}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_only_generates_main_imports_from_this_repository_inside_a_function(name):
+    inner = [n for f in ast.walk(SOURCES[name]) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)]
+    found = {n.module for n in inner if isinstance(n, ast.ImportFrom)} & LEVEL.keys()
+    assert found == ({"train"} if name == "generate" else set())

@@ -1,0 +1,427 @@
+"""Problems against an independent solver, the tokenizer against arbitrary text, batches against their rules.
+
+The solver reads a question as a person would: it knows nothing of how problems are made.
+"""
+
+import dataclasses
+import itertools
+import random
+import re
+
+import numpy as np
+import pytest
+import tiktoken
+import torch
+from conftest import paragraphs
+from hypothesis import given
+from hypothesis import strategies as st
+
+import data
+from config import PRESETS, Config, DataConfig, RLPConfig
+from data import (
+    CLOSE,
+    END,
+    FAMILIES,
+    FILLER,
+    SPLITS,
+    THINK,
+    Corpus,
+    collate_contexts,
+    draw_problem,
+    held_out_problems,
+    pretrain_batch,
+    problem_position,
+    rlp_batch,
+    split_of,
+    text_position,
+    thought_for,
+)
+
+BATCHES = {"pretrain": pretrain_batch, "rlp": rlp_batch}
+
+
+def config_of(**groups) -> Config:
+    """The cpu preset with other settings, by group."""
+    config = PRESETS["cpu"]
+    changed = {k: dataclasses.replace(getattr(config, k), **v) if isinstance(v, dict) else v for k, v in groups.items()}
+    return dataclasses.replace(config, **changed)
+
+
+def load(path, tmp_path, **changes) -> Corpus:
+    """A corpus of the user's own text."""
+    settings = {"vocab_size": 300, "held_out_percent": 25, "cache_dir": str(tmp_path / "cache"), **changes}
+    return Corpus.load(DataConfig(path=str(path), **settings))
+
+
+# ----------------------------------------------------------------------------------------------------------- problems
+
+
+def solve_chain(question):
+    value = int(re.search(r" = (\d)", question)[1])
+    steps = re.findall(r"(\w) ([+-]) (\d) gives (\w)", question)
+    return list(itertools.accumulate((int(sign + n) for _, sign, n, _ in steps), lambda v, n: (v + n) % 10, initial=value))
+
+
+def solve_word(question):
+    value = int(re.search(r" has (\d) ", question)[1])
+    signs = {"buys": 1, "finds": 1, "gets": 1, "sells": -1, "loses": -1, "gives": -1}
+    return list(itertools.accumulate((signs[v] * int(n) for v, n in re.findall(r" (\w+) (\d)\.", question)), initial=value))
+
+
+def solve_lookup(question):
+    calls = dict(re.findall(r"(\w+) calls (\w+)\.", question))
+    start, hops = re.search(r"Start at (\w+), (\d) calls", question).groups()
+    return list(itertools.accumulate(range(int(hops)), lambda name, _: calls[name], initial=start))[1:]
+
+
+def solve_sum(question):
+    """Running sums of the units, then of their carry and the tens."""
+    numbers = [int(n) for n in re.findall(r"\d+", question)]
+    units = list(itertools.accumulate(n % 10 for n in numbers))
+    return [*units, *itertools.accumulate([units[-1] // 10, *(n // 10 for n in numbers)])]
+
+
+SOLVE = {"chain": solve_chain, "word": solve_word, "lookup": solve_lookup, "sum": solve_sum}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_worked_steps_are_right_and_lead_to_the_answer(family):
+    """Each step ends in the value it reaches. The answer is the last one (of a sum, its last digit)."""
+    rng = random.Random(0)
+    for _ in range(300):
+        problem = FAMILIES[family](rng)
+        values = [str(v) for v in SOLVE[family](problem.question)]
+        assert [step.split()[-1] for step in problem.steps] == values, problem
+        assert problem.answer == " " + (values[-1][-1] if family == "sum" else values[-1]), problem
+        assert problem.thought == "".join(problem.steps)
+
+
+def test_tens_digit_of_a_sum_is_the_sums_tens_digit():
+    """The solver above carries; this one adds."""
+    rng = random.Random(0)
+    for problem in (FAMILIES["sum"](rng) for _ in range(300)):
+        assert int(problem.answer) == sum(int(n) for n in re.findall(r"\d+", problem.question)) // 10 % 10, problem
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_problem_needs_at_least_two_steps(family):
+    """So that a thought can stop half-way."""
+    rng = random.Random(0)
+    assert min(len(FAMILIES[family](rng).steps) for _ in range(300)) >= 2
+
+
+def test_word_problems_never_leave_the_digits():
+    rng = random.Random(0)
+    assert {v for _ in range(300) for v in solve_word(FAMILIES["word"](rng).question)} == set(range(10))
+
+
+@pytest.mark.parametrize("worked", [0.0, 0.35, 1.0])
+def test_thoughts_are_worked_at_the_rate_asked_for_and_otherwise_evenly_unfinished_or_filler(worked):
+    """2000 draws: the standard error of a share is at most 0.011."""
+    rng = random.Random(0)
+    problem = FAMILIES["chain"](rng)
+    thoughts = [thought_for(problem, rng, worked) for _ in range(2000)]
+    unfinished = {"".join(problem.steps[:n]) for n in range(1, len(problem.steps))}
+    n_filler = sum(t.startswith(FILLER) for t in thoughts)
+    assert thoughts.count(problem.thought) / 2000 == pytest.approx(worked, abs=0.045)
+    assert n_filler / 2000 == pytest.approx((1 - worked) / 2, abs=0.045)
+    assert sum(t in unfinished for t in thoughts) == 2000 - n_filler - thoughts.count(problem.thought)
+
+
+# ---------------------------------------------------------------------------------------------------------- held out
+
+
+def test_held_out_problems_are_the_same_for_the_same_seed_and_differ_between_seeds_and_splits():
+    first, again, other = (held_out_problems("test", 9, seed, 5) for seed in (0, 0, 1))
+    val = held_out_problems("val", 9, 0, 5)
+    assert first == again != other
+    assert len({p.question for p in first} | {p.question for p in val}) == 2 * 9 * len(FAMILIES)
+
+
+def questions(tokens, tokenizer):
+    """Questions of the problems in a row of token ids."""
+    return {d.split("\nAnswer:")[0] for d in tokenizer.decode(tokens).split(END) if "\nAnswer:" in d}
+
+
+def test_no_held_out_problem_occurs_in_training_batches(corpus):
+    """Sums are the family in which chance alone would repeat questions: there are only 8100 of two numbers."""
+    config = config_of(rlp={"batch": 4000, "text_share": 0.0}, pretrain={"batch": 400}, data={"text_share": 0.0})
+    seen = set()
+    for make, name in ((rlp_batch, "context_BT"), (pretrain_batch, "tokens_BT")):
+        for row in make(corpus, config, 0)[name].tolist():
+            seen |= questions(row, corpus.tokenizer)
+    held_out = {p.question for split in ("val", "test") for p in held_out_problems(split, 250, 0, 5)}
+    assert len(seen & {q for q in seen if q.startswith("Tens digit")}) > 1000
+    assert len(held_out) == 2000
+    assert not seen & held_out
+
+
+def test_no_document_is_in_two_splits(corpus):
+    train, val, test = ({d.tobytes() for d in corpus.documents[split]} for split in SPLITS)
+    assert min(len(train), len(val), len(test)) > 10
+    assert not train & val | train & test | val & test
+
+
+def test_documents_of_one_name_are_in_one_split():
+    """A module's docstrings and its source carry the module's name."""
+    names = [name for name, _ in data.python_documents()]
+    assert len(names) > len(set(names)) > 200
+    shares = [sum(split_of(n, 5) == split for n in set(names)) / len(set(names)) for split in SPLITS]
+    assert shares == pytest.approx([0.9, 0.05, 0.05], abs=0.05)
+
+
+def test_copies_of_a_text_under_two_names_are_in_one_split(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i, paragraph in enumerate(paragraphs(20)):
+        (folder / f"first{i}.txt").write_text(paragraph)
+        (folder / f"second{i}.txt").write_text(paragraph)
+    loaded = load(folder, tmp_path)
+    train, val, test = ({d.tobytes() for d in loaded.documents[split]} for split in SPLITS)
+    assert not train & val | train & test | val & test
+
+
+# ---------------------------------------------------------------------------------------------------------- tokenizer
+
+
+@given(st.text())
+def test_any_text_survives_the_tokenizer(corpus, text):
+    assert corpus.tokenizer.decode(corpus.tokenizer.encode(text)) == text
+
+
+def test_special_tokens_written_out_in_a_text_stay_text(corpus):
+    tk = corpus.tokenizer
+    text = f"a{THINK}b{CLOSE}c{END}"
+    assert tk.decode(tk.encode(text)) == text
+    assert not {tk.think, tk.close, tk.end} & set(tk.encode(text))
+
+
+def test_special_tokens_are_decoded_as_written(corpus):
+    tk = corpus.tokenizer
+    assert tk.decode([tk.think, tk.close, tk.end]) == THINK + CLOSE + END
+    assert tk.tags == (tk.think, tk.close)
+    assert tk.n_vocab == 512 == len({tk.think, tk.close, tk.end} | set(range(509)))
+
+
+@given(st.integers(0, 10**9))
+def test_digits_stay_single_tokens(corpus, number):
+    tk = corpus.tokenizer
+    assert [tk.decode([t]).strip() for t in tk.encode(f" {number}")] == list(str(number))
+
+
+def test_answers_are_one_token(corpus):
+    names = {f" {name}" for name in data.NAMES}
+    for answer in names | {f" {digit}" for digit in range(10)}:
+        assert len(corpus.tokenizer.encode(answer)) == 1, answer
+
+
+def test_tiktokens_own_vocabularies_get_the_think_tags_after_their_last_id():
+    ranks = {bytes([b]): b for b in range(256)}
+    tk = data.Tokenizer(tiktoken.Encoding("x", pat_str=r"\S+", mergeable_ranks=ranks, special_tokens={END: 300}))
+    assert (tk.end, tk.think, tk.close, tk.n_vocab) == (300, 301, 302, 303)
+
+
+def test_an_unknown_tokenizer_is_refused_and_the_known_ones_are_named(tmp_path, text_file):
+    with pytest.raises(ValueError, match=r"data.tokenizer \('gpt9'\) is unknown; choose 'corpus' or one of .*gpt2"):
+        load(text_file, tmp_path, tokenizer="gpt9")
+
+
+def test_a_tokenizer_that_cannot_be_downloaded_is_refused_with_a_remedy(tmp_path, text_file, monkeypatch):
+    def offline(name):
+        raise ConnectionError
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    with pytest.raises(ValueError, match=r"data.tokenizer \('gpt2'\).*failed \(ConnectionError\); use 'corpus'"):
+        load(text_file, tmp_path, tokenizer="gpt2")
+
+
+# ------------------------------------------------------------------------------------------------------------- corpus
+
+
+def test_a_cached_corpus_is_identical_and_no_tokenizer_is_trained_again(corpus, cache_dir, monkeypatch):
+    monkeypatch.setattr(data, "train_tokenizer", lambda *_: pytest.fail("trained again"))
+    again = Corpus.load(DataConfig(vocab_size=512, cache_dir=str(cache_dir)))
+    assert again.tokenizer.encoding._mergeable_ranks == corpus.tokenizer.encoding._mergeable_ranks
+    for split in SPLITS:
+        assert [d.tobytes() for d in again.documents[split]] == [d.tobytes() for d in corpus.documents[split]]
+
+
+def test_documents_are_pieces_of_the_file_and_end_with_end_of_text(tmp_path, text_file):
+    loaded = load(text_file, tmp_path)
+    documents = [loaded.tokenizer.decode(d.tolist()) for split in SPLITS for d in loaded.documents[split]]
+    assert all(d.endswith(END) for d in documents)
+    assert {d.removesuffix(END).strip() for d in documents} == {p.strip() for p in paragraphs(20)}
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (None, "does not exist; give a UTF-8 text file, a folder of them, or nothing"),
+        (b"", "is empty"),
+        (b" \n\n ", "is empty"),
+        (b"\x7fELF\x00\x01\x00" * 9000, "holds zero bytes, so it is not text"),
+        (b"fine " * 9000 + b"\xff\xfe", r"is not UTF-8 text \(byte 45000\)"),
+        (b"too little\n", "holds 12 characters; at least 20000 are needed"),
+        (
+            b"one paragraph only " * 2000,
+            "leaves no document for the .* split; add documents or raise",
+        ),
+    ],
+    ids=["missing", "empty", "blank", "binary", "not-utf8", "tiny", "one-piece"],
+)
+@pytest.mark.parametrize("in_folder", [False, True], ids=["file", "folder"])
+def test_unusable_text_is_refused_by_name(tmp_path, content, problem, in_folder):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    file = folder / "a.txt"
+    if content is not None:
+        file.write_bytes(content)
+    elif in_folder:
+        problem = "is a folder without files"
+    path = folder if in_folder else file
+    with pytest.raises(ValueError, match=f"data.path.*{re.escape(str(path))}.*{problem}"):
+        load(path, tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------ batches
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("mode", BATCHES)
+def test_a_batch_is_a_function_of_seed_and_step(corpus, mode):
+    """Whatever the global generators did before."""
+    config, make = config_of(), BATCHES[mode]
+    first = make(corpus, config, 7)
+    random.seed(99), np.random.seed(99), torch.manual_seed(99)
+    assert same(first, make(corpus, config, 7))
+
+
+@pytest.mark.parametrize(("seed", "step"), [(0, 8), (1, 7)])
+@pytest.mark.parametrize("mode", BATCHES)
+def test_batches_differ_between_steps_and_between_seeds(corpus, mode, seed, step):
+    make = BATCHES[mode]
+    assert not same(make(corpus, config_of(), 7), make(corpus, config_of(seed=seed), step))
+
+
+@pytest.fixture(scope="module")
+def packed(corpus):
+    """A batch of packed documents."""
+    return pretrain_batch(corpus, config_of(), 0)
+
+
+def test_targets_are_the_next_tokens_and_never_cross_documents(packed):
+    tokens_BT, targets_BT, ids_BT = packed["tokens_BT"], packed["targets_BT"], packed["ids_BT"]
+    crossing_BT = ids_BT[:, 1:] != ids_BT[:, :-1]
+    expected_BT = tokens_BT[:, 1:].masked_fill(crossing_BT, -100)
+    assert torch.equal(targets_BT[:, :-1], expected_BT)
+    assert crossing_BT.sum() > 50
+
+
+def test_document_ids_count_from_zero_and_change_after_every_end_of_text(packed, corpus):
+    tokens_BT, ids_BT = packed["tokens_BT"], packed["ids_BT"]
+    steps_BT = ids_BT.diff(dim=1)
+    assert (ids_BT[:, 0] == 0).all()
+    assert set(steps_BT.unique().tolist()) == {0, 1}
+    assert (steps_BT[tokens_BT[:, :-1] == corpus.tokenizer.end] == 1).all()
+
+
+@pytest.mark.parametrize("step", range(8))
+def test_the_last_target_of_a_row_is_the_token_that_follows_it(corpus, step):
+    """Rows of 64 and of 65 tokens that begin with the same problem: the longer one shows what follows the shorter one."""
+    short, long = (
+        pretrain_batch(corpus, config_of(pretrain={"batch": 1, "seq_len": n}, data={"text_share": 0.0}), step)
+        for n in (64, 65)
+    )
+    goes_on_B = long["ids_BT"][:, 64] == long["ids_BT"][:, 63]
+    assert torch.equal(short["targets_BT"][:, -1], long["tokens_BT"][:, 64].where(goes_on_B, -100))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 1.0])
+@pytest.mark.parametrize("seq_len", [64, 256, 1024])
+def test_share_of_text_tokens_is_near_the_setting(corpus, seq_len, share):
+    """Text is made of one token here that no problem holds, so it can be counted."""
+    (mark,) = corpus.tokenizer.encode("\0")
+    marked = Corpus(corpus.tokenizer, {"train": [np.full(10_000, mark)]}, 5)
+    config = config_of(data={"text_share": share}, pretrain={"seq_len": seq_len, "batch": 16384 // seq_len})
+    tokens = torch.cat([pretrain_batch(marked, config, step)["tokens_BT"].flatten() for step in (0, 1, 1498, 1499)])
+    assert float((tokens == mark).float().mean()) == pytest.approx(share, abs=0.1)
+
+
+@pytest.mark.parametrize(("step", "think", "filler"), [(0, 0.7, 0.0), (59, 0.7, 0.0), (60, 0.4, 0.3), (99, 0.4, 0.3)])
+def test_thoughts_are_worked_in_the_clean_part_and_mixed_afterwards(corpus, step, think, filler):
+    """60 of 100 steps are clean: 70 % of problems have a thought. Then 40 %, of which 0.4 worked, so 0.3 filler."""
+    fit = {"steps": 100, "clean_share": 0.6, "clean_think": 0.7, "think": 0.4, "worked": 0.4, "batch": 150, "seq_len": 512}
+    batch = pretrain_batch(corpus, config_of(data={"text_share": 0.0}, pretrain=fit), step)
+    documents = [d for row in batch["tokens_BT"].tolist() for d in corpus.tokenizer.decode(row).split(END)[:-1]]
+    thoughts = [d.split(THINK)[1].split(CLOSE)[0] for d in documents if THINK in d]
+    assert len(thoughts) / len(documents) == pytest.approx(think, abs=0.06)
+    assert sum(t.startswith(FILLER) for t in thoughts) / len(thoughts) == pytest.approx(filler, abs=0.06)
+
+
+# ------------------------------------------------------------------------------------------------------- RLP contexts
+
+
+def test_contexts_are_padded_on_the_left_and_cut_on_the_left(corpus):
+    """By hand: at most 8 tokens; 10 lose their first two; 3 get five in front that are marked -1."""
+    tk = corpus.tokenizer
+    batch = collate_contexts(tk, [[*range(10)], [20, 21, 22]], [[1], [2]], RLPConfig(context_len=8))
+    assert batch["context_BT"].tolist() == [[*range(2, 10)], [tk.end] * 5 + [20, 21, 22]]
+    assert batch["ids_BT"].tolist() == [[0] * 8, [-1] * 5 + [0] * 3]
+    assert batch["target_BX"].tolist() == [[1], [2]]
+
+
+def test_targets_shorter_than_the_horizon_are_filled_with_end_of_text(corpus):
+    end = corpus.tokenizer.end
+    batch = collate_contexts(corpus.tokenizer, [[1], [1]], [[5], [5, 6, 7]], RLPConfig(horizon=3))
+    assert batch["target_BX"].tolist() == [[5, end, end], [5, 6, 7]]
+
+
+def test_answer_positions_end_before_the_right_answer(corpus):
+    """No thought is written there, and the target is what the solver finds."""
+    tk = corpus.tokenizer
+    batch = rlp_batch(corpus, config_of(rlp={"text_share": 0.0, "batch": 64}), 0)
+    for context, ids, target in zip(*(batch[k].tolist() for k in ("context_BT", "ids_BT", "target_BX")), strict=True):
+        text = tk.decode([t for t, i in zip(context, ids, strict=True) if i == 0])
+        question = text.removesuffix("\nAnswer:")
+        family = next(f for f, start in (("chain", "Mod"), ("word", "Count"), ("lookup", "Ring"), ("sum", "Tens"))
+                      if question.startswith(start))  # fmt: skip
+        assert text.endswith("\nAnswer:")
+        assert THINK not in text
+        assert tk.decode(target).strip() == str(SOLVE[family](question)[-1])[-1 if family == "sum" else 0 :]
+
+
+def test_text_targets_follow_their_context_in_a_document(corpus):
+    config, rng = RLPConfig(horizon=2, context_len=40), random.Random(0)
+    documents = b"".join(d.astype(np.int32).tobytes() for d in corpus.documents["val"])
+    for _ in range(50):
+        context, target = text_position(corpus, config, "val", rng)
+        assert len(target) == 2
+        assert 1 <= len(context) <= 40
+        assert np.array(context + target, dtype=np.int32).tobytes() in documents
+
+
+@pytest.mark.parametrize("horizon", [1, 2])
+def test_random_positions_are_uniform_over_a_document(corpus, horizon, monkeypatch):
+    """Every position with a context and `horizon` targets, equally often: 200 times each, standard deviation 14."""
+    problem = draw_problem(random.Random(0), "train", 5)
+    document = [*corpus.tokenizer.encode(problem.prompt + problem.answer), corpus.tokenizer.end]
+    monkeypatch.setattr(data, "draw_problem", lambda *_: problem)
+    config, rng, places = RLPConfig(positions="random", horizon=horizon), random.Random(0), len(document) - horizon
+    counts = np.zeros(len(document) + 1, dtype=int)
+    for _ in range(200 * places):
+        context, target = problem_position(corpus, config, rng)
+        assert context + target == document[: len(context) + horizon]
+        counts[len(context)] += 1
+    assert counts[0] == counts[places + 1 :].sum() == 0
+    assert abs(counts[1 : places + 1] - 200).max() < 70
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_share_of_text_contexts_is_near_the_setting(corpus, share):
+    """400 contexts: standard error at most 0.025. A problem's context ends with `Answer:`."""
+    batch = rlp_batch(corpus, config_of(rlp={"text_share": share, "batch": 400}), 0)
+    n_problems = sum(corpus.tokenizer.decode(row).endswith("\nAnswer:") for row in batch["context_BT"].tolist())
+    assert 1 - n_problems / 400 == pytest.approx(share, abs=0.08)

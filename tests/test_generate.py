@@ -1,0 +1,240 @@
+"""Sampled thoughts against plain forward passes over whole sequences, one row at a time.
+
+The model knows 12 tokens, three of them special. Three contexts, two of them padded on the left, get eight thoughts each.
+"""
+
+import itertools
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from generate import Thoughts, sample, sample_thoughts
+
+THINK, CLOSE, END = 9, 10, 11
+TAGS = (THINK, CLOSE)
+CONTEXTS = [[1, 2, 3, 4, 5, 6, 7], [8, 1, 8, 2, 8], [3, 0, 4]]
+TARGETS = [[4, 2, 7], [1, 1, 0], [6, END, 8]]
+G, N = 8, 6  # thoughts a context, longest thought
+NEAR = {"rtol": 1e-5, "atol": 1e-5, "check_dtype": False}  # log-probabilities are kept in fp32
+
+
+@pytest.fixture(params=["M*-", "M", "*-"])
+def model(request, make_model):
+    return make_model(pattern=request.param)
+
+
+def think(model, contexts=CONTEXTS, targets=TARGETS, horizon=1, seed=0, group_size=G, thought_len=N, **options) -> Thoughts:
+    """`sample_thoughts` of contexts of any lengths, padded with a token that would be noticed."""
+    T = max(len(c) for c in contexts)
+    context_BT = torch.tensor([[7] * (T - len(c)) + c for c in contexts])
+    ids_BT = torch.tensor([[-1] * (T - len(c)) + [0] * len(c) for c in contexts])
+    target_BX = torch.tensor([t[:horizon] for t in targets])
+    generator = torch.Generator().manual_seed(seed)
+    return sample_thoughts(
+        model, context_BT, ids_BT, target_BX, TAGS, END, group_size, thought_len, generator=generator, **options
+    )
+
+
+def rows(thoughts):
+    """For each thought: its row, its context and target, and its tokens."""
+    for r, (tokens, n) in enumerate(zip(thoughts.tokens_RM.tolist(), thoughts.length_R.tolist(), strict=True)):
+        yield r, CONTEXTS[r // G], TARGETS[r // G], tokens[:n]
+
+
+@torch.no_grad()
+def plain_logits(model, tokens, banned):
+    """Next-token logits [T, V] of one plain forward pass."""
+    logits_TV = model.logits(model(torch.tensor([tokens]))[0])[0]
+    return logits_TV.index_fill(-1, torch.tensor(banned), -torch.inf)
+
+
+def plain_logp(model, before, tokens, banned, temperature=1.0):
+    """Log-probability of each of the tokens, one after the other, after those before."""
+    logits_TV = plain_logits(model, before + tokens, banned)[len(before) - 1 : -1]
+    return (logits_TV / temperature).log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0]
+
+
+def one_row(thoughts, r):
+    """All that is known of thought r of context r, cut to its length."""
+    n = int(thoughts.length_R[r])
+    return {name: t[r, :n] if name.endswith("M") else t[r] for name, t in vars(thoughts).items()}
+
+
+def greedy_thought(model, context):
+    """The likeliest thought, the whole sequence run again for every token."""
+    thought = []
+    while len(thought) < N and not {CLOSE, END} & set(thought):
+        thought.append(int(plain_logits(model, [*context, THINK, *thought], (THINK,))[-1].argmax()))
+    return thought
+
+
+# -------------------------------------------------------------------------------------------- sampled log-probabilities
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logp_of_a_thought_equals_a_full_forward_pass(model, temperature):
+    """At the sampling temperature, <think> left out, and 0 past the thought's end."""
+    thoughts = think(model, temperature=temperature)
+    for r, context, _, thought in rows(thoughts):
+        expected = plain_logp(model, [*context, THINK], thought, (THINK,), temperature)
+        assert_close(thoughts.logp_RM[r, : len(thought)], expected, **NEAR)
+        assert (thoughts.logp_RM[r, len(thought) :] == 0).all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logp_of_forced_tokens_is_that_of_the_forced_tokens(model, temperature):
+    thoughts = think(model, temperature=temperature, forced_RY=torch.tensor([[3, 5]] * 3 * G))
+    for r, context, _, thought in rows(thoughts):
+        expected = plain_logp(model, [*context, THINK], thought, (THINK,), temperature)
+        assert_close(thoughts.logp_RM[r, : len(thought)], expected, **NEAR)
+
+
+@pytest.mark.parametrize("closed", [True, False], ids=["closed", "unclosed"])
+@pytest.mark.parametrize("horizon", [1, 3])
+def test_logp_of_the_target_equals_a_full_forward_pass_after_the_thought(model, horizon, closed):
+    """Both tags left out of the softmax; a thought that did not close itself is read in full, then closed."""
+    thoughts = think(model, horizon=horizon)
+    chosen = [row for row in rows(thoughts) if thoughts.closed_R[row[0]] == closed]
+    assert chosen
+    for r, context, target, thought in chosen:
+        before = [*context, THINK, *thought] + ([] if closed else [CLOSE])
+        expected = plain_logp(model, before, target[:horizon], TAGS).sum()
+        assert_close(thoughts.logp_target_R[r], expected, **NEAR)
+
+
+@pytest.mark.parametrize("horizon", [1, 3])
+def test_answer_is_the_likeliest_token_at_each_place_of_the_target(model, horizon):
+    thoughts = think(model, horizon=horizon)
+    closed = [row for row in rows(thoughts) if thoughts.closed_R[row[0]]]
+    assert closed
+    for r, context, target, thought in closed:
+        before = [*context, THINK, *thought]
+        logits_TV = plain_logits(model, before + target[: horizon - 1], TAGS)[len(before) - 1 :]
+        assert thoughts.answer_RX[r].tolist() == logits_TV.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("horizon", [1, 3])
+def test_plain_logp_equals_a_full_forward_pass_without_thought(model, horizon):
+    thoughts = think(model, horizon=horizon)
+    for b, (context, target) in enumerate(zip(CONTEXTS, TARGETS, strict=True)):
+        assert_close(thoughts.logp_plain_B[b], plain_logp(model, context, target[:horizon], TAGS).sum(), **NEAR)
+
+
+# ------------------------------------------------------------------------------------------------- shapes of thoughts
+
+
+def test_a_thought_ends_with_a_tag_or_end_of_text_or_at_its_longest(model):
+    thoughts = think(model)
+    for r, _, _, thought in rows(thoughts):
+        assert not {CLOSE, END, THINK} & set(thought[:-1])
+        assert thoughts.closed_R[r] == (thought[-1] == CLOSE)
+        assert thought[-1] in (CLOSE, END) or len(thought) == N
+
+
+def test_thoughts_end_in_all_three_ways_here(model):
+    """Else the tests above would say less than they seem to."""
+    ends = {thought[-1] if thought[-1] in (CLOSE, END) else len(thought) for *_, thought in rows(think(model))}
+    assert ends == {CLOSE, END, N}
+
+
+def test_past_its_end_a_thought_is_filled_with_closing_tags(model):
+    thoughts = think(model)
+    assert all((thoughts.tokens_RM[r, len(thought) :] == CLOSE).all() for r, *_, thought in rows(thoughts))
+
+
+def test_a_thought_of_length_one_is_one_token(model):
+    thoughts = think(model, thought_len=1)
+    assert thoughts.tokens_RM.shape == thoughts.logp_RM.shape == (3 * G, 1)
+    assert (thoughts.length_R == 1).all()
+    assert thoughts.closed_R.tolist() == (thoughts.tokens_RM[:, 0] == CLOSE).tolist()
+
+
+def test_thoughts_are_stored_as_wide_as_the_longest(model):
+    thoughts = think(model, forced_RY=torch.tensor([[3, CLOSE]] * 3 * G))
+    assert thoughts.tokens_RM.shape == thoughts.logp_RM.shape == (3 * G, 2)
+
+
+def test_forced_tokens_begin_every_thought(model):
+    forced_RY = torch.arange(3 * G * 2).view(3 * G, 2) % THINK
+    assert think(model, forced_RY=forced_RY).tokens_RM[:, :2].tolist() == forced_RY.tolist()
+
+
+def test_greedy_thoughts_are_made_of_the_likeliest_tokens(model):
+    for _, context, _, thought in rows(think(model, temperature=0.0)):
+        assert thought == greedy_thought(model, context)
+
+
+def test_thoughts_of_one_context_stand_in_a_row(model):
+    """Greedy thoughts of one context are all the same."""
+    logp_target_BG = think(model, temperature=0.0).logp_target_R.view(3, G)
+    assert_close(logp_target_BG, logp_target_BG[:, :1].expand(3, G))
+    assert len(set(logp_target_BG[:, 0].tolist())) == 3
+
+
+def test_greedy_thoughts_do_not_depend_on_the_seed(model):
+    first, second = (think(model, temperature=0.0, seed=seed) for seed in (0, 1))
+    assert_close(vars(first), vars(second), rtol=0, atol=0)
+
+
+def test_the_same_seed_gives_the_same_thoughts_and_another_seed_others(model):
+    first, again, other = (think(model, seed=seed) for seed in (0, 0, 1))
+    assert_close(vars(first), vars(again), rtol=0, atol=0)
+    assert first.tokens_RM.tolist() != other.tokens_RM.tolist()
+
+
+@pytest.fixture
+def forced_RY():
+    """Thoughts that end after 5, 1, 6, 3, 2 and 4 tokens, one of them with the end of the text."""
+    forced_RY = torch.tensor([[1, 2, 3, 4, 5, 6][:n] + [CLOSE] + [0] * (5 - n) for n in (4, 0, 5, 2, 1, 3)])
+    forced_RY[5, 3] = END
+    return forced_RY
+
+
+def test_finished_rows_leave_the_batch(model, forced_RY):
+    n_rows = []
+    model.register_forward_hook(lambda module, args, output: n_rows.append(len(args[0])))
+    think(model, CONTEXTS * 2, TARGETS * 2, group_size=1, forced_RY=forced_RY)
+    assert n_rows == sorted(n_rows, reverse=True)
+    assert n_rows[-1] == 1
+
+
+@pytest.mark.parametrize("horizon", [1, 3])
+def test_dropping_finished_rows_changes_nothing(model, horizon, forced_RY):
+    """A batch of one row drops none."""
+    contexts, targets = CONTEXTS * 2, TARGETS * 2
+    together = think(model, contexts, targets, horizon, group_size=1, temperature=0.0, forced_RY=forced_RY)
+    assert sorted(together.length_R.tolist()) == [1, 2, 3, 4, 5, 6]
+    for r in range(6):
+        one = slice(r, r + 1)
+        alone = think(model, contexts[one], targets[one], horizon, group_size=1, temperature=0.0, forced_RY=forced_RY[one])
+        assert_close(one_row(together, r), one_row(alone, 0), **NEAR)
+
+
+# ----------------------------------------------------------------------------------------------------------- one token
+
+
+@pytest.mark.parametrize(("temperature", "banned"), list(itertools.product([1.0, 0.5, 2.0], [(), (1, 4)])))
+def test_frequencies_of_sampled_tokens_match_the_softmax(temperature, banned):
+    """With 20000 draws the standard error of a frequency is at most 0.0036."""
+    logits_V = torch.tensor([0.0, 2.0, 1.0, -1.0, 0.5, 1.5])
+    token_R, _ = sample(logits_V.expand(20000, 6), banned, temperature, torch.Generator().manual_seed(0))
+    kept_V = logits_V.index_fill(0, torch.tensor(banned, dtype=torch.long), -torch.inf)
+    assert_close(token_R.bincount(minlength=6) / 20000, (kept_V / temperature).softmax(-1), rtol=0, atol=0.015)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 100.0])
+def test_banned_tokens_are_never_drawn(temperature):
+    logits_RV = torch.zeros(5000, 4)
+    logits_RV[:, 2] = 50.0
+    token_R, logp_R = sample(logits_RV, (0, 2), temperature, torch.Generator().manual_seed(0))
+    assert set(token_R.tolist()) <= {1, 3}
+    assert logp_R.isfinite().all()
+
+
+@pytest.mark.parametrize(("temperature", "of_logp"), [(1.0, 1.0), (0.5, 0.5), (0.0, 1.0)])
+def test_logp_of_a_sampled_token_is_at_its_temperature_and_for_greedy_at_one(temperature, of_logp):
+    logits_RV = torch.randn(50, 7, generator=torch.Generator().manual_seed(0))
+    token_R, logp_R = sample(logits_RV, (3,), temperature, torch.Generator().manual_seed(0))
+    kept_RV = logits_RV.index_fill(1, torch.tensor([3]), -torch.inf) / of_logp
+    assert_close(logp_R, kept_RV.log_softmax(-1)[torch.arange(50), token_R])

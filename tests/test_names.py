@@ -1,0 +1,140 @@
+"""Shape letters are claims: `x_BTHP` has four dimensions, and the T of `x_BTHP` is the T of `dt_BTH`.
+
+A tracer looks at every function of the repo's own modules as it returns, while tiny versions of the real work are done.
+The letters after a name's last underscore give its rank; equal letters in one frame mean equal sizes; a digit is a size.
+"""
+
+import contextlib
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernels
+import rlp
+from config import RLPConfig
+from generate import sample_thoughts
+
+ROOT = Path(__file__).parent.parent
+SHAPE = re.compile(r"_(?=[a-z]*[A-Z0-9])([A-Za-z0-9]{1,6})$")  # at least one capital or digit, so that `n_heads` is none
+
+
+def false_names(names):
+    """What is wrong with the tensors among these names and values: '' where every name is true."""
+    found, size_of = [], {}
+    for name, value in names.items():
+        letters = SHAPE.search(name)
+        if letters is None or not isinstance(value, Tensor):
+            continue
+        shape = tuple(value.shape)
+        if len(letters[1]) != len(shape):
+            found.append(f"{name} has the shape {shape}")
+            continue
+        for letter, size in zip(letters[1], shape, strict=True):
+            known, owner = (int(letter), "its name") if letter.isdigit() else size_of.setdefault(letter, (size, name))
+            if size != known:
+                found.append(f"{letter} is {size} in {name} but {known} in {owner}")
+    return "; ".join(found)
+
+
+@contextlib.contextmanager
+def traced():
+    """Yields a dict that receives each function of the repo that returns with a false name, and the first case of it."""
+    found = {}
+
+    def on_event(frame, event, arg):
+        path = Path(frame.f_code.co_filename)
+        if path.parent != ROOT:
+            return None
+        if event == "return" and (wrong := false_names(frame.f_locals)):
+            found.setdefault(f"{path.name}:{frame.f_code.co_firstlineno} {frame.f_code.co_name}", wrong)
+        return on_event
+
+    before = sys.gettrace()
+    sys.settrace(on_event)
+    try:
+        yield found
+    finally:
+        sys.settrace(before)
+
+
+# ------------------------------------------------------------------------------------------ work that the tracer sees
+
+GENERATOR = torch.Generator()
+BATCH = {
+    "context_BT": torch.tensor([[0, 0, 1, 2, 3], [4, 5, 6, 7, 8], [0, 1, 2, 3, 4]]),
+    "ids_BT": torch.tensor([[-1, -1, 0, 0, 0], [0] * 5, [-1, 0, 0, 0, 0]]),
+    "target_BX": torch.tensor([[1, 2], [3, 4], [5, 6]]),
+}
+TOKENIZER = SimpleNamespace(think=9, close=10, end=11, tags=(9, 10))
+
+
+def training_step(model):
+    """Packed documents of 11 tokens, which is no multiple of the chunk, and then one token from the cache."""
+    hidden_BTD, cache = model(torch.arange(22).view(2, 11) % 12, ids_BT=torch.tensor([[0] * 4 + [1] * 7] * 2))
+    kernels.token_logp(model.logits(hidden_BTD), torch.zeros(2, 11, dtype=torch.long)).sum().backward()
+    model(torch.tensor([[1], [2]]), cache.select(torch.tensor([1, 0])))
+
+
+def sampling(model):
+    sample_thoughts(model, *BATCH.values(), TOKENIZER.tags, TOKENIZER.end, 4, 7, generator=GENERATOR.manual_seed(0))
+
+
+def scoring(model):
+    tokens_RM = torch.arange(6 * 7).view(6, 7) % 9
+    length_R = torch.tensor([1, 7, 3, 2, 5, 5])
+    logp_RM = rlp.thought_logp(model, BATCH["context_BT"], BATCH["ids_BT"], tokens_RM, length_R, TOKENIZER.think, 0.7)
+    logp_RM.sum().backward()
+
+
+def rlp_step(model):
+    objective = rlp.RLP(RLPConfig(group_size=4, thought_len=7, horizon=2, kl=0.1), TOKENIZER)
+    batch = objective.prepare(model, BATCH, GENERATOR.manual_seed(0))
+    objective.loss(model, batch)[0].backward()
+    objective.after_step(model)
+
+
+def references(model):
+    """The slow forms, with K = 2 groups of two heads."""
+    x_BTHP, b_BTKN, ids_BT = torch.randn(2, 5, 4, 3), torch.randn(2, 5, 2, 6), torch.tensor([[-1, 0, 0, 1, 1]] * 2)
+    kernels.ssd_reference(x_BTHP, torch.rand(2, 5, 4), -torch.rand(4), b_BTKN, b_BTKN, torch.rand(4), ids_BT=ids_BT)
+    kernels.causal_conv_reference(torch.randn(2, 5, 3), torch.randn(3, 4), torch.randn(3), ids_BT=ids_BT)
+
+
+@pytest.mark.parametrize("work", [training_step, sampling, scoring, rlp_step, references], ids=lambda f: f.__name__)
+def test_every_shape_suffix_is_true(make_model, work):
+    model = make_model(pattern="M*-", rope_theta=1e4, qk_norm=True, ffn="swiglu")
+    with traced() as found:
+        work(model)
+    assert found == {}
+
+
+# --------------------------------------------------------------------------------------------------- the tracer itself
+
+
+@pytest.mark.parametrize(
+    ("names", "wrong"),
+    [
+        ({"x_BT": torch.zeros(2, 3), "y_BTD": torch.zeros(2, 3, 5)}, ""),
+        ({"x_BT": torch.zeros(2)}, "x_BT has the shape (2,)"),
+        ({"x_BT": torch.zeros(2, 3), "y_BT": torch.zeros(2, 4)}, "T is 4 in y_BT but 3 in x_BT"),
+        ({"scores_QQ": torch.zeros(2, 3)}, "Q is 3 in scores_QQ but 2 in scores_QQ"),
+        ({"token_rM": torch.zeros(2, 3), "logp_RM": torch.zeros(4, 3)}, ""),
+        ({"advantage_R1": torch.zeros(4, 1)}, ""),
+        ({"advantage_R1": torch.zeros(4, 2)}, "1 is 2 in advantage_R1 but 1 in its name"),
+        ({"n_heads": torch.tensor(3), "A_log": torch.zeros(4), "B": 7, "x": torch.zeros(2)}, ""),
+    ],
+    ids=lambda value: value or "true" if isinstance(value, str) else ", ".join(value),
+)
+def test_false_names_are_found_and_true_ones_are_not(names, wrong):
+    assert false_names(names) == wrong
+
+
+def test_the_tracer_sees_a_false_name_in_a_function_of_the_repo():
+    with traced() as found:
+        kernels.gated_norm(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), weight_E=torch.zeros(1), n_groups=2, eps=0.1)
+    assert list(found.values()) == ["E is 1 in weight_E but 4 in y_BTE"]

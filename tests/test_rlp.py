@@ -1,0 +1,455 @@
+"""RLP against the paper's numbers and propositions, against brute-force enumeration, and against plain forward passes.
+
+The first half needs no model: the four pure functions take log-probabilities. The second half runs the objective on a
+tiny fp64 model that knows six tokens, three of them special, so that every thought of two tokens can be enumerated.
+"""
+
+import functools
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.testing import assert_close
+
+import generate
+import rlp
+from config import RLPConfig
+from data import collate_contexts
+from rlp import RLP, clipped_surrogate, ema_update, group_advantages, information_gain, kl_estimate, thought_logp
+
+THINK, CLOSE, END = 3, 4, 5
+TOKENIZER = SimpleNamespace(think=THINK, close=CLOSE, end=END, tags=(THINK, CLOSE))
+CONTEXTS, TARGETS = [[0, 1, 2, 0, 1], [2, 1, 1]], [[2, 0], [1, END]]
+NEAR = {"rtol": 1e-5, "atol": 1e-6, "check_dtype": False}  # sampled log-probabilities are kept in fp32
+EXACT = {"rtol": 1e-9, "atol": 1e-12}
+
+
+def f64(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def random_logp(*shape, seed=0):
+    """Log-probabilities of random distributions over the last dimension."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).log_softmax(-1)
+
+
+# ------------------------------------------------------------------------------------------ the paper's golden numbers
+
+ITERATIONS = [  # section 9.2, row by row: rewards, advantages, policy afterwards; their mean, J before and after
+    ((-0.80, -0.60, -0.50, -0.30), (-0.3333, -0.0667, 0.0667, 0.3333), (0.2101, 0.2401, 0.2566, 0.2932)),
+    ((-0.80, -0.60, -0.35, -0.10), (-0.4500, -0.1833, 0.1500, 0.4833), (0.1618, 0.2113, 0.2668, 0.3601)),
+    ((-0.80, -0.60, -0.20, 0.05), (-0.5500, -0.2833, 0.2500, 0.5833), (0.1127, 0.1681, 0.2772, 0.4420)),
+]
+MEANS = [(-0.5500, -0.5500, -0.5284), (-0.4625, -0.4313, -0.3856), (-0.3875, -0.2916, -0.2244)]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_golden_iterations_of_section_9_2(n):
+    """pi <- pi exp(0.5 A) / Z from the uniform policy, J = sum pi r; the policy is carried from iteration to iteration."""
+    policy = f64(0.25, 0.25, 0.25, 0.25)
+    for reward, *_ in ITERATIONS[:n]:
+        before, reward_BG = policy, f64(*reward)[None]
+        advantage = group_advantages(reward_BG)[0]
+        policy = (before.log() + 0.5 * advantage).softmax(-1)
+    found = (advantage, policy, torch.stack([reward_BG.mean(), before @ reward_BG[0], policy @ reward_BG[0]]))
+    expected = (*ITERATIONS[n - 1][1:], MEANS[n - 1])
+    assert_close(found, tuple(f64(*values) for values in expected), rtol=0, atol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------- the propositions
+
+
+def cross_entropy(p_V, logp_V):
+    return -(p_V * logp_V).sum(-1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_expected_gain_is_the_drop_of_cross_entropy(seed):
+    """Proposition 1, exactly: the observed token runs over the whole vocabulary, weighted by p*. Three thoughts."""
+    p_true_V = random_logp(7, seed=seed).exp()
+    logp_thought_GV, logp_plain_V = random_logp(3, 7, seed=seed + 10), random_logp(7, seed=seed + 20)
+    gain_VG = information_gain(logp_thought_GV.T, logp_plain_V)
+    drop_G = cross_entropy(p_true_V, logp_plain_V) - cross_entropy(p_true_V, logp_thought_GV)
+    assert_close(p_true_V @ gain_VG, drop_G, **EXACT)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_expected_gain_is_below_the_gain_of_the_expected_prediction(seed):
+    """Proposition 2: E_c[r] < log E_c[p(x | c)] - log p_phi(x), strictly where the thoughts predict differently."""
+    policy_G, logp_thought_BG, logp_plain_B = random_logp(4, seed=seed).exp(), random_logp(9, 4, seed=1), random_logp(9)
+    expected_B = information_gain(logp_thought_BG, logp_plain_B) @ policy_G
+    assert (expected_B < (logp_thought_BG.exp() @ policy_G).log() - logp_plain_B).all()
+
+
+def test_expected_gain_reaches_that_bound_when_the_predictor_ignores_the_thought():
+    """Proposition 2, the case of equality."""
+    policy_G, logp_B, logp_plain_B = random_logp(4).exp(), random_logp(9, seed=1), random_logp(9)
+    logp_thought_BG = logp_B[:, None].expand(9, 4)
+    bound_B = (logp_thought_BG.exp() @ policy_G).log() - logp_plain_B
+    assert_close(information_gain(logp_thought_BG, logp_plain_B) @ policy_G, bound_B, **EXACT)
+
+
+def test_mean_over_positions_of_expected_gains_is_the_drop_of_the_sequence_cross_entropy():
+    """Proposition 3. All 27 sequences of three tokens from a vocabulary of three, one thought a position.
+
+    Left: position by position, weighted by p*(x_<=t). Right: from the joint probabilities of whole sequences.
+    """
+    T, V = 3, 3
+    tables = [[random_logp(*[V] * (t + 1), seed=10 * who + t) for t in range(T)] for who in range(3)]
+    sequences = list(itertools.product(range(V), repeat=T))
+    true_ST, thought_ST, plain_ST = (torch.stack([torch.stack([who[t][x[: t + 1]] for t in range(T)]) for x in sequences])
+                                     for who in tables)  # fmt: skip
+    p_S = true_ST.sum(1).exp()
+    expected_T = torch.stack([p_S @ information_gain(thought_ST[:, t, None], plain_ST[:, t])[:, 0] for t in range(T)])
+    drop_nats = -(p_S @ plain_ST.sum(1)) / T + (p_S @ thought_ST.sum(1)) / T
+    assert_close(expected_T.mean(), drop_nats, **EXACT)
+
+
+# --------------------------------------------------------------------------------------------------------- advantages
+
+
+@given(st.lists(st.floats(-50, 50), min_size=2, max_size=16))
+def test_advantages_of_a_group_sum_to_zero(rewards):
+    assert abs(float(group_advantages(f64(rewards)).sum())) < 1e-10
+
+
+def test_advantages_compare_within_a_group_only():
+    """2/(2-1) * (r - mean): (1, 3) gives (-2, 2), and (10, 10) gives (0, 0)."""
+    assert group_advantages(f64([1.0, 3.0], [10.0, 10.0])).tolist() == [[-2.0, 2.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("G", [2, 3])
+def test_expected_advantage_of_a_thought_is_its_reward_minus_the_policys_mean(G):
+    """Section 9: E[A_i | c_i] = r_i - mu, the other G - 1 thoughts running over everything the policy may draw."""
+    policy_C, reward_C = random_logp(5).exp(), f64(-3.0, 0.5, 0.0, 1.0, -0.2)
+    groups_NG = torch.tensor(list(itertools.product(range(5), repeat=G)))
+    others_N = policy_C[groups_NG[:, 1:]].prod(1)
+    weighted_N = others_N * group_advantages(reward_C[groups_NG])[:, 0]
+    expected_C = torch.zeros(5, dtype=torch.float64).index_add(0, groups_NG[:, 0], weighted_N)
+    assert_close(expected_C, reward_C - policy_C @ reward_C, **EXACT)
+
+
+def test_a_group_of_one_is_refused():
+    with pytest.raises(ValueError, match=r"1 thought.*group_size must be at least 2"):
+        group_advantages(torch.zeros(3, 1))
+
+
+def test_the_teacher_cancels_in_the_advantages():
+    logp_thought_BG, plain_B, other_B = random_logp(6, 4), random_logp(6, seed=1), random_logp(6, seed=2)
+    first_BG, second_BG = (group_advantages(information_gain(logp_thought_BG, logp_B)) for logp_B in (plain_B, other_B))
+    assert_close(first_BG, second_BG, **EXACT)
+
+
+def test_no_gradient_flows_through_gain_or_advantages():
+    logp_thought_BG, logp_plain_B = random_logp(2, 3).requires_grad_(), random_logp(2).requires_grad_()
+    gain_BG = information_gain(logp_thought_BG, logp_plain_B)
+    assert not gain_BG.requires_grad
+    assert not group_advantages(logp_thought_BG).requires_grad
+
+
+# ---------------------------------------------------------------------------------------------------------- surrogate
+
+
+def test_gradient_is_minus_advantage_over_length_on_thought_tokens_and_zero_elsewhere():
+    """At rho = 1. Lengths 1, 3 and 4 of at most 4."""
+    logp_RM, advantage_R, length_R = random_logp(3, 4).requires_grad_(), f64(2.0, -3.0, 0.5), torch.tensor([1, 3, 4])
+    clipped_surrogate(logp_RM, logp_RM.detach(), advantage_R, length_R, 0.2, 0.2).sum().backward()
+    expected_RM = f64([-2.0, 0, 0, 0], [1.0, 1.0, 1.0, 0], [-0.125] * 4)
+    assert_close(logp_RM.grad, expected_RM, **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "slope"),
+    [
+        (1.1, 1.0, -1.1, -1.1),  # inside
+        (1.5, 1.0, -1.3, 0.0),  # likely enough already: no more
+        (0.5, 1.0, -0.5, -0.5),  # good and unlikely: the lower bound does not hold it back
+        (0.9, -2.0, 1.8, 1.8),  # inside
+        (0.5, -2.0, 1.6, 0.0),  # unlikely enough already: no more
+        (1.5, -2.0, 3.0, 3.0),  # bad and likely: the upper bound does not hold it back
+    ],
+)
+def test_clip_by_hand(ratio, advantage, loss, slope):
+    """-min(rho A, clip(rho, 0.8, 1.3) A) and its derivative by log pi, which is -rho A or 0: eps_low 0.2, eps_high 0.3."""
+    logp_RM = f64([ratio]).log().requires_grad_()
+    loss_R = clipped_surrogate(logp_RM, torch.zeros_like(logp_RM), f64(advantage), torch.tensor([1]), 0.2, 0.3)
+    loss_R.sum().backward()
+    assert_close(torch.stack([loss_R[0], logp_RM.grad[0, 0]]), f64(loss, slope), **EXACT)
+
+
+@pytest.mark.parametrize("G", [2, 3])
+def test_expected_gradient_over_all_groups_is_that_of_the_expected_reward(G):
+    """A table of logits is the policy: thoughts of two tokens from a vocabulary of three, nine in all.
+
+    Every group of G thoughts is enumerated and weighted by its probability. All thoughts have the length L = 2, so the
+    1/|c| of eq. 7 makes the expected gradient of the surrogate -grad E[r] / L, exactly.
+    """
+    first_V, second_VV = (random_logp(*shape, seed=len(shape)).requires_grad_() for shape in ((3,), (3, 3)))
+    thoughts = torch.tensor(list(itertools.product(range(3), repeat=2)))
+    reward_C = random_logp(9, seed=3)
+    logp_CM = torch.stack([first_V.log_softmax(-1)[thoughts[:, 0]],
+                           second_VV.log_softmax(-1)[thoughts[:, 0], thoughts[:, 1]]], dim=1)  # fmt: skip
+    policy_C = logp_CM.sum(1).exp()
+    exact = torch.autograd.grad(policy_C @ reward_C, (first_V, second_VV), retain_graph=True)
+
+    groups_NG = torch.tensor(list(itertools.product(range(9), repeat=G)))
+    advantage_NG, logp_RM = group_advantages(reward_C[groups_NG]), logp_CM[groups_NG.flatten()]
+    length_R = torch.full((groups_NG.numel(),), 2)
+    loss_R = clipped_surrogate(logp_RM, logp_RM.detach(), advantage_NG.flatten(), length_R, 0.2, 0.2)
+    probability_N = policy_C.detach()[groups_NG].prod(1)
+    found = torch.autograd.grad(probability_N @ loss_R.view(-1, G).mean(1), (first_V, second_VV))
+    assert_close(found, tuple(-g / 2 for g in exact), **EXACT)
+
+
+# ------------------------------------------------------------------------------------------------------ KL and teacher
+
+
+@given(st.lists(st.tuples(st.floats(-9, 0), st.floats(-9, 0)), min_size=1, max_size=5))
+def test_kl_estimate_is_never_negative(pairs):
+    logp_RM, reference_logp_RM = (f64(side) for side in zip(*pairs, strict=True))
+    assert kl_estimate(logp_RM, reference_logp_RM, torch.tensor([len(pairs)])) > -1e-14
+
+
+def test_kl_estimate_is_zero_for_equal_policies():
+    logp_RM = random_logp(3, 4)
+    assert kl_estimate(logp_RM, logp_RM, torch.tensor([4, 1, 2])).tolist() == [0, 0, 0]
+
+
+def test_kl_estimate_is_unbiased():
+    """Averaged over every token that the policy may draw, it is sum pi (log pi - log reference)."""
+    logp_V, reference_V = random_logp(9), random_logp(9, seed=1)
+    estimate_V = kl_estimate(logp_V[:, None], reference_V[:, None], torch.ones(9, dtype=torch.long))
+    assert_close(logp_V.exp() @ estimate_V, logp_V.exp() @ (logp_V - reference_V), **EXACT)
+
+
+def scalar(value, dtype=torch.float32):
+    """A network with one weight."""
+    network = nn.Linear(1, 1, bias=False, dtype=dtype).requires_grad_(False)
+    network.weight.fill_(value)
+    return network
+
+
+@pytest.mark.parametrize(("tau", "expected"), [(0.75, 1.5), (0.0, 3.0), (1.0, 1.0)])
+def test_teacher_moves_by_hand(tau, expected):
+    """tau * 1 + (1 - tau) * 3."""
+    teacher = scalar(1.0)
+    ema_update(teacher, scalar(3.0), tau)
+    assert teacher.weight.item() == expected
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.float32, 0.05 + 1e-3 * (1 - 0.999**1000)), (torch.bfloat16, 0.05)])
+def test_a_step_of_a_millionth_is_kept_in_fp32_and_lost_in_bf16(dtype, expected):
+    """The gap of 0.001 closes by 0.1 % a step: to 37 % in 1000 steps."""
+    teacher, model = scalar(0.05, dtype), scalar(0.051)
+    for _ in range(1000):
+        ema_update(teacher, model, 0.999)
+    assert teacher.weight.item() == pytest.approx(expected, abs=2e-5 if dtype == torch.float32 else 2e-4)
+    assert (teacher.weight == torch.tensor(0.05, dtype=dtype)).item() == (dtype == torch.bfloat16)
+
+
+# ---------------------------------------------------------------------------------------------------- log pi(thought)
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model(vocab_size=6, pattern="M-*", tie_embeddings=False)
+
+
+def batch_of(contexts=CONTEXTS, targets=TARGETS, horizon=1):
+    """Contexts padded on the left, as in training."""
+    return collate_contexts(TOKENIZER, contexts, targets, RLPConfig(horizon=horizon))
+
+
+def plain_logp(model, before, tokens, banned, temperature=1.0):
+    """Log-probability of each of the tokens after those before: one plain pass over the whole sequence, no cache."""
+    hidden_BTD, _ = model(torch.tensor([before + tokens]))
+    logits_TV = model.logits(hidden_BTD)[0, len(before) - 1 : -1].index_fill(-1, torch.tensor(banned), -torch.inf)
+    return (logits_TV / temperature).log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0]
+
+
+def gradients(model, loss):
+    return dict(zip(dict(model.named_parameters()), torch.autograd.grad(loss, model.parameters()), strict=True))
+
+
+@pytest.mark.parametrize("n_buckets", [1, 2, 3])
+def test_thought_logp_and_all_its_gradients_equal_plain_passes(model, n_buckets):
+    """Two contexts, one padded; three thoughts each, of 1 to 4 tokens, in buckets of like length; any linear function."""
+    thoughts = [[CLOSE], [0, 2, 1, CLOSE], [1, 1], [2, END], [0, 0, 0, 0], [1, 0, CLOSE]]
+    length_R = torch.tensor([len(c) for c in thoughts])
+    tokens_RM = torch.tensor([c + [CLOSE] * (4 - len(c)) for c in thoughts])
+    weight_RM = random_logp(6, 4)
+    b = batch_of()
+    found_RM = thought_logp(model, b["context_BT"], b["ids_BT"], tokens_RM, length_R, THINK, 0.7, n_buckets)
+    plain = [plain_logp(model, [*CONTEXTS[r // 3], THINK], c, (THINK,), 0.7) for r, c in enumerate(thoughts)]
+    expected_RM = torch.stack([nn.functional.pad(logp, (0, 4 - len(logp))) for logp in plain])
+    assert_close(found_RM, expected_RM, **EXACT)
+    found, expected = (gradients(model, (weight_RM * logp_RM).sum()) for logp_RM in (found_RM, expected_RM))
+    assert_close(found, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_policy_is_a_distribution_over_every_token_but_the_opening_tag(model):
+    b = batch_of([CONTEXTS[0]], [TARGETS[0]])
+    logp_RM = thought_logp(model, b["context_BT"], b["ids_BT"], torch.arange(6)[:, None], torch.ones(6).long(), THINK, 0.7)
+    assert logp_RM[THINK, 0] == -torch.inf
+    assert float(logp_RM.detach().exp().sum()) == pytest.approx(1)
+
+
+# ------------------------------------------------------------------------------------------------------- the objective
+
+
+def objective_of(**changes):
+    settings = {"group_size": 3, "thought_len": 3, "reward_floor": -torch.inf, **changes}
+    return RLP(RLPConfig(**settings), TOKENIZER)
+
+
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+def force(monkeypatch, thoughts):
+    """Let the sampler draw these thoughts, one a row; what follows a thought's end is never looked at."""
+    longest = max(len(c) for c in thoughts)
+    forced_RY = torch.tensor([c + [CLOSE] * (longest - len(c)) for c in thoughts])
+    monkeypatch.setattr(rlp, "sample_thoughts", functools.partial(generate.sample_thoughts, forced_RY=forced_RY))
+
+
+def shift(network, seed=1):
+    """Other weights."""
+    noise = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=noise, dtype=p.dtype))
+
+
+@pytest.mark.parametrize("horizon", [1, 2])
+def test_gain_of_a_thought_equals_plain_passes_over_all_tokens_of_the_horizon(model, monkeypatch, horizon):
+    """log p(targets | context <think> thought </think>) by the model, minus log p(targets | context) by the teacher."""
+    thoughts = [[CLOSE], [0, CLOSE], [2, 1, CLOSE]] * 2
+    force(monkeypatch, thoughts)
+    objective = objective_of(horizon=horizon)
+    objective.start(model)
+    shift(objective.teacher)
+    gain_R = objective.prepare(model, batch_of(horizon=horizon), generator())["gain_R"]
+    for r, thought in enumerate(thoughts):
+        context, target = CONTEXTS[r // 3], TARGETS[r // 3][:horizon]
+        after = plain_logp(model, [*context, THINK, *thought], target, TOKENIZER.tags).sum()
+        before = plain_logp(objective.teacher, context, target, TOKENIZER.tags).sum()
+        assert_close(gain_R[r], after - before, **NEAR)
+
+
+def test_liking_to_open_or_close_thoughts_changes_no_gain(model, monkeypatch):
+    """Both scorers leave the tags out of their softmax: the tags' rows of the output matrix do not matter."""
+    force(monkeypatch, [[0, CLOSE], [CLOSE], [2, 1, CLOSE]] * 2)
+    objective = objective_of()
+    before = objective.prepare(model, batch_of(), generator())["gain_R"]
+    for network in (model, objective.teacher):
+        network.head.weight.data[list(TOKENIZER.tags)] += 3.0
+    assert_close(objective.prepare(model, batch_of(), generator())["gain_R"], before)
+
+
+def test_expected_gradient_over_all_groups_of_real_thoughts_is_exact(model, monkeypatch):
+    """All 17 thoughts of at most two tokens in all 289 groups of two, through `prepare` and `loss`.
+
+    The surrogate is linear in A, so a group is weighed by its probability through its advantages. A thought may end at
+    once: lengths are 1 and 2. Eq. 7 divides by them, so the expected gradient is not -grad E[r] / L (as above, for one
+    common length) but exactly -sum_c pi(c) (r(c) - mu) / |c| grad log pi(c), with mu = E[r].
+    """
+    thoughts = [[CLOSE], [END], *([a, b] for a in range(3) for b in (0, 1, 2, CLOSE, END))]
+    groups = list(itertools.product(range(17), repeat=2))
+    force(monkeypatch, [thoughts[i] for group in groups for i in group])
+    objective = objective_of(group_size=2, thought_len=2)
+    prepared = objective.prepare(model, batch_of([CONTEXTS[0]] * 289, [TARGETS[0]] * 289), generator())
+    probability_N = prepared["old_logp_RM"].sum(1).view(289, 2).sum(1).exp()
+    assert float(probability_N.sum()) == pytest.approx(1, rel=1e-6)
+    prepared["advantage_R"] = prepared["advantage_R"] * probability_N.repeat_interleave(2) / 2
+    loss, _, _ = objective.loss(model, prepared)
+
+    logp_C = torch.stack([plain_logp(model, [*CONTEXTS[0], THINK], c, (THINK,)).sum() for c in thoughts])
+    length_C = torch.tensor([len(c) for c in thoughts])
+    reward_C, policy_C = prepared["gain_R"].view(17, 17, 2)[:, 0, 0].double(), logp_C.detach().exp()
+    assert reward_C.std() > 0.01
+    expected = -(policy_C * (reward_C - policy_C @ reward_C) / length_C * logp_C).sum()
+    assert_close(gradients(model, loss), gradients(model, expected), **NEAR)
+
+
+def test_the_teacher_cancels_in_the_gradient(model):
+    """The same thoughts, rewarded against two different teachers, without a floor."""
+    objective, found = objective_of(thought_len=4), []
+    objective.start(model)
+    for _ in range(2):
+        prepared = objective.prepare(model, batch_of(), generator())
+        found.append((prepared["gain_R"], gradients(model, objective.loss(model, prepared)[0])))
+        shift(objective.teacher)
+    (first_gain_R, first), (second_gain_R, second) = found
+    assert (first_gain_R - second_gain_R).abs().min() > 0.01
+    assert_close(first, second, **NEAR)
+
+
+def test_a_group_of_equal_thoughts_teaches_nothing(model, monkeypatch):
+    """There is no next-token loss: without differences in reward no weight gets a gradient."""
+    force(monkeypatch, [[1, 2, CLOSE]] * 6)
+    objective = objective_of()
+    loss, _, _ = objective.loss(model, objective.prepare(model, batch_of(), generator()))
+    assert all(g.abs().max() < 1e-6 for g in gradients(model, loss).values())
+
+
+def test_teacher_is_the_model_at_the_first_batch_then_follows_every_step_by_tau(model):
+    objective = objective_of(tau=0.75)
+    assert objective.teacher is None
+    shift(model)
+    objective.prepare(model, batch_of(), generator())
+    first = {name: p.clone() for name, p in model.named_parameters()}
+    assert_close(dict(objective.teacher.named_parameters()), first, rtol=0, atol=0)
+    shift(model)
+    objective.after_step(model)
+    expected = {name: 0.75 * first[name] + 0.25 * p for name, p in model.named_parameters()}
+    assert_close(dict(objective.teacher.named_parameters()), expected, **EXACT)
+    assert not any(p.requires_grad for p in objective.teacher.parameters())
+
+
+def test_the_first_inner_update_is_not_clipped_and_a_later_one_is(model):
+    """rho = 1 at the first, even where the clip allows a ten-thousandth; after a large step it is not."""
+    objective = objective_of(inner_epochs=2, temperature=0.7, eps_low=1e-4, eps_high=1e-4)
+    prepared = objective.prepare(model, batch_of(), generator())
+    loss, n_thoughts, first = objective.loss(model, prepared)
+    shift(model)
+    _, _, second = objective.loss(model, prepared)
+    assert (objective.n_updates, n_thoughts) == (2, 6)
+    assert (first["clipped"], float(loss.detach())) == (0, pytest.approx(-float(prepared["advantage_R"].sum()), abs=1e-5))
+    assert second["clipped"] > 0.9
+
+
+@pytest.mark.parametrize(("floor", "advantages"), [(-torch.inf, [-10.0, 10.0]), (-2.0, [-2.0, 2.0])])
+def test_rewards_below_the_floor_are_raised_to_it_and_gains_are_reported_as_they_are(model, monkeypatch, floor, advantages):
+    """Gains (-10, 0): A = 2 (r - mean) = (-10, 10); raised to (-2, 0), A = (-2, 2)."""
+
+    def sampled(*args):
+        thoughts = generate.sample_thoughts(*args)
+        thoughts.logp_target_R = f64(-11.0, -1.0)
+        return thoughts
+
+    monkeypatch.setattr(rlp, "sample_thoughts", sampled)
+    monkeypatch.setattr(rlp, "score_targets", lambda *_: (f64(-1.0), None))
+    objective = objective_of(group_size=2, reward_floor=floor)
+    prepared = objective.prepare(model, batch_of([CONTEXTS[0]], [TARGETS[0]]), generator())
+    assert prepared["gain_R"].tolist() == [-10.0, 0.0]
+    assert prepared["advantage_R"].tolist() == advantages
+
+
+def test_kl_term_pulls_to_the_starting_policy_which_stays(model):
+    """At the first batch it adds nothing; once the model has moved, it adds kl times the estimate against the start."""
+    objective = objective_of(kl=0.5, tau=0.0)
+    prepared = objective.prepare(model, batch_of(), generator())
+    start = {name: p.clone() for name, p in model.named_parameters()}
+    assert_close(prepared["reference_logp_RM"], prepared["old_logp_RM"], **NEAR)
+    shift(model)
+    objective.after_step(model)
+    assert_close(dict(objective.reference.named_parameters()), start, rtol=0, atol=0)
+    expected_R = kl_estimate(objective._logp(model, prepared), prepared["reference_logp_RM"], prepared["length_R"])
+    added = objective.loss(model, prepared)[0] - objective_of(kl=0.0).loss(model, prepared)[0]
+    assert expected_R.min() > 1e-3
+    assert_close(added, 0.5 * expected_R.sum(), **NEAR)

@@ -1,0 +1,429 @@
+"""The loop and the program, on runs of a few steps: resuming, interrupting, refusing, and what a run leaves behind."""
+
+import dataclasses
+import functools
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import paragraphs
+
+import checkpoint
+import generate
+import train
+from config import PRESETS, Config, FitConfig, PretrainConfig, from_dict
+from data import FAMILIES, Corpus, pretrain_batch, rlp_batch
+from rlp import RLP
+
+CPU = torch.device("cpu")
+LEAF = {"mean", "low", "high", "n"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def corpus_read_once(corpus):
+    """Reading the text that ships with Python takes seconds; a user's own text is still read."""
+    load = Corpus.load
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Corpus, "load", staticmethod(lambda config: load(config) if config.path else corpus))
+        yield
+
+
+@pytest.fixture(scope="module")
+def program(cache_dir):
+    """`python train.py --preset smoke --out OUT ...`: the exit code."""
+
+    def run(out, *words):
+        return train.main(["--preset", "smoke", "--data.cache-dir", str(cache_dir), "--out", str(out), *map(str, words)])
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(program, tmp_path_factory):
+    """The folder of a whole RLP run of three steps."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    assert program(out) == 0
+    return out
+
+
+def contents(*folders):
+    """Every file below the folders."""
+    return {p: p.read_bytes() for folder in folders for p in folder.rglob("*") if p.is_file()}
+
+
+def summary_of(run_dir):
+    return json.loads((run_dir / "summary.json").read_text())
+
+
+def metrics_of(run_dir):
+    """The lines of metrics.jsonl without their times."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def weights_of(run_dir):
+    """Bytes of every network in the newest checkpoint."""
+    return {f.name: f.read_bytes() for f in checkpoint.newest(run_dir).path.glob("*.safetensors")}
+
+
+def disturb(monkeypatch, name, at, action):
+    """Call `action` when the batch of step `at` is made."""
+    make = getattr(train, name)
+
+    def made(corpus, config, step):
+        if step == at:
+            action()
+        return make(corpus, config, step)
+
+    monkeypatch.setattr(train, name, made)
+
+
+def press_ctrl_c():
+    signal.raise_signal(signal.SIGINT)
+
+
+def die():
+    raise RuntimeError("killed")
+
+
+# ----------------------------------------------------------------------------------------------------------- schedule
+
+
+@pytest.mark.parametrize(
+    ("step", "rate"),
+    [(0, 0.25), (1, 0.5), (3, 1.0), (5, 1.0), (6, 1.0), (7, 0.75), (8, 0.5), (9, 0.25)],
+)
+def test_schedule_by_hand(step, rate):
+    """Ten steps: four of warm-up, then constant, then over the last four linear to what would be 0 at step 10."""
+    assert train.schedule(step, FitConfig(steps=10, warmup=4, decay=0.4)) == pytest.approx(rate)
+
+
+def test_without_warmup_and_decay_the_rate_is_constant():
+    assert {train.schedule(step, FitConfig(steps=10, warmup=0, decay=0.0)) for step in range(10)} == {1.0}
+
+
+# --------------------------------------------------------------------------------------------------------- the loop
+
+
+def counting_batch(step):
+    """Four rows of 16 tokens that count by row and step, modulo 11: a batch that no version of anything changes."""
+    tokens_BT = (torch.arange(4)[:, None] * 3 + torch.arange(17) * (step + 2)) % 11
+    return {"tokens_BT": tokens_BT[:, :-1], "targets_BT": tokens_BT[:, 1:], "ids_BT": torch.zeros(4, 16, dtype=torch.long)}
+
+
+def pretrain_on_counting(run_dir, dtype=torch.float32, objective=None, **changes):
+    """Eight steps of AdamW on a smoke-sized model of 16 tokens."""
+    settings = dataclasses.replace(PretrainConfig(steps=8, batch=4, warmup=2, lr=1e-2), **changes)
+    run_dir.mkdir(exist_ok=True)
+    model = train.build_model(PRESETS["smoke"], 16, CPU, seed=0).to(dtype)
+    train.fit(model, objective or train.NextToken(), counting_batch, settings, run_dir, 0, {}, "pretrain")
+    return model
+
+
+def test_golden_losses_of_eight_steps(tmp_path):
+    """A change here means that training computes something else than it did: wanted or not, it must be noticed."""
+    pretrain_on_counting(tmp_path)
+    expected = [2.74511, 2.78268, 2.80138, 2.77370, 2.74907, 2.70623, 2.61269, 2.59521]
+    assert [line["loss"] for line in metrics_of(tmp_path)] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_running_a_batch_in_parts_changes_nothing(tmp_path, parts):
+    """In fp64; some targets are -100, so that parts differ in how many they hold."""
+
+    class Uneven(train.NextToken):
+        def loss(self, model, batch):
+            targets_BT = batch["targets_BT"].masked_fill(batch["tokens_BT"] == 3, -100)
+            return super().loss(model, {**batch, "targets_BT": targets_BT})
+
+    whole, divided = (pretrain_on_counting(tmp_path / str(n), torch.float64, Uneven(), accumulate=n) for n in (1, parts))
+    torch.testing.assert_close(whole.state_dict(), divided.state_dict(), rtol=1e-6, atol=1e-9)
+    for first, second in zip(metrics_of(tmp_path / "1"), metrics_of(tmp_path / str(parts)), strict=True):
+        assert first == pytest.approx(second, rel=1e-9)
+
+
+def test_a_non_finite_gradient_stops_the_run_with_the_weights_before_it_saved(tmp_path):
+    """The fourth loss is NaN: what is saved is what three steps alone would have made."""
+
+    class Explodes(train.NextToken):
+        n_calls = 0
+
+        def loss(self, model, batch):
+            self.n_calls += 1
+            loss, count, metrics = super().loss(model, batch)
+            return loss * (float("nan") if self.n_calls == 4 else 1.0), count, metrics
+
+    with pytest.raises(FloatingPointError, match=r"step 3: the gradient is not finite \(loss nan\).*smaller pretrain.lr"):
+        pretrain_on_counting(tmp_path / "stopped", objective=Explodes())
+    pretrain_on_counting(tmp_path / "three", steps=3)
+    assert weights_of(tmp_path / "stopped") == weights_of(tmp_path / "three")
+    assert metrics_of(tmp_path / "stopped") == metrics_of(tmp_path / "three")
+
+
+def fit(mode, corpus, run_dir, make_batch=None, start=None):
+    """Six steps from noise, a checkpoint every two. For RLP with everything that has a state: teacher and reference."""
+    config = PRESETS["smoke"]
+    rlp = dataclasses.replace(config.rlp, kl=0.1, inner_epochs=2, reward_floor=-9.0, lr=1e-2, tau=0.9)
+    config = dataclasses.replace(config, rlp=rlp)
+    settings = dataclasses.replace(getattr(config, mode), steps=6, checkpoint_every=2)
+    model = train.build_model(config, corpus.tokenizer.n_vocab, CPU, seed=1)
+    torch.manual_seed(1)
+    for p in model.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    make = functools.partial(pretrain_batch if mode == "pretrain" else rlp_batch, corpus, config)
+    objective = train.NextToken() if mode == "pretrain" else RLP(config.rlp, corpus.tokenizer)
+    run_dir.mkdir(exist_ok=True)
+
+    def batch_of(step):
+        if make_batch is not None:
+            make_batch(step)
+        return make(step)
+
+    train.fit(model, objective, batch_of, settings, run_dir, 0, {}, mode, start)
+
+
+@pytest.fixture(scope="module", params=["pretrain", "rlp"])
+def uninterrupted(request, corpus, tmp_path_factory):
+    """Mode and folder of a run that nothing disturbed."""
+    run_dir = tmp_path_factory.mktemp(request.param)
+    fit(request.param, corpus, run_dir)
+    return request.param, run_dir
+
+
+@pytest.mark.parametrize(
+    ("action", "error", "saved"),
+    [(press_ctrl_c, KeyboardInterrupt, 4), (die, RuntimeError, 2)],
+    ids=["ctrl-c", "killed"],
+)
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(uninterrupted, corpus, tmp_path, action, error, saved):
+    """Weights of every network, optimizer states and metrics. Ctrl-C in step 3 finishes and saves it; a kill loses it."""
+    mode, expected = uninterrupted
+    with pytest.raises(error):
+        fit(mode, corpus, tmp_path, lambda step: action() if step == 3 else None)
+    start = checkpoint.newest(tmp_path)
+    assert start.meta["step"] == saved
+    fit(mode, corpus, tmp_path, start=start)
+    assert weights_of(tmp_path) == weights_of(expected)
+    assert metrics_of(tmp_path) == metrics_of(expected)
+    states = [checkpoint.newest(run_dir).optimizer() for run_dir in (tmp_path, expected)]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+def test_a_second_ctrl_c_stops_at_once(corpus, tmp_path):
+    """In step 3, whose work is lost; the checkpoint of step 2 stays, and Ctrl-C means again what it meant before."""
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        fit("pretrain", corpus, tmp_path, lambda step: [press_ctrl_c(), press_ctrl_c()] if step == 3 else None)
+    assert checkpoint.newest(tmp_path).meta["step"] == 2
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_such_runs_change_their_weights(uninterrupted):
+    """Else the test above would say little: every network but the reference of RLP moves between the checkpoints."""
+    mode, run_dir = uninterrupted
+    older, newer = ({f.name: f.read_bytes() for f in p.glob("*.safetensors")} for p in sorted(run_dir.glob("checkpoint/*")))
+    same = {name for name in newer if newer[name] == older[name]}
+    assert len(newer) == (1 if mode == "pretrain" else 3)
+    assert same == (set() if mode == "pretrain" else {"reference.safetensors"})
+
+
+def test_a_half_written_line_of_the_log_does_not_stop_a_resumed_run(tmp_path):
+    """A crash may cut the last line anywhere."""
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"step": 1}\n{"step": 2}\n{"ste')
+    train.trim_log(log, 1)
+    assert log.read_text() == '{"step": 1}\n'
+
+
+# -------------------------------------------------------------------------------------------------------- a whole run
+
+
+def test_a_run_leaves_settings_metrics_figures_samples_plots_and_a_checkpoint(finished):
+    names = {p.name for p in finished.iterdir()}
+    plots = {"gain.png", "accuracy.png", "thoughts.png"}
+    assert names == {"config.json", "metrics.jsonl", "summary.json", "samples.txt", "checkpoint"} | plots
+    assert all((finished / plot).read_bytes().startswith(b"\x89PNG") for plot in plots)
+    assert checkpoint.newest(finished).meta["step"] == 3
+    assert [line["step"] for line in metrics_of(finished)] == [1, 2, 3]
+
+
+def test_config_json_holds_the_resolved_settings(finished, cache_dir):
+    saved = json.loads((finished / "config.json").read_text())
+    data = dataclasses.replace(PRESETS["smoke"].data, cache_dir=str(cache_dir))
+    assert from_dict(Config, saved["config"]) == dataclasses.replace(PRESETS["smoke"], data=data, out=str(finished))
+    assert saved["versions"]["torch"] == torch.__version__
+
+
+def test_summary_holds_every_figure_with_its_interval_and_n(finished):
+    summary = summary_of(finished)
+    for reference in ("frozen_base", "ema", "own_no_think", "empty_thought"):
+        assert summary["gain_nats"][reference].keys() == LEAF
+        assert summary["gain_nats"][reference]["n"] == 4 * len(FAMILIES)
+    for kind in ("sampled", "greedy", "no_think"):
+        for family in ("all", *FAMILIES):
+            for who in ("base", "rlp"):
+                leaf = summary["accuracy"][kind][family][who]
+                assert leaf.keys() == LEAF
+                assert leaf["n"] == (4 * len(FAMILIES) if family == "all" else 4)
+                assert leaf["low"] <= leaf["mean"] <= leaf["high"]
+    assert all(summary["loss_nats"]["no_think_text"][who].keys() == LEAF for who in ("base", "rlp"))
+    assert (summary["mode"], summary["preset"], summary["seed"]) == ("rlp", "smoke", 0)
+    assert summary["wall_s"] > 0
+    assert summary["peak_memory_gib"] > 0
+
+
+def test_samples_show_two_thoughts_of_each_model_for_every_family(finished):
+    text = (finished / "samples.txt").read_text()
+    assert all(text.count(f"[{family}]") == 2 for family in FAMILIES)
+    assert text.count(" base: <think>") == text.count(" rlp: <think>") == 2 * len(FAMILIES)
+
+
+def test_a_pretraining_run_leaves_a_plot_of_its_loss_and_the_figures_of_the_base(program, tmp_path):
+    assert program(tmp_path / "run", "--mode", "pretrain") == 0
+    summary = summary_of(tmp_path / "run")
+    assert (tmp_path / "run" / "loss.png").exists()
+    assert summary["accuracy"]["sampled"]["all"]["base"].keys() == LEAF
+    assert summary["loss_nats"]["no_think_text"]["base"]["mean"] > 0
+
+
+def test_a_second_run_takes_the_base_from_the_cache(program, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "train_base", lambda *_: pytest.fail("trained a base again"))
+    assert program(tmp_path / "run", "--rlp.lr", 1e-3) == 0
+    assert summary_of(tmp_path / "run")["base_dir"] == summary_of(finished)["base_dir"]
+
+
+def test_a_base_is_not_reused_after_its_text_has_changed(program, text_file, tmp_path):
+    words = ("--data.path", text_file, "--data.held-out-percent", 25, "--rlp.steps", 0, "--pretrain.steps", 1)
+    assert program(tmp_path / "first", *words) == 0
+    text_file.write_text("".join(paragraphs(20, seed=1)))
+    assert program(tmp_path / "second", *words) == 0
+    assert summary_of(tmp_path / "first")["base_dir"] != summary_of(tmp_path / "second")["base_dir"]
+
+
+def test_init_starts_from_another_runs_weights_and_zero_steps_keep_them(program, finished, tmp_path):
+    assert program(tmp_path / "run", "--init", finished, "--rlp.steps", 0) == 0
+    assert weights_of(tmp_path / "run")["model.safetensors"] == weights_of(finished)["model.safetensors"]
+    assert summary_of(tmp_path / "run")["base_dir"] == str(finished)
+
+
+def test_a_dry_run_prints_settings_and_size_and_writes_nothing(program, finished, cache_dir, tmp_path, capsys):
+    before = contents(cache_dir, tmp_path)
+    assert program(tmp_path / "run", "--dry-run") == 0
+    shown = capsys.readouterr().out
+    assert contents(cache_dir, tmp_path) == before
+    assert '"thought_len": 8' in shown
+    assert f"{summary_of(finished)['parameters']:,} parameters" in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_generate_shows_a_thought_of_a_finished_run(finished, capsys):
+    prompt = "Tens digit of 12 + 34?\nAnswer:"
+    assert generate.main([str(finished), prompt, "--thought-len", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(prompt + "<think>")
+    assert "</think>" in shown
+
+
+# ------------------------------------------------------------------------------------------- interrupted whole runs
+
+
+def test_a_run_stopped_by_ctrl_c_and_resumed_equals_the_uninterrupted_one(program, finished, tmp_path, monkeypatch, capsys):
+    """Ctrl-C in the first of three steps: exit code 130 and where it was saved; then weights and figures are the same."""
+    with monkeypatch.context() as patch:
+        disturb(patch, "rlp_batch", 0, press_ctrl_c)
+        assert program(tmp_path) == 130
+    assert "stopped after step 1; saved in" in capsys.readouterr().out
+    assert program(tmp_path, "--resume") == 0
+    assert weights_of(tmp_path) == weights_of(finished)
+    assert metrics_of(tmp_path) == metrics_of(finished)
+    differing = {k for k, v in summary_of(tmp_path).items() if v != summary_of(finished)[k]}
+    assert differing <= {"wall_s", "peak_memory_gib"}
+
+
+def test_a_base_stopped_by_ctrl_c_is_finished_by_the_next_run(program, finished, tmp_path, monkeypatch):
+    """In a cache of its own. The base is then the one that was never stopped."""
+    words = ("--data.cache-dir", tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        disturb(patch, "pretrain_batch", 1, press_ctrl_c)
+        assert program(tmp_path / "run", *words) == 130
+    (base,) = (tmp_path / "cache").glob("base-*")
+    assert checkpoint.newest(base).meta["step"] == 2
+    assert program(tmp_path / "run", *words) == 0
+    original = Path(summary_of(finished)["base_dir"])
+    assert weights_of(base) == weights_of(original)
+    assert metrics_of(base) == metrics_of(original)
+
+
+def test_a_run_that_explodes_ends_with_1_and_says_what_to_lower(program, tmp_path, capsys):
+    assert program(tmp_path, "--rlp.lr", 1e38, "--rlp.warmup", 0) == 1
+    shown = capsys.readouterr().out
+    assert "the gradient is not finite" in shown
+    assert "rlp.lr or rlp.clip_norm" in shown
+
+
+# ----------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_a_run_folder_in_use_is_refused_and_left_as_it_is(program, finished, capsys):
+    before = contents(finished)
+    assert program(finished) == 2
+    assert f"out ({finished}) already holds a run; add --resume" in capsys.readouterr().out
+    assert contents(finished) == before
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "change"),
+    [
+        ("--seed", 1, "seed was 0, now 1"),
+        ("--rlp.group-size", 2, "rlp.group_size was 4, now 2"),
+        ("--rlp.steps", 9, "rlp.steps was 3, now 9"),
+        ("--model.d-ff", 32, "model.d_ff was 64, now 32"),
+        ("--data.text-share", 0.5, "data.text_share was 0.3, now 0.5"),
+        ("--init", "elsewhere", "now elsewhere"),
+        ("--pretrain.lr", 1.0, "pretrain.lr was 0.003, now 1.0"),
+    ],
+)
+def test_resuming_with_other_settings_is_refused_by_name(program, finished, tmp_path, capsys, option, value, change):
+    """Those of the base too: the figures before RLP would be of a base that the run did not start from."""
+    run_dir = shutil.copytree(finished, tmp_path / "run")
+    assert program(run_dir, "--resume", option, value) == 2
+    assert change in capsys.readouterr().out
+    assert [*contents(run_dir).values()] == [*contents(finished).values()]
+
+
+def test_resuming_with_other_logging_is_allowed(program, finished, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        disturb(patch, "rlp_batch", 0, press_ctrl_c)
+        assert program(tmp_path) == 130
+    assert program(tmp_path, "--resume", "--rlp.log-every", 2, "--rlp.checkpoint-every", 1) == 0
+    assert weights_of(tmp_path) == weights_of(finished)
+
+
+def test_resuming_nothing_is_refused(program, tmp_path, capsys):
+    assert program(tmp_path / "run", "--resume") == 2
+    assert f"resume: {tmp_path / 'run'} holds no checkpoint; leave --resume out to start" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_init_without_a_checkpoint_is_refused(program, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert program(tmp_path / "run", "--init", tmp_path / "empty") == 2
+    assert f"init ({tmp_path / 'empty'}) holds no checkpoint" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["out", "data.cache_dir"])
+def test_a_folder_that_cannot_be_written_is_refused_by_name(program, text_file, tmp_path, capsys, option):
+    """Below a file there is no folder."""
+    blocked = tmp_path / "file" / "folder"
+    blocked.parent.write_text("in the way")
+    words = ("--data.path", text_file, "--data.held-out-percent", 25, "--data.cache-dir", tmp_path / "cache")
+    assert program(tmp_path / "run", *words, f"--{option.replace('_', '-')}", blocked) == 2
+    assert f"{option} ({blocked}) cannot be written to" in capsys.readouterr().out
+
+
+def test_a_model_with_too_few_tokens_is_refused(program, tmp_path, capsys):
+    assert program(tmp_path, "--model.vocab-size", 100) == 2
+    assert "model.vocab_size (100) is smaller than the tokenizer's 512" in capsys.readouterr().out
