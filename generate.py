@@ -18,7 +18,6 @@ from data import Tokenizer
 from kernels import mask_banned, token_logp
 from model import Cache, HybridLM
 
-
 # Where a row stands: sampling; ended without a closing tag, its last token being fed; the tag being fed; scored.
 THINKING, CUT, CLOSING, DONE = range(4)
 

@@ -98,31 +98,33 @@ def ssd_chunked(
         if ids_BT is not None:
             ids_BT = torch.cat([ids_BT, ids_BT[:, -1:].expand(B, pad)], dim=1)
 
+    # l: log decay since the chunk's start. m = l - log dt: the step size of token s rides along in exp(l_q - m_s).
     dt_BCHQ = _wide(dt_BTH).view(B, C, Q, H).transpose(2, 3)
     l_BCHQ = (dt_BCHQ * a_H[:, None]).cumsum(-1)
-    xdt_BCHQP = (x_BTHP * dt_BTH[..., None].to(x_BTHP.dtype)).view(B, C, Q, H, P).transpose(2, 3)
+    m_BCHQ = l_BCHQ - dt_BCHQ.clamp(min=1e-30).log()
+    x_BCHQP = x_BTHP.view(B, C, Q, H, P).transpose(2, 3)
     b_BCKQN = b_BTKN.view(B, C, Q, K, N).transpose(2, 3)
     c_BCKQN = c_BTKN.view(B, C, Q, K, N).transpose(2, 3)
 
-    # Inside a chunk. min(., 0): above the diagonal the difference is positive and exp would overflow before the mask.
-    decay_BCHQQ = torch.exp((l_BCHQ[..., :, None] - l_BCHQ[..., None, :]).clamp(max=0)).tril()
-    to_end_BCHQ = torch.exp(l_BCHQ[..., -1:] - l_BCHQ)
-    from_start_BCHQ = torch.exp(l_BCHQ)
+    # Inside a chunk. Masked before the exp: above the diagonal the difference is positive and would overflow.
+    hidden = torch.ones(Q, Q, dtype=torch.bool, device=x_BTHP.device).triu(1)
+    to_end_BCHQ, from_start_BCHQ = torch.exp(l_BCHQ[..., -1:] - m_BCHQ), torch.exp(l_BCHQ)
     carry_BCH = from_start_BCHQ[..., -1]
     if ids_BT is not None:
         ids_BCQ = ids_BT.view(B, C, Q)
         last_BC = ids_BCQ[..., -1]
         before_BC = torch.cat([ids_BT[:, :1], last_BC[:, :-1]], dim=1)  # the document that a chunk's start state is of
-        decay_BCHQQ = decay_BCHQQ * (ids_BCQ[..., :, None] == ids_BCQ[..., None, :])[:, :, None]
+        hidden = hidden | (ids_BCQ[..., :, None] != ids_BCQ[..., None, :])[:, :, None]
         to_end_BCHQ = to_end_BCHQ * (ids_BCQ == last_BC[..., None])[:, :, None]
         from_start_BCHQ = from_start_BCHQ * (ids_BCQ == before_BC[..., None])[:, :, None]
         carry_BCH = carry_BCH * (last_BC == before_BC)[..., None]
+    decay_BCHQQ = torch.exp((l_BCHQ[..., :, None] - m_BCHQ[..., None, :]).masked_fill(hidden, float("-inf")))
     scores_BCKQQ = c_BCKQN @ b_BCKQN.transpose(-1, -2)
     weights = scores_BCKQQ[:, :, :, None] * decay_BCHQQ.view(B, C, K, R, Q, Q).to(scores_BCKQQ.dtype)
-    y_BCHQP = weights.view(B, C, H, Q, Q) @ xdt_BCHQP
+    y_BCHQP = weights.view(B, C, H, Q, Q) @ x_BCHQP
 
     # Between chunks: what each chunk adds to the state, then the recurrence over chunks, then the read-out.
-    xend_BCHQP = xdt_BCHQP * to_end_BCHQ[..., None].to(x_in.dtype)
+    xend_BCHQP = x_BCHQP * to_end_BCHQ[..., None].to(x_in.dtype)
     xend = xend_BCHQP.reshape(B, C, K, R, Q, P).transpose(-1, -2).reshape(B, C, K, R * P, Q)
     added_BCHPN = _wide(xend @ b_BCKQN).view(B, C, H, P, N)
     state_BHPN = torch.zeros_like(added_BCHPN[:, 0]) if state_BHPN is None else state_BHPN.to(added_BCHPN.dtype)
@@ -133,8 +135,9 @@ def ssd_chunked(
     start = torch.stack(starts, dim=1).view(B, C, K, R * P, N).to(c_BCKQN.dtype)
     read = (c_BCKQN @ start.transpose(-1, -2)).view(B, C, K, Q, R, P).transpose(3, 4).reshape(B, C, H, Q, P)
     y_BCHQP = torch.addcmul(y_BCHQP, read, from_start_BCHQ[..., None].to(read.dtype))
-    y = y_BCHQP.transpose(2, 3).reshape(B, C * Q, H, P)[:, :T]
-    return torch.addcmul(y, x_in, d_H[:, None].to(x_in.dtype)), state_BHPN
+    y = y_BCHQP.transpose(2, 3).reshape(B, C * Q, H * P)[:, :T]
+    d_I = d_H.repeat_interleave(P).to(x_in.dtype)  # one long row: [H, 1] against [H, P] would not be vectorised
+    return torch.addcmul(y, x_in.reshape(B, T, H * P), d_I).view(B, T, H, P), state_BHPN
 
 
 ssd = ssd_chunked
@@ -173,7 +176,6 @@ def causal_conv_reference(
     B, T, E = x_BTE.shape
     W = weight_EW.shape[1]
     ids_BT = torch.zeros(B, T, dtype=torch.long, device=x_BTE.device) if ids_BT is None else ids_BT
-    x_BTE = x_BTE * (ids_BT >= 0)[..., None]
     tail_BXE = x_BTE.new_zeros(B, W - 1, E) if tail_BXE is None else tail_BXE
     x_all = torch.cat([tail_BXE, x_BTE], dim=1)
     ids_all = torch.cat([ids_BT[:, :1].expand(B, W - 1), ids_BT], dim=1)
@@ -181,10 +183,10 @@ def causal_conv_reference(
     for t in range(T):
         y_BE = bias_E.expand(B, E)
         for j in range(W):
-            same_B = ids_all[:, t + j] == ids_BT[:, t]
+            same_B = (ids_all[:, t + j] == ids_BT[:, t]) & (ids_BT[:, t] >= 0)
             y_BE = y_BE + weight_EW[:, j] * x_all[:, t + j] * same_B[:, None]
         rows.append(y_BE)
-    return torch.stack(rows, dim=1), x_all[:, T:] * (ids_all[:, T:] == ids_BT[:, -1:])[..., None]
+    return torch.stack(rows, dim=1), x_all[:, T:] * _kept(ids_all[:, T:], ids_BT)[..., None]
 
 
 def causal_conv(
@@ -193,21 +195,60 @@ def causal_conv(
     """`causal_conv_reference` as W shifted multiply-adds over whole sequences (faster on CPU than F.conv1d)."""
     B, T, E = x_BTE.shape
     W = weight_EW.shape[1]
-    if ids_BT is not None:
-        x_BTE = x_BTE * (ids_BT >= 0)[..., None].to(x_BTE.dtype)
-        ids_all = torch.cat([ids_BT[:, :1].expand(B, W - 1), ids_BT], dim=1)
     tail_BXE = x_BTE.new_zeros(B, W - 1, E) if tail_BXE is None else tail_BXE
-    x_all = torch.cat([tail_BXE, x_BTE], dim=1)
-    y_BTE = torch.addcmul(bias_E, x_BTE, weight_EW[:, -1])
-    for j in range(W - 1):
-        shifted_BTE = x_all[:, j : j + T]
-        if ids_BT is not None:
-            shifted_BTE = shifted_BTE * (ids_all[:, j : j + T] == ids_BT)[..., None].to(x_BTE.dtype)
-        y_BTE = torch.addcmul(y_BTE, shifted_BTE, weight_EW[:, j])
-    tail_BXE = x_all[:, T:]
+    x_BUE, cuts = torch.cat([tail_BXE, x_BTE], dim=1), None
+    tail_BXE = x_BUE[:, T:]
     if ids_BT is not None:
-        tail_BXE = tail_BXE * (ids_all[:, T:] == ids_BT[:, -1:])[..., None].to(x_BTE.dtype)
-    return y_BTE, tail_BXE
+        ids_BU = torch.cat([ids_BT[:, :1].expand(B, W - 1), ids_BT], dim=1)
+        cuts = [((ids_BU[:, j : j + T] != ids_BT) | (ids_BT < 0)).nonzero(as_tuple=True) for j in range(W)]
+        tail_BXE = tail_BXE * _kept(ids_BU[:, T:], ids_BT)[..., None].to(x_BTE.dtype)
+    return ShiftedSum.apply(x_BUE, weight_EW, bias_E, cuts), tail_BXE
+
+
+def _kept(ids_BX: Tensor, ids_BT: Tensor) -> Tensor:
+    """Which of the last W - 1 inputs the next token may read: those of the last token's document, unless it is padding."""
+    return (ids_BX == ids_BT[:, -1:]) & (ids_BX >= 0)
+
+
+class ShiftedSum(torch.autograd.Function):
+    """y_t = bias + sum over j of weight_j x_{t+j}: the convolution, with a backward pass that adds in place.
+
+    Autograd would make a padded copy of the gradient for each of the W taps; this makes one. Two traps of speed: rows of
+    weight_EW are strided, which keeps the multiply-adds from being vectorised; and so would a mask over documents, while
+    boundaries are few: `cuts` lists, for each tap, the (row, token) pairs that it must not reach.
+    """
+
+    @staticmethod
+    def forward(ctx, x_BUE: Tensor, weight_EW: Tensor, bias_E: Tensor, cuts: list[tuple[Tensor, Tensor]] | None) -> Tensor:
+        """U = T + W - 1 inputs give T outputs."""
+        weight_WE = weight_EW.t().contiguous()
+        ctx.save_for_backward(x_BUE, weight_WE)
+        ctx.cuts = cuts
+        T = x_BUE.shape[1] - len(weight_WE) + 1
+        y_BTE = torch.addcmul(bias_E, _cut(x_BUE[:, -T:], cuts, -1), weight_WE[-1])
+        for j in range(len(weight_WE) - 1):
+            y_BTE.addcmul_(_cut(x_BUE[:, j : j + T], cuts, j), weight_WE[j])
+        return y_BTE
+
+    @staticmethod
+    def backward(ctx, grad_BTE: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        """Gradients of the inputs, the weights and the bias."""
+        x_BUE, weight_WE = ctx.saved_tensors
+        T, dx_BUE, dw = grad_BTE.shape[1], torch.zeros_like(x_BUE), []
+        for j in range(len(weight_WE)):
+            tap_BTE = _cut(grad_BTE, ctx.cuts, j)
+            dx_BUE[:, j : j + T].addcmul_(tap_BTE, weight_WE[j])
+            dw.append((tap_BTE * x_BUE[:, j : j + T]).sum(dim=(0, 1)))
+        return dx_BUE, torch.stack(dw, dim=1), grad_BTE.sum(dim=(0, 1)), None
+
+
+def _cut(t_BTE: Tensor, cuts: list[tuple[Tensor, Tensor]] | None, j: int) -> Tensor:
+    """The tensor with zeros where tap j would reach into another document."""
+    if cuts is None or len(cuts[j][0]) == 0:
+        return t_BTE
+    t_BTE = t_BTE.clone()
+    t_BTE[cuts[j]] = 0
+    return t_BTE
 
 
 # -------------------------------------------------------------------------------------------- gated norm, log-probs

@@ -58,8 +58,8 @@ def load(path, tmp_path, **changes) -> Corpus:
 
 def solve_chain(question):
     value = int(re.search(r" = (\d)", question)[1])
-    steps = re.findall(r"(\w) ([+-]) (\d) gives (\w)", question)
-    return list(itertools.accumulate((int(sign + n) for _, sign, n, _ in steps), lambda v, n: (v + n) % 10, initial=value))
+    steps = re.findall(r"\w to \w ([+-]) (\d)\.", question)
+    return list(itertools.accumulate((int(sign + n) for sign, n in steps), lambda v, n: (v + n) % 10, initial=value))
 
 
 def solve_word(question):

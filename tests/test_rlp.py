@@ -327,8 +327,11 @@ def shift(network, seed=1):
 
 @pytest.mark.parametrize("horizon", [1, 2])
 def test_gain_of_a_thought_equals_plain_passes_over_all_tokens_of_the_horizon(model, monkeypatch, horizon):
-    """log p(targets | context <think> thought </think>) by the model, minus log p(targets | context) by the teacher."""
-    thoughts = [[CLOSE], [0, CLOSE], [2, 1, CLOSE]] * 2
+    """log p(targets | context <think> thought </think>) by the model, minus log p(targets | context) by the teacher.
+
+    The second context's thoughts do not close themselves: they are read in full, then closed.
+    """
+    thoughts = [[CLOSE], [0, CLOSE], [2, 1, CLOSE], [2, 1, 0], [0, 2, 2], [1, END]]
     force(monkeypatch, thoughts)
     objective = objective_of(horizon=horizon)
     objective.start(model)
@@ -336,7 +339,8 @@ def test_gain_of_a_thought_equals_plain_passes_over_all_tokens_of_the_horizon(mo
     gain_R = objective.prepare(model, batch_of(horizon=horizon), generator())["gain_R"]
     for r, thought in enumerate(thoughts):
         context, target = CONTEXTS[r // 3], TARGETS[r // 3][:horizon]
-        after = plain_logp(model, [*context, THINK, *thought], target, TOKENIZER.tags).sum()
+        closed = thought if thought[-1] == CLOSE else [*thought, CLOSE]
+        after = plain_logp(model, [*context, THINK, *closed], target, TOKENIZER.tags).sum()
         before = plain_logp(objective.teacher, context, target, TOKENIZER.tags).sum()
         assert_close(gain_R[r], after - before, **NEAR)
 
