@@ -123,5 +123,8 @@ def _problem(path: Path) -> str | None:
 
 
 def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
     with open(file, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+        while block := f.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

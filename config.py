@@ -73,6 +73,12 @@ class ModelConfig:
         require(self.vocab_size >= 0, f"model.vocab_size ({self.vocab_size}) must be positive, or 0 for the tokenizer's")
         _divides("model.n_heads", self.n_heads, "model.n_kv_heads", self.n_kv_heads)
         _divides("model.mamba_heads", self.mamba_heads, "model.mamba_groups", self.mamba_groups)
+        require(self.ffn in ("relu2", "swiglu"), f"model.ffn ({self.ffn!r}) is unknown; choose relu2 or swiglu")
+        require(self.norm_eps > 0, f"model.norm_eps ({self.norm_eps}) must be positive; 1e-5 is usual")
+        require(
+            self.rope_theta >= 0,
+            f"model.rope_theta ({self.rope_theta}) must be positive, or 0 for no positional embedding",
+        )
         if self.rope_theta:
             _divides("model.attn_head_dim", self.attn_head_dim, "the pairs that RoPE turns", 2)
 
@@ -87,7 +93,8 @@ class DataConfig:
     tokenizer: str = "corpus"
     # Size of the vocabulary that "corpus" trains, special tokens included.
     vocab_size: int = 1024
-    # Share of training tokens that is ordinary text; the rest is generated reasoning problems.
+    # Share of training tokens that is ordinary text, the rest being generated reasoning problems; in the first, clean part
+    # of pretraining it is pretrain.clean_text_share instead.
     text_share: float = 0.3
     # Per cent of the documents, and of the problems, in each of the two held-out splits (val and test).
     held_out_percent: int = 5
@@ -112,7 +119,8 @@ class FitConfig:
     steps: int = 1000
     # Sequences a step (contexts, for RLP).
     batch: int = 32
-    # Parts that a step's batch is run in, one after the other; the result is the same.
+    # Parts that a step's batch is run in, one after the other. Next-token prediction gives the same result; RLP samples its
+    # thoughts part by part, so it gets other thoughts.
     accumulate: int = 1
     # Peak learning rate of AdamW.
     lr: float = 3e-3
@@ -153,6 +161,8 @@ class PretrainConfig(FitConfig):
     seq_len: int = 256
     # First share of the steps in which thoughts are worked out; afterwards the mixture below.
     clean_share: float = 0.6
+    # Share of text tokens in the first, clean part (data.text_share afterwards).
+    clean_text_share: float = 0.3
     # Share of problem documents with a thought in the first, clean part.
     clean_think: float = 0.7
     # Share of problem documents with a thought afterwards.
@@ -164,7 +174,7 @@ class PretrainConfig(FitConfig):
         """Raises ValueError for settings that cannot work."""
         self.check_fit("pretrain")
         require(self.seq_len >= 16, f"pretrain.seq_len ({self.seq_len}) must be at least 16")
-        for name in ("clean_share", "clean_think", "think", "worked"):
+        for name in ("clean_share", "clean_text_share", "clean_think", "think", "worked"):
             require(0 <= getattr(self, name) <= 1, f"pretrain.{name} ({getattr(self, name)}) must lie in [0, 1]")
 
 
@@ -279,7 +289,7 @@ class Config:
         return Path(self.out or f"runs/{self.mode}-{self.preset}-seed{self.seed}")
 
     def base_fingerprint(self) -> str:
-        """Key of the base: equal exactly when pretraining would give the same weights."""
+        """Key of the base's settings: equal exactly when pretraining on the same text would give the same weights."""
         d = self.to_dict()
         d["data"].pop("cache_dir")
         for name in ("checkpoint_every", "log_every"):

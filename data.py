@@ -20,6 +20,7 @@ import itertools
 import random
 import re
 import sysconfig
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -290,12 +291,15 @@ class Corpus:
     tokenizer: Tokenizer
     documents: dict[str, list[np.ndarray]]
     held_out_percent: int
+    key: str = ""  # fingerprint of the text and of the settings that it was read with
 
     @staticmethod
     def load(config: DataConfig) -> "Corpus":
         """Read the text, or what an earlier run made of the same text and settings. Raises ValueError for unusable text."""
-        pairs = list(user_documents(Path(config.path)) if config.path else python_documents())
-        named = [(name, text) for name, text in dict.fromkeys(pairs) if text.strip()]
+        first: dict[str, tuple[str, str]] = {}  # a text under two names keeps the first: copies must not land in two splits
+        for name, text in user_documents(Path(config.path)) if config.path else python_documents():
+            first.setdefault(text.strip(), (name, text))
+        named = [pair for stripped, pair in first.items() if stripped]
         n_characters = sum(len(text) for _, text in named)
         require(
             n_characters >= 20_000,
@@ -333,7 +337,7 @@ class Corpus:
         for split in SPLITS:
             ends = np.cumsum(cached[f"{split}_lengths"])
             documents[split] = np.split(cached[f"{split}_tokens"], ends[:-1])
-        return Corpus(tokenizer, documents, config.held_out_percent)
+        return Corpus(tokenizer, documents, config.held_out_percent, key)
 
     def text_window(self, rng: random.Random, split: str, length: int) -> np.ndarray:
         """Up to `length` tokens in a row from one document, documents chosen in proportion to their length."""
@@ -358,18 +362,26 @@ def _tokenizer_texts(named: list[tuple[str, str]], held_out_percent: int) -> lis
 
 
 def _load_arrays(file: Path) -> dict[str, np.ndarray] | None:
-    if not file.exists():
+    """What `_save_arrays` wrote; None if it is missing or damaged, for it can be made again."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile):
         return None
-    with np.load(file, allow_pickle=False) as arrays:
-        return dict(arrays)
 
 
 def _save_arrays(file: Path, arrays: dict[str, np.ndarray]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """Write the file whole or not at all. Raises ValueError if its folder cannot be written to."""
     partial = file.with_suffix(f".{random.randrange(10**9)}.partial")
-    with open(partial, "wb") as f:
-        np.savez(f, **arrays)
-    partial.replace(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as f:
+            np.savez(f, **arrays)
+        partial.replace(file)
+    except OSError as error:
+        raise ValueError(
+            f"data.cache_dir ({file.parent}) cannot be written to: {error.strerror}; choose another --data.cache-dir"
+        ) from error
 
 
 # -------------------------------------------------------------------------------------------------------- batches
@@ -386,16 +398,26 @@ def problem_tokens(tokenizer: Tokenizer, problem: Problem, thought: str | None =
 def pretrain_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
     """Packed documents for next-token prediction: tokens_BT, targets_BT and ids_BT (the document of each token).
 
+    Each document is text if the batch has less text so far than its share of the tokens, else a problem.
     A function of (seed, step) alone. Raises nothing: the settings were checked.
     """
     fit = config.pretrain
+    clean = step < fit.clean_share * fit.steps
+    share = fit.clean_text_share if clean else config.data.text_share
+    n_text = n_all = 0
     rng = random.Random(f"pretrain-{config.seed}-{step}")
     tokens_BT = np.zeros((fit.batch, fit.seq_len + 1), dtype=np.int64)
     ids_BT = np.zeros((fit.batch, fit.seq_len + 1), dtype=np.int64)
     for row in range(fit.batch):
         n, i = 0, 0
         while n <= fit.seq_len:
-            document = _pretrain_document(corpus, config, step, rng)[: fit.seq_len + 1 - n]
+            is_text = n_text < share * (n_all + 1)  # with the token to come: a share of 1 begins with text
+            if is_text:
+                document = corpus.text_window(rng, "train", fit.seq_len)
+            else:
+                document = _problem_document(corpus, fit, clean, rng)
+            document = document[: fit.seq_len + 1 - n]
+            n_text, n_all = n_text + is_text * len(document), n_all + len(document)
             tokens_BT[row, n : n + len(document)] = document
             ids_BT[row, n : n + len(document)] = i
             n, i = n + len(document), i + 1
@@ -405,15 +427,9 @@ def pretrain_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tenso
     return {"tokens_BT": tokens_BT[:, :-1], "targets_BT": targets_BT, "ids_BT": ids_BT[:, :-1]}
 
 
-def _pretrain_document(corpus: Corpus, config: Config, step: int, rng: random.Random) -> list[int]:
-    """A window of text, or a problem, with or without a thought."""
-    fit: PretrainConfig = config.pretrain
-    # A text window is about three problems long: choose by tokens, not by documents.
-    share = config.data.text_share
-    if rng.random() < share / (share + 3 * (1 - share)):
-        return corpus.text_window(rng, "train", fit.seq_len).tolist()
+def _problem_document(corpus: Corpus, fit: PretrainConfig, clean: bool, rng: random.Random) -> list[int]:
+    """A problem, with or without a thought, which is always worked out in the clean part."""
     problem = draw_problem(rng, "train", corpus.held_out_percent)
-    clean = step < fit.clean_share * fit.steps
     thought = None
     if rng.random() < (fit.clean_think if clean else fit.think):
         thought = thought_for(problem, rng, 1.0 if clean else fit.worked)
@@ -439,17 +455,21 @@ def problem_position(corpus: Corpus, fit: RLPConfig, rng: random.Random) -> tupl
     problem = draw_problem(rng, "train", corpus.held_out_percent)
     prompt, answer = problem_tokens(corpus.tokenizer, problem)
     document = prompt + answer
-    t = len(prompt) if fit.positions == "answer" else rng.randrange(1, len(document) - fit.horizon + 1)
+    t = len(prompt) if fit.positions == "answer" else _random_position(document, fit.horizon, rng)
     return document[:t], document[t : t + fit.horizon]
 
 
 def text_position(corpus: Corpus, fit: RLPConfig, split: str, rng: random.Random) -> tuple[list[int], list[int]]:
     """Context and following tokens at a uniformly random position of a text window."""
-    document: list[int] = []
-    while len(document) <= fit.horizon:
-        document = corpus.text_window(rng, split, fit.context_len + fit.horizon).tolist()
-    t = rng.randrange(1, len(document) - fit.horizon + 1)
+    document = corpus.text_window(rng, split, fit.context_len + fit.horizon).tolist()
+    t = _random_position(document, fit.horizon, rng)
     return document[:t], document[t : t + fit.horizon]
+
+
+def _random_position(document: list[int], horizon: int, rng: random.Random) -> int:
+    """Uniform over the positions that `horizon` tokens follow; over all from 1 on if the document is too short for any."""
+    n_after = horizon if horizon < len(document) else 1
+    return rng.randrange(1, len(document) - n_after + 1)
 
 
 def collate_contexts(

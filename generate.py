@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from config import require
 from data import Tokenizer
 from kernels import mask_banned, token_logp
 from model import Cache, HybridLM
@@ -186,7 +187,7 @@ def continue_greedily(model: HybridLM, tokens_BT: Tensor, tokenizer: Tokenizer, 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`python generate.py RUN PROMPT`: a thought and an answer. Returns 0, or 2 for a folder that is no run."""
+    """`python generate.py RUN PROMPT`: a thought and an answer. Returns 0, or 2 for an empty prompt or no run."""
     import tyro
 
     from train import load_run
@@ -207,6 +208,7 @@ def main(argv: list[str] | None = None) -> int:
             seed: Of the sampling.
             thought_len: Longest thought, in tokens.
         """
+        require(prompt, f"prompt ({prompt!r}) is empty, and a thought needs at least one token before it; give some text")
         model, corpus, _ = load_run(run)
         print(prompt + show_thoughts(model, corpus.tokenizer, [prompt], thought_len, temperature, seed)[0])
 

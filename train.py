@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
@@ -40,7 +41,6 @@ from model import HybridLM, count_parameters
 from rlp import RLP
 
 console = Console(highlight=False)
-MAKE_BATCH = {"pretrain": pretrain_batch, "rlp": rlp_batch}
 
 
 class NextToken:
@@ -214,9 +214,10 @@ def restore(start: checkpoint.Checkpoint, model: HybridLM, objective: NextToken 
 
 
 def trim_log(file: Path, step: int) -> None:
-    """Drop the lines of metrics.jsonl that a resumed run will write again."""
+    """Drop the lines of metrics.jsonl that a resumed run will write again, and a last one that a crash cut short."""
     if file.exists():
-        kept = [line for line in file.read_text().splitlines() if line and json.loads(line)["step"] <= step]
+        whole = file.read_text().split("\n")[:-1]
+        kept = [line for line in whole if json.loads(line)["step"] <= step]
         file.write_text("".join(line + "\n" for line in kept))
 
 
@@ -261,10 +262,11 @@ def base_weights(config: Config, corpus: Corpus, model: HybridLM) -> Path:
         found = checkpoint.newest(folder) if folder.is_dir() else None
         require(found, f"init ({config.init}) holds no checkpoint; give the run folder of an earlier run")
     else:
-        folder = Path(config.data.cache_dir) / f"base-{config.base_fingerprint()}"
+        key = fingerprint([config.base_fingerprint(), corpus.key])
+        folder = Path(config.data.cache_dir) / f"base-{key}"
         found = checkpoint.newest(folder) if folder.exists() else None
         if found is None or found.meta["step"] < config.pretrain.steps:
-            console.print(f"training the base once; it is kept in {folder}")
+            console.print(f"training the base once; it is kept in {escape(str(folder))}")
             train_base(dataclasses.replace(config, mode="pretrain", out=str(folder)), corpus, model, found)
             found = checkpoint.newest(folder)
     warn(found.warning)
@@ -292,7 +294,8 @@ def run(config: Config) -> dict:
     corpus = Corpus.load(config.data)
     model = build_model(config, corpus.tokenizer.n_vocab, device, config.seed)
     console.print(
-        f"{config.mode}: {count_parameters(model):,} parameters, {config.model.pattern}, on {device}; results in {run_dir}"
+        f"{config.mode}: {count_parameters(model):,} parameters, {config.model.pattern}, on {device}; "
+        f"results in {escape(str(run_dir))}"
     )
     if config.mode == "pretrain":
         train_base(config, corpus, model, start)
@@ -321,13 +324,12 @@ def run(config: Config) -> dict:
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     report.plot_run(run_dir)
     report.print_summary(summary, console)
-    console.print(f"wrote {run_dir}/summary.json, metrics.jsonl, samples.txt, checkpoint/ and plots")
+    console.print(f"wrote {escape(str(run_dir))}/summary.json, metrics.jsonl, samples.txt, checkpoint/ and plots")
     return summary
 
 
 def evaluate_base(model: HybridLM, corpus: Corpus, config: Config) -> dict:
     """Held-out figures of a pretrained model."""
-    model.eval()
     problems = evals.evaluate_problems(model, None, None, corpus, config)
     text = evals.text_losses(model, corpus, config)
     return {
@@ -407,16 +409,18 @@ def resume_point(config: Config, run_dir: Path) -> checkpoint.Checkpoint | None:
 
 
 def run_meta(config: Config) -> dict:
-    """What a checkpoint says of its run: the settings that a resumed run must share, flat, and the versions."""
+    """What a checkpoint says of its run: the settings that a resumed run must share, flat, and the versions.
+
+    Those of pretraining are among them unless the weights came from `init`: the run's base was made with them.
+    """
+    groups = ["model", "data", config.mode] + ([] if config.init else ["pretrain"])
+    free = ("cache_dir", "checkpoint_every", "log_every")
     flat = {}
     for name, value in json.loads(json.dumps(config.to_dict())).items():
-        if isinstance(value, dict):
-            if name in ("model", "data", config.mode):
-                flat |= {f"{name}.{k}": v for k, v in value.items()}
+        if name in groups:
+            flat |= {f"{name}.{k}": v for k, v in value.items() if k not in free}
         elif name in ("mode", "seed", "init"):
             flat[name] = value
-    for free in ("data.cache_dir", f"{config.mode}.checkpoint_every", f"{config.mode}.log_every"):
-        flat.pop(free)
     return {"config": flat, "versions": versions()}
 
 
@@ -466,7 +470,7 @@ def versions() -> dict[str, str]:
 def warn(message: str) -> None:
     """Print a warning, if there is one."""
     if message:
-        console.print(f"[yellow]warning:[/yellow] {message}")
+        console.print(f"[yellow]warning:[/yellow] {escape(message)}")
 
 
 def parse(argv: list[str]) -> Config:
@@ -497,10 +501,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(parse(sys.argv[1:] if argv is None else argv))
     except ValueError as error:
-        console.print(f"[red]error:[/red] {error}", soft_wrap=True)
+        console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         return 2
     except (KeyboardInterrupt, FloatingPointError) as stop:
-        console.print(f"[yellow]{stop or 'stopped'}[/yellow]", soft_wrap=True)
+        console.print(f"[yellow]{escape(str(stop)) or 'stopped'}[/yellow]", soft_wrap=True)
         return 130 if isinstance(stop, KeyboardInterrupt) else 1
     return 0
 

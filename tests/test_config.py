@@ -37,6 +37,9 @@ REFUSED = [  # setting, value, the rule that the message must give
     ("model__pattern", "--", r"no M and no \*, so no token would see another"),
     *((f"model__{name}", 0, "must be at least 1") for name in SIZES.split()),
     ("model__vocab_size", -1, "must be positive, or 0 for the tokenizer's"),
+    ("model__ffn", "gelu", "is unknown; choose relu2 or swiglu"),
+    ("model__norm_eps", 0.0, "must be positive"),
+    ("model__rope_theta", -1.0, "must be positive, or 0 for no positional embedding"),
     ("data__vocab_size", 299, "must be at least 300"),
     ("data__text_share", -0.1, r"must lie in \[0, 1\]"),
     ("data__text_share", 1.1, r"must lie in \[0, 1\]"),
@@ -61,7 +64,11 @@ REFUSED = [  # setting, value, the rule that the message must give
         ]
     ),
     ("pretrain__seq_len", 15, "must be at least 16"),
-    *((f"pretrain__{name}", 1.5, r"must lie in \[0, 1\]") for name in ("clean_share", "clean_think", "think", "worked")),
+    *(
+        (f"pretrain__{name}", value, r"must lie in \[0, 1\]")
+        for name in ("clean_share", "clean_text_share", "clean_think", "think", "worked")
+        for value in (-0.1, 1.5)
+    ),
     ("rlp__group_size", 1, "must be at least 2: advantages compare the thoughts of a group"),
     ("rlp__thought_len", 0, "must be at least 1: the closing tag is a token of the thought"),
     ("rlp__horizon", 0, "must be at least 1"),
@@ -114,7 +121,7 @@ def test_presets_are_accepted(preset):
         {"rlp__steps": 0},
         {"rlp__reward_floor": float("-inf")},
         {"rlp__thought_len": 1, "rlp__group_size": 2},
-        {"data__held_out_percent": 25, "data__text_share": 1.0},
+        {"data__held_out_percent": 25, "data__text_share": 1.0, "pretrain__clean_text_share": 0.0},
         {"rlp__batch": 12, "rlp__accumulate": 4},
     ],
     ids=str,

@@ -189,10 +189,10 @@ def test_expected_gradient_over_all_groups_is_that_of_the_expected_reward(G):
     1/|c| of eq. 7 makes the expected gradient of the surrogate -grad E[r] / L, exactly.
     """
     first_V, second_VV = (random_logp(*shape, seed=len(shape)).requires_grad_() for shape in ((3,), (3, 3)))
-    thoughts = torch.tensor(list(itertools.product(range(3), repeat=2)))
+    thoughts_CM = torch.tensor(list(itertools.product(range(3), repeat=2)))
     reward_C = random_logp(9, seed=3)
-    logp_CM = torch.stack([first_V.log_softmax(-1)[thoughts[:, 0]],
-                           second_VV.log_softmax(-1)[thoughts[:, 0], thoughts[:, 1]]], dim=1)  # fmt: skip
+    logp_CM = torch.stack([first_V.log_softmax(-1)[thoughts_CM[:, 0]],
+                           second_VV.log_softmax(-1)[thoughts_CM[:, 0], thoughts_CM[:, 1]]], dim=1)  # fmt: skip
     policy_C = logp_CM.sum(1).exp()
     exact = torch.autograd.grad(policy_C @ reward_C, (first_V, second_VV), retain_graph=True)
 

@@ -163,7 +163,7 @@ def test_a_non_finite_gradient_stops_the_run_with_the_weights_before_it_saved(tm
     assert metrics_of(tmp_path / "stopped") == metrics_of(tmp_path / "three")
 
 
-def fit(mode, corpus, run_dir, make_batch=None, start=None):
+def fit(mode, corpus, run_dir, before_step=None, start=None):
     """Six steps from noise, a checkpoint every two. For RLP with everything that has a state: teacher and reference."""
     config = PRESETS["smoke"]
     rlp = dataclasses.replace(config.rlp, kl=0.1, inner_epochs=2, reward_floor=-9.0, lr=1e-2, tau=0.9)
@@ -178,8 +178,8 @@ def fit(mode, corpus, run_dir, make_batch=None, start=None):
     run_dir.mkdir(exist_ok=True)
 
     def batch_of(step):
-        if make_batch is not None:
-            make_batch(step)
+        if before_step is not None:
+            before_step(step)
         return make(step)
 
     train.fit(model, objective, batch_of, settings, run_dir, 0, {}, mode, start)
@@ -327,6 +327,16 @@ def test_generate_shows_a_thought_of_a_finished_run(finished, capsys):
     assert "</think>" in shown
 
 
+def test_generate_refuses_an_empty_prompt(finished, capsys):
+    assert generate.main([str(finished), ""]) == 2
+    assert "error: prompt ('') is empty" in capsys.readouterr().err
+
+
+def test_square_brackets_in_a_message_are_printed_as_they_are(capsys):
+    train.warn("runs/a[b] is damaged")
+    assert "warning: runs/a[b] is damaged" in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------------------------------- interrupted whole runs
 
 
@@ -394,11 +404,12 @@ def test_resuming_with_other_settings_is_refused_by_name(program, finished, tmp_
     assert [*contents(run_dir).values()] == [*contents(finished).values()]
 
 
-def test_resuming_with_other_logging_is_allowed(program, finished, tmp_path, monkeypatch):
+def test_resuming_with_other_logging_and_measuring_is_allowed(program, finished, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         disturb(patch, "rlp_batch", 0, press_ctrl_c)
         assert program(tmp_path) == 130
-    assert program(tmp_path, "--resume", "--rlp.log-every", 2, "--rlp.checkpoint-every", 1) == 0
+    free = ("--rlp.log-every", 2, "--rlp.checkpoint-every", 1, "--pretrain.log-every", 2, "--eval.text-positions", 6)
+    assert program(tmp_path, "--resume", *free) == 0
     assert weights_of(tmp_path) == weights_of(finished)
 
 
