@@ -18,7 +18,7 @@ class ModelConfig:
     """Shape of the hybrid model."""
 
     # Layers in order: M Mamba-2, * attention, - feed-forward.
-    pattern: str = "M-M*-M-M*-"
+    pattern: str = "M*-M*-"
     # Rows of the embedding; 0 means as many as the tokenizer has.
     vocab_size: int = 0
     # Width of the residual stream.
@@ -159,22 +159,27 @@ class PretrainConfig(FitConfig):
 
     # Tokens of a packed training sequence.
     seq_len: int = 256
-    # First share of the steps in which thoughts are worked out; afterwards the mixture below.
-    clean_share: float = 0.6
-    # Share of text tokens in the first, clean part (data.text_share afterwards).
+    # First share of the steps in which the families enter one by one, look-up first, always worked out and without text:
+    # in-context look-up forms within 0.4 M tokens alone, and not within 2 M in the whole mixture.
+    intro_share: float = 0.32
+    # Share of the steps after which thoughts are no longer always worked out: the mixture below follows.
+    clean_share: float = 0.65
+    # Share of text tokens in the clean part between the two (data.text_share afterwards).
     clean_text_share: float = 0.3
-    # Share of problem documents with a thought in the first, clean part.
-    clean_think: float = 0.7
+    # Share of problem documents with a thought in the clean part.
+    clean_think: float = 0.85
     # Share of problem documents with a thought afterwards.
     think: float = 0.4
     # Of those thoughts, the share that is worked out; the others stop half-way or are filler.
     worked: float = 0.35
+    # Share of text windows with a filler thought at a random place afterwards: text can go on after a thought.
+    text_think: float = 0.4
 
     def check(self) -> None:
         """Raises ValueError for settings that cannot work."""
         self.check_fit("pretrain")
         require(self.seq_len >= 16, f"pretrain.seq_len ({self.seq_len}) must be at least 16")
-        for name in ("clean_share", "clean_text_share", "clean_think", "think", "worked"):
+        for name in ("intro_share", "clean_share", "clean_text_share", "clean_think", "think", "worked", "text_think"):
             require(0 <= getattr(self, name) <= 1, f"pretrain.{name} ({getattr(self, name)}) must lie in [0, 1]")
 
 
@@ -195,8 +200,8 @@ class RLPConfig(FitConfig):
     thought_len: int = 40
     # Observed tokens that the reward looks at after a thought; the paper uses 1.
     horizon: int = 1
-    # Sampling temperature of thoughts; the paper uses 0.7.
-    temperature: float = 1.0
+    # Sampling temperature of thoughts, in training and in evaluation; the paper's.
+    temperature: float = 0.7
     # Lower clip of the likelihood ratio: 1 - eps_low.
     eps_low: float = 0.2
     # Upper clip of the likelihood ratio: 1 + eps_high.
@@ -304,8 +309,8 @@ class Config:
 PRESETS: dict[str, Config] = {
     # The main job: two CPU cores, about 12 minutes, see README for what it reaches.
     "cpu": Config(
-        pretrain=PretrainConfig(steps=1500, batch=32, lr=3e-3, muon_lr=0.02, decay=0.3),
-        rlp=RLPConfig(steps=200, batch=32, lr=3e-4),
+        pretrain=PretrainConfig(steps=3000, batch=8, lr=3e-3, muon_lr=0.02, decay=0.4, checkpoint_every=500),
+        rlp=RLPConfig(steps=150, batch=32, lr=2e-4, decay=0.5),
     ),
     # Seconds instead of minutes: every part runs, nothing is learned. For tests and for a first look at the code.
     "smoke": Config(

@@ -31,7 +31,7 @@ import tiktoken
 import torch
 from torch import Tensor
 
-from config import Config, DataConfig, PretrainConfig, RLPConfig, fingerprint, require
+from config import Config, DataConfig, RLPConfig, fingerprint, require
 
 END, THINK, CLOSE = "<|endoftext|>", "<think>", "</think>"
 # A word, a digit or a run of signs, each with at most one space before it: digits stay single, so sums can be learned.
@@ -124,9 +124,9 @@ def sum_problem(rng: random.Random) -> Problem:
 
 
 FAMILIES: dict[str, Callable[[random.Random], Problem]] = {
+    "lookup": lookup_problem,
     "chain": chain_problem,
     "word": word_problem,
-    "lookup": lookup_problem,
     "sum": sum_problem,
 }
 FILLER = (
@@ -163,6 +163,11 @@ def thought_for(problem: Problem, rng: random.Random, worked: float) -> str:
         return problem.thought
     if rng.random() < 0.5:
         return "".join(problem.steps[: rng.randint(1, len(problem.steps) - 1)])
+    return filler(rng)
+
+
+def filler(rng: random.Random) -> str:
+    """A thought that helps nobody."""
     return "".join(rng.sample(FILLER, rng.randint(1, 2)))
 
 
@@ -305,14 +310,16 @@ class Corpus:
             n_characters >= 20_000,
             f"data.path ({config.path}) holds {n_characters} characters; at least 20000 are needed to train and hold out",
         )
-        key = fingerprint([named, config.tokenizer, config.vocab_size, config.held_out_percent, TOKEN_PATTERN])
+        examples = _example_problems(config.held_out_percent)
+        key = fingerprint([named, examples, config.tokenizer, config.vocab_size, config.held_out_percent, TOKEN_PATTERN])
         file = Path(config.cache_dir) / f"corpus-{key}.npz"
         cached = _load_arrays(file)
         if config.tokenizer != "corpus":
             tokenizer = named_tokenizer(config.tokenizer)
         else:
             if cached is None:
-                ranks = train_tokenizer(_tokenizer_texts(named, config.held_out_percent), config.vocab_size)
+                train_texts = [text for name, text in named if split_of(name, config.held_out_percent) == "train"]
+                ranks = train_tokenizer(train_texts + examples, config.vocab_size)
             else:
                 ranks = dict(zip(cached["ranks"].tolist(), range(len(cached["ranks"])), strict=True))
             merges = {bytes.fromhex(k): rank for k, rank in ranks.items()}
@@ -353,12 +360,11 @@ class Corpus:
         return self._cumulative[split]
 
 
-def _tokenizer_texts(named: list[tuple[str, str]], held_out_percent: int) -> list[str]:
-    """Training documents, and enough problems for their words to become tokens."""
+def _example_problems(held_out_percent: int) -> list[str]:
+    """Enough training problems for their words to become tokens."""
     rng = random.Random("tokenizer")
-    texts = [text for name, text in named if split_of(name, held_out_percent) == "train"]
     problems = [draw_problem(rng, "train", held_out_percent) for _ in range(8000)]
-    return texts + [p.prompt + p.thought + p.answer for p in problems] + list(FILLER) * 200
+    return [p.prompt + p.thought + p.answer for p in problems] + list(FILLER) * 200
 
 
 def _load_arrays(file: Path) -> dict[str, np.ndarray] | None:
@@ -387,11 +393,16 @@ def _save_arrays(file: Path, arrays: dict[str, np.ndarray]) -> None:
 # -------------------------------------------------------------------------------------------------------- batches
 
 
+def with_thought(tokenizer: Tokenizer, document: list[int], thought: str, t: int) -> list[int]:
+    """The document with a thought, between its tags, before token t."""
+    return [*document[:t], tokenizer.think, *tokenizer.encode(thought), tokenizer.close, *document[t:]]
+
+
 def problem_tokens(tokenizer: Tokenizer, problem: Problem, thought: str | None = None) -> tuple[list[int], list[int]]:
     """Token ids of the prompt (with the thought between its tags, if there is one) and of the answer with END."""
     prompt = tokenizer.encode(problem.prompt)
     if thought is not None:
-        prompt += [tokenizer.think, *tokenizer.encode(thought), tokenizer.close]
+        prompt = with_thought(tokenizer, prompt, thought, len(prompt))
     return prompt, [*tokenizer.encode(problem.answer), tokenizer.end]
 
 
@@ -402,8 +413,12 @@ def pretrain_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tenso
     A function of (seed, step) alone. Raises nothing: the settings were checked.
     """
     fit = config.pretrain
-    clean = step < fit.clean_share * fit.steps
-    share = fit.clean_text_share if clean else config.data.text_share
+    intro, clean = step < fit.intro_share * fit.steps, step < fit.clean_share * fit.steps
+    share = 0.0 if intro else fit.clean_text_share if clean else config.data.text_share
+    families = list(FAMILIES)
+    if intro:
+        families = families[: 1 + int(len(families) * step / (fit.intro_share * fit.steps))]
+    think, worked = (1.0, 1.0) if intro else (fit.clean_think, 1.0) if clean else (fit.think, fit.worked)
     n_text = n_all = 0
     rng = random.Random(f"pretrain-{config.seed}-{step}")
     tokens_BT = np.zeros((fit.batch, fit.seq_len + 1), dtype=np.int64)
@@ -413,9 +428,14 @@ def pretrain_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tenso
         while n <= fit.seq_len:
             is_text = n_text < share * (n_all + 1)  # with the token to come: a share of 1 begins with text
             if is_text:
-                document = corpus.text_window(rng, "train", fit.seq_len)
+                document = corpus.text_window(rng, "train", fit.seq_len).tolist()
+                if not clean and rng.random() < fit.text_think:
+                    document = with_thought(corpus.tokenizer, document, filler(rng), rng.randrange(1, len(document) + 1))
             else:
-                document = _problem_document(corpus, fit, clean, rng)
+                problem = draw_problem(rng, "train", corpus.held_out_percent, rng.choice(families))
+                thought = thought_for(problem, rng, worked) if rng.random() < think else None
+                prompt, answer = problem_tokens(corpus.tokenizer, problem, thought)
+                document = prompt + answer
             document = document[: fit.seq_len + 1 - n]
             n_text, n_all = n_text + is_text * len(document), n_all + len(document)
             tokens_BT[row, n : n + len(document)] = document
@@ -425,16 +445,6 @@ def pretrain_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tenso
     same = ids_BT[:, 1:] == ids_BT[:, :-1]
     targets_BT = tokens_BT[:, 1:].masked_fill(~same, -100)
     return {"tokens_BT": tokens_BT[:, :-1], "targets_BT": targets_BT, "ids_BT": ids_BT[:, :-1]}
-
-
-def _problem_document(corpus: Corpus, fit: PretrainConfig, clean: bool, rng: random.Random) -> list[int]:
-    """A problem, with or without a thought, which is always worked out in the clean part."""
-    problem = draw_problem(rng, "train", corpus.held_out_percent)
-    thought = None
-    if rng.random() < (fit.clean_think if clean else fit.think):
-        thought = thought_for(problem, rng, 1.0 if clean else fit.worked)
-    prompt, answer = problem_tokens(corpus.tokenizer, problem, thought)
-    return prompt + answer
 
 
 def rlp_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:

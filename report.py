@@ -1,6 +1,7 @@
 """What a person sees: plots and tables, made from results and never by hand.
 
-    python report.py            rewrite the tables and figures of README.md from results/
+    python report.py                          rewrite the tables and figures of README.md from results/
+    python report.py runs/rlp-cpu-seed0       take a run into results/ first
 
 `plot_run` and `print_summary` serve train.py at the end of each run. A table in README.md stands between the lines
 `<!-- table NAME -->` and `<!-- end -->`; a test compares what stands there with what this file would write.
@@ -8,6 +9,7 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -138,10 +140,15 @@ def main_table(summaries: list[dict]) -> str:
         ("the same for the base's own thoughts", lambda s: cell(s["text_positions"]["base"]["gain_nats"]["frozen_base"])),
         ("thought length in tokens, base → RLP", lambda s: " → ".join(
             f"{s['thought_tokens']['all'][w]['mean']:.1f}" for w in ("base", "rlp"))),
-        ("time, peak memory", lambda s: f"{s['wall_s'] / 60:.1f} min, {s['peak_memory_gib']:.1f} GiB"),
+        ("time with the base, peak memory", lambda s: f"{total_minutes(s):.1f} min, {s['peak_memory_gib']:.1f} GiB"),
     ]  # fmt: skip
     head = ["n = " + str(summaries[0]["gain_nats"]["frozen_base"]["n"]), *(f"seed {s['seed']}" for s in summaries)]
     return markdown([head, *[[name, *(f(s) for s in summaries)] for name, f in rows]])
+
+
+def total_minutes(summary: dict) -> float:
+    """Minutes of the whole job: of the run, and of the base's training where the run found it in the cache."""
+    return (summary["wall_s"] + summary["base_train_s"] * summary["base_was_cached"]) / 60
 
 
 def markdown(rows: list[list[str]]) -> str:
@@ -156,27 +163,44 @@ def load_results(folder: Path, prefix: str) -> list[dict]:
     return sorted(found, key=lambda s: s["seed"])
 
 
+def samples(file: Path) -> str:
+    """README: the first problem of each family in a run's samples.txt, with a thought before and after."""
+    blocks = re.split(r"(?m)^(?=\[)", file.read_text())
+    first = {block.split("]")[0]: block for block in reversed(blocks) if block.startswith("[")}
+    return "```text\n" + "".join(first[name] for name in sorted(first)) + "```"
+
+
+def collect(run_dir: Path, folder: Path) -> None:
+    """Copy what results/ keeps of a run: NAME.json from its summary, NAME.txt from its samples."""
+    folder.mkdir(exist_ok=True)
+    shutil.copyfile(run_dir / "summary.json", folder / f"{run_dir.name}.json")
+    shutil.copyfile(run_dir / "samples.txt", folder / f"{run_dir.name}.txt")
+
+
 def tables(folder: Path) -> dict[str, str]:
-    """Every table of README.md by its name; `Not run` where results/ has nothing for it."""
+    """Every generated part of README.md by its name; `Not run.` where results/ has nothing for it."""
     out = {}
     for name in ("rlp-cpu", "rlp-cpu-random"):
         summaries = load_results(folder, name)
         out[name] = main_table(summaries) if summaries else "Not run."
+    shown = folder / "rlp-cpu-seed0.txt"
+    out["samples"] = samples(shown) if shown.exists() else "Not run."
     return out
 
 
 def fill(text: str, made: dict[str, str]) -> str:
-    """The text with every named table replaced."""
-    for name, table in made.items():
-        text = re.sub(
-            rf"(<!-- table {name} -->\n).*?(<!-- end -->)", lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.S
-        )
+    """The text with every generated part replaced."""
+    for name, made_text in made.items():
+        pattern = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
+        text = re.sub(pattern, lambda m, t=made_text: f"{m[1]}{t}\n{m[2]}", text, flags=re.S)
     return text
 
 
-def main() -> int:
-    """Rewrite README.md and docs/*.png from results/."""
+def main(argv: list[str]) -> int:
+    """Collect the runs named, then rewrite README.md and results/accuracy.png from results/."""
     here = Path(__file__).parent
+    for run_dir in argv:
+        collect(Path(run_dir), here / "results")
     readme = here / "README.md"
     readme.write_text(fill(readme.read_text(), tables(here / "results")))
     summaries = load_results(here / "results", "rlp-cpu")
@@ -186,4 +210,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -112,8 +112,8 @@ def fit(
         open(run_dir / "metrics.jsonl", "a") as log,
     ):
         task = progress.add_task(label, total=settings.steps, completed=step, note="")
+        began = time.perf_counter()
         while step < settings.steps:
-            began = time.perf_counter()
             generator = torch.Generator(device).manual_seed(int(fingerprint([seed, step, label]), 16))
             batch = {k: v.to(device, non_blocking=True) for k, v in make_batch(step).items()}
             parts = [objective.prepare(model, part, generator) for part in split_batch(batch, settings.accumulate)]
@@ -129,6 +129,7 @@ def fit(
             if step % settings.log_every == 0:
                 log.write(json.dumps({"step": step, **metrics, "seconds": time.perf_counter() - began}) + "\n")
                 log.flush()
+                began = time.perf_counter()
             shown = "gain_ema_nats" if "gain_ema_nats" in metrics else "loss"
             progress.update(task, completed=step, note=f"{shown} {metrics[shown]:.3f}")
             if interrupt.asked:
@@ -255,8 +256,12 @@ def build_model(config: Config, n_vocab: int, device: torch.device, seed: int) -
     return HybridLM(dataclasses.replace(shape, vocab_size=shape.vocab_size or n_vocab)).to(device)
 
 
-def base_weights(config: Config, corpus: Corpus, model: HybridLM) -> Path:
-    """Load the base into the model: from `init`, else from the cache, else by pretraining it now. Returns its folder."""
+def base_weights(config: Config, corpus: Corpus, model: HybridLM) -> dict:
+    """Load the base into the model: from `init`, else from the cache, else by pretraining it now.
+
+    Returns, for summary.json: its folder, whether it was there already, and the seconds that its training steps took.
+    """
+    was_cached = True
     if config.init:
         folder = Path(config.init)
         found = checkpoint.newest(folder) if folder.is_dir() else None
@@ -266,12 +271,15 @@ def base_weights(config: Config, corpus: Corpus, model: HybridLM) -> Path:
         folder = Path(config.data.cache_dir) / f"base-{key}"
         found = checkpoint.newest(folder) if folder.exists() else None
         if found is None or found.meta["step"] < config.pretrain.steps:
+            was_cached = False
             console.print(f"training the base once; it is kept in {escape(str(folder))}")
             train_base(dataclasses.replace(config, mode="pretrain", out=str(folder)), corpus, model, found)
             found = checkpoint.newest(folder)
     warn(found.warning)
     checkpoint.load_weights(model, found.tensors("model"), found.path)
-    return folder
+    steps = (folder / "metrics.jsonl").read_text().splitlines()
+    seconds = sum(json.loads(line)["seconds"] for line in steps)
+    return {"base_dir": str(folder), "base_was_cached": was_cached, "base_train_s": seconds}
 
 
 def train_base(config: Config, corpus: Corpus, model: HybridLM, start: checkpoint.Checkpoint | None) -> None:
@@ -301,7 +309,7 @@ def run(config: Config) -> dict:
         train_base(config, corpus, model, start)
         results = evaluate_base(model, corpus, config)
     else:
-        base_dir = base_weights(config, corpus, model)
+        base_facts = base_weights(config, corpus, model)
         base = build_model(config, corpus.tokenizer.n_vocab, device, config.seed).requires_grad_(False)
         base.load_state_dict(model.state_dict())
         objective = RLP(config.rlp, corpus.tokenizer)
@@ -309,7 +317,7 @@ def run(config: Config) -> dict:
             run_meta(config), "rlp", start)  # fmt: skip
         if objective.teacher is None:  # no step was made
             objective.start(model)
-        results = {"base_dir": str(base_dir), **evaluate_rlp(model, base, objective.teacher, corpus, config)}
+        results = {**base_facts, **evaluate_rlp(model, base, objective.teacher, corpus, config)}
         write_samples(model, base, corpus, config, run_dir)
     summary = {
         "mode": config.mode,

@@ -66,7 +66,7 @@ REFUSED = [  # setting, value, the rule that the message must give
     ("pretrain__seq_len", 15, "must be at least 16"),
     *(
         (f"pretrain__{name}", value, r"must lie in \[0, 1\]")
-        for name in ("clean_share", "clean_text_share", "clean_think", "think", "worked")
+        for name in ("intro_share", "clean_share", "clean_text_share", "clean_think", "think", "worked", "text_think")
         for value in (-0.1, 1.5)
     ),
     ("rlp__group_size", 1, "must be at least 2: advantages compare the thoughts of a group"),

@@ -41,8 +41,9 @@ BATCHES = {"pretrain": pretrain_batch, "rlp": rlp_batch}
 
 
 def config_of(**groups) -> Config:
-    """The cpu preset with other settings, by group."""
+    """The cpu preset with other settings, by group, and without the part in which the families enter one by one."""
     config = PRESETS["cpu"]
+    config = dataclasses.replace(config, pretrain=dataclasses.replace(config.pretrain, intro_share=0.0))
     changed = {k: dataclasses.replace(getattr(config, k), **v) if isinstance(v, dict) else v for k, v in groups.items()}
     return dataclasses.replace(config, **changed)
 
@@ -327,7 +328,7 @@ def test_batches_differ_between_steps_and_between_seeds(corpus, mode, seed, step
 @pytest.fixture(scope="module")
 def packed(corpus):
     """A batch of packed documents."""
-    return pretrain_batch(corpus, config_of(), 0)
+    return pretrain_batch(corpus, config_of(pretrain={"batch": 32}), 0)
 
 
 def test_targets_are_the_next_tokens_and_never_cross_documents(packed):
@@ -392,6 +393,18 @@ def test_thoughts_are_worked_in_the_clean_part_and_mixed_afterwards(corpus, step
     thoughts = [d.split(THINK)[1].split(CLOSE)[0] for d in documents if THINK in d]
     assert len(thoughts) / len(documents) == pytest.approx(think, abs=0.06)
     assert sum(t.startswith(FILLER) for t in thoughts) / len(thoughts) == pytest.approx(filler, abs=0.06)
+
+
+@pytest.mark.parametrize(("step", "n_families"), [(0, 1), (9, 1), (10, 2), (20, 3), (39, 4)])
+def test_families_enter_one_by_one_with_worked_thoughts_and_no_text(corpus, step, n_families):
+    """40 of 100 steps for 4 families: one more every 10 steps."""
+    fit = {"steps": 100, "intro_share": 0.4, "batch": 40}
+    batch = pretrain_batch(corpus, config_of(pretrain=fit), step)
+    documents = [d for row in batch["tokens_BT"].tolist() for d in corpus.tokenizer.decode(row).split(END)[:-1]]
+    begins = {"lookup": "Ring:", "chain": "Modulo", "word": "Count:", "sum": "Tens"}
+    found = {family for family in FAMILIES for d in documents if d.startswith(begins[family])}
+    assert found == set(list(FAMILIES)[:n_families])
+    assert all(THINK in d and not d.split(THINK)[1].startswith(FILLER) for d in documents)
 
 
 # ------------------------------------------------------------------------------------------------------- RLP contexts
