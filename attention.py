@@ -9,6 +9,7 @@ How to read: `Attention.forward`, then `attention_mask`, the one rule for paddin
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from config import ModelConfig
@@ -35,10 +36,10 @@ class Attention(nn.Module):
 
         Returns: y_BTD, and the keys and values of the earlier and of these tokens.
         """
-        B, T, D = x_BTD.shape
-        q_BHTP = self.q_norm(self.q_proj(x_BTD).view(B, T, self.n_heads, self.head_dim)).transpose(1, 2)
-        k_BKTP = self.k_norm(self.k_proj(x_BTD).view(B, T, self.n_kv_heads, self.head_dim)).transpose(1, 2)
-        v_BKTP = self.v_proj(x_BTD).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)
+        heads = "b t (h p) -> b h t p"
+        q_BHTP = self.q_norm(rearrange(self.q_proj(x_BTD), heads, p=self.head_dim))
+        k_BKTP = self.k_norm(rearrange(self.k_proj(x_BTD), heads, p=self.head_dim))
+        v_BKTP = rearrange(self.v_proj(x_BTD), heads, p=self.head_dim)
         if self.rope_theta:
             start = 0 if cached is None else cached[0].shape[2]
             q_BHTP, k_BKTP = (rope(t, start, self.rope_theta) for t in (q_BHTP, k_BKTP))
@@ -47,11 +48,11 @@ class Attention(nn.Module):
         else:
             k_BKSP = torch.cat([cached[0], k_BKTP], dim=2)
             v_BKSP = torch.cat([cached[1], v_BKTP], dim=2)
-        causal = mask is None and T > 1  # no mask and one token: it sees everything
+        causal = mask is None and x_BTD.shape[1] > 1  # no mask and one token: it sees everything
         y_BHTP = F.scaled_dot_product_attention(
             q_BHTP, k_BKSP, v_BKSP, attn_mask=mask, is_causal=causal, enable_gqa=self.n_heads != self.n_kv_heads
         )
-        return self.o_proj(y_BHTP.transpose(1, 2).reshape(B, T, -1)), (k_BKSP, v_BKSP)
+        return self.o_proj(rearrange(y_BHTP, "b h t p -> b t (h p)")), (k_BKSP, v_BKSP)
 
 
 def attention_mask(ids_BS: Tensor | None, n_tokens: int, n_cached: int, device: torch.device) -> Tensor | None:

@@ -76,8 +76,7 @@ class ModelConfig:
         require(self.ffn in ("relu2", "swiglu"), f"model.ffn ({self.ffn!r}) is unknown; choose relu2 or swiglu")
         require(self.norm_eps > 0, f"model.norm_eps ({self.norm_eps}) must be positive; 1e-5 is usual")
         require(
-            self.rope_theta >= 0,
-            f"model.rope_theta ({self.rope_theta}) must be positive, or 0 for no positional embedding",
+            self.rope_theta >= 0, f"model.rope_theta ({self.rope_theta}) must be positive, or 0 for no positional embedding"
         )
         if self.rope_theta:
             _divides("model.attn_head_dim", self.attn_head_dim, "the pairs that RoPE turns", 2)
@@ -238,6 +237,15 @@ class RLPConfig(FitConfig):
 
 
 @dataclass(frozen=True)
+class CPTConfig(FitConfig):
+    """Continued pretraining of the base on its own last mixture: the rival that RLP has to beat at equal time."""
+
+    def check(self) -> None:
+        """Raises ValueError for settings that cannot work."""
+        self.check_fit("cpt")
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """What is measured on held-out documents at the end of a run."""
 
@@ -262,7 +270,7 @@ class Config:
     """All settings of a run."""
 
     # What to train with.
-    mode: Literal["pretrain", "rlp"] = "rlp"
+    mode: Literal["pretrain", "rlp", "cpt"] = "rlp"
     # Named settings that the other options change; see `PRESETS` in config.py.
     preset: str = "cpu"
     # Run folder; empty means runs/MODE-PRESET-seedN.
@@ -281,11 +289,12 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     rlp: RLPConfig = field(default_factory=RLPConfig)
+    cpt: CPTConfig = field(default_factory=CPTConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def check(self) -> "Config":
         """Returns itself if everything fits together. Raises ValueError otherwise."""
-        for part in (self.model, self.data, self.pretrain, self.rlp, self.eval):
+        for part in (self.model, self.data, self.pretrain, self.rlp, self.cpt, self.eval):
             part.check()
         return self
 
@@ -311,6 +320,7 @@ PRESETS: dict[str, Config] = {
     "cpu": Config(
         pretrain=PretrainConfig(steps=3000, batch=8, lr=3e-3, muon_lr=0.02, decay=0.4, checkpoint_every=500),
         rlp=RLPConfig(steps=150, batch=32, lr=2e-4, decay=0.5),
+        cpt=CPTConfig(steps=900, batch=8, lr=1.5e-3, muon_lr=0.01, decay=1.0),
     ),
     # Seconds instead of minutes: every part runs, nothing is learned. For tests and for a first look at the code.
     "smoke": Config(
@@ -330,6 +340,7 @@ PRESETS: dict[str, Config] = {
         data=DataConfig(vocab_size=512),
         pretrain=PretrainConfig(steps=4, batch=4, seq_len=64, warmup=2, lr=3e-3, muon_lr=0.02),
         rlp=RLPConfig(steps=3, batch=4, group_size=4, thought_len=8, context_len=96, warmup=1, lr=3e-4),
+        cpt=CPTConfig(steps=3, batch=4, warmup=1),
         eval=EvalConfig(problems_per_family=4, samples=2, text_positions=8, text_tokens=512),
     ),
 }

@@ -16,6 +16,7 @@ problem and no document can be on two sides. Every batch is a function of (seed,
 """
 
 import ast
+import dataclasses
 import itertools
 import random
 import re
@@ -445,6 +446,12 @@ def pretrain_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tenso
     same = ids_BT[:, 1:] == ids_BT[:, :-1]
     targets_BT = tokens_BT[:, 1:].masked_fill(~same, -100)
     return {"tokens_BT": tokens_BT[:, :-1], "targets_BT": targets_BT, "ids_BT": ids_BT[:, :-1]}
+
+
+def cpt_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
+    """`pretrain_batch` after the base's last step: the same mixture goes on, with new documents."""
+    fit = dataclasses.replace(config.pretrain, batch=config.cpt.batch)
+    return pretrain_batch(corpus, dataclasses.replace(config, pretrain=fit), fit.steps + step)
 
 
 def rlp_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:

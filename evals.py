@@ -113,12 +113,7 @@ def text_losses(model: HybridLM, corpus: Corpus, config: Config, split: str = "t
 
 
 def evaluate_problems(
-    model: HybridLM,
-    base: HybridLM | None,
-    teacher: HybridLM | None,
-    corpus: Corpus,
-    config: Config,
-    split: str = "test",
+    model: HybridLM, base: HybridLM | None, teacher: HybridLM | None, corpus: Corpus, config: Config, split: str = "test"
 ) -> dict:
     """Gains, accuracies, thought length and share closed on held-out problems.
 
@@ -149,12 +144,7 @@ def evaluate_problems(
 
 
 def evaluate_text(
-    model: HybridLM,
-    base: HybridLM | None,
-    teacher: HybridLM | None,
-    corpus: Corpus,
-    config: Config,
-    split: str = "test",
+    model: HybridLM, base: HybridLM | None, teacher: HybridLM | None, corpus: Corpus, config: Config, split: str = "test"
 ) -> dict:
     """The same gains at uniformly random positions of ordinary held-out text."""
     rng = random.Random(f"text-positions-{split}-{config.seed}")

@@ -25,6 +25,7 @@ Not here yet: Triton kernels.
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 # ------------------------------------------------------------------------------------------------------------ SSD
@@ -99,12 +100,12 @@ def ssd_chunked(
             ids_BT = torch.cat([ids_BT, ids_BT[:, -1:].expand(B, pad)], dim=1)
 
     # l: log decay since the chunk's start. m = l - log dt: the step size of token s rides along in exp(l_q - m_s).
-    dt_BCHQ = _wide(dt_BTH).view(B, C, Q, H).transpose(2, 3)
+    dt_BCHQ = rearrange(_wide(dt_BTH), "b (c q) h -> b c h q", q=Q)
     l_BCHQ = (dt_BCHQ * a_H[:, None]).cumsum(-1)
     m_BCHQ = l_BCHQ - dt_BCHQ.clamp(min=1e-30).log()
-    x_BCHQP = x_BTHP.view(B, C, Q, H, P).transpose(2, 3)
-    b_BCKQN = b_BTKN.view(B, C, Q, K, N).transpose(2, 3)
-    c_BCKQN = c_BTKN.view(B, C, Q, K, N).transpose(2, 3)
+    x_BCHQP = rearrange(x_BTHP, "b (c q) h p -> b c h q p", q=Q)
+    b_BCKQN = rearrange(b_BTKN, "b (c q) k n -> b c k q n", q=Q)
+    c_BCKQN = rearrange(c_BTKN, "b (c q) k n -> b c k q n", q=Q)
 
     # Inside a chunk. Masked before the exp: above the diagonal the difference is positive and would overflow.
     hidden = torch.ones(Q, Q, dtype=torch.bool, device=x_BTHP.device).triu(1)
@@ -125,17 +126,17 @@ def ssd_chunked(
 
     # Between chunks: what each chunk adds to the state, then the recurrence over chunks, then the read-out.
     xend_BCHQP = x_BCHQP * to_end_BCHQ[..., None].to(x_in.dtype)
-    xend = xend_BCHQP.reshape(B, C, K, R, Q, P).transpose(-1, -2).reshape(B, C, K, R * P, Q)
-    added_BCHPN = _wide(xend @ b_BCKQN).view(B, C, H, P, N)
+    xend = rearrange(xend_BCHQP, "b c (k r) q p -> b c k (r p) q", k=K)
+    added_BCHPN = rearrange(_wide(xend @ b_BCKQN), "b c k (r p) n -> b c (k r) p n", r=R)
     state_BHPN = torch.zeros_like(added_BCHPN[:, 0]) if state_BHPN is None else state_BHPN.to(added_BCHPN.dtype)
     starts = []
     for i in range(C):
         starts.append(state_BHPN)
         state_BHPN = carry_BCH[:, i, :, None, None] * state_BHPN + added_BCHPN[:, i]
-    start = torch.stack(starts, dim=1).view(B, C, K, R * P, N).to(c_BCKQN.dtype)
-    read = (c_BCKQN @ start.transpose(-1, -2)).view(B, C, K, Q, R, P).transpose(3, 4).reshape(B, C, H, Q, P)
+    start = rearrange(torch.stack(starts, dim=1).to(c_BCKQN.dtype), "b c (k r) p n -> b c k n (r p)", k=K)
+    read = rearrange(c_BCKQN @ start, "b c k q (r p) -> b c (k r) q p", r=R)
     y_BCHQP = torch.addcmul(y_BCHQP, read, from_start_BCHQ[..., None].to(read.dtype))
-    y = y_BCHQP.transpose(2, 3).reshape(B, C * Q, H * P)[:, :T]
+    y = rearrange(y_BCHQP, "b c h q p -> b (c q) (h p)")[:, :T]
     d_I = d_H.repeat_interleave(P).to(x_in.dtype)  # one long row: [H, 1] against [H, P] would not be vectorised
     return torch.addcmul(y, x_in.reshape(B, T, H * P), d_I).view(B, T, H, P), state_BHPN
 
@@ -154,9 +155,7 @@ def ssd_step(
     b_BHN = _wide(b_BKN).repeat_interleave(R, dim=1)
     c_BHN = _wide(c_BKN).repeat_interleave(R, dim=1)
     state = torch.baddbmm(
-        (state_BHPN * decay_BH[..., None, None]).view(B * H, P, N),
-        xdt_BHP.reshape(B * H, P, 1),
-        b_BHN.view(B * H, 1, N),
+        (state_BHPN * decay_BH[..., None, None]).view(B * H, P, N), xdt_BHP.reshape(B * H, P, 1), b_BHN.view(B * H, 1, N)
     )
     y_BHP = (state @ c_BHN.view(B * H, N, 1)).view(B, H, P).to(x_BHP.dtype)
     return torch.addcmul(y_BHP, x_BHP, d_H[:, None].to(x_BHP.dtype)), state.view(B, H, P, N)

@@ -29,10 +29,10 @@ BLUE, ORANGE, GREY = "#2f6db3", "#e07b39", "#9a9a9a"
 
 
 def plot_run(run_dir: Path) -> None:
-    """gain.png, accuracy.png and thoughts.png for an RLP run, loss.png for a pretraining run."""
+    """gain.png, accuracy.png and thoughts.png for an RLP run, loss.png for the others."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((run_dir / "summary.json").read_text())
-    if summary["mode"] == "pretrain":
+    if summary["mode"] != "rlp":
         _plot_series(run_dir / "loss.png", lines, "loss", "training loss (nats a token)")
         return
     _plot_series(run_dir / "gain.png", lines, "gain_ema_nats", "information gain in training (nats, against the teacher)")
@@ -94,14 +94,10 @@ def percent(leaf: dict[str, Any]) -> str:
 def print_summary(summary: dict, console: Console) -> None:
     """The closing table of a run."""
     table = Table(title=f"held-out figures, mean (95 % interval), seed {summary['seed']}")
-    who = [w for w in ("base", "rlp") if w in summary["accuracy"]["sampled"]["all"]]
+    who = [w for w in ("base", "rlp", "cpt") if w in summary["accuracy"]["sampled"]["all"]]
     for column in ("", *who):
         table.add_column(column)
-    for kind, label in (
-        ("no_think", "without a thought"),
-        ("sampled", "sampled thoughts"),
-        ("greedy", "greedy thought"),
-    ):
+    for kind, label in (("no_think", "without a thought"), ("sampled", "sampled thoughts"), ("greedy", "greedy thought")):
         for family, leaves in summary["accuracy"][kind].items():
             name = f"accuracy, {label}" if family == "all" else f"  {family}"
             table.add_row(name, *(cell(leaves[w]) for w in who))

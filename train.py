@@ -2,6 +2,7 @@
 
     python train.py --mode rlp                       train a small base, run RLP on it, measure it (CPU, minutes)
     python train.py --mode pretrain                  the base alone
+    python train.py --mode cpt                       the rival: the base's own pretraining goes on for as long as RLP takes
     python train.py --mode rlp --preset smoke        every part in seconds
     python train.py --mode rlp --rlp.positions random --out runs/random
 
@@ -35,7 +36,7 @@ import checkpoint
 import evals
 import report
 from config import PRESETS, Config, FitConfig, fingerprint, from_dict, require
-from data import Corpus, held_out_problems, pretrain_batch, rlp_batch
+from data import Corpus, cpt_batch, held_out_problems, pretrain_batch, rlp_batch
 from generate import show_thoughts
 from model import HybridLM, count_parameters
 from rlp import RLP
@@ -312,12 +313,11 @@ def run(config: Config) -> dict:
         base_facts = base_weights(config, corpus, model)
         base = build_model(config, corpus.tokenizer.n_vocab, device, config.seed).requires_grad_(False)
         base.load_state_dict(model.state_dict())
-        objective = RLP(config.rlp, corpus.tokenizer)
-        fit(model, objective, lambda step: rlp_batch(corpus, config, step), config.rlp, run_dir, config.seed,
-            run_meta(config), "rlp", start)  # fmt: skip
-        if objective.teacher is None:  # no step was made
-            objective.start(model)
-        results = {**base_facts, **evaluate_rlp(model, base, objective.teacher, corpus, config)}
+        objective = RLP(config.rlp, corpus.tokenizer) if config.mode == "rlp" else NextToken()
+        make_batch, settings = {"rlp": (rlp_batch, config.rlp), "cpt": (cpt_batch, config.cpt)}[config.mode]
+        fit(model, objective, lambda step: make_batch(corpus, config, step), settings, run_dir, config.seed,
+            run_meta(config), config.mode, start)  # fmt: skip
+        results = {**base_facts, **evaluate_both(model, base, objective.networks().get("teacher"), corpus, config)}
         write_samples(model, base, corpus, config, run_dir)
     summary = {
         "mode": config.mode,
@@ -348,8 +348,12 @@ def evaluate_base(model: HybridLM, corpus: Corpus, config: Config) -> dict:
     }
 
 
-def evaluate_rlp(model: HybridLM, base: HybridLM, teacher: HybridLM, corpus: Corpus, config: Config) -> dict:
-    """Held-out figures before (`base`) and after (`rlp`)."""
+def evaluate_both(model: HybridLM, base: HybridLM, teacher: HybridLM | None, corpus: Corpus, config: Config) -> dict:
+    """Held-out figures before (`base`) and after (named by the mode, `rlp` or `cpt`)."""
+
+    def side_by_side(before: dict, after: dict) -> dict:
+        return {key: {"base": before[key], config.mode: after[key]} for key in after}
+
     after = evals.evaluate_problems(model, base, teacher, corpus, config)
     before = evals.evaluate_problems(base, base, None, corpus, config)
     loss_before, loss_after = (evals.text_losses(m, corpus, config) for m in (base, model))
@@ -362,19 +366,14 @@ def evaluate_rlp(model: HybridLM, base: HybridLM, teacher: HybridLM, corpus: Cor
         "closed": side_by_side(before["closed"], after["closed"]),
         "forced_style_base": evals.evaluate_forced_style(base, corpus, config),
         "loss_nats": {
-            "no_think_text": {"base": evals.interval(loss_before), "rlp": evals.interval(loss_after)},
+            "no_think_text": {"base": evals.interval(loss_before), config.mode: evals.interval(loss_after)},
             "no_think_text_change": evals.interval((loss_after - loss_before) / loss_before.mean()),
         },
         "text_positions": {
-            "rlp": evals.evaluate_text(model, base, teacher, corpus, config),
+            config.mode: evals.evaluate_text(model, base, teacher, corpus, config),
             "base": evals.evaluate_text(base, base, None, corpus, config),
         },
     }
-
-
-def side_by_side(before: dict, after: dict) -> dict:
-    """{key: {"base": ..., "rlp": ...}} from two dicts with the same keys."""
-    return {key: {"base": before[key], "rlp": after[key]} for key in after}
 
 
 def write_samples(model: HybridLM, base: HybridLM, corpus: Corpus, config: Config, run_dir: Path) -> None:
@@ -383,7 +382,7 @@ def write_samples(model: HybridLM, base: HybridLM, corpus: Corpus, config: Confi
     lines = []
     for problem in problems:
         lines.append(f"[{problem.family}] {problem.prompt}   (right:{problem.answer})")
-        for name, network in (("base", base), ("rlp", model)):
+        for name, network in (("base", base), (config.mode, model)):
             c = config.rlp
             (text,) = show_thoughts(network, corpus.tokenizer, [problem.prompt], c.thought_len, c.temperature, config.seed)
             lines.append(f"  {name:>4}: {text}")
@@ -399,8 +398,7 @@ def resume_point(config: Config, run_dir: Path) -> checkpoint.Checkpoint | None:
     found = checkpoint.newest(run_dir) if run_dir.exists() else None
     if not config.resume:
         require(
-            found is None,
-            f"out ({run_dir}) already holds a run; add --resume to go on with it, or choose another --out",
+            found is None, f"out ({run_dir}) already holds a run; add --resume to go on with it, or choose another --out"
         )
         return None
     require(found, f"resume: {run_dir} holds no checkpoint; leave --resume out to start")

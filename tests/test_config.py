@@ -187,8 +187,7 @@ def test_settings_survive_being_saved(preset):
 
 
 @pytest.mark.parametrize(
-    ("values", "named"),
-    [({"colour": 1}, "Config lacks: colour"), ({"rlp": {"x": 1}}, "RLPConfig lacks: x")],
+    ("values", "named"), [({"colour": 1}, "Config lacks: colour"), ({"rlp": {"x": 1}}, "RLPConfig lacks: x")]
 )
 def test_saved_settings_with_unknown_fields_are_refused(values, named):
     with pytest.raises(ValueError, match=rf"{named}; use the version that wrote them"):

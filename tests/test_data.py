@@ -27,6 +27,7 @@ from data import (
     THINK,
     Corpus,
     collate_contexts,
+    cpt_batch,
     draw_problem,
     held_out_problems,
     pretrain_batch,
@@ -37,7 +38,7 @@ from data import (
     thought_for,
 )
 
-BATCHES = {"pretrain": pretrain_batch, "rlp": rlp_batch}
+BATCHES = {"pretrain": pretrain_batch, "rlp": rlp_batch, "cpt": cpt_batch}
 
 
 def config_of(**groups) -> Config:
@@ -280,10 +281,7 @@ def test_documents_are_pieces_of_the_file_and_end_with_end_of_text(tmp_path, tex
         (b"\x7fELF\x00\x01\x00" * 9000, "holds zero bytes, so it is not text"),
         (b"fine " * 9000 + b"\xff\xfe", r"is not UTF-8 text \(byte 45000\)"),
         (b"too little\n", "holds 12 characters; at least 20000 are needed"),
-        (
-            b"one paragraph only " * 2000,
-            "leaves no document for the .* split; add documents or raise",
-        ),
+        (b"one paragraph only " * 2000, "leaves no document for the .* split; add documents or raise"),
     ],
     ids=["missing", "empty", "blank", "binary", "not-utf8", "tiny", "one-piece"],
 )
@@ -323,6 +321,12 @@ def test_a_batch_is_a_function_of_seed_and_step(corpus, mode):
 def test_batches_differ_between_steps_and_between_seeds(corpus, mode, seed, step):
     make = BATCHES[mode]
     assert not same(make(corpus, config_of(), 7), make(corpus, config_of(seed=seed), step))
+
+
+def test_continued_pretraining_goes_on_where_the_base_stopped(corpus):
+    """Step 0 of `cpt` is the step after the base's last one, of the same mixture."""
+    config = config_of(pretrain={"steps": 10}, cpt={"batch": 8})
+    assert same(cpt_batch(corpus, config, 0), pretrain_batch(corpus, config, 10))
 
 
 @pytest.fixture(scope="module")

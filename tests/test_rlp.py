@@ -302,7 +302,7 @@ def test_policy_is_a_distribution_over_every_token_but_the_opening_tag(model):
 
 
 def objective_of(**changes):
-    settings = {"group_size": 3, "thought_len": 3, "reward_floor": -torch.inf, **changes}
+    settings = {"group_size": 3, "thought_len": 3, "temperature": 1.0, "reward_floor": -torch.inf, **changes}
     return RLP(RLPConfig(**settings), TOKENIZER)
 
 

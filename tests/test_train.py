@@ -93,8 +93,7 @@ def die():
 
 
 @pytest.mark.parametrize(
-    ("step", "rate"),
-    [(0, 0.25), (1, 0.5), (3, 1.0), (5, 1.0), (6, 1.0), (7, 0.75), (8, 0.5), (9, 0.25)],
+    ("step", "rate"), [(0, 0.25), (1, 0.5), (3, 1.0), (5, 1.0), (6, 1.0), (7, 0.75), (8, 0.5), (9, 0.25)]
 )
 def test_schedule_by_hand(step, rate):
     """Ten steps: four of warm-up, then constant, then over the last four linear to what would be 0 at step 10."""
@@ -194,9 +193,7 @@ def uninterrupted(request, corpus, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("action", "error", "saved"),
-    [(press_ctrl_c, KeyboardInterrupt, 4), (die, RuntimeError, 2)],
-    ids=["ctrl-c", "killed"],
+    ("action", "error", "saved"), [(press_ctrl_c, KeyboardInterrupt, 4), (die, RuntimeError, 2)], ids=["ctrl-c", "killed"]
 )
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(uninterrupted, corpus, tmp_path, action, error, saved):
     """Weights of every network, optimizer states and metrics. Ctrl-C in step 3 finishes and saves it; a kill loses it."""
@@ -281,6 +278,13 @@ def test_samples_show_two_thoughts_of_each_model_for_every_family(finished):
     assert text.count(" base: <think>") == text.count(" rlp: <think>") == 2 * len(FAMILIES)
 
 
+def test_continued_pretraining_is_measured_beside_its_base(program, tmp_path):
+    assert program(tmp_path / "run", "--mode", "cpt") == 0
+    summary = summary_of(tmp_path / "run")
+    assert summary["accuracy"]["greedy"]["all"].keys() == {"base", "cpt"}
+    assert summary["gain_nats"]["frozen_base"].keys() == LEAF
+
+
 def test_a_pretraining_run_leaves_a_plot_of_its_loss_and_the_figures_of_the_base(program, tmp_path):
     assert program(tmp_path / "run", "--mode", "pretrain") == 0
     summary = summary_of(tmp_path / "run")
@@ -350,7 +354,7 @@ def test_a_run_stopped_by_ctrl_c_and_resumed_equals_the_uninterrupted_one(progra
     assert weights_of(tmp_path) == weights_of(finished)
     assert metrics_of(tmp_path) == metrics_of(finished)
     differing = {k for k, v in summary_of(tmp_path).items() if v != summary_of(finished)[k]}
-    assert differing <= {"wall_s", "peak_memory_gib"}
+    assert differing <= {"wall_s", "peak_memory_gib", "base_was_cached"}
 
 
 def test_a_base_stopped_by_ctrl_c_is_finished_by_the_next_run(program, finished, tmp_path, monkeypatch):

@@ -1,0 +1,63 @@
+"""README is true: its commands run, its tables are what report.py writes, its first command comes early."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import report
+import train
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.S)
+
+
+def commands() -> list[list[str]]:
+    """Every python command of README, as words. A quoted argument may span lines; comments are dropped."""
+    text = re.sub(r"\s#.*", "", "\n".join(BLOCKS)).replace(" && ", "\n")
+    found = re.findall(r'^python (?:[^"\n]|"[^"]*")*', text, flags=re.M)
+    return [shlex.split(command) for command in found]
+
+
+def test_the_first_command_stands_within_fifteen_lines():
+    lines = README.splitlines()
+    assert next(i for i, line in enumerate(lines, 1) if line.startswith("pip install")) <= 15
+
+
+def test_generated_parts_are_what_report_writes():
+    assert report.fill(README, report.tables(ROOT / "results")) == README
+
+
+@pytest.mark.parametrize("words", [c for c in commands() if c[1] == "train.py" and "--help" not in c], ids=" ".join)
+def test_every_training_command_is_valid(words):
+    assert train.parse(words[2:]).check().mode in ("pretrain", "rlp")
+
+
+def test_every_file_of_the_reading_order_exists():
+    names = re.findall(r"`(\w+\.py)`", README)
+    assert len(names) > 10
+    assert all((ROOT / name).exists() for name in names)
+
+
+def test_the_smoke_run_and_a_talk_with_it_work_as_written(tmp_path):
+    smoke = next(c for c in commands() if "smoke" in c)
+    talk = next(c for c in commands() if c[1] == "generate.py")
+    outputs = []
+    for words in (smoke, talk):
+        done = subprocess.run(
+            [sys.executable, ROOT / words[1], *words[2:]], cwd=tmp_path, capture_output=True, text=True, timeout=240
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        outputs.append(done.stdout)
+    assert "held-out figures" in outputs[0]
+    assert (tmp_path / "runs/smoke/summary.json").exists()
+    assert re.search(r"Answer:<think>.*</think>", outputs[1], flags=re.S)
+
+
+def test_pip_installs_what_the_commands_name():
+    assert "pip install -r requirements-dev.txt && pytest" in README
+    assert "-r requirements.txt" in (ROOT / "requirements-dev.txt").read_text()
