@@ -1,8 +1,8 @@
 """Every setting, in frozen dataclasses: a field's comment is its help on the command line, a preset is an instance.
 
 `python train.py --mode rlp --preset cpu --rlp.group-size 16` builds a `Config`. `Config.check` refuses what cannot work,
-naming the value, the rule and the remedy. `save` and `load` keep a run's settings beside its weights, and `fingerprint`
-is the key under which a trained base is found again.
+naming the value, the rule and the remedy. `to_dict` and `from_dict` keep a run's settings beside its weights, and
+`base_fingerprint` is the key under which a trained base is found again.
 """
 
 import dataclasses
@@ -285,11 +285,17 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # Print the resolved settings and counts, then stop.
     dry_run: bool = False
+    # Shape of the hybrid model.
     model: ModelConfig = field(default_factory=ModelConfig)
+    # What the model reads.
     data: DataConfig = field(default_factory=DataConfig)
+    # Next-token prediction: it makes the base.
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    # Reinforcement as a pretraining objective (arXiv 2510.01265).
     rlp: RLPConfig = field(default_factory=RLPConfig)
+    # Continued pretraining, the rival of RLP.
     cpt: CPTConfig = field(default_factory=CPTConfig)
+    # What is measured at the end.
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def check(self) -> "Config":

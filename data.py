@@ -455,16 +455,13 @@ def cpt_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
 
 
 def rlp_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
-    """Contexts and the tokens that follow them: a function of (seed, step) alone. See `collate_contexts`."""
+    """Contexts, the tokens that follow them (see `collate_contexts`) and is_text_B: a function of (seed, step) alone."""
     fit = config.rlp
     rng = random.Random(f"rlp-{config.seed}-{step}")
-    contexts, targets = [], []
-    for _ in range(fit.batch):
-        is_text = rng.random() < fit.text_share
-        context, target = text_position(corpus, fit, "train", rng) if is_text else problem_position(corpus, fit, rng)
-        contexts.append(context)
-        targets.append(target)
-    return collate_contexts(corpus.tokenizer, contexts, targets, fit)
+    is_text = [rng.random() < fit.text_share for _ in range(fit.batch)]
+    pairs = [text_position(corpus, fit, "train", rng) if text else problem_position(corpus, fit, rng) for text in is_text]
+    batch = collate_contexts(corpus.tokenizer, [c for c, _ in pairs], [t for _, t in pairs], fit)
+    return {**batch, "is_text_B": torch.tensor(is_text)}
 
 
 def problem_position(corpus: Corpus, fit: RLPConfig, rng: random.Random) -> tuple[list[int], list[int]]:

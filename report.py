@@ -33,10 +33,11 @@ def plot_run(run_dir: Path) -> None:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((run_dir / "summary.json").read_text())
     if summary["mode"] != "rlp":
-        _plot_series(run_dir / "loss.png", lines, "loss", "training loss (nats a token)")
+        _plot_series(run_dir / "loss.png", lines, {"loss": ""}, "training loss (nats a token)")
         return
-    _plot_series(run_dir / "gain.png", lines, "gain_ema_nats", "information gain in training (nats, against the teacher)")
-    _plot_series(run_dir / "thoughts.png", lines, "thought_tokens", "sampled thought (tokens)")
+    gains = {"gain_problems_nats": "at answers of problems", "gain_text_nats": "in ordinary text"}
+    _plot_series(run_dir / "gain.png", lines, gains, "information gain (nats)")
+    _plot_series(run_dir / "thoughts.png", lines, {"thought_tokens": ""}, "sampled thought (tokens)")
     plot_accuracy([summary], run_dir / "accuracy.png")
 
 
@@ -58,17 +59,21 @@ def plot_accuracy(summaries: list[dict], file: Path) -> None:
     _finish(figure, axis, file)
 
 
-def _plot_series(file: Path, lines: list[dict], key: str, label: str) -> None:
-    """One metric over steps: each step pale, a running mean over about a twentieth of the run on top."""
+def _plot_series(file: Path, lines: list[dict], labels: dict[str, str], axis_label: str) -> None:
+    """Metrics over steps: each step pale, a running mean over about a twentieth of the run on top."""
     figure, axis = plt.subplots(figsize=(5, 3), layout="constrained")
-    points = [(line["step"], line[key]) for line in lines if key in line]
-    if points:
-        step, value = map(np.array, zip(*points, strict=True))
-        width = max(1, len(value) // 20)
-        axis.plot(step, value, color=BLUE, alpha=0.25, linewidth=0.8)
-        axis.plot(step[width - 1 :], np.convolve(value, np.ones(width) / width, mode="valid"), color=BLUE)
+    for (key, label), color in zip(labels.items(), (BLUE, ORANGE), strict=False):
+        points = [(line["step"], line[key]) for line in lines if np.isfinite(line.get(key, np.nan))]
+        if points:
+            step, value = map(np.array, zip(*points, strict=True))
+            width = max(1, len(value) // 20)
+            axis.plot(step, value, color=color, alpha=0.25, linewidth=0.8)
+            mean = np.convolve(value, np.ones(width) / width, mode="valid")
+            axis.plot(step[width - 1 :], mean, color=color, label=label or None)
+    if axis.get_legend_handles_labels()[1]:
+        axis.legend(frameon=False, fontsize=8)
     axis.set_xlabel("step")
-    axis.set_ylabel(label, fontsize=8)
+    axis.set_ylabel(axis_label)
     _finish(figure, axis, file)
 
 

@@ -181,6 +181,7 @@ class RLP:
             "advantage_R": advantage_BG.flatten(),
             "gain_R": gain_BG.flatten(),
             "closed_R": thoughts.closed_R,
+            "is_text_R": batch["is_text_B"].repeat_interleave(c.group_size),
         }
         if self.reference is not None:
             with torch.no_grad():
@@ -201,6 +202,8 @@ class RLP:
             clipped_RM = ((ratio_RM < 1 - c.eps_low) | (ratio_RM > 1 + c.eps_high)).float()
             metrics = {
                 "gain_ema_nats": batch["gain_R"].mean(),
+                "gain_problems_nats": batch["gain_R"][~batch["is_text_R"]].mean(),
+                "gain_text_nats": batch["gain_R"][batch["is_text_R"]].mean(),
                 "thought_tokens": batch["length_R"].float().mean(),
                 "closed": batch["closed_R"].float().mean(),
                 "clipped": thought_mean(clipped_RM, batch["length_R"]).mean(),

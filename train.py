@@ -163,7 +163,7 @@ def update(
             optimizer.step()
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    means = {name: total / total_count for name, total in totals.items()}
+    means = {name: total / total_count for name, total in totals.items() if np.isfinite(total)}
     return {
         "loss": total_loss / total_count,
         **means,

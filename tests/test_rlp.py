@@ -260,8 +260,9 @@ def model(make_model):
 
 
 def batch_of(contexts=CONTEXTS, targets=TARGETS, horizon=1):
-    """Contexts padded on the left, as in training."""
-    return collate_contexts(TOKENIZER, contexts, targets, RLPConfig(horizon=horizon))
+    """Contexts padded on the left, as in training; the first is said to be of ordinary text."""
+    is_text_B = torch.arange(len(contexts)) == 0
+    return {**collate_contexts(TOKENIZER, contexts, targets, RLPConfig(horizon=horizon)), "is_text_B": is_text_B}
 
 
 def plain_logp(model, before, tokens, banned, temperature=1.0):
@@ -378,6 +379,15 @@ def test_expected_gradient_over_all_groups_of_real_thoughts_is_exact(model, monk
     assert reward_C.std() > 0.01
     expected = -(policy_C * (reward_C - policy_C @ reward_C) / length_C * logp_C).sum()
     assert_close(gradients(model, loss), gradients(model, expected), **NEAR)
+
+
+def test_gains_of_text_and_of_problems_are_logged_apart(model):
+    """The first context of the batch is text; a gain over no thought at all is not a number, and `update` drops it."""
+    objective = objective_of()
+    prepared = objective.prepare(model, batch_of(), generator())
+    metrics = objective.loss(model, prepared)[2]
+    assert_close(metrics["gain_text_nats"], prepared["gain_R"][:3].mean())
+    assert_close(metrics["gain_problems_nats"], prepared["gain_R"][3:].mean())
 
 
 def test_the_teacher_cancels_in_the_gradient(model):
