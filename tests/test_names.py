@@ -82,7 +82,10 @@ def training_step(model):
 
 
 def sampling(model):
-    sample_thoughts(model, *BATCH.values(), TOKENIZER.tags, TOKENIZER.end, 4, 7, generator=GENERATOR.manual_seed(0))
+    context_BT, ids_BT, target_BX, _ = BATCH.values()
+    sample_thoughts(
+        model, context_BT, ids_BT, target_BX, TOKENIZER.tags, TOKENIZER.end, 4, 7, generator=GENERATOR.manual_seed(0)
+    )
 
 
 def scoring(model):
