@@ -147,6 +147,21 @@ def main_table(summaries: list[dict]) -> str:
     return markdown([head, *[[name, *(f(s) for s in summaries)] for name, f in rows]])
 
 
+def rival_table(rlp: dict, cpt: dict) -> str:
+    """README: the base, RLP, and the same base pretrained on its own mixture for as long as RLP took."""
+    rows = [
+        ["n = " + str(rlp["gain_nats"]["frozen_base"]["n"]) + f", seed {rlp['seed']}", "base", "RLP", "CPT, equal time"]
+    ]
+    for kind, label in (("sampled", "sampled thoughts"), ("greedy", "greedy thought"), ("no_think", "without a thought")):
+        leaves = rlp["accuracy"][kind]["all"], cpt["accuracy"][kind]["all"]
+        rows.append([f"accuracy, {label}", cell(leaves[0]["base"]), cell(leaves[0]["rlp"]), cell(leaves[1]["cpt"])])
+    gains = [s["gain_nats"]["frozen_base"] for s in (rlp, cpt)]
+    rows.append(["gain against the frozen base, nats", cell(rlp["gain_nats_before"]["frozen_base"]), *map(cell, gains)])
+    text = [s["loss_nats"]["no_think_text_change"] for s in (rlp, cpt)]
+    rows.append(["no-think loss on text, change", "", *map(percent, text)])
+    return markdown(rows)
+
+
 def total_minutes(summary: dict) -> float:
     """Minutes of the whole job: of the run, and of the base's training where the run found it in the cache."""
     return (summary["wall_s"] + summary["base_train_s"] * summary["base_was_cached"]) / 60
@@ -184,6 +199,8 @@ def tables(folder: Path) -> dict[str, str]:
     for name in ("rlp-cpu", "rlp-cpu-random"):
         summaries = load_results(folder, name)
         out[name] = main_table(summaries) if summaries else "Not run."
+    pair = [load_results(folder, name)[:1] for name in ("rlp-cpu", "cpt-cpu")]
+    out["cpt-cpu"] = rival_table(*pair[0], *pair[1]) if all(pair) else "Not run."
     shown = folder / "rlp-cpu-seed0.txt"
     out["samples"] = samples(shown) if shown.exists() else "Not run."
     return out
