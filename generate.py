@@ -209,6 +209,9 @@ def main(argv: list[str] | None = None) -> int:
             thought_len: Longest thought, in tokens.
         """
         require(prompt, f"prompt ({prompt!r}) is empty, and a thought needs at least one token before it; give some text")
+        require(
+            thought_len >= 1, f"thought-len ({thought_len}) must be at least 1: the closing tag is a token of the thought"
+        )
         model, corpus, _ = load_run(run)
         print(prompt + show_thoughts(model, corpus.tokenizer, [prompt], thought_len, temperature, seed)[0])
 

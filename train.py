@@ -307,6 +307,8 @@ def run(config: Config) -> dict:
         f"results in {escape(str(run_dir))}"
     )
     if config.mode == "pretrain":
+        if config.init:
+            base_weights(config, corpus, model)
         train_base(config, corpus, model, start)
         results = evaluate_base(model, corpus, config)
     else:

@@ -307,10 +307,10 @@ def test_a_base_is_not_reused_after_its_text_has_changed(program, text_file, tmp
     assert summary_of(tmp_path / "first")["base_dir"] != summary_of(tmp_path / "second")["base_dir"]
 
 
-def test_init_starts_from_another_runs_weights_and_zero_steps_keep_them(program, finished, tmp_path):
-    assert program(tmp_path / "run", "--init", finished, "--rlp.steps", 0) == 0
+@pytest.mark.parametrize("mode", ["pretrain", "rlp", "cpt"])
+def test_init_starts_from_another_runs_weights_and_zero_steps_keep_them(program, finished, tmp_path, mode):
+    assert program(tmp_path / "run", "--mode", mode, "--init", finished, f"--{mode}.steps", 0) == 0
     assert weights_of(tmp_path / "run")["model.safetensors"] == weights_of(finished)["model.safetensors"]
-    assert summary_of(tmp_path / "run")["base_dir"] == str(finished)
 
 
 def test_a_dry_run_prints_settings_and_size_and_writes_nothing(program, finished, cache_dir, tmp_path, capsys):
@@ -334,6 +334,8 @@ def test_generate_shows_a_thought_of_a_finished_run(finished, capsys):
 def test_generate_refuses_an_empty_prompt(finished, capsys):
     assert generate.main([str(finished), ""]) == 2
     assert "error: prompt ('') is empty" in capsys.readouterr().err
+    assert generate.main([str(finished), "Tens", "--thought-len", "0"]) == 2
+    assert "error: thought-len (0) must be at least 1" in capsys.readouterr().err
 
 
 def test_square_brackets_in_a_message_are_printed_as_they_are(capsys):
