@@ -458,8 +458,10 @@ def rlp_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
     """Contexts, the tokens that follow them (see `collate_contexts`) and is_text_B: a function of (seed, step) alone."""
     fit = config.rlp
     rng = random.Random(f"rlp-{config.seed}-{step}")
-    is_text = [rng.random() < fit.text_share for _ in range(fit.batch)]
-    pairs = [text_position(corpus, fit, "train", rng) if text else problem_position(corpus, fit, rng) for text in is_text]
+    is_text, pairs = [], []
+    for _ in range(fit.batch):
+        is_text.append(rng.random() < fit.text_share)
+        pairs.append(text_position(corpus, fit, "train", rng) if is_text[-1] else problem_position(corpus, fit, rng))
     batch = collate_contexts(corpus.tokenizer, [c for c, _ in pairs], [t for _, t in pairs], fit)
     return {**batch, "is_text_B": torch.tensor(is_text)}
 
