@@ -60,10 +60,6 @@ class Cache:
         some = self.layers[next(i for i, layer in enumerate(self.layers) if layer)][0]
         return self.select(torch.arange(some.shape[0], device=some.device).repeat_interleave(n))
 
-    def detach(self) -> "Cache":
-        """The same values without gradients."""
-        return Cache([tuple(t.detach() for t in layer) for layer in self.layers], self.n_tokens, self.ids_BS)
-
 
 class Block(nn.Module):
     """y = x + mixer(norm(x))."""
