@@ -177,12 +177,6 @@ def test_a_forward_pass_leaves_the_cache_given_as_it_is(model, T):
     assert_close(vars(cache), vars(before), rtol=0, atol=0)
 
 
-def test_a_detached_cache_carries_no_gradient(model):
-    _, cache = model(random_tokens(2, 5))
-    assert any(t.requires_grad for layer in cache.layers for t in layer)
-    assert not any(t.requires_grad for layer in cache.detach().layers for t in layer)
-
-
 # ------------------------------------------------------------------------------------------------- layers by formula
 
 
