@@ -407,7 +407,7 @@ def problem_tokens(tokenizer: Tokenizer, problem: Problem, thought: str | None =
     return prompt, [*tokenizer.encode(problem.answer), tokenizer.end]
 
 
-def pretrain_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
+def pretrain_batch(corpus: Corpus, config: Config, step: int, split: str = "train") -> dict[str, Tensor]:
     """Packed documents for next-token prediction: tokens_BT, targets_BT and ids_BT (the document of each token).
 
     Each document is text if the batch has less text so far than its share of the tokens, else a problem.
@@ -421,7 +421,7 @@ def pretrain_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tenso
         families = families[: 1 + int(len(families) * step / (fit.intro_share * fit.steps))]
     think, worked = (1.0, 1.0) if intro else (fit.clean_think, 1.0) if clean else (fit.think, fit.worked)
     n_text = n_all = 0
-    rng = random.Random(f"pretrain-{config.seed}-{step}")
+    rng = random.Random(f"pretrain-{config.seed}-{step}" + ("" if split == "train" else f"-{split}"))
     tokens_BT = np.zeros((fit.batch, fit.seq_len + 1), dtype=np.int64)
     ids_BT = np.zeros((fit.batch, fit.seq_len + 1), dtype=np.int64)
     for row in range(fit.batch):
@@ -429,11 +429,11 @@ def pretrain_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tenso
         while n <= fit.seq_len:
             is_text = n_text < share * (n_all + 1)  # with the token to come: a share of 1 begins with text
             if is_text:
-                document = corpus.text_window(rng, "train", fit.seq_len).tolist()
+                document = corpus.text_window(rng, split, fit.seq_len).tolist()
                 if not clean and rng.random() < fit.text_think:
                     document = with_thought(corpus.tokenizer, document, filler(rng), rng.randrange(1, len(document) + 1))
             else:
-                problem = draw_problem(rng, "train", corpus.held_out_percent, rng.choice(families))
+                problem = draw_problem(rng, split, corpus.held_out_percent, rng.choice(families))
                 thought = thought_for(problem, rng, worked) if rng.random() < think else None
                 prompt, answer = problem_tokens(corpus.tokenizer, problem, thought)
                 document = prompt + answer
@@ -450,8 +450,31 @@ def pretrain_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tenso
 
 def cpt_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
     """`pretrain_batch` after the base's last step: the same mixture goes on, with new documents."""
-    fit = dataclasses.replace(config.pretrain, batch=config.cpt.batch)
-    return pretrain_batch(corpus, dataclasses.replace(config, pretrain=fit), fit.steps + step)
+    return mixture(corpus, config, step, config.cpt.batch, config.pretrain.seq_len)
+
+
+def elastic_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
+    """The base's last mixture in short sequences, then (stage 2) in long ones, as many tokens a step.
+
+    budget_B: the index in elastic.budgets that each sequence trains: drawn uniformly in stage 1, by elastic.long_weights in
+    stage 2 (eq. 18 and 19); step_B: the step. A function of (seed, step) alone.
+    """
+    c = config.elastic
+    is_long = step >= c.stage_1_steps()
+    batch = mixture(corpus, config, step, c.batch * c.seq_len // c.long_len if is_long else c.batch,
+                    c.long_len if is_long else c.seq_len)  # fmt: skip
+    weights = c.long_weights if is_long else [1.0] * len(c.budgets)
+    n = len(batch["tokens_BT"])
+    drawn = random.Random(f"budget-{config.seed}-{step}").choices(range(len(c.budgets)), weights, k=n)
+    return {**batch, "budget_B": torch.tensor(drawn), "step_B": torch.full((n,), step)}
+
+
+def mixture(
+    corpus: Corpus, config: Config, step: int, n_rows: int, seq_len: int, split: str = "train"
+) -> dict[str, Tensor]:
+    """Rows of the base's last mixture, `step` batches after its own end."""
+    fit = dataclasses.replace(config.pretrain, batch=n_rows, seq_len=seq_len)
+    return pretrain_batch(corpus, dataclasses.replace(config, pretrain=fit), fit.steps + step, split)
 
 
 def rlp_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:

@@ -13,15 +13,18 @@ Intervals treat problems (not thoughts) as the independent observations: mean +-
 
 import math
 import random
+import time
 
+import safetensors.torch
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from config import Config
-from data import FAMILIES, Corpus, Problem, collate_contexts, held_out_problems, text_position
+from data import FAMILIES, Corpus, Problem, collate_contexts, held_out_problems, mixture, text_position
 from generate import sample_thoughts, score_targets
 from kernels import token_logp
-from model import HybridLM
+from model import HybridLM, count_parameters, part_cache_bytes, part_flops
 
 PROBLEMS_AT_ONCE = 64
 
@@ -215,3 +218,107 @@ def to_device(batch: dict[str, Tensor], model: HybridLM) -> dict[str, Tensor]:
     """The batch on the model's device."""
     device = next(model.parameters()).device
     return {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+
+
+# -------------------------------------------------------------------------------------------------- models of many sizes
+
+
+@torch.no_grad()
+def evaluate_sizes(models: list[HybridLM], teacher: HybridLM, corpus: Corpus, config: Config, split: str = "test") -> list:
+    """Models of any size on the same held-out sequences of the training mixture, and on long texts.
+
+    Returns for each: loss_nats, loss_change (against the teacher, relative, paired by sequence), kl_nats (KL from the
+    teacher), top1 (share of tokens where both find the same one likeliest), long_loss_nats (of text, at the positions
+    that stage 1 never had), each a mean over sequences with its interval.
+    """
+    c, at_once = config.elastic, 16
+    found: list[dict[str, list[Tensor]]] = [{} for _ in models]
+    teacher_loss = []
+    for step in range(-(-config.eval.elastic_rows // at_once)):
+        batch = to_device(mixture(corpus, config, step, at_once, c.seq_len, split), teacher)
+        wanted_BTV, loss_B = _logp_and_loss(teacher, batch)
+        teacher_loss.append(loss_B)
+        inside_BT = (batch["targets_BT"] != -100).double()
+        for model, parts in zip(models, found, strict=True):
+            logp_BTV, loss_B = _logp_and_loss(model, batch)
+            kl_BT = F.kl_div(logp_BTV, wanted_BTV, reduction="none", log_target=True).sum(-1)
+            same_BT = (logp_BTV.argmax(-1) == wanted_BTV.argmax(-1)).double()
+            values = {"loss_nats": loss_B, "kl_nats": _row_mean(kl_BT, inside_BT), "top1": _row_mean(same_BT, inside_BT)}
+            for name, value in values.items():
+                parts.setdefault(name, []).append(value)
+    base = torch.cat(teacher_loss)
+    out = []
+    for model, parts in zip(models, found, strict=True):
+        figures = {name: interval(torch.cat(v)) for name, v in parts.items()}
+        figures["loss_change"] = interval((torch.cat(parts["loss_nats"]) - base) / base.mean())
+        figures["long_loss_nats"] = interval(long_losses(model, corpus, config, split))
+        out.append(figures)
+    return out
+
+
+def _logp_and_loss(model: HybridLM, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of all tokens everywhere, and the mean loss of each sequence."""
+    hidden_BTD, _ = model(batch["tokens_BT"], ids_BT=batch["ids_BT"])
+    logp_BTV, targets_BT = torch.log_softmax(model.logits(hidden_BTD).float(), dim=-1), batch["targets_BT"]
+    loss_BT = -logp_BTV.gather(-1, targets_BT.clamp(min=0)[..., None])[..., 0]
+    return logp_BTV, _row_mean(loss_BT, (targets_BT != -100).double())
+
+
+def _row_mean(value_BT: Tensor, inside_BT: Tensor) -> Tensor:
+    return ((value_BT * inside_BT).sum(1) / inside_BT.sum(1)).cpu()
+
+
+@torch.no_grad()
+def long_losses(model: HybridLM, corpus: Corpus, config: Config, split: str) -> Tensor:
+    """Mean loss of each held-out text of elastic.long_len tokens, after its first elastic.seq_len."""
+    c, device, losses = config.elastic, next(model.parameters()).device, []
+    texts = [d[i : i + c.long_len + 1] for d in corpus.documents[split] for i in range(0, len(d) - c.long_len, c.long_len)]
+    for start in range(0, min(len(texts), config.eval.elastic_rows), 4):
+        tokens_BT = torch.stack([torch.from_numpy(t).long() for t in texts[start : start + 4]]).to(device)
+        hidden_BTD, _ = model(tokens_BT[:, :-1])
+        logp_BT = token_logp(model.logits(hidden_BTD[:, c.seq_len - 1 :]), tokens_BT[:, c.seq_len :])
+        losses.append(-logp_BT.mean(1).cpu())
+    return torch.cat(losses) if losses else torch.full((2,), math.nan)
+
+
+def size_facts(model: HybridLM, config: Config) -> dict[str, float]:
+    """Parameters, bytes (of weights as they are here; of the caches of one sequence), FLOPs a token, tokens a second."""
+    c, kinds = config.elastic, list(enumerate(model.config.pattern))
+    shapes = [(kind, model.config.layer(i)) for i, kind in kinds]
+    batch = torch.zeros(8, c.seq_len, dtype=torch.long, device=next(model.parameters()).device)
+    with torch.no_grad():
+        model(batch)
+        times = []
+        for _ in range(5):
+            began = time.perf_counter()
+            model(batch)[0][0, 0, 0].item()
+            times.append(time.perf_counter() - began)
+    return {
+        "parameters": count_parameters(model),
+        "bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "cache_bytes": sum(part_cache_bytes(kind, shape, c.cost_len, 4) for kind, shape in shapes),
+        "flops_per_token": part_flops("", model.config, c.cost_len) + sum(part_flops(k, s, c.cost_len) for k, s in shapes),
+        "tokens_per_second": batch.numel() / sorted(times)[2],
+    }
+
+
+def family_bytes(model: HybridLM, router: torch.nn.Module, sizes: list[HybridLM]) -> dict[str, int]:
+    """What a family takes, as one checkpoint with its router and as a checkpoint for each size: files, and memory.
+
+    In memory the family is the full model, the router, and what the largest of its submodels does not share with it.
+    """
+
+    def file_bytes(*networks: torch.nn.Module) -> int:
+        return sum(len(safetensors.torch.save({k: v.contiguous() for k, v in n.state_dict().items()})) for n in networks)
+
+    def storage_bytes(*networks: torch.nn.Module) -> int:
+        tensors = [t for n in networks for t in (*n.parameters(), *n.buffers())]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    return {
+        "family_file": file_bytes(model, router),
+        "separate_files": sum(file_bytes(s) for s in sizes),
+        "family_memory": max(storage_bytes(model, router, s) for s in sizes),
+        "separate_memory": sum(s.numel() * s.element_size() for m in sizes for s in m.parameters()),
+        "router_parameters": count_parameters(router),
+    }

@@ -190,6 +190,7 @@ def main(argv: list[str] | None = None) -> int:
     """`python generate.py RUN PROMPT`: a thought and an answer. Returns 0, or 2 for an empty prompt or no run."""
     import tyro
 
+    from elastic import load_family, submodel
     from train import load_run
 
     def talk(
@@ -198,6 +199,7 @@ def main(argv: list[str] | None = None) -> int:
         temperature: float = 1.0,
         seed: int = 0,
         thought_len: int = 40,
+        budget: tuple[float, ...] = (),
     ) -> None:
         """Talk to a trained model and see its thought.
 
@@ -207,13 +209,21 @@ def main(argv: list[str] | None = None) -> int:
             temperature: Of the thought; 0 is greedy.
             seed: Of the sampling.
             thought_len: Longest thought, in tokens.
+            budget: Sizes of an elastic run to answer with, one after the other, such as 1 0.5; none means the whole model.
         """
         require(prompt, f"prompt ({prompt!r}) is empty, and a thought needs at least one token before it; give some text")
         require(
             thought_len >= 1, f"thought-len ({thought_len}) must be at least 1: the closing tag is a token of the thought"
         )
-        model, corpus, _ = load_run(run)
-        print(prompt + show_thoughts(model, corpus.tokenizer, [prompt], thought_len, temperature, seed)[0])
+        if not budget:
+            model, corpus, _ = load_run(run)
+            print(prompt + show_thoughts(model, corpus.tokenizer, [prompt], thought_len, temperature, seed)[0])
+            return
+        family, router, corpus, _ = load_family(run)
+        for b, widths in [(b, router.choose(b)) for b in budget]:
+            small = submodel(family, widths)  # replaces the one before: memory does not grow with the number of budgets
+            (answer,) = show_thoughts(small, corpus.tokenizer, [prompt], thought_len, temperature, seed)
+            print(f"[{b:g}] {prompt}{answer}")
 
     try:
         tyro.cli(talk, args=argv, prog="generate.py")

@@ -34,6 +34,7 @@ from data import Tokenizer
 from generate import sample_thoughts, score_targets
 from kernels import token_logp
 from model import HybridLM
+from objective import Objective
 
 
 def information_gain(logp_thought_BG: Tensor, logp_plain_B: Tensor) -> Tensor:
@@ -131,7 +132,7 @@ def thought_logp(
     return torch.cat(parts)[order.argsort()]
 
 
-class RLP:
+class RLP(Objective):
     """Algorithm 1 of the paper, as an objective for `train.fit`: prepare, loss, and after each step the teacher."""
 
     def __init__(self, config: RLPConfig, tokenizer: Tokenizer):
@@ -219,6 +220,11 @@ class RLP:
         """phi <- theta (and the reference for the KL term, if there is one)."""
         self.teacher = copy.deepcopy(model).requires_grad_(False)
         self.reference = copy.deepcopy(self.teacher) if self.config.kl > 0 else None
+
+    def expect(self, model: HybridLM, names: list[str]) -> None:
+        """A checkpoint of a run that has begun holds the teacher."""
+        if "teacher" in names:
+            self.start(model)
 
     def networks(self) -> dict[str, HybridLM]:
         """Networks beside the model that a checkpoint must hold."""

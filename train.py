@@ -2,13 +2,13 @@
 
     python train.py --mode rlp                       train a small base, run RLP on it, measure it (CPU, minutes)
     python train.py --mode pretrain                  the base alone
+    python train.py --mode elastic                   make the base elastic: one model that holds smaller ones
     python train.py --mode cpt                       the rival: the base's own pretraining goes on for as long as RLP takes
     python train.py --mode rlp --preset smoke        every part in seconds
     python train.py --mode rlp --rlp.positions random --out runs/random
 
-How to read: `main`, `run`, then `fit`. An objective gives `fit` four things: `prepare(model, batch, generator)` makes
-what the updates need (RLP samples thoughts here), `loss(model, batch) -> (sum, count, metrics)`, `n_updates` of each
-batch, and `after_step(model)`. The loss is divided by the total count of a step, so accumulation cannot change it.
+How to read: `main`, `run`, then `fit`. What an objective gives to `fit` is in objective.py. The loss is divided by the
+total count of a step, so accumulation cannot change it.
 
 All randomness is a function of (seed, step): a resumed run repeats the uninterrupted one bit for bit.
 """
@@ -25,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
 from rich.console import Console
 from rich.markup import escape
@@ -33,39 +32,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 import checkpoint
+import elastic
 import evals
 import report
 from config import PRESETS, Config, FitConfig, fingerprint, from_dict, require
-from data import Corpus, cpt_batch, held_out_problems, pretrain_batch, rlp_batch
+from data import Corpus, cpt_batch, elastic_batch, held_out_problems, mixture, pretrain_batch, rlp_batch
 from generate import show_thoughts
 from model import HybridLM, count_parameters
+from objective import NextToken, Objective
 from rlp import RLP
 
 console = Console(highlight=False)
-
-
-class NextToken:
-    """Plain next-token prediction, as an objective for `fit`."""
-
-    n_updates = 1
-
-    def prepare(self, model: HybridLM, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """Nothing to do."""
-        return batch
-
-    def loss(self, model: HybridLM, batch: dict[str, Tensor]) -> tuple[Tensor, int, dict[str, Tensor]]:
-        """Sum of the cross-entropies in nats, number of targets (those of -100 count for nothing), metrics."""
-        hidden_BTD, _ = model(batch["tokens_BT"], ids_BT=batch["ids_BT"])
-        target = batch["targets_BT"].flatten()
-        loss = F.cross_entropy(model.logits(hidden_BTD).flatten(0, 1), target, ignore_index=-100, reduction="sum")
-        return loss, int((target != -100).sum()), {}
-
-    def after_step(self, model: HybridLM) -> None:
-        """Nothing to do."""
-
-    def networks(self) -> dict[str, HybridLM]:
-        """No network beside the model."""
-        return {}
 
 
 # ------------------------------------------------------------------------------------------------------- the loop
@@ -73,7 +50,7 @@ class NextToken:
 
 def fit(
     model: HybridLM,
-    objective: NextToken | RLP,
+    objective: Objective,
     make_batch: Callable[[int], dict[str, Tensor]],
     settings: FitConfig,
     run_dir: Path,
@@ -89,7 +66,9 @@ def fit(
     finite, with the weights before it saved.
     """
     device = next(model.parameters()).device
-    optimizers = build_optimizers(model, settings)
+    optimizers = build_optimizers(model, settings) + objective.optimizers()
+    for group in (g for optimizer in optimizers for g in optimizer.param_groups):
+        group["peak_lr"] = group["lr"]
     step = 0
     if start is not None:
         step = start.meta["step"]
@@ -142,7 +121,7 @@ def fit(
 
 
 def update(
-    model: HybridLM, objective: NextToken | RLP, parts: list[dict], optimizers: list, settings: FitConfig, step: int
+    model: HybridLM, objective: Objective, parts: list[dict], optimizers: list, settings: FitConfig, step: int
 ) -> dict[str, float]:
     """One optimizer step on the mean loss over all parts; skipped if the gradient is not finite. Returns metrics."""
     total_loss, total_count, totals = 0.0, 0, {}
@@ -152,8 +131,8 @@ def update(
         total_loss, total_count = total_loss + float(loss.detach()), total_count + count
         for name, value in metrics.items():
             totals[name] = totals.get(name, 0.0) + float(value) * count
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    torch._foreach_div_(grads, total_count)
+    trained = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    torch._foreach_div_([p.grad for p in trained if p.grad is not None], total_count)
     grad_norm = float(nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm))
     rate = schedule(step, settings)
     if np.isfinite(grad_norm):
@@ -192,9 +171,6 @@ def build_optimizers(model: HybridLM, settings: FitConfig) -> list[torch.optim.O
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)]
     if muon:
         optimizers.append(torch.optim.Muon(muon, lr=settings.muon_lr, weight_decay=settings.weight_decay))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
     return optimizers
 
 
@@ -204,11 +180,10 @@ def split_batch(batch: dict[str, Tensor], n: int) -> list[dict[str, Tensor]]:
     return [{k: v[i] for k, v in pieces.items()} for i in range(n)]
 
 
-def restore(start: checkpoint.Checkpoint, model: HybridLM, objective: NextToken | RLP, optimizers: list) -> None:
+def restore(start: checkpoint.Checkpoint, model: HybridLM, objective: Objective, optimizers: list) -> None:
     """Networks and optimizers as they were when the checkpoint was written."""
     checkpoint.load_weights(model, start.tensors("model"), start.path)
-    if isinstance(objective, RLP) and (start.path / "teacher.safetensors").exists():
-        objective.start(model)
+    objective.expect(model, [file.stem for file in start.path.glob("*.safetensors")])
     for name, network in objective.networks().items():
         checkpoint.load_weights(network, start.tensors(name), start.path)
     for optimizer, state in zip(optimizers, start.optimizer(), strict=True):
@@ -306,11 +281,16 @@ def run(config: Config) -> dict:
         f"{config.mode}: {count_parameters(model):,} parameters, {config.model.pattern}, on {device}; "
         f"results in {escape(str(run_dir))}"
     )
+    if config.mode == "elastic":  # refuse choices and budgets that do not fit before the base is trained
+        elastic.build_router(model.config, config.elastic, list(range(len(model.layers))), device)
     if config.mode == "pretrain":
         if config.init:
             base_weights(config, corpus, model)
         train_base(config, corpus, model, start)
         results = evaluate_base(model, corpus, config)
+    elif config.mode == "elastic":
+        base_facts = base_weights(config, corpus, model)
+        results = {**base_facts, **run_elastic(model, corpus, config, run_dir, start)}
     else:
         base_facts = base_weights(config, corpus, model)
         base = build_model(config, corpus.tokenizer.n_vocab, device, config.seed).requires_grad_(False)
@@ -320,7 +300,7 @@ def run(config: Config) -> dict:
         fit(model, objective, lambda step: make_batch(corpus, config, step), settings, run_dir, config.seed,
             run_meta(config), config.mode, start)  # fmt: skip
         results = {**base_facts, **evaluate_both(model, base, objective.networks().get("teacher"), corpus, config)}
-        write_samples(model, base, corpus, config, run_dir)
+        write_samples({"base": base, config.mode: model}, corpus, config, run_dir)
     summary = {
         "mode": config.mode,
         "preset": config.preset,
@@ -378,13 +358,128 @@ def evaluate_both(model: HybridLM, base: HybridLM, teacher: HybridLM | None, cor
     }
 
 
-def write_samples(model: HybridLM, base: HybridLM, corpus: Corpus, config: Config, run_dir: Path) -> None:
-    """samples.txt: two held-out problems of each family with a thought of the base and one of the trained model."""
+def run_elastic(
+    model: HybridLM, corpus: Corpus, config: Config, run_dir: Path, start: checkpoint.Checkpoint | None
+) -> dict:
+    """Make the parent elastic, train the rivals asked for, and measure all of them on the same held-out sequences."""
+    parent = frozen_copy(model)
+    began = time.perf_counter()
+    objective = train_elastic(model, corpus, config, run_dir, start)
+    train_s = time.perf_counter() - began
+    router, budgets = objective.router, config.elastic.budgets
+    widths = {b: router.choose(b) for b in budgets}
+    families = {"elastic": [elastic.submodel(model, widths[b]) for b in budgets]}
+    if objective.stage1 is not None:
+        families["stage1"] = [elastic.submodel(objective.stage1, widths[b]) for b in budgets]
+    seconds = {"elastic": train_s, "stage1": train_s}
+    for name in config.elastic.baseline:
+        began = time.perf_counter()
+        families[name] = train_rival(name, parent, widths, corpus, config, run_dir / "baselines" / name)
+        seconds[name] = time.perf_counter() - began
+    models = [parent, *(m for family in families.values() for m in family)]
+    teacher, *figures = evals.evaluate_sizes(models, parent, corpus, config)
+    sizes = [(name, b, m) for name, family in families.items() for b, m in zip(budgets, family, strict=True)]
+    entries: dict[str, list[dict]] = {}
+    for (name, b, size), found in zip(sizes, figures, strict=True):
+        facts = {"budget": b, "fraction": router.fraction(b), "target": router.fraction(b) * router.full_cost}
+        own = dataclasses.asdict(widths[b]) if name == "elastic" else size_widths(size)
+        entry = {
+            **facts,
+            "cost": elastic.total_cost(size.config, config.elastic, parent.embed.weight.device),
+            "widths": own,
+        }
+        entries.setdefault(name, []).append({**entry, **evals.size_facts(size, config), **found})
+    write_samples(dict(zip([f"{b:g}" for b in budgets], families["elastic"], strict=True)), corpus, config, run_dir)
+    return {
+        "teacher": {"pattern": parent.config.pattern, "widths": size_widths(parent), **evals.size_facts(parent, config),
+                    **teacher},
+        "budgets": entries.pop("elastic"),
+        "stage1": entries.pop("stage1", []),
+        "baselines": entries,
+        "train_s": seconds,
+        "memory": evals.family_bytes(model, router, families["elastic"]),
+        "n_tokens": config.elastic.steps * config.elastic.batch * config.elastic.seq_len,
+    }  # fmt: skip
+
+
+def train_elastic(
+    model: HybridLM, corpus: Corpus, config: Config, run_dir: Path, start: checkpoint.Checkpoint | None = None
+) -> elastic.Elastic:
+    """Rank and order the parent's units, in place, and train it with its routers. Returns the objective."""
+    c, parent = config.elastic, frozen_copy(model)
+    device = next(model.parameters()).device
+    calibration = [evals.to_device(mixture(corpus, config, 10**6, c.calibration_rows, c.seq_len), model)]
+    ranking = elastic.rank(model, calibration, c, config.seed)
+    elastic.order_weights(model, ranking)
+    torch.manual_seed(config.seed)
+    objective = elastic.Elastic(c, elastic.build_router(model.config, c, ranking.depth, device), parent)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    fit(model, objective, lambda step: elastic_batch(corpus, config, step), c, run_dir, config.seed, run_meta(config),
+        "elastic", start)  # fmt: skip
+    return objective
+
+
+def train_rival(
+    name: str, parent: HybridLM, widths: dict[float, elastic.Widths], corpus: Corpus, config: Config, run_dir: Path
+) -> list[HybridLM]:
+    """The models of a baseline (see `elastic.baseline`), one for each budget."""
+    c = config.elastic
+    family = {
+        "random-order": {"score_d_model": "random", "score_ffn": "random", "score_mamba": "random",
+                         "score_attn": "random", "score_depth": "random"},
+        "fixed": {"choose": "fixed"},
+        "uniform": {"long_weights": (1.0,) * len(c.budgets)},
+    }  # fmt: skip
+    model = frozen_copy(parent).requires_grad_(True)
+    if name in family:
+        changed = dataclasses.replace(config, elastic=dataclasses.replace(c, **family[name]))
+        objective = train_elastic(model, corpus, changed, run_dir)
+        return [elastic.submodel(model, objective.router.choose(b)) for b in c.budgets]
+    calibration = [evals.to_device(mixture(corpus, config, 10**6, c.calibration_rows, c.seq_len), model)]
+    elastic.order_weights(model, elastic.rank(model, calibration, c, config.seed))
+    steps = c.steps // len(c.budgets) if name == "separate" else c.steps
+    changed = {"steps": steps, "budgets": (1.0,), "long_weights": (1.0,)}
+    if name == "scratch":
+        changed |= {"kl": 0.0, "ce": 1.0}
+    alone = dataclasses.replace(config, elastic=dataclasses.replace(c, **changed))
+    return [
+        train_alone(elastic.submodel(model, w), parent, name, corpus, alone, run_dir / f"{b:g}") for b, w in widths.items()
+    ]
+
+
+def train_alone(size: HybridLM, parent: HybridLM, name: str, corpus: Corpus, config: Config, run_dir: Path) -> HybridLM:
+    """One size by itself, in weights of its own: distilled from the parent, or from scratch on the text alone."""
+    size = frozen_copy(size).requires_grad_(True)
+    if name == "scratch":
+        torch.manual_seed(config.seed)
+        size = HybridLM(size.config).to(next(parent.parameters()).device)
+    objective = elastic.Distillation(config.elastic, parent)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    fit(size, objective, lambda step: elastic_batch(corpus, config, step), config.elastic, run_dir, config.seed,
+        run_meta(config), "elastic")  # fmt: skip
+    return size.requires_grad_(False)
+
+
+def frozen_copy(model: HybridLM) -> HybridLM:
+    """A copy that does not train, with memory of its own."""
+    copied = elastic.bare_model(model.config).requires_grad_(False)
+    copied.load_state_dict({k: v.detach().clone() for k, v in model.state_dict().items()}, assign=True)
+    return copied.requires_grad_(False)
+
+
+def size_widths(model: HybridLM) -> dict:
+    """The widths of a model that stands alone, as `elastic.Widths` has them."""
+    layers = [elastic.layer_widths(kind, model.config.layer(i)) for i, kind in enumerate(model.config.pattern)]
+    return {"d_model": model.config.d_model, "layers": layers}
+
+
+def write_samples(networks: dict[str, HybridLM], corpus: Corpus, config: Config, run_dir: Path) -> None:
+    """samples.txt: two held-out problems of each family, with a thought and an answer of each network."""
     problems = held_out_problems("test", 2, config.seed, corpus.held_out_percent)
     lines = []
     for problem in problems:
         lines.append(f"[{problem.family}] {problem.prompt}   (right:{problem.answer})")
-        for name, network in (("base", base), (config.mode, model)):
+        for name, network in networks.items():
             c = config.rlp
             (text,) = show_thoughts(network, corpus.tokenizer, [problem.prompt], c.thought_len, c.temperature, config.seed)
             lines.append(f"  {name:>4}: {text}")
