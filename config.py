@@ -384,7 +384,10 @@ class ElasticConfig(FitConfig):
         for name in ("search_share", "long_share"):
             require(0 <= getattr(self, name) <= 1, f"elastic.{name} ({getattr(self, name)}) must lie in [0, 1]")
         _divides("elastic.long_len", self.long_len, "elastic.seq_len", self.seq_len)
-        _divides("elastic.batch", self.batch, "elastic.long_len / elastic.seq_len", self.long_len // self.seq_len)
+        times = self.long_len // self.seq_len
+        _divides(
+            "elastic.batch", self.batch, "elastic.accumulate * elastic.long_len / elastic.seq_len", self.accumulate * times
+        )
 
     def stage_1_steps(self) -> int:
         """How many steps have short sequences; the rest is stage 2."""
