@@ -357,6 +357,10 @@ class ElasticConfig(FitConfig):
             f"elastic.budgets {self.budgets} must be different and fall, the largest first",
         )
         require(
+            self.budgets[0] <= 1 or self.budgets[-1] > 1,
+            f"elastic.budgets {self.budgets} mixes absolute costs and fractions; give either, for example all as fractions",
+        )
+        require(
             len(self.long_weights) == len(self.budgets),
             f"elastic.long_weights {self.long_weights} must have one entry for each of the {len(self.budgets)} budgets",
         )
