@@ -380,6 +380,10 @@ class ElasticConfig(FitConfig):
             self.self_kl == 0 or self.full_ce + self.ce + self.kl > 0,
             "elastic.self_kl needs elastic.full_ce, elastic.ce or elastic.kl above 0: else nothing teaches the teacher",
         )
+        require(
+            self.kl + self.ce > 0 or not set(self.baseline) & {"separate", "minitron"},
+            "elastic.baseline: separate and minitron learn by elastic.kl and elastic.ce, and both are 0; give one a weight",
+        )
         require(self.self_kl == 0 or self.budgets[0] == 1, "elastic.self_kl needs the budget 1.0 among elastic.budgets")
         for name in ("gumbel_tau", "logit_scale"):
             require(min(getattr(self, name)) > 0, f"elastic.{name} {getattr(self, name)} must be positive")
