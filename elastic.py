@@ -687,7 +687,11 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def choose(self, budget: float) -> Widths:
-        """The widths for a budget: the likeliest choice, without noise, repaired to meet the budget."""
+        """The widths for a budget: the likeliest choice, without noise, repaired to meet the budget.
+
+        Raises ValueError for a budget outside of the trained ones.
+        """
+        self.one_hot(budget)
         if self.is_full(budget):
             return full_widths(self.space.config)
         if self.settings.choose == "fixed":
