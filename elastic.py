@@ -429,6 +429,11 @@ class Space:
     """Everything that can be chosen: for each axis its widths, the largest first, and how many decisions it takes."""
 
     def __init__(self, config: ModelConfig, c: ElasticConfig):
+        require(
+            not config.widths,
+            "elastic cannot start from a model whose layers have widths of their own, as one cut out of a family has; "
+            "start from its parent",
+        )
         n = len(config.pattern)
         self.config = config
         self.layers = {axis: [i for i, k in enumerate(config.pattern) if k == kind] for axis, kind in KIND_OF.items()}
