@@ -438,7 +438,8 @@ class Config:
     seed: int = 0
     # Go on from the newest checkpoint of the run folder.
     resume: bool = False
-    # Run folder to take the starting weights from; empty means a base that is trained once and kept in data.cache_dir.
+    # Run folder to take the starting weights from (and the shape, if it was cut out of an elastic run); empty means a base
+    # that is trained once and kept in data.cache_dir.
     init: str = ""
     # Device: auto, cpu or cuda.
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -233,6 +233,16 @@ def build_model(config: Config, n_vocab: int, device: torch.device, seed: int) -
     return HybridLM(dataclasses.replace(shape, vocab_size=shape.vocab_size or n_vocab)).to(device)
 
 
+def with_shape_of_init(config: Config) -> Config:
+    """The settings with the shape of `init` where that was cut out of an elastic run: no other shape would fit."""
+    file = Path(config.init) / "config.json"
+    if config.init and file.is_file():
+        shape = from_dict(Config, json.loads(file.read_text())["config"]).model
+        if shape.widths:
+            return dataclasses.replace(config, model=shape)
+    return config
+
+
 def base_weights(config: Config, corpus: Corpus, model: HybridLM) -> dict:
     """Load the base into the model: from `init`, else from the cache, else by pretraining it now.
 
@@ -254,7 +264,8 @@ def base_weights(config: Config, corpus: Corpus, model: HybridLM) -> dict:
             found = checkpoint.newest(folder)
     warn(found.warning)
     checkpoint.load_weights(model, found.tensors("model"), found.path)
-    steps = (folder / "metrics.jsonl").read_text().splitlines()
+    log = folder / "metrics.jsonl"  # a model cut out of an elastic run has none
+    steps = log.read_text().splitlines() if log.exists() else []
     seconds = sum(json.loads(line)["seconds"] for line in steps)
     return {"base_dir": str(folder), "base_was_cached": was_cached, "base_train_s": seconds}
 
@@ -269,7 +280,7 @@ def train_base(config: Config, corpus: Corpus, model: HybridLM, start: checkpoin
 def run(config: Config) -> dict:
     """A whole run: data, base, training, held-out figures, plots. Returns what summary.json holds."""
     began = time.perf_counter()
-    config.check()
+    config = with_shape_of_init(config.check())
     device = pick_device(config)
     run_dir = config.run_dir()
     start = resume_point(config, run_dir)
