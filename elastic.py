@@ -816,20 +816,20 @@ class Distillation(Objective):
         return total, n_tokens, {}
 
     def task(
-        self, hidden_BTD: Tensor, head_VD: Tensor, batch: dict, teachers: list[tuple[float, HybridLM]], ce: float
+        self, hidden_BTd: Tensor, head_Vd: Tensor, batch: dict, teachers: list[tuple[float, HybridLM]], ce: float
     ) -> tuple[Tensor, int]:
         """Sum over tokens of the weighted divergences from the teachers and of the cross-entropy; number of targets."""
         target = batch["targets_BT"].flatten()
         inside = target != -100
-        hidden_XD, total = hidden_BTD.flatten(0, 1)[inside], hidden_BTD.new_zeros(())
+        hidden_Xd, total = hidden_BTd.flatten(0, 1)[inside], hidden_BTd.new_zeros(())
         for weight, teacher in teachers:
             if weight:
                 with torch.no_grad():
                     wanted_XD = teacher(batch["tokens_BT"], ids_BT=batch["ids_BT"])[0].flatten(0, 1)[inside]
                 matrix_VD = output_matrix(teacher).detach()
-                total = total + weight * kl_divergence(wanted_XD, matrix_VD, hidden_XD, head_VD, self.c.kl_temperature)
+                total = total + weight * kl_divergence(wanted_XD, matrix_VD, hidden_Xd, head_Vd, self.c.kl_temperature)
         if ce:
-            total = total + ce * F.cross_entropy(F.linear(hidden_XD, head_VD), target[inside], reduction="sum")
+            total = total + ce * F.cross_entropy(F.linear(hidden_Xd, head_Vd), target[inside], reduction="sum")
         return total, int(inside.sum())
 
 
