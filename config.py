@@ -302,13 +302,13 @@ class ElasticConfig(FitConfig):
     # Learning rate of the routers; the paper's.
     router_lr: float = 1e-2
     # Head start of the largest choices, in logits, so that training begins at the full model.
-    router_bias: float = 2.0
+    router_bias: float = 1.0
     # Gumbel-softmax temperature at the first and at the last step of the search, exponential in between.
     gumbel_tau: tuple[float, float] = (1.0, 0.05)
     # Factor on the routers' logits at the first and at the last step of the search, linear in between.
     logit_scale: tuple[float, float] = (1.0, 10.0)
-    # Weight of the budget loss (lambda).
-    router_weight: float = 1.0
+    # Weight of the budget loss (lambda); the paper's is 1, for another form of the loss.
+    router_weight: float = 5.0
     # Relative distance from the budget that costs nothing.
     dead_zone: float = 0.01
     # Order of the residual stream's channels: paper is equation 1, output weighs it by what reads the channel.
@@ -336,7 +336,7 @@ class ElasticConfig(FitConfig):
     # Tokens of a training sequence in stage 1.
     seq_len: int = 256
     # Tokens of a training sequence in stage 2; a step then has fewer sequences, and as many tokens.
-    long_len: int = 1024
+    long_len: int = 512
     # Share of the steps that stage 2 takes.
     long_share: float = 0.4
     # Probability of each budget in stage 2 (in stage 1 all are alike).

@@ -664,7 +664,8 @@ class Router(nn.Module):
             require(
                 self.fraction(b) >= least / full,
                 f"elastic.budgets ({b:g}) is below the smallest model that the choices can make: {least:g} "
-                f"{self.settings.cost}, {least / full:.3f} of the full model; raise it, or give smaller choices",
+                f"{self.settings.cost}, {least / full:.3f} of the full model (above 1 a budget is an absolute cost); "
+                "raise it, or give smaller choices",
             )
 
     def is_full(self, budget: float) -> bool:
@@ -947,7 +948,7 @@ def extract(run_dir: Path, budget: float, out: Path) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`python elastic.py extract RUN --budget B --out DIR`. Returns 0, or 2 for what cannot be done."""
+    """`python elastic.py extract RUN --budget B --out DIR`, `python elastic.py scores RUN`. Returns 0, or 2 if refused."""
     import tyro
 
     def run_extract(run: tyro.conf.Positional[Path], budget: float, out: Path) -> None:
@@ -961,8 +962,20 @@ def main(argv: list[str] | None = None) -> int:
         facts = extract(run, budget, out)
         print(f"{out}: {facts['parameters']:,} parameters in {facts['seconds']:.2f} s, {facts['widths']}")
 
+    def run_scores(run: tyro.conf.Positional[Path]) -> None:
+        """Compare the importance scores of every axis on a trained model (a base, or any other run).
+
+        Args:
+            run: Folder of the run.
+        """
+        from evals import score_table
+        from train import load_run
+
+        for axis, losses in score_table(*load_run(run)).items():
+            print(f"{axis:>15}  " + "  ".join(f"{kind} {loss:.3f}" for kind, loss in losses.items()))
+
     try:
-        tyro.extras.subcommand_cli_from_dict({"extract": run_extract}, args=argv, prog="elastic.py")
+        tyro.extras.subcommand_cli_from_dict({"extract": run_extract, "scores": run_scores}, args=argv, prog="elastic.py")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -11,6 +11,8 @@ Accuracy is that of the likeliest answer token after sampled thoughts, after the
 Intervals treat problems (not thoughts) as the independent observations: mean +- 1.96 standard errors over problems.
 """
 
+import copy
+import dataclasses
 import math
 import random
 import time
@@ -20,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import elastic
 from config import Config
 from data import FAMILIES, Corpus, Problem, collate_contexts, held_out_problems, mixture, text_position
 from generate import sample_thoughts, score_targets
@@ -322,3 +325,42 @@ def family_bytes(model: HybridLM, router: torch.nn.Module, sizes: list[HybridLM]
         "separate_memory": sum(s.numel() * s.element_size() for m in sizes for s in m.parameters()),
         "router_parameters": count_parameters(router),
     }
+
+
+@torch.no_grad()
+def score_table(model: HybridLM, corpus: Corpus, config: Config, n_random: int = 3) -> dict[str, dict[str, float]]:
+    """How well each importance score orders each axis: loss with half of that axis alone, untrained.
+
+    For depth: with one layer less. Ranked on training text, measured on the validation split. `random` is the mean over
+    n_random orders.
+    """
+    c, full = config.elastic, elastic.full_widths(model.config)
+    batches = [mixture(corpus, config, 10**6, c.calibration_rows, c.seq_len)]
+    held_out = [mixture(corpus, config, i, 16, c.seq_len, "val") for i in range(6)]
+    halves = {"ffn": {"-": (0.5,)}, "mamba_heads": {"M": (0.5, 1)}, "mamba_channels": {"M": (1, 0.5)},
+              "attn_heads": {"*": (0.5,)}}  # fmt: skip
+
+    def cut(axis: str, first_to_go: int) -> elastic.Widths:
+        shares = halves.get(axis, {})
+        layers = [
+            tuple(int(w * s) for w, s in zip(own, shares.get(kind, (1, 1)), strict=False))
+            for kind, own in zip(model.config.pattern, full.layers, strict=True)
+        ]
+        if axis == "depth":
+            layers[first_to_go] = ()
+        return elastic.Widths(full.d_model // (2 if axis == "d_model" else 1), tuple(layers))
+
+    def loss(axis: str, kind: str, seed: int) -> float:
+        field = "score_" + {"mamba_heads": "mamba", "mamba_channels": "mamba", "attn_heads": "attn"}.get(axis, axis)
+        ordered = copy.deepcopy(model)
+        ranking = elastic.rank(ordered, batches, dataclasses.replace(c, **{field: kind}), seed)
+        elastic.order_weights(ordered, ranking)
+        small = elastic.submodel(ordered, cut(axis, ranking.depth[0]))
+        return float(torch.cat([_logp_and_loss(small, batch)[1] for batch in held_out]).mean())
+
+    table = {}
+    for axis in elastic.AXES:
+        kinds = ("paper", "greedy" if axis == "depth" else "output")
+        table[axis] = {kind: loss(axis, kind, 0) for kind in kinds}
+        table[axis]["random"] = sum(loss(axis, "random", seed) for seed in range(n_random)) / n_random
+    return table
