@@ -12,9 +12,10 @@ from conftest import paragraphs
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, NemotronHConfig, NemotronHForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import checkpoint
+import elastic
 import generate
 import huggingface
 import train
@@ -239,6 +240,12 @@ def test_a_run_goes_on_without_the_directory_that_it_began_with(finished, words,
     assert_close(trained(tmp_path / "next"), trained(run), **EXACT)
 
 
+def test_a_dry_run_shows_the_directorys_shape(program, hf, tmp_path, capsys):
+    assert program("run", "--init", hf, "--dry-run") == 0
+    assert '"pattern": "*-*-*-"' in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
 def test_generate_talks_to_the_directory_itself(hf, capsys):
     assert generate.main([str(hf), "Tens digit of 12 + 34?\nAnswer:", "--thought-len", "4"]) == 0
     assert "Answer:<think>" in capsys.readouterr().out
@@ -273,6 +280,28 @@ def test_an_export_in_bf16_has_the_rounded_weights(finished, tmp_path):
     assert huggingface.main(["export", str(finished), "--out", str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
     found = load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"]
     assert_close(found, trained(finished)["norm.weight"].bfloat16(), **EXACT)
+
+
+def test_a_size_cut_out_of_an_elastic_run_goes_out_and_is_trained_on(words, tmp_path):
+    """From Nemotron-H to layers of different widths, to Nemotron-H of one width, and to another run."""
+    n_vocab = write_tokenizer(tmp_path / "hf")
+    sizes = {"vocab_size": n_vocab, "eos_token_id": n_vocab - 1, "hidden_size": 16, "intermediate_size": 24}
+    sizes |= {"mamba_head_dim": 8, "num_attention_heads": 8}
+    NemotronHForCausalLM(NemotronHConfig(**hf_models.NEMOTRON | sizes)).save_pretrained(tmp_path / "hf")
+    names = ("hf", "elastic", "half", "out", "rlp")
+    hf, whole, half, out, rlp = (str(tmp_path / name) for name in names)
+    assert train.main([*words, "--mode", "elastic", "--init", hf, "--out", whole, "--elastic.steps", "3"]) == 0
+    assert elastic.main(["extract", whole, "--budget", "0.5", "--out", half]) == 0
+    assert huggingface.main(["export", half, "--out", out]) == 0
+    model, tk, _ = train.load_model(Path(half))
+    assert model.config.widths
+    assert FileTokenizer(Path(out)).tags == tk.tags
+    tokens_BT = torch.tensor([[1, 2, 3, tk.think, 5, tk.close] * 3])
+    logits_BTV = AutoModelForCausalLM.from_pretrained(out)(tokens_BT).logits
+    assert_close(logits_BTV, model.logits(model(tokens_BT)[0]), rtol=1e-3, atol=1e-5)
+    assert logits_BTV.std() > 0.01
+    assert train.main([*words, "--mode", "rlp", "--init", half, "--out", rlp, "--rlp.steps", "0"]) == 0
+    assert_close(trained(Path(rlp)), trained(Path(half)), **EXACT)
 
 
 def test_tags_that_the_tokenizer_has_keep_their_rows_and_unused_rows_get_the_tags(tmp_path):
