@@ -83,20 +83,23 @@ def newest(run_dir: Path) -> Checkpoint | None:
 
 def load_weights(network: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
     """Copy a state dict into a network. Raises ValueError that names missing, unknown or misshapen tensors."""
-    own = network.state_dict()
-    wrong = [f"{k} is missing" for k in own if k not in tensors]
-    wrong += [f"{k} is unknown" for k in tensors if k not in own]
+    shapes = {name: tuple(t.shape) for name, t in network.state_dict().items()}
+    check_shapes(tensors, shapes, source, "use the settings it was made with")
+    network.load_state_dict(tensors)
+
+
+def check_shapes(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], source: Path, remedy: str) -> None:
+    """Raises ValueError that names the first five tensors of `source` that are missing, unknown or misshapen."""
+    wrong = [f"{k} is missing" for k in shapes if k not in tensors]
+    wrong += [f"{k} is unknown" for k in tensors if k not in shapes]
     wrong += [
-        f"{k} has shape {list(tensors[k].shape)}, the model needs {list(v.shape)}"
-        for k, v in own.items()
-        if k in tensors and tensors[k].shape != v.shape
+        f"{k} has shape {list(tensors[k].shape)}, the model needs {list(shape)}"
+        for k, shape in shapes.items()
+        if k in tensors and tuple(tensors[k].shape) != shape
     ]
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise ValueError(
-            f"{source} does not fit the model: {'; '.join(wrong[:5])}{more}; use the settings it was made with"
-        )
-    network.load_state_dict(tensors)
+        raise ValueError(f"{source} does not fit the model: {'; '.join(wrong[:5])}{more}; {remedy}")
 
 
 def _folders(run_dir: Path) -> list[Path]:

@@ -104,7 +104,8 @@ class DataConfig:
 
     # A UTF-8 file or a folder of such files; empty means the text that ships with Python.
     path: str = ""
-    # tiktoken vocabulary; "corpus" trains one on the text, other names ("gpt2") are tiktoken's own and may download.
+    # "corpus" trains a vocabulary on the text; a folder has one in its tokenizer.json; other names ("gpt2") are tiktoken's
+    # own and may download. A Hugging Face directory in `init` brings its own.
     tokenizer: str = "corpus"
     # Size of the vocabulary that "corpus" trains, special tokens included.
     vocab_size: int = 1024
@@ -209,6 +210,10 @@ class RLPConfig(FitConfig):
     text_share: float = 0.25
     # Longest context, in tokens; longer ones lose their beginning.
     context_len: int = 128
+    # Text before every context, with a thought and without: an instruction, for a base that was never taught the tags.
+    prompt: str = ""
+    # UTF-8 file to take that text from, such as prompts/think.txt.
+    prompt_file: str = ""
     # Thoughts per context, G; the paper uses 16.
     group_size: int = 8
     # Longest thought in tokens, its closing tag included.
@@ -427,7 +432,8 @@ class Config:
     seed: int = 0
     # Go on from the newest checkpoint of the run folder.
     resume: bool = False
-    # Run folder to take the starting weights from; empty means a base that is trained once and kept in data.cache_dir.
+    # Where the starting weights are: a run folder, or a Hugging Face directory. Its shape replaces model.*; if it holds a
+    # tokenizer, that replaces data.tokenizer. Empty means a base that is trained once and kept in data.cache_dir.
     init: str = ""
     # Device: auto, cpu or cuda.
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -478,7 +484,9 @@ PRESETS: dict[str, Config] = {
         pretrain=PretrainConfig(steps=3000, batch=8, lr=3e-3, muon_lr=0.02, decay=0.4, checkpoint_every=500),
         rlp=RLPConfig(steps=150, batch=32, lr=2e-4, decay=0.5),
         cpt=CPTConfig(steps=900, batch=8, lr=1.5e-3, muon_lr=0.01, decay=1.0),
-        elastic=ElasticConfig(steps=1500, batch=8, lr=1.5e-3, muon_lr=0.01, decay=0.6, router_width=64),
+        elastic=ElasticConfig(
+            steps=700, batch=8, lr=1.5e-3, muon_lr=0.01, decay=1.0, router_width=64, ce=1.0, depth_choices=(6,)
+        ),
     ),
     # Seconds instead of minutes: every part runs, nothing is learned. For tests and for a first look at the code.
     "smoke": Config(

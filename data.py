@@ -18,6 +18,7 @@ problem and no document can be on two sides. Every batch is a function of (seed,
 import ast
 import dataclasses
 import itertools
+import json
 import random
 import re
 import sysconfig
@@ -230,6 +231,9 @@ def user_documents(path: Path) -> Iterator[tuple[str, str]]:
 class Tokenizer:
     """A tiktoken vocabulary with the three special tokens END, THINK and CLOSE."""
 
+    begin: tuple[int, ...] = ()  # what stands before every document
+    new_ids: tuple[int, ...] = ()  # tokens that the vocabulary's own model does not know
+
     def __init__(self, base: tiktoken.Encoding):
         ranks = base._mergeable_ranks
         special = dict(base._special_tokens)
@@ -251,6 +255,64 @@ class Tokenizer:
     def decode(self, tokens: list[int]) -> str:
         """Text of token ids, special tokens included; bytes that are no UTF-8 become the replacement character."""
         return self.encoding.decode([int(t) for t in tokens])
+
+
+class FileTokenizer(Tokenizer):
+    """The tokenizer.json of a Hugging Face directory, as `Tokenizer`.
+
+    END is the eos_token_id (the first, if several) of the config.json beside it, or the token `<|endoftext|>`. THINK and
+    CLOSE are its tokens of that name; if it has none, they become new tokens after its last one, listed in `new_ids`.
+    Raises ValueError if a file cannot be used, or nothing says what ends a text.
+    """
+
+    def __init__(self, folder: Path):
+        from tokenizers import AddedToken
+        from tokenizers import Tokenizer as File
+
+        file, beside = folder / "tokenizer.json", folder / "config.json"
+        require(
+            file.is_file(), f"{file} does not exist; a model of Hugging Face needs the tokenizer that it was trained with"
+        )
+        self.json = file.read_text(encoding="utf-8")
+        try:
+            self.settings = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+            base = File.from_str(self.json)
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"{file} or {beside} cannot be read ({error}); copy it again") from error
+        missing = [text for text in (THINK, CLOSE) if base.token_to_id(text) is None]
+        if missing:
+            base.add_tokens([AddedToken(text, normalized=False) for text in missing])
+            self.json = base.to_str(pretty=True)
+        self.new_ids = tuple(base.token_to_id(text) for text in missing)
+        self.think, self.close = base.token_to_id(THINK), base.token_to_id(CLOSE)
+        eos = self.settings.get("eos_token_id")
+        self.end = (eos[0] if isinstance(eos, list) else eos) if eos not in (None, []) else base.token_to_id(END)
+        require(self.end is not None, f"{beside} has no eos_token_id and {file} no {END}; set eos_token_id to end a text")
+        self.n_vocab = max(base.get_vocab().values()) + 1
+        require(
+            self.end < self.n_vocab, f"{beside}: eos_token_id ({self.end}) is none of the {self.n_vocab} tokens of {file}"
+        )
+        content = json.loads(self.json)
+        for token in content["added_tokens"]:  # what `encode` shall read as text where a text spells it
+            token["special"] = token["special"] or token["content"] in (END, THINK, CLOSE)
+        self.file = File.from_str(json.dumps(content))
+        self.file.encode_special_tokens = True
+        framed, plain = self.file.encode("a").ids, self.encode("a")
+        self.begin = tuple(framed[: framed.index(plain[0])])
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text; a special token written out in the text is plain text too."""
+        return self.file.encode(text, add_special_tokens=False).ids
+
+    def decode(self, tokens: list[int]) -> str:
+        """Text of token ids, special tokens included; ids beyond the vocabulary are left out."""
+        return self.file.decode([int(t) for t in tokens], skip_special_tokens=False)
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json, with the tags, and the config.json beside it: what FileTokenizer reads, and an export."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "tokenizer.json").write_text(self.json, encoding="utf-8")
+        (folder / "config.json").write_text(json.dumps(self.settings, indent=1) + "\n", encoding="utf-8")
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> dict[str, int]:
@@ -277,7 +339,11 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> dict[str, int]:
 def named_tokenizer(name: str) -> Tokenizer:
     """tiktoken's own vocabulary of that name. Raises ValueError if it is unknown or cannot be fetched."""
     known = tiktoken.list_encoding_names()
-    require(name in known, f"data.tokenizer ({name!r}) is unknown; choose 'corpus' or one of {', '.join(known)}")
+    require(
+        name in known,
+        f"data.tokenizer ({name!r}) is unknown; choose 'corpus' or one of {', '.join(known)}, "
+        "or give a folder that holds a tokenizer.json",
+    )
     try:
         return Tokenizer(tiktoken.get_encoding(name))
     except OSError as error:
@@ -312,11 +378,14 @@ class Corpus:
             f"data.path ({config.path}) holds {n_characters} characters; at least 20000 are needed to train and hold out",
         )
         examples = _example_problems(config.held_out_percent)
-        key = fingerprint([named, examples, config.tokenizer, config.vocab_size, config.held_out_percent, TOKEN_PATTERN])
+        is_folder = config.tokenizer != "corpus" and Path(config.tokenizer).is_dir()
+        from_file = FileTokenizer(Path(config.tokenizer)) if is_folder else None
+        source = [from_file.json, from_file.end] if from_file else config.tokenizer  # content: a folder may change
+        key = fingerprint([named, examples, source, config.vocab_size, config.held_out_percent, TOKEN_PATTERN])
         file = Path(config.cache_dir) / f"corpus-{key}.npz"
         cached = _load_arrays(file)
         if config.tokenizer != "corpus":
-            tokenizer = named_tokenizer(config.tokenizer)
+            tokenizer = from_file or named_tokenizer(config.tokenizer)
         else:
             if cached is None:
                 train_texts = [text for name, text in named if split_of(name, config.held_out_percent) == "train"]
@@ -437,7 +506,7 @@ def pretrain_batch(corpus: Corpus, config: Config, step: int, split: str = "trai
                 thought = thought_for(problem, rng, worked) if rng.random() < think else None
                 prompt, answer = problem_tokens(corpus.tokenizer, problem, thought)
                 document = prompt + answer
-            document = document[: fit.seq_len + 1 - n]
+            document = [*corpus.tokenizer.begin, *document][: fit.seq_len + 1 - n]
             n_text, n_all = n_text + is_text * len(document), n_all + len(document)
             tokens_BT[row, n : n + len(document)] = document
             ids_BT[row, n : n + len(document)] = i
@@ -517,8 +586,10 @@ def collate_contexts(
     """context_BT (padded on the left), ids_BT (-1 at the padding, 0 elsewhere), target_BX (X = horizon tokens).
 
     A context longer than rlp.context_len loses its beginning; a target shorter than the horizon is filled up with END.
+    Before each context stand what the tokenizer begins a document with and the instruction `rlp.prompt`.
     """
-    contexts = [c[-fit.context_len :] for c in contexts]
+    before = instruction(tokenizer, fit)
+    contexts = [before + c[-fit.context_len :] for c in contexts]
     T = max(len(c) for c in contexts)
     context_BT = torch.full((len(contexts), T), tokenizer.end)
     ids_BT = torch.full((len(contexts), T), -1)
@@ -527,3 +598,8 @@ def collate_contexts(
         ids_BT[i, T - len(c) :] = 0
     target_BX = torch.tensor([(t + [tokenizer.end] * fit.horizon)[: fit.horizon] for t in targets])
     return {"context_BT": context_BT, "ids_BT": ids_BT, "target_BX": target_BX}
+
+
+def instruction(tokenizer: Tokenizer, fit: RLPConfig) -> list[int]:
+    """What stands before every context of RLP, for thoughts and for predictions without one; usually nothing."""
+    return [*tokenizer.begin, *(tokenizer.encode(fit.prompt) if fit.prompt else [])]

@@ -30,6 +30,7 @@ full model; keys and values have no elastic heads under grouped queries. The las
 import copy
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -944,6 +945,8 @@ def extract(run_dir: Path, budget: float, out: Path) -> dict:
              "widths": asdict(widths), "seconds": time.perf_counter() - began}  # fmt: skip
     text = {**facts, "config": replace(config, model=small.config, init=str(run_dir)).to_dict()}
     (out / "config.json").write_text(json.dumps(text, indent=1) + "\n")
+    if (run_dir / "hf").is_dir():  # the tokenizer, where it is not one that the corpus brings
+        shutil.copytree(run_dir / "hf", out / "hf")
     return facts
 
 

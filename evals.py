@@ -108,13 +108,13 @@ def plain_logp(
 def text_losses(model: HybridLM, corpus: Corpus, config: Config, split: str = "test") -> Tensor:
     """Next-token loss in nats a token of held-out text, without thoughts: one mean per window of 256 tokens."""
     rng, length = random.Random(f"text-{split}-{config.seed}"), 256
+    device, begin = next(model.parameters()).device, corpus.tokenizer.begin
     losses = []
     for _ in range(max(2, config.eval.text_tokens // length)):
-        window = (
-            torch.from_numpy(corpus.text_window(rng, split, length + 1)).long()[None].to(next(model.parameters()).device)
-        )
+        window = torch.tensor([[*begin, *corpus.text_window(rng, split, length + 1).tolist()]], device=device)
         hidden_BTD, _ = model(window[:, :-1])
-        losses.append(-token_logp(model.logits(hidden_BTD), window[:, 1:], corpus.tokenizer.tags).mean().cpu())
+        logits_BTV, target_BT = model.logits(hidden_BTD[:, len(begin) :]), window[:, 1 + len(begin) :]
+        losses.append(-token_logp(logits_BTV, target_BT, corpus.tokenizer.tags).mean().cpu())
     return torch.stack(losses)
 
 

@@ -6,6 +6,7 @@
     python train.py --mode cpt                       the rival: the base's own pretraining goes on for as long as RLP takes
     python train.py --mode rlp --preset smoke        every part in seconds
     python train.py --mode rlp --rlp.positions random --out runs/random
+    python train.py --mode rlp --init Qwen3-1.7B-Base --rlp.horizon 2        from a Hugging Face directory
 
 How to read: `main`, `run`, then `fit`. What an objective gives to `fit` is in objective.py. The loss is divided by the
 total count of a step, so accumulation cannot change it.
@@ -34,9 +35,21 @@ from torch import Tensor, nn
 import checkpoint
 import elastic
 import evals
+import huggingface
 import report
 from config import PRESETS, Config, FitConfig, fingerprint, from_dict, require
-from data import Corpus, cpt_batch, elastic_batch, held_out_problems, mixture, pretrain_batch, rlp_batch
+from data import (
+    Corpus,
+    FileTokenizer,
+    Tokenizer,
+    cpt_batch,
+    elastic_batch,
+    held_out_problems,
+    mixture,
+    pretrain_batch,
+    problem_tokens,
+    rlp_batch,
+)
 from generate import show_thoughts
 from model import HybridLM, count_parameters
 from objective import NextToken, Objective
@@ -238,10 +251,16 @@ def base_weights(config: Config, corpus: Corpus, model: HybridLM) -> dict:
     Returns, for summary.json: its folder, whether it was there already, and the seconds that its training steps took.
     """
     was_cached = True
+    if config.init and huggingface.is_hf(Path(config.init)):
+        load_hf_weights(model, Path(config.init), corpus.tokenizer)
+        return {"base_dir": config.init, "base_was_cached": True, "base_train_s": 0.0}
     if config.init:
         folder = Path(config.init)
         found = checkpoint.newest(folder) if folder.is_dir() else None
-        require(found, f"init ({config.init}) holds no checkpoint; give the run folder of an earlier run")
+        require(
+            found,
+            f"init ({config.init}) holds no checkpoint; give the run folder of an earlier run, or a Hugging Face directory",
+        )
     else:
         key = fingerprint([config.base_fingerprint(), corpus.key])
         folder = Path(config.data.cache_dir) / f"base-{key}"
@@ -253,9 +272,42 @@ def base_weights(config: Config, corpus: Corpus, model: HybridLM) -> dict:
             found = checkpoint.newest(folder)
     warn(found.warning)
     checkpoint.load_weights(model, found.tensors("model"), found.path)
-    steps = (folder / "metrics.jsonl").read_text().splitlines()
+    log = folder / "metrics.jsonl"  # a model cut out of an elastic run has none
+    steps = log.read_text().splitlines() if log.exists() else []
     seconds = sum(json.loads(line)["seconds"] for line in steps)
     return {"base_dir": str(folder), "base_was_cached": was_cached, "base_train_s": seconds}
+
+
+def load_hf_weights(model: HybridLM, folder: Path, tokenizer: Tokenizer) -> None:
+    """Load a Hugging Face directory into a model, which may have rows for more tokens than it (see `resolve`)."""
+    _, tensors = huggingface.load_hf(folder)
+    n_known = len(tensors["embed.weight"])
+    beyond = [i for i in range(n_known, model.config.vocab_size) if i not in tokenizer.new_ids]
+    checkpoint.load_weights(model, huggingface.add_rows(tensors, sorted([*tokenizer.new_ids, *beyond])), folder)
+
+
+def resolve(config: Config) -> Config:
+    """The settings with what files say of them: the text of rlp.prompt_file, and the shape and the tokenizer of `init`.
+
+    What lies in `init` has the only shape that its weights fit, so model.* is replaced by it; so is data.tokenizer by that
+    of a Hugging Face directory, or of a run that began with one. Raises ValueError for a file that cannot be used.
+    """
+    if config.rlp.prompt_file:
+        try:
+            text = Path(config.rlp.prompt_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"rlp.prompt_file ({config.rlp.prompt_file}) cannot be read as UTF-8 text: {error}") from error
+        config = dataclasses.replace(config, rlp=dataclasses.replace(config.rlp, prompt=text))
+    folder = Path(config.init)
+    if not config.init or not (folder / "config.json").is_file():
+        return config
+    is_hf = huggingface.is_hf(folder)
+    shape = huggingface.read_config(folder)[0] if is_hf else saved_config(folder).model
+    tokenizer = folder if is_hf else folder / "hf"
+    if tokenizer.is_dir():
+        shape = dataclasses.replace(shape, vocab_size=max(shape.vocab_size, FileTokenizer(tokenizer).n_vocab))
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(tokenizer)))
+    return dataclasses.replace(config, model=shape)
 
 
 def train_base(config: Config, corpus: Corpus, model: HybridLM, start: checkpoint.Checkpoint | None) -> None:
@@ -268,7 +320,7 @@ def train_base(config: Config, corpus: Corpus, model: HybridLM, start: checkpoin
 def run(config: Config) -> dict:
     """A whole run: data, base, training, held-out figures, plots. Returns what summary.json holds."""
     began = time.perf_counter()
-    config.check()
+    config = resolve(config.check())
     device = pick_device(config)
     run_dir = config.run_dir()
     start = resume_point(config, run_dir)
@@ -276,6 +328,7 @@ def run(config: Config) -> dict:
         return dry_run(config)
     prepare_run_dir(config)
     corpus = Corpus.load(config.data)
+    keep_tokenizer(corpus.tokenizer, run_dir, config)
     model = build_model(config, corpus.tokenizer.n_vocab, device, config.seed)
     console.print(
         f"{config.mode}: {count_parameters(model):,} parameters, {config.model.pattern}, on {device}; "
@@ -481,7 +534,8 @@ def write_samples(networks: dict[str, HybridLM], corpus: Corpus, config: Config,
         lines.append(f"[{problem.family}] {problem.prompt}   (right:{problem.answer})")
         for name, network in networks.items():
             c = config.rlp
-            (text,) = show_thoughts(network, corpus.tokenizer, [problem.prompt], c.thought_len, c.temperature, config.seed)
+            (text,) = show_thoughts(network, corpus.tokenizer, [problem.prompt], c.thought_len, c.temperature, config.seed,
+                                    before=c.prompt)  # fmt: skip
             lines.append(f"  {name:>4}: {text}")
     (run_dir / "samples.txt").write_text("\n".join(lines) + "\n")
 
@@ -539,6 +593,17 @@ def prepare_run_dir(config: Config) -> Path:
     return run_dir
 
 
+def keep_tokenizer(tokenizer: Tokenizer, run_dir: Path, config: Config) -> None:
+    """Keep a tokenizer that came from a file with the run, and say where it does not suit the problems."""
+    if isinstance(tokenizer, FileTokenizer):
+        tokenizer.save(run_dir / "hf")
+    problems = held_out_problems("train", 4, config.seed, config.data.held_out_percent)
+    longest = max(len(problem_tokens(tokenizer, p)[1]) for p in problems) - 1
+    if longest > config.rlp.horizon:
+        warn(f"answers take up to {longest} tokens of this tokenizer, and rlp.horizon ({config.rlp.horizon}) looks at the "
+             f"first; with --rlp.horizon {longest} accuracy and reward are those of the whole answer")  # fmt: skip
+
+
 def dry_run(config: Config) -> dict:
     """Print the resolved settings and the size of the model; train nothing."""
     corpus = Corpus.load(config.data)
@@ -592,11 +657,29 @@ def load_run(run_dir: Path) -> tuple[HybridLM, Corpus, Config]:
     """The model, corpus and settings of a finished or interrupted run. Raises ValueError if there is none."""
     found = checkpoint.newest(run_dir) if run_dir.is_dir() else None
     require(found, f"{run_dir} holds no checkpoint; give the folder of a run, such as runs/rlp-cpu-seed0")
-    config = from_dict(Config, json.loads((run_dir / "config.json").read_text())["config"])
+    config = saved_config(run_dir)
+    if (run_dir / "hf").is_dir():
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(run_dir / "hf")))
     corpus = Corpus.load(config.data)
     model = build_model(config, corpus.tokenizer.n_vocab, pick_device(config), config.seed)
     checkpoint.load_weights(model, found.tensors("model"), found.path)
     return model, corpus, config
+
+
+def saved_config(run_dir: Path) -> Config:
+    """The settings in a run's config.json."""
+    return from_dict(Config, json.loads((run_dir / "config.json").read_text())["config"])
+
+
+def load_model(folder: Path) -> tuple[HybridLM, Tokenizer, str]:
+    """Model, tokenizer and `rlp.prompt` of a run or of a Hugging Face directory. Raises ValueError if it is neither."""
+    if not huggingface.is_hf(folder):
+        model, corpus, config = load_run(folder)
+        return model, corpus.tokenizer, config.rlp.prompt
+    config, tokenizer = resolve(Config(init=str(folder))), FileTokenizer(folder)
+    model = build_model(config, tokenizer.n_vocab, pick_device(config), config.seed)
+    load_hf_weights(model, folder, tokenizer)
+    return model, tokenizer, ""
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -246,8 +246,8 @@ def test_every_setting_is_read_somewhere():
 # Each file may import from the rows above its own (../shared/design.md, with what its third column adds inside a layer).
 LAYERS = [
     {"config", "kernels", "parallel"},
-    {"attention", "mamba", "data", "checkpoint"},
-    {"model"},
+    {"attention", "mamba", "data", "checkpoint", "widen"},
+    {"model", "huggingface"},
     {"generate"},
     {"elastic", "rlp"},
     {"evals"},
