@@ -290,7 +290,7 @@ class ElasticConfig(FitConfig):
     mamba_channel_choices: tuple[int, ...] = ()
     # Numbers of query heads, multiples of model.n_kv_heads; empty: every multiple down to half.
     attn_head_choices: tuple[int, ...] = ()
-    # Numbers of layers that are kept; empty: all, and all but one.
+    # Numbers of layers that are kept; empty: all of them, no layer is skipped.
     depth_choices: tuple[int, ...] = ()
     # Axes on which each layer has a choice of its own; on the others all layers of a kind share one.
     heterogeneous: tuple[Literal["ffn", "mamba_heads", "mamba_channels", "attn_heads"], ...] = (

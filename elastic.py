@@ -434,7 +434,7 @@ class Space:
         self.layers = {axis: [i for i, k in enumerate(config.pattern) if k == kind] for axis, kind in KIND_OF.items()}
         self.choices = {
             "d_model": _choices("d_model", c.d_model_choices, config.d_model, 8, 4),
-            "depth": _choices("depth", c.depth_choices or tuple(range(n, n - max(1, n // 6) - 1, -1)), n, 1, 1),
+            "depth": _choices("depth", c.depth_choices or (n,), n, 1, 1),
             "ffn": _choices("ffn", c.ffn_choices, config.d_ff, 24, 6),
             "mamba_heads": _choices("mamba_head", c.mamba_head_choices, config.mamba_heads, 8, 4, config.mamba_groups),
             "mamba_channels": _choices("mamba_channel", c.mamba_channel_choices, config.mamba_head_dim, 4, 2),
