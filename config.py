@@ -362,6 +362,10 @@ class ElasticConfig(FitConfig):
             f"elastic.budgets {self.budgets} must be different and fall, the largest first",
         )
         require(
+            self.budgets[0] <= 1 or self.budgets[-1] > 1,
+            f"elastic.budgets {self.budgets} mixes absolute costs and fractions; give either, for example all as fractions",
+        )
+        require(
             len(self.long_weights) == len(self.budgets),
             f"elastic.long_weights {self.long_weights} must have one entry for each of the {len(self.budgets)} budgets",
         )
@@ -381,6 +385,10 @@ class ElasticConfig(FitConfig):
             self.self_kl == 0 or self.full_ce + self.ce + self.kl > 0,
             "elastic.self_kl needs elastic.full_ce, elastic.ce or elastic.kl above 0: else nothing teaches the teacher",
         )
+        require(
+            self.kl + self.ce > 0 or not set(self.baseline) & {"separate", "minitron"},
+            "elastic.baseline: separate and minitron learn by elastic.kl and elastic.ce, and both are 0; give one a weight",
+        )
         require(self.self_kl == 0 or self.budgets[0] == 1, "elastic.self_kl needs the budget 1.0 among elastic.budgets")
         for name in ("gumbel_tau", "logit_scale"):
             require(min(getattr(self, name)) > 0, f"elastic.{name} {getattr(self, name)} must be positive")
@@ -389,7 +397,10 @@ class ElasticConfig(FitConfig):
         for name in ("search_share", "long_share"):
             require(0 <= getattr(self, name) <= 1, f"elastic.{name} ({getattr(self, name)}) must lie in [0, 1]")
         _divides("elastic.long_len", self.long_len, "elastic.seq_len", self.seq_len)
-        _divides("elastic.batch", self.batch, "elastic.long_len / elastic.seq_len", self.long_len // self.seq_len)
+        times = self.long_len // self.seq_len
+        _divides(
+            "elastic.batch", self.batch, "elastic.accumulate * elastic.long_len / elastic.seq_len", self.accumulate * times
+        )
 
     def stage_1_steps(self) -> int:
         """How many steps have short sequences; the rest is stage 2."""

@@ -28,6 +28,7 @@ full model; keys and values have no elastic heads under grouped queries. The las
 """
 
 import copy
+import itertools
 import json
 import math
 import shutil
@@ -429,6 +430,11 @@ class Space:
     """Everything that can be chosen: for each axis its widths, the largest first, and how many decisions it takes."""
 
     def __init__(self, config: ModelConfig, c: ElasticConfig):
+        require(
+            not config.widths,
+            "elastic cannot start from a model whose layers have widths of their own, as one cut out of a family has; "
+            "start from its parent",
+        )
         n = len(config.pattern)
         self.config = config
         self.layers = {axis: [i for i, k in enumerate(config.pattern) if k == kind] for axis, kind in KIND_OF.items()}
@@ -553,11 +559,24 @@ class Costs(nn.Module):
 
     def exact(self, choice: Choice, depth_order: list[int]) -> float:
         """Cost of one choice."""
-        s = self.space
-        d = choice["d_model"][0]
+        return self.inside(choice, depth_order)(choice)
+
+    def inside(self, choice: Choice, depth_order: list[int]) -> Callable[[Choice], float]:
+        """Cost as a function of what is chosen inside the layers; the stream's width and the depth are those given."""
+        s, d = self.space, choice["d_model"][0]
         kept = depth_order[len(depth_order) - s.choices["depth"][choice["depth"][0]] :]
-        layers = (float(self.table(i)[(d, *(choice[a][s.decision(a, i)] for a in s.axes_of(i)))]) for i in kept)
-        return float(self.outside[d]) + sum(layers)
+        outside = float(self.outside[d])
+        layers = [(self.table(i)[d].tolist(), [(a, s.decision(a, i)) for a in s.axes_of(i)]) for i in kept]
+
+        def cost(choice: Choice) -> float:
+            total = outside
+            for table, decisions in layers:
+                for axis, j in decisions:
+                    table = table[choice[axis][j]]
+                total += table
+            return total
+
+        return cost
 
 
 def cost_measure(c: ElasticConfig, device: torch.device) -> Callable[[str, ModelConfig], float]:
@@ -675,7 +694,11 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def choose(self, budget: float) -> Widths:
-        """The widths for a budget: the likeliest choice, without noise, repaired to meet the budget."""
+        """The widths for a budget: the likeliest choice, without noise, repaired to meet the budget.
+
+        Raises ValueError for a budget outside of the trained ones.
+        """
+        self.one_hot(budget)
         if self.is_full(budget):
             return full_widths(self.space.config)
         if self.settings.choose == "fixed":
@@ -688,29 +711,57 @@ class Router(nn.Module):
 def fit_to_budget(logp: dict[str, Tensor], router: Router, budget: float, tolerance: float = 0.005) -> Choice:
     """The likeliest choice, changed where it must be to cost what the budget says.
 
-    While the cost is off by more than the tolerance, the one decision is changed that loses least log-probability for
-    each unit that it comes nearer. Ends when nothing comes nearer.
+    The steps of the stream's width and of the depth are too coarse to aim with: for each of these, the widths inside the
+    layers are brought near the budget. The likeliest result within the tolerance is taken, and where there is none, the
+    nearest one, after changing two widths at once where one alone came no nearer.
     """
     scores = {a: v.tolist() for a, v in logp.items()}
-    choice = {a: [max(range(len(row)), key=row.__getitem__) for row in rows] for a, rows in scores.items()}
+    likeliest = {a: [max(range(len(row)), key=row.__getitem__) for row in rows] for a, rows in scores.items()}
     target = router.fraction(budget) * router.full_cost
-    order = router.depth_order
-    gap = abs(router.costs.exact(choice, order) - target)
-    while gap > tolerance * target:
+    near = tolerance * target
+
+    def price(result: tuple[Choice, float]) -> tuple[float, float]:
+        choice, gap = result
+        return max(gap, near), -sum(row[k] for a in scores for row, k in zip(scores[a], choice[a], strict=True))
+
+    for n_at_once in (1, 2):
+        results = []
+        for d, n in itertools.product(range(len(scores["d_model"][0])), range(len(scores["depth"][0]))):
+            start = {**likeliest, "d_model": [d], "depth": [n]}
+            cost = router.costs.inside(start, router.depth_order)
+            results.append(_approach(start, scores, cost, target, near, n_at_once))
+        choice, gap = min(results, key=price)
+        if gap <= near:
+            break
+    return choice
+
+
+def _approach(
+    choice: Choice, scores: dict[str, list], cost: Callable[[Choice], float], target: float, near: float, n_at_once: int
+) -> tuple[Choice, float]:
+    """Change what is chosen inside the layers until its cost is within `near` of the target, or nothing comes nearer.
+
+    Each time, of all changes of up to n_at_once decisions, that one is made which loses least log-probability for each
+    unit that it comes nearer. Returns the choice, and its distance from the target.
+    """
+    single = [(a, j, k) for a in scores if a in KIND_OF for j, row in enumerate(scores[a]) for k in range(len(row))]
+    gap = abs(cost(choice) - target)
+    while gap > near:
         best = None
-        for axis, rows in scores.items():
-            for j, row in enumerate(rows):
-                for k in range(len(row)):
-                    changed = {**choice, axis: [*choice[axis][:j], k, *choice[axis][j + 1 :]]}
-                    new_gap = abs(router.costs.exact(changed, order) - target)
-                    if new_gap < gap - 1e-9:
-                        price = (row[choice[axis][j]] - row[k]) / (gap - new_gap)
-                        if best is None or price < best[0]:
-                            best = (price, changed, new_gap)
+        for n in range(1, n_at_once + 1):
+            for changes in itertools.combinations(single, n) if best is None else ():
+                changed = {a: list(v) for a, v in choice.items()}
+                for a, j, k in changes:
+                    changed[a][j] = k
+                new_gap = abs(cost(changed) - target)
+                if new_gap < gap - 1e-9:
+                    loss = sum(scores[a][j][choice[a][j]] - scores[a][j][changed[a][j]] for a, j, _ in changes)
+                    if best is None or loss / (gap - new_gap) < best[0]:
+                        best = (loss / (gap - new_gap), changed, new_gap)
         if best is None:
             break
         _, choice, gap = best
-    return choice
+    return choice, gap
 
 
 def by_hand(router: Router, budget: float) -> Choice:
@@ -719,8 +770,8 @@ def by_hand(router: Router, budget: float) -> Choice:
 
     def logp(factor: float) -> dict[str, Tensor]:
         full = {a: float(w[0]) for a, w in space.choices.items()}
-        aim = {a: 1.0 if a == "depth" else factor for a in full}
-        rows = {a: -(torch.tensor(w) / full[a] - aim[a]).abs() * 10 for a, w in space.choices.items()}
+        aim = {a: (1.0, 1e6) if a == "depth" else (factor, 10.0) for a in full}
+        rows = {a: -(torch.tensor(w) / full[a] - aim[a][0]).abs() * aim[a][1] for a, w in space.choices.items()}
         return {a: row.expand(space.n_decisions(a), -1) for a, row in rows.items()}
 
     def off(factor: float) -> float:

@@ -137,13 +137,14 @@ def update(
     model: HybridLM, objective: Objective, parts: list[dict], optimizers: list, settings: FitConfig, step: int
 ) -> dict[str, float]:
     """One optimizer step on the mean loss over all parts; skipped if the gradient is not finite. Returns metrics."""
-    total_loss, total_count, totals = 0.0, 0, {}
+    total_loss, total_count, totals, counts = 0.0, 0, {}, {}
     for part in parts:
         loss, count, metrics = objective.loss(model, part)
         loss.backward()
         total_loss, total_count = total_loss + float(loss.detach()), total_count + count
         for name, value in metrics.items():
             totals[name] = totals.get(name, 0.0) + float(value) * count
+            counts[name] = counts.get(name, 0) + count  # a part may lack a metric
     trained = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     torch._foreach_div_([p.grad for p in trained if p.grad is not None], total_count)
     grad_norm = float(nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm))
@@ -155,7 +156,7 @@ def update(
             optimizer.step()
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    means = {name: total / total_count for name, total in totals.items() if np.isfinite(total)}
+    means = {name: total / counts[name] for name, total in totals.items() if np.isfinite(total)}
     return {
         "loss": total_loss / total_count,
         **means,
