@@ -227,36 +227,58 @@ def to_device(batch: dict[str, Tensor], model: HybridLM) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def evaluate_sizes(models: list[HybridLM], teacher: HybridLM, corpus: Corpus, config: Config, split: str = "test") -> list:
+def evaluate_sizes(
+    models: list[HybridLM], references: list[int], corpus: Corpus, config: Config, split: str = "test"
+) -> list[dict]:
     """Models of any size on the same held-out sequences of the training mixture, and on long texts.
 
-    Returns for each: loss_nats, loss_change (against the teacher, relative, paired by sequence), kl_nats (KL from the
-    teacher), top1 (share of tokens where both find the same one likeliest), long_loss_nats (of text, at the positions
-    that stage 1 never had), each a mean over sequences with its interval.
+    Half of the sequences are text and half are problems, weighted as training weighs them: see `stratified`.
+    Args: models: the first is the parent; references: for each model the index of the one that it is compared with.
+    Returns for each: loss_nats, also of text_ and problem_ sequences alone; difference_nats (from its reference, paired by
+    sequence); loss_change (against the parent, relative, paired); kl_nats (KL from the parent); top1 (share of tokens
+    where both find the same one likeliest); long_loss_nats (of text, at the positions that stage 1 never had).
     """
-    c, at_once = config.elastic, 16
-    found: list[dict[str, list[Tensor]]] = [{} for _ in models]
-    teacher_loss = []
-    for step in range(-(-config.eval.elastic_rows // at_once)):
-        batch = to_device(mixture(corpus, config, step, at_once, c.seq_len, split), teacher)
-        wanted_BTV, loss_B = _logp_and_loss(teacher, batch)
-        teacher_loss.append(loss_B)
-        inside_BT = (batch["targets_BT"] != -100).double()
-        for model, parts in zip(models, found, strict=True):
-            logp_BTV, loss_B = _logp_and_loss(model, batch)
-            kl_BT = F.kl_div(logp_BTV, wanted_BTV, reduction="none", log_target=True).sum(-1)
-            same_BT = (logp_BTV.argmax(-1) == wanted_BTV.argmax(-1)).double()
-            values = {"loss_nats": loss_B, "kl_nats": _row_mean(kl_BT, inside_BT), "top1": _row_mean(same_BT, inside_BT)}
-            for name, value in values.items():
-                parts.setdefault(name, []).append(value)
-    base = torch.cat(teacher_loss)
-    out = []
-    for model, parts in zip(models, found, strict=True):
-        figures = {name: interval(torch.cat(v)) for name, v in parts.items()}
-        figures["loss_change"] = interval((torch.cat(parts["loss_nats"]) - base) / base.mean())
-        figures["long_loss_nats"] = interval(long_losses(model, corpus, config, split))
-        out.append(figures)
+    at_once, n_rows = 16, config.eval.elastic_rows // 2
+    found: list[dict[str, dict[str, Tensor]]] = [{"text": {}, "problem": {}} for _ in models]
+    for kind, text_share in (("text", 1.0), ("problem", 0.0)):
+        alone = dataclasses.replace(config, data=dataclasses.replace(config.data, text_share=text_share))
+        for step in range(-(-n_rows // at_once)):
+            batch = to_device(mixture(corpus, alone, step, at_once, config.elastic.seq_len, split), models[0])
+            inside_BT, wanted_BTV = (batch["targets_BT"] != -100).double(), None
+            for model, parts in zip(models, found, strict=True):
+                logp_BTV, loss_B = _logp_and_loss(model, batch)
+                wanted_BTV = logp_BTV if wanted_BTV is None else wanted_BTV
+                kl_BT = F.kl_div(logp_BTV, wanted_BTV, reduction="none", log_target=True).sum(-1)
+                same_BT = (logp_BTV.argmax(-1) == wanted_BTV.argmax(-1)).double()
+                rows = {"loss_nats": loss_B, "kl_nats": _row_mean(kl_BT, inside_BT), "top1": _row_mean(same_BT, inside_BT)}
+                for name, value in rows.items():
+                    before = parts[kind].get(name)
+                    parts[kind][name] = value if before is None else torch.cat([before, value])
+    out, share = [], config.data.text_share
+    parent_loss = stratified(found[0]["text"]["loss_nats"], found[0]["problem"]["loss_nats"], share)["mean"]
+    for model, parts, reference in zip(models, found, references, strict=True):
+        text, problem, other = parts["text"], parts["problem"], found[reference]
+        figures = {name: stratified(text[name], problem[name], share) for name in text}
+        figures |= {f"{kind}_loss_nats": interval(parts[kind]["loss_nats"]) for kind in parts}
+        change, difference = (
+            [(parts[kind]["loss_nats"] - theirs[kind]["loss_nats"]) / unit for kind in parts]
+            for theirs, unit in ((found[0], parent_loss), (other, 1.0))
+        )
+        figures |= {"loss_change": stratified(*change, share), "difference_nats": stratified(*difference, share)}
+        out.append({**figures, "long_loss_nats": interval(long_losses(model, corpus, config, split))})
     return out
+
+
+def stratified(text: Tensor, problem: Tensor, text_share: float) -> dict[str, float | int]:
+    """Mean of a mixture of two kinds of sequences from a sample of each, with its 95 % interval.
+
+    mean = s m_text + (1 - s) m_problem; its variance is s^2 v_text / n_text + (1 - s)^2 v_problem / n_problem. A sequence
+    of text costs three times as much as one of problems: in one sample their difference would drown all others.
+    """
+    parts = [(text_share, interval(text)), (1 - text_share, interval(problem))]
+    mean = sum(w * i["mean"] for w, i in parts)
+    half = math.sqrt(sum((w * (i["high"] - i["mean"])) ** 2 for w, i in parts))
+    return {"mean": mean, "low": mean - half, "high": mean + half, "n": len(text) + len(problem)}
 
 
 def _logp_and_loss(model: HybridLM, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

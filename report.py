@@ -222,6 +222,11 @@ def fine(leaf: dict[str, Any]) -> str:
     return f"{leaf['mean']:.3f} ({leaf['low']:.3f} to {leaf['high']:.3f})"
 
 
+def signed(leaf: dict[str, Any]) -> str:
+    """`+0.021 (+0.015 to +0.027)`."""
+    return f"{leaf['mean']:+.3f} ({leaf['low']:+.3f} to {leaf['high']:+.3f})"
+
+
 def budget_rows(summary: dict) -> list[list[str]]:
     """What each budget of an elastic run reaches; the first row is the head."""
     entries = summary["budgets"]
@@ -236,6 +241,8 @@ def budget_rows(summary: dict) -> list[list[str]]:
     add("MB of weights", lambda e: f"{e['bytes'] / 1e6:.2f}")
     add("tokens a second, forward", lambda e: f"{e['tokens_per_second']:,.0f}")
     add("loss, nats a token", lambda e: fine(e["loss_nats"]))
+    add("of text alone", lambda e: fine(e["text_loss_nats"]))
+    add("of problems alone", lambda e: fine(e["problem_loss_nats"]))
     add("against the parent", lambda e: percent(e["loss_change"]), False)
     add("KL from the parent, nats", lambda e: fine(e["kl_nats"]), False)
     add("same likeliest token as the parent", lambda e: cell(e["top1"]), False)
@@ -253,11 +260,15 @@ def cost_share(entry: dict) -> float:
 
 
 def rival_rows(summary: dict) -> list[list[str]]:
-    """Loss of the elastic family and of its rivals, budget by budget; the first row is the head."""
+    """Loss of the elastic family and its rivals, and how far each is from the family, paired; the first row is the head."""
     entries = summary["budgets"]
-    rows = [[f"loss, nats a token, n = {entries[0]['loss_nats']['n']}", *(f"{100 * e['fraction']:.0f} %" for e in entries)]]
+    heads = [f"{100 * e['fraction']:.0f} %" for e in entries]
+    rows = [
+        [f"loss, nats a token, n = {entries[0]['loss_nats']['n']}", *(h for head in heads for h in (head, "minus elastic"))]
+    ]
     for name, family in {"elastic": entries, **summary["baselines"]}.items():
-        rows.append([RIVALS.get(name, name), *(fine(e["loss_nats"]) for e in family)])
+        cells = [(fine(e["loss_nats"]), "" if name == "elastic" else signed(e["difference_nats"])) for e in family]
+        rows.append([RIVALS.get(name, name), *(text for pair in cells for text in pair)])
     return rows
 
 

@@ -416,89 +416,97 @@ def run_elastic(
     model: HybridLM, corpus: Corpus, config: Config, run_dir: Path, start: checkpoint.Checkpoint | None
 ) -> dict:
     """Make the parent elastic, train the rivals asked for, and measure all of them on the same held-out sequences."""
-    parent = frozen_copy(model)
-    began = time.perf_counter()
+    c, parent, device = config.elastic, frozen_copy(model), next(model.parameters()).device
     objective = train_elastic(model, corpus, config, run_dir, start)
-    train_s = time.perf_counter() - began
-    router, budgets = objective.router, config.elastic.budgets
-    widths = {b: router.choose(b) for b in budgets}
-    families = {"elastic": [elastic.submodel(model, widths[b]) for b in budgets]}
+    router = objective.router
+    widths = {b: router.choose(b) for b in c.budgets}
+    families = {"elastic": [elastic.submodel(model, w) for w in widths.values()]}
     if objective.stage1 is not None:
-        families["stage1"] = [elastic.submodel(objective.stage1, widths[b]) for b in budgets]
-    seconds = {"elastic": train_s, "stage1": train_s}
-    for name in config.elastic.baseline:
-        began = time.perf_counter()
+        families["stage1"] = [elastic.submodel(objective.stage1, w) for w in widths.values()]
+    for name in c.baseline:
+        console.print(f"baseline {name}")
         families[name] = train_rival(name, parent, widths, corpus, config, run_dir / "baselines" / name)
-        seconds[name] = time.perf_counter() - began
-    models = [parent, *(m for family in families.values() for m in family)]
-    teacher, *figures = evals.evaluate_sizes(models, parent, corpus, config)
-    sizes = [(name, b, m) for name, family in families.items() for b, m in zip(budgets, family, strict=True)]
+    sizes = [(name, b, m) for name, family in families.items() for b, m in zip(c.budgets, family, strict=True)]
+    # the parent is compared with itself, the family with the parent, everything else with the family at its budget
+    references = [0, *(0 if name == "elastic" else 1 + c.budgets.index(b) for name, b, _ in sizes)]
+    teacher, *figures = evals.evaluate_sizes([parent, *(m for _, _, m in sizes)], references, corpus, config)
     entries: dict[str, list[dict]] = {}
     for (name, b, size), found in zip(sizes, figures, strict=True):
         facts = {"budget": b, "fraction": router.fraction(b), "target": router.fraction(b) * router.full_cost}
-        own = dataclasses.asdict(widths[b]) if name == "elastic" else size_widths(size)
-        entry = {
-            **facts,
-            "cost": elastic.total_cost(size.config, config.elastic, parent.embed.weight.device),
-            "widths": own,
-        }
-        entries.setdefault(name, []).append({**entry, **evals.size_facts(size, config), **found})
-    write_samples(dict(zip([f"{b:g}" for b in budgets], families["elastic"], strict=True)), corpus, config, run_dir)
+        facts["cost"] = elastic.total_cost(size.config, c, device)
+        facts["widths"] = dataclasses.asdict(widths[b]) if name == "elastic" else size_widths(size)
+        entries.setdefault(name, []).append({**facts, **evals.size_facts(size, config), **found})
+    write_samples({f"{b:g}": m for b, m in zip(c.budgets, families["elastic"], strict=True)}, corpus, config, run_dir)
     return {
         "teacher": {"pattern": parent.config.pattern, "widths": size_widths(parent), **evals.size_facts(parent, config),
                     **teacher},
         "budgets": entries.pop("elastic"),
         "stage1": entries.pop("stage1", []),
         "baselines": entries,
-        "train_s": seconds,
+        "train_s": {name: logged_seconds(run_dir / ("" if name == "elastic" else f"baselines/{name}"))
+                    for name in ("elastic", *c.baseline)},
         "memory": evals.family_bytes(model, router, families["elastic"]),
-        "n_tokens": config.elastic.steps * config.elastic.batch * config.elastic.seq_len,
+        "n_tokens": c.steps * c.batch * c.seq_len,
     }  # fmt: skip
 
 
+def logged_seconds(run_dir: Path) -> float:
+    """Seconds of training in the logs of a run, or of the runs one folder below."""
+    logs = [run_dir / "metrics.jsonl"] if (run_dir / "metrics.jsonl").exists() else run_dir.glob("*/metrics.jsonl")
+    return sum(json.loads(line)["seconds"] for log in logs for line in log.read_text().splitlines())
+
+
 def train_elastic(
-    model: HybridLM, corpus: Corpus, config: Config, run_dir: Path, start: checkpoint.Checkpoint | None = None
+    model: HybridLM, corpus: Corpus, config: Config, run_dir: Path, start: checkpoint.Checkpoint | None
 ) -> elastic.Elastic:
     """Rank and order the parent's units, in place, and train it with its routers. Returns the objective."""
     c, parent = config.elastic, frozen_copy(model)
-    device = next(model.parameters()).device
-    calibration = [evals.to_device(mixture(corpus, config, 10**6, c.calibration_rows, c.seq_len), model)]
-    ranking = elastic.rank(model, calibration, c, config.seed)
-    elastic.order_weights(model, ranking)
+    ranking = order_parent(model, corpus, config)
     torch.manual_seed(config.seed)
-    objective = elastic.Elastic(c, elastic.build_router(model.config, c, ranking.depth, device), parent)
+    router = elastic.build_router(model.config, c, ranking.depth, next(model.parameters()).device)
+    objective = elastic.Elastic(c, router, parent)
     run_dir.mkdir(parents=True, exist_ok=True)
     fit(model, objective, lambda step: elastic_batch(corpus, config, step), c, run_dir, config.seed, run_meta(config),
         "elastic", start)  # fmt: skip
     return objective
 
 
+def order_parent(model: HybridLM, corpus: Corpus, config: Config) -> elastic.Ranking:
+    """Rank the parent's units on training sequences that no step will see, and order its weights, in place."""
+    c = config.elastic
+    calibration = [evals.to_device(mixture(corpus, config, 10**6, c.calibration_rows, c.seq_len), model)]
+    ranking = elastic.rank(model, calibration, c, config.seed)
+    elastic.order_weights(model, ranking)
+    return ranking
+
+
 def train_rival(
     name: str, parent: HybridLM, widths: dict[float, elastic.Widths], corpus: Corpus, config: Config, run_dir: Path
 ) -> list[HybridLM]:
-    """The models of a baseline (see `elastic.baseline`), one for each budget."""
+    """The models of a baseline (see `elastic.baseline`), one for each budget; where `resume` is set, from what is there."""
     c = config.elastic
+    scores = [f.name for f in dataclasses.fields(c) if f.name.startswith("score_")]
     family = {
-        "random-order": {"score_d_model": "random", "score_ffn": "random", "score_mamba": "random",
-                         "score_attn": "random", "score_depth": "random"},
+        "random-order": dict.fromkeys(scores, "random"),
         "fixed": {"choose": "fixed"},
         "uniform": {"long_weights": (1.0,) * len(c.budgets)},
-    }  # fmt: skip
+    }
     model = frozen_copy(parent).requires_grad_(True)
     if name in family:
         changed = dataclasses.replace(config, elastic=dataclasses.replace(c, **family[name]))
-        objective = train_elastic(model, corpus, changed, run_dir)
+        objective = train_elastic(model, corpus, changed, run_dir, saved_before(config, run_dir))
         return [elastic.submodel(model, objective.router.choose(b)) for b in c.budgets]
-    calibration = [evals.to_device(mixture(corpus, config, 10**6, c.calibration_rows, c.seq_len), model)]
-    elastic.order_weights(model, elastic.rank(model, calibration, c, config.seed))
-    steps = c.steps // len(c.budgets) if name == "separate" else c.steps
-    changed = {"steps": steps, "budgets": (1.0,), "long_weights": (1.0,)}
+    order_parent(model, corpus, config)
+    changed = {
+        "steps": c.steps // len(c.budgets) if name == "separate" else c.steps,
+        "budgets": (1.0,),
+        "long_weights": (1.0,),
+    }
     if name == "scratch":
         changed |= {"kl": 0.0, "ce": 1.0}
     alone = dataclasses.replace(config, elastic=dataclasses.replace(c, **changed))
-    return [
-        train_alone(elastic.submodel(model, w), parent, name, corpus, alone, run_dir / f"{b:g}") for b, w in widths.items()
-    ]
+    sizes = {b: elastic.submodel(model, w) for b, w in widths.items()}
+    return [train_alone(size, parent, name, corpus, alone, run_dir / f"{b:g}") for b, size in sizes.items()]
 
 
 def train_alone(size: HybridLM, parent: HybridLM, name: str, corpus: Corpus, config: Config, run_dir: Path) -> HybridLM:
@@ -510,8 +518,13 @@ def train_alone(size: HybridLM, parent: HybridLM, name: str, corpus: Corpus, con
     objective = elastic.Distillation(config.elastic, parent)
     run_dir.mkdir(parents=True, exist_ok=True)
     fit(size, objective, lambda step: elastic_batch(corpus, config, step), config.elastic, run_dir, config.seed,
-        run_meta(config), "elastic")  # fmt: skip
+        run_meta(config), "elastic", saved_before(config, run_dir))  # fmt: skip
     return size.requires_grad_(False)
+
+
+def saved_before(config: Config, run_dir: Path) -> checkpoint.Checkpoint | None:
+    """Where a part of a resumed run goes on from: its newest checkpoint, if it had come so far."""
+    return checkpoint.newest(run_dir) if config.resume and run_dir.exists() else None
 
 
 def frozen_copy(model: HybridLM) -> HybridLM:
