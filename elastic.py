@@ -553,11 +553,25 @@ class Costs(nn.Module):
 
     def exact(self, choice: Choice, depth_order: list[int]) -> float:
         """Cost of one choice."""
-        s = self.space
-        d = choice["d_model"][0]
-        kept = depth_order[len(depth_order) - s.choices["depth"][choice["depth"][0]] :]
-        layers = (float(self.table(i)[(d, *(choice[a][s.decision(a, i)] for a in s.axes_of(i)))]) for i in kept)
-        return float(self.outside[d]) + sum(layers)
+        return self.pricer(depth_order)(choice)
+
+    def pricer(self, depth_order: list[int]) -> Callable[[Choice], float]:
+        """The cost of a choice as a function, for many choices: it looks up plain lists, not tensors."""
+        s, outside = self.space, self.outside.tolist()
+        lists = {kind: getattr(self, TABLES[kind]).tolist() for kind in set(s.config.pattern)}
+        layers = [(lists[kind], [(a, s.decision(a, i)) for a in s.axes_of(i)]) for i, kind in enumerate(s.config.pattern)]
+
+        def price(choice: Choice) -> float:
+            d, total = choice["d_model"][0], 0.0
+            for i in depth_order[len(depth_order) - s.choices["depth"][choice["depth"][0]] :]:
+                table, axes = layers[i]
+                cost = table[d]
+                for axis, j in axes:
+                    cost = cost[choice[axis][j]]
+                total += cost
+            return outside[d] + total
+
+        return price
 
 
 def cost_measure(c: ElasticConfig, device: torch.device) -> Callable[[str, ModelConfig], float]:
@@ -694,15 +708,15 @@ def fit_to_budget(logp: dict[str, Tensor], router: Router, budget: float, tolera
     scores = {a: v.tolist() for a, v in logp.items()}
     choice = {a: [max(range(len(row)), key=row.__getitem__) for row in rows] for a, rows in scores.items()}
     target = router.fraction(budget) * router.full_cost
-    order = router.depth_order
-    gap = abs(router.costs.exact(choice, order) - target)
+    cost = router.costs.pricer(router.depth_order)
+    gap = abs(cost(choice) - target)
     while gap > tolerance * target:
         best = None
         for axis, rows in scores.items():
             for j, row in enumerate(rows):
                 for k in range(len(row)):
                     changed = {**choice, axis: [*choice[axis][:j], k, *choice[axis][j + 1 :]]}
-                    new_gap = abs(router.costs.exact(changed, order) - target)
+                    new_gap = abs(cost(changed) - target)
                     if new_gap < gap - 1e-9:
                         price = (row[choice[axis][j]] - row[k]) / (gap - new_gap)
                         if best is None or price < best[0]:
@@ -715,7 +729,8 @@ def fit_to_budget(logp: dict[str, Tensor], router: Router, budget: float, tolera
 
 def by_hand(router: Router, budget: float) -> Choice:
     """Every width by about the same factor, all layers kept: what one would choose without a router."""
-    space = router.space
+    space, cost = router.space, router.costs.pricer(router.depth_order)
+    full_cost, fraction = router.full_cost, router.fraction(budget)
 
     def logp(factor: float) -> dict[str, Tensor]:
         full = {a: float(w[0]) for a, w in space.choices.items()}
@@ -725,7 +740,7 @@ def by_hand(router: Router, budget: float) -> Choice:
 
     def off(factor: float) -> float:
         choice = {a: v.argmax(-1).tolist() for a, v in logp(factor).items()}
-        return abs(router.costs.exact(choice, router.depth_order) / router.full_cost - router.fraction(budget))
+        return abs(cost(choice) / full_cost - fraction)
 
     return fit_to_budget(logp(min((k / 100 for k in range(1, 101)), key=off)), router, budget)
 

@@ -34,7 +34,7 @@ def test_generated_parts_are_what_report_writes():
 
 @pytest.mark.parametrize("words", [c for c in commands() if c[1] == "train.py" and "--help" not in c], ids=" ".join)
 def test_every_training_command_is_valid(words):
-    assert train.parse(words[2:]).check().mode in ("pretrain", "rlp", "cpt")
+    assert train.parse(words[2:]).check().mode in ("pretrain", "rlp", "cpt", "elastic")
 
 
 def test_every_file_of_the_reading_order_exists():
