@@ -102,7 +102,7 @@ class ModelConfig:
 class DataConfig:
     """What the model reads."""
 
-    # A UTF-8 file or a folder of such files; empty means the text that ships with Python.
+    # A UTF-8 file, a folder of such files, or a folder that shards.py wrote; empty means the text that ships with Python.
     path: str = ""
     # "corpus" trains a vocabulary on the text; a folder has one in its tokenizer.json; other names ("gpt2") are tiktoken's
     # own and may download. A Hugging Face directory in `init` brings its own.
@@ -340,8 +340,10 @@ class ElasticConfig(FitConfig):
     kl_temperature: float = 1.0
     # Tokens of a training sequence in stage 1.
     seq_len: int = 256
-    # Tokens of a training sequence in stage 2; a step then has fewer sequences, and as many tokens.
+    # Tokens of a training sequence in stage 2.
     long_len: int = 512
+    # Sequences of a step in stage 2; 0: as many as make a step of as many tokens as in stage 1.
+    long_batch: int = 0
     # Share of the steps that stage 2 takes.
     long_share: float = 0.4
     # Probability of each budget in stage 2 (in stage 1 all are alike).
@@ -397,14 +399,24 @@ class ElasticConfig(FitConfig):
         for name in ("search_share", "long_share"):
             require(0 <= getattr(self, name) <= 1, f"elastic.{name} ({getattr(self, name)}) must lie in [0, 1]")
         _divides("elastic.long_len", self.long_len, "elastic.seq_len", self.seq_len)
-        times = self.long_len // self.seq_len
-        _divides(
-            "elastic.batch", self.batch, "elastic.accumulate * elastic.long_len / elastic.seq_len", self.accumulate * times
-        )
+        require(self.long_batch >= 0, f"elastic.long_batch ({self.long_batch}) must be positive, or 0 for as many tokens")
+        if self.long_batch == 0:
+            _divides("elastic.batch", self.batch, "elastic.long_len / elastic.seq_len", self.long_len // self.seq_len)
+        if self.stage_1_steps() < self.steps:
+            _divides("the sequences of stage 2", self.long_rows(), "elastic.accumulate", self.accumulate)
 
     def stage_1_steps(self) -> int:
         """How many steps have short sequences; the rest is stage 2."""
         return self.steps - round(self.long_share * self.steps)
+
+    def long_rows(self) -> int:
+        """Sequences of a step in stage 2."""
+        return self.long_batch or self.batch * self.seq_len // self.long_len
+
+    def n_tokens(self) -> int:
+        """Tokens of the whole run."""
+        n_short = self.stage_1_steps()
+        return n_short * self.batch * self.seq_len + (self.steps - n_short) * self.long_rows() * self.long_len
 
 
 @dataclass(frozen=True)
@@ -435,7 +447,7 @@ class Config:
 
     # What to train with.
     mode: Literal["pretrain", "rlp", "cpt", "elastic"] = "rlp"
-    # Named settings that the other options change; see `PRESETS` in config.py.
+    # Named settings that the other options change; see `PRESETS` in config.py and `PAPERS` in presets.py.
     preset: str = "cpu"
     # Run folder; empty means runs/MODE-PRESET-seedN.
     out: str = ""
@@ -448,8 +460,10 @@ class Config:
     init: str = ""
     # Device: auto, cpu or cuda.
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    # Print the resolved settings and counts, then stop.
+    # Print the resolved settings and what the run would take, then stop: needs no GPU, no data and no download.
     dry_run: bool = False
+    # GPUs that a dry run divides weights and batches among.
+    dry_run_gpus: int = 1
     # Shape of the hybrid model.
     model: ModelConfig = field(default_factory=ModelConfig)
     # What the model reads.
@@ -469,6 +483,7 @@ class Config:
         """Returns itself if everything fits together. Raises ValueError otherwise."""
         for part in (self.model, self.data, self.pretrain, self.rlp, self.cpt, self.elastic, self.eval):
             part.check()
+        require(self.dry_run_gpus >= 1, f"dry_run_gpus ({self.dry_run_gpus}) must be at least 1")
         return self
 
     def run_dir(self) -> Path:

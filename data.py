@@ -1,6 +1,7 @@
 """What the model reads: real text, reasoning problems, a tokenizer trained on both, and batches that can be resumed.
 
-Text: the language reference, the docstrings and the sources of the running Python, or any UTF-8 files (`data.path`).
+Text: the language reference, the docstrings and the sources of the running Python, or any UTF-8 files, or shards of tokens
+(`data.path`; see shards.py).
 Problems: four generated families whose answers need several steps in a row, each with a worked thought:
 
     chain    Let k = 3. Let b = k + 4. Let m = b - 6. Value of m?     k 3, b +4 7, m -6 1
@@ -24,7 +25,7 @@ import re
 import sysconfig
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,7 @@ import torch
 from torch import Tensor
 
 from config import Config, DataConfig, RLPConfig, fingerprint, require
+from shards import N_BUCKETS, Documents, ShardSet, bucket_of, is_shards
 
 END, THINK, CLOSE = "<|endoftext|>", "<think>", "</think>"
 # A word, a digit or a run of signs, each with at most one space before it: digits stay single, so sums can be learned.
@@ -244,6 +246,12 @@ class Tokenizer:
         self.n_vocab = self.encoding.n_vocab
 
     @property
+    def fingerprint(self) -> str:
+        """Equal exactly where the same text becomes the same tokens, as far as the vocabulary says."""
+        e = self.encoding
+        return fingerprint([e._pat_str, {k.hex(): rank for k, rank in e._mergeable_ranks.items()}, e._special_tokens])
+
+    @property
     def tags(self) -> tuple[int, int]:
         """The think tags: scorers leave them out of their softmax."""
         return self.think, self.close
@@ -300,6 +308,11 @@ class FileTokenizer(Tokenizer):
         framed, plain = self.file.encode("a").ids, self.encode("a")
         self.begin = tuple(framed[: framed.index(plain[0])])
 
+    @property
+    def fingerprint(self) -> str:
+        """As of `Tokenizer`."""
+        return fingerprint([json.loads(self.json), self.end])
+
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text; a special token written out in the text is plain text too."""
         return self.file.encode(text, add_special_tokens=False).ids
@@ -336,6 +349,12 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> dict[str, int]:
     return {bytes(byte_of[c] for c in token).hex(): rank for token, rank in by_id}
 
 
+def corpus_tokenizer(ranks: dict[str, int]) -> Tokenizer:
+    """The tokenizer of what `train_tokenizer` gave."""
+    merges = {bytes.fromhex(k): rank for k, rank in ranks.items()}
+    return Tokenizer(tiktoken.Encoding("corpus", pat_str=TOKEN_PATTERN, mergeable_ranks=merges, special_tokens={}))
+
+
 def named_tokenizer(name: str) -> Tokenizer:
     """tiktoken's own vocabulary of that name. Raises ValueError if it is unknown or cannot be fetched."""
     known = tiktoken.list_encoding_names()
@@ -353,6 +372,61 @@ def named_tokenizer(name: str) -> Tokenizer:
         ) from error
 
 
+def shard_tokenizer(name: str, vocab_size: int, texts: Iterable[str], out: Path) -> tuple[Tokenizer, dict]:
+    """The tokenizer to build shards with, kept in their folder, and what shards.json says of it.
+
+    "corpus" is trained on problems and on the first 20 million characters of texts that no setting holds out.
+    """
+    if name == "corpus":
+        sample, n = [], 0
+        for text in texts:
+            if n >= 20_000_000:
+                break
+            if bucket_of(text) >= N_BUCKETS // 2:  # at most 25 % are held out in each of two splits
+                sample.append(text)
+                n += len(text)
+        ranks = train_tokenizer(sample + _example_problems(5), vocab_size)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "ranks.json").write_text(json.dumps(ranks))
+        tokenizer = corpus_tokenizer(ranks)
+    elif Path(name).is_dir():
+        tokenizer = FileTokenizer(Path(name))
+        tokenizer.save(out / "hf")
+    else:
+        tokenizer = named_tokenizer(name)
+    return tokenizer, {"source": name, "n_vocab": tokenizer.n_vocab, "fingerprint": tokenizer.fingerprint}
+
+
+def tokenizer_of_shards(found: ShardSet, name: str) -> Tokenizer:
+    """The tokenizer that data.tokenizer names for shards; "corpus" is their own. Raises ValueError if it is another one."""
+    source, kept = found.tokenizer["source"], found.folder / "hf"
+    if name != "corpus":
+        tokenizer = FileTokenizer(Path(name)) if Path(name).is_dir() else named_tokenizer(name)
+    elif kept.is_dir():
+        tokenizer = FileTokenizer(kept)
+    elif source == "corpus":
+        try:
+            tokenizer = corpus_tokenizer(json.loads((found.folder / "ranks.json").read_text()))
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{found.folder / 'ranks.json'} cannot be read ({error}); copy it again, or build again"
+            ) from error
+    else:
+        tokenizer = named_tokenizer(source)
+    theirs, folder = found.tokenizer["fingerprint"], found.folder
+    require(
+        name == "corpus" or tokenizer.fingerprint == theirs,
+        f"data.tokenizer ({name}) is not the one that {folder} was built with ({source}, fingerprint {theirs}): tokens "
+        "would be read as other text; build again with this one, or leave data.tokenizer and init out to use that one",
+    )
+    require(
+        tokenizer.fingerprint == theirs,
+        f"the tokenizer in {folder} is not the one that it was built with (fingerprint {theirs}): it is damaged; copy it "
+        "again from where it was built, or build again",
+    )
+    return tokenizer
+
+
 # --------------------------------------------------------------------------------------------------------- corpus
 
 
@@ -361,13 +435,15 @@ class Corpus:
     """The tokenizer and, for each split, all text documents as token ids."""
 
     tokenizer: Tokenizer
-    documents: dict[str, list[np.ndarray]]
+    documents: dict[str, Sequence[np.ndarray] | Documents]
     held_out_percent: int
     key: str = ""  # fingerprint of the text and of the settings that it was read with
 
     @staticmethod
     def load(config: DataConfig) -> "Corpus":
         """Read the text, or what an earlier run made of the same text and settings. Raises ValueError for unusable text."""
+        if config.path and is_shards(Path(config.path)):
+            return Corpus._of_shards(config)
         first: dict[str, tuple[str, str]] = {}  # a text under two names keeps the first: copies must not land in two splits
         for name, text in user_documents(Path(config.path)) if config.path else python_documents():
             first.setdefault(text.strip(), (name, text))
@@ -392,10 +468,7 @@ class Corpus:
                 ranks = train_tokenizer(train_texts + examples, config.vocab_size)
             else:
                 ranks = dict(zip(cached["ranks"].tolist(), range(len(cached["ranks"])), strict=True))
-            merges = {bytes.fromhex(k): rank for k, rank in ranks.items()}
-            tokenizer = Tokenizer(
-                tiktoken.Encoding("corpus", pat_str=TOKEN_PATTERN, mergeable_ranks=merges, special_tokens={})
-            )
+            tokenizer = corpus_tokenizer(ranks)
         if cached is None:
             arrays = {"ranks": np.array(list(ranks) if config.tokenizer == "corpus" else [])}
             for split in SPLITS:
@@ -416,8 +489,26 @@ class Corpus:
             documents[split] = np.split(cached[f"{split}_tokens"], ends[:-1])
         return Corpus(tokenizer, documents, config.held_out_percent, key)
 
+    @staticmethod
+    def _of_shards(config: DataConfig) -> "Corpus":
+        """Documents that stay on disk. Every byte is checked once."""
+        found, percent = ShardSet(Path(config.path)), config.held_out_percent
+        tokenizer = tokenizer_of_shards(found, config.tokenizer)
+        found.check_once(Path(config.cache_dir))
+        ranges = {"train": (2 * percent, N_BUCKETS), "val": (0, percent), "test": (percent, 2 * percent)}  # as `split_of`
+        documents = {split: found.documents(*ranges[split]) for split in SPLITS}
+        for split in SPLITS:
+            require(
+                len(documents[split]),
+                f"data.path ({config.path}) leaves no document for the {split} split; "
+                "add documents or raise data.held_out_percent",
+            )
+        return Corpus(tokenizer, documents, percent, fingerprint([found.key, percent]))
+
     def text_window(self, rng: random.Random, split: str, length: int) -> np.ndarray:
         """Up to `length` tokens in a row from one document, documents chosen in proportion to their length."""
+        if isinstance(self.documents[split], Documents):
+            return self.documents[split].window(rng, length)
         lengths = self._lengths(split)
         i = int(np.searchsorted(lengths, rng.randrange(int(lengths[-1])), side="right"))
         document = self.documents[split][i]
@@ -523,15 +614,15 @@ def cpt_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
 
 
 def elastic_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
-    """The base's last mixture in short sequences, then (stage 2) in long ones, as many tokens a step.
+    """The base's last mixture in short sequences, then (stage 2) in long ones.
 
     budget_B: the index in elastic.budgets that each sequence trains: drawn uniformly in stage 1, by elastic.long_weights in
     stage 2 (eq. 18 and 19); step_B: the step. A function of (seed, step) alone.
     """
     c = config.elastic
     is_long = step >= c.stage_1_steps()
-    batch = mixture(corpus, config, step, c.batch * c.seq_len // c.long_len if is_long else c.batch,
-                    c.long_len if is_long else c.seq_len)  # fmt: skip
+    n_rows, seq_len = (c.long_rows(), c.long_len) if is_long else (c.batch, c.seq_len)
+    batch = mixture(corpus, config, step, n_rows, seq_len)
     weights = c.long_weights if is_long else [1.0] * len(c.budgets)
     n = len(batch["tokens_BT"])
     drawn = random.Random(f"budget-{config.seed}-{step}").choices(range(len(c.budgets)), weights, k=n)

@@ -559,24 +559,25 @@ class Costs(nn.Module):
 
     def exact(self, choice: Choice, depth_order: list[int]) -> float:
         """Cost of one choice."""
-        return self.inside(choice, depth_order)(choice)
+        return self.pricer(depth_order)(choice)
 
-    def inside(self, choice: Choice, depth_order: list[int]) -> Callable[[Choice], float]:
-        """Cost as a function of what is chosen inside the layers; the stream's width and the depth are those given."""
-        s, d = self.space, choice["d_model"][0]
-        kept = depth_order[len(depth_order) - s.choices["depth"][choice["depth"][0]] :]
-        outside = float(self.outside[d])
-        layers = [(self.table(i)[d].tolist(), [(a, s.decision(a, i)) for a in s.axes_of(i)]) for i in kept]
+    def pricer(self, depth_order: list[int]) -> Callable[[Choice], float]:
+        """The cost of a choice as a function, for many choices: it looks up plain lists, not tensors."""
+        s, outside = self.space, self.outside.tolist()
+        lists = {kind: getattr(self, TABLES[kind]).tolist() for kind in set(s.config.pattern)}
+        layers = [(lists[kind], [(a, s.decision(a, i)) for a in s.axes_of(i)]) for i, kind in enumerate(s.config.pattern)]
 
-        def cost(choice: Choice) -> float:
-            total = outside
-            for table, decisions in layers:
-                for axis, j in decisions:
-                    table = table[choice[axis][j]]
-                total += table
-            return total
+        def price(choice: Choice) -> float:
+            d, total = choice["d_model"][0], 0.0
+            for i in depth_order[len(depth_order) - s.choices["depth"][choice["depth"][0]] :]:
+                table, axes = layers[i]
+                cost = table[d]
+                for axis, j in axes:
+                    cost = cost[choice[axis][j]]
+                total += cost
+            return outside[d] + total
 
-        return cost
+        return price
 
 
 def cost_measure(c: ElasticConfig, device: torch.device) -> Callable[[str, ModelConfig], float]:
@@ -724,11 +725,11 @@ def fit_to_budget(logp: dict[str, Tensor], router: Router, budget: float, tolera
         choice, gap = result
         return max(gap, near), -sum(row[k] for a in scores for row, k in zip(scores[a], choice[a], strict=True))
 
+    cost = router.costs.pricer(router.depth_order)
     for n_at_once in (1, 2):
         results = []
         for d, n in itertools.product(range(len(scores["d_model"][0])), range(len(scores["depth"][0]))):
             start = {**likeliest, "d_model": [d], "depth": [n]}
-            cost = router.costs.inside(start, router.depth_order)
             results.append(_approach(start, scores, cost, target, near, n_at_once))
         choice, gap = min(results, key=price)
         if gap <= near:
@@ -766,7 +767,8 @@ def _approach(
 
 def by_hand(router: Router, budget: float) -> Choice:
     """Every width by about the same factor, all layers kept: what one would choose without a router."""
-    space = router.space
+    space, cost = router.space, router.costs.pricer(router.depth_order)
+    full_cost, fraction = router.full_cost, router.fraction(budget)
 
     def logp(factor: float) -> dict[str, Tensor]:
         full = {a: float(w[0]) for a, w in space.choices.items()}
@@ -776,7 +778,7 @@ def by_hand(router: Router, budget: float) -> Choice:
 
     def off(factor: float) -> float:
         choice = {a: v.argmax(-1).tolist() for a, v in logp(factor).items()}
-        return abs(router.costs.exact(choice, router.depth_order) / router.full_cost - router.fraction(budget))
+        return abs(cost(choice) / full_cost - fraction)
 
     return fit_to_budget(logp(min((k / 100 for k in range(1, 101)), key=off)), router, budget)
 

@@ -13,6 +13,7 @@ Intervals treat problems (not thoughts) as the independent observations: mean +-
 
 import copy
 import dataclasses
+import itertools
 import math
 import random
 import time
@@ -297,8 +298,9 @@ def _row_mean(value_BT: Tensor, inside_BT: Tensor) -> Tensor:
 def long_losses(model: HybridLM, corpus: Corpus, config: Config, split: str) -> Tensor:
     """Mean loss of each held-out text of elastic.long_len tokens, after its first elastic.seq_len."""
     c, device, losses = config.elastic, next(model.parameters()).device, []
-    texts = [d[i : i + c.long_len + 1] for d in corpus.documents[split] for i in range(0, len(d) - c.long_len, c.long_len)]
-    for start in range(0, min(len(texts), config.eval.elastic_rows), 4):
+    found = (d[i : i + c.long_len + 1] for d in corpus.documents[split] for i in range(0, len(d) - c.long_len, c.long_len))
+    texts = list(itertools.islice(found, config.eval.elastic_rows))
+    for start in range(0, len(texts), 4):
         tokens_BT = torch.stack([torch.from_numpy(t).long() for t in texts[start : start + 4]]).to(device)
         hidden_BTD, _ = model(tokens_BT[:, :-1])
         logp_BT = token_logp(model.logits(hidden_BTD[:, c.seq_len - 1 :]), tokens_BT[:, c.seq_len :])

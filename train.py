@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 import checkpoint
 import elastic
+import estimate
 import evals
 import huggingface
 import report
@@ -46,6 +47,7 @@ from data import (
     elastic_batch,
     held_out_problems,
     mixture,
+    named_tokenizer,
     pretrain_batch,
     problem_tokens,
     rlp_batch,
@@ -53,7 +55,9 @@ from data import (
 from generate import show_thoughts
 from model import HybridLM, count_parameters
 from objective import NextToken, Objective
+from presets import PAPERS
 from rlp import RLP
+from shards import ShardSet, is_shards
 
 console = Console(highlight=False)
 
@@ -446,7 +450,7 @@ def run_elastic(
         "train_s": {name: logged_seconds(run_dir / ("" if name == "elastic" else f"baselines/{name}"))
                     for name in ("elastic", *c.baseline)},
         "memory": evals.family_bytes(model, router, families["elastic"]),
-        "n_tokens": c.steps * c.batch * c.seq_len,
+        "n_tokens": c.n_tokens(),
     }  # fmt: skip
 
 
@@ -619,15 +623,25 @@ def keep_tokenizer(tokenizer: Tokenizer, run_dir: Path, config: Config) -> None:
 
 
 def dry_run(config: Config) -> dict:
-    """Print the resolved settings and the size of the model; train nothing."""
-    corpus = Corpus.load(config.data)
-    with torch.device("meta"):
-        model = HybridLM(dataclasses.replace(config.model, vocab_size=config.model.vocab_size or corpus.tokenizer.n_vocab))
+    """Print the resolved settings and what the run would take; train nothing, load nothing but a tokenizer.json.
+
+    Where model.vocab_size is 0 and data.tokenizer is "corpus", the vocabulary counts as full: a short text makes a smaller
+    one. Returns what is printed, see estimate.py.
+    """
+    n_vocab, name = config.model.vocab_size, config.data.tokenizer
+    if n_vocab == 0 and name == "corpus" and config.data.path and is_shards(Path(config.data.path)):
+        n_vocab = ShardSet(Path(config.data.path)).tokenizer["n_vocab"]
+    elif n_vocab == 0:
+        is_folder = name != "corpus" and Path(name).is_dir()
+        tokenizer = FileTokenizer(Path(name)) if is_folder else None if name == "corpus" else named_tokenizer(name)
+        n_vocab = config.data.vocab_size if tokenizer is None else tokenizer.n_vocab
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=n_vocab))
+    if config.init and not Path(config.init).is_dir():
+        warn(f"init ({config.init}) is not here: the shape is that of model.*")
     console.print_json(json.dumps(config.to_dict()))
-    tokens = config.pretrain.steps * config.pretrain.batch * config.pretrain.seq_len
-    console.print(f"{count_parameters(model):,} parameters; base: {tokens:,} tokens; rlp: "
-                  f"{config.rlp.steps * config.rlp.batch * config.rlp.group_size:,} thoughts")  # fmt: skip
-    return {"parameters": count_parameters(model), "base_tokens": tokens}
+    facts = estimate.facts(config)
+    report.print_estimate(facts, console)
+    return facts
 
 
 def pick_device(config: Config) -> torch.device:
@@ -663,8 +677,9 @@ def parse(argv: list[str]) -> Config:
             name = argv[i + 1]
         elif word.startswith("--preset="):
             name = word.split("=", 1)[1]
-    require(name in PRESETS, f"preset ({name!r}) is unknown; choose one of {', '.join(PRESETS)}")
-    return tyro.cli(Config, default=PRESETS[name], args=argv, prog="train.py", description=__doc__)
+    known = PRESETS | PAPERS
+    require(name in known, f"preset ({name!r}) is unknown; choose one of {', '.join(known)}")
+    return tyro.cli(Config, default=known[name], args=argv, prog="train.py", description=__doc__)
 
 
 def load_run(run_dir: Path) -> tuple[HybridLM, Corpus, Config]:
