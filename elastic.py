@@ -27,7 +27,6 @@ full model; keys and values have no elastic heads under grouped queries. The las
 (`fit_to_budget`), which also serves budgets that were never trained.
 """
 
-import copy
 import json
 import math
 import shutil
@@ -44,6 +43,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint as recompute
 
 import checkpoint
+import parallel
 from config import WIDTH_FIELDS, Config, ElasticConfig, ModelConfig, require
 from data import Corpus
 from model import Block, HybridLM, count_parameters, part_cache_bytes, part_flops, part_parameters
@@ -791,6 +791,8 @@ class Elastic(Distillation):
     stay as they are, and each budget runs on its slice of the weights.
     """
 
+    runs_whole = True
+
     def __init__(self, c: ElasticConfig, router: Router, teacher: HybridLM):
         super().__init__(c, teacher)
         ours, theirs = router.space.config.vocab_size, teacher.config.vocab_size
@@ -855,13 +857,14 @@ class Elastic(Distillation):
                 self.bare[budget] = bare_model(shrink(model.config, self.widths[budget]))
             network = self.bare[budget]
             weights = take(weights, model.config, kept_units(model.config, self.widths[budget]))
-        hidden_BTD, _ = functional_call(network, weights, (batch["tokens_BT"],), {"ids_BT": batch["ids_BT"]})
+        call = parallel.recomputed(functional_call)
+        hidden_BTD, _ = call(network, weights, (batch["tokens_BT"],), {"ids_BT": batch["ids_BT"]})
         return hidden_BTD, weights.get("head.weight", weights["embed.weight"])
 
     def after_step(self, model: HybridLM) -> None:
         """Keep the weights at the end of stage 1."""
         if self.step + 1 == self.c.stage_1_steps():
-            self.stage1 = copy.deepcopy(model).requires_grad_(False)
+            self.stage1 = parallel.frozen_copy(model)
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """The routers have a rate of their own."""
@@ -876,7 +879,7 @@ class Elastic(Distillation):
     def expect(self, model: HybridLM, names: list[str]) -> None:
         """A checkpoint of stage 2 holds the end of stage 1."""
         if "stage1" in names:
-            self.stage1 = copy.deepcopy(model).requires_grad_(False)
+            self.stage1 = parallel.frozen_copy(model)
 
 
 def output_matrix(model: HybridLM) -> Tensor:
@@ -923,7 +926,7 @@ def load_family(run_dir: Path) -> tuple[HybridLM, Router, Corpus, Config]:
     model, corpus, config = load_run(run_dir)
     found = checkpoint.newest(run_dir)
     require(
-        (found.path / "router.safetensors").exists(),
+        "router" in found.networks(),
         f"{run_dir} has no router, so it holds one size only; give the folder of a run of --mode elastic",
     )
     space = Space(model.config, config.elastic)
