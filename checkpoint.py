@@ -39,6 +39,20 @@ from torch.distributed.tensor import DTensor
 import parallel
 
 KEEP = 2
+# What torch's description of shards is made of, beside dtypes.
+DESCRIPTION = {
+    "collections.OrderedDict",
+    "pathlib.PosixPath",
+    "pathlib.WindowsPath",
+    "torch.Size",
+    "torch.distributed.checkpoint.filesystem._StorageInfo",
+    "torch.serialization._get_layout",
+    *(
+        f"torch.distributed.checkpoint.metadata.{name}"
+        for name in ("Metadata", "MetadataIndex", "ChunkStorageMetadata", "TensorStorageMetadata", "BytesStorageMetadata",
+                     "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING")
+    ),
+}  # fmt: skip
 
 
 @dataclass
@@ -121,16 +135,12 @@ class Checkpoint:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads torch's description of shards and nothing else: no other class is ever looked up."""
+    """Reads torch's description of shards and nothing else: no other class is ever looked up, no other code runs."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Raises UnpicklingError for a class that does not belong there."""
-        known = {("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"),
-                 ("torch._utils", "_rebuild_device"), ("torch", "device")}  # fmt: skip
-        pieces = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-        if (module in pieces and name[0] != "_") or (module, name) in known or module == "pathlib":
-            return super().find_class(module, name)
-        if module in pieces and name in ("_StorageInfo", "_MEM_FORMAT_ENCODING"):
+        """Raises UnpicklingError for what does not belong there."""
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or f"{module}.{name}" in DESCRIPTION:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} does not belong into the description of a checkpoint")
 

@@ -51,7 +51,7 @@ class Team:
     rank: int = 0
     world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    settings: Any = ALONE  # a config.ParallelConfig
+    settings: Any = field(default_factory=lambda: ALONE)  # a config.ParallelConfig
 
 
 team = Team()
