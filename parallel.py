@@ -26,7 +26,8 @@ import contextlib
 import copy
 import functools
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import SimpleNamespace
@@ -52,6 +53,7 @@ class Team:
     world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     settings: Any = field(default_factory=lambda: ALONE)  # a config.ParallelConfig
+    gathered: dict | None = None  # what `whole` has found, inside `gathering_once`
 
 
 team = Team()
@@ -88,6 +90,13 @@ def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     team.rank, team.world, team.settings = 0, 1, ALONE
+
+
+def end_at_once(code: int) -> None:
+    """End this process without waiting for the others, which may never answer, if there are any."""
+    if team.world > 1:
+        sys.stdout.flush()
+        os._exit(code)
 
 
 def part() -> bool:
@@ -233,6 +242,8 @@ def whole(network: nn.Module, trains: bool = False, for_sampling: bool = False) 
     low = for_sampling and team.settings.dtype == "bf16"
     if not is_dressed(network) and not low:
         return network
+    if team.gathered is not None and (network, low) in team.gathered:
+        return team.gathered[network, low]
 
     def weight(name: str, p: Tensor) -> Tensor:
         t = p.full_tensor() if isinstance(p, DTensor) else p
@@ -241,7 +252,19 @@ def whole(network: nn.Module, trains: bool = False, for_sampling: bool = False) 
 
     found = skeleton(network).requires_grad_(trains)
     found.load_state_dict({name: weight(name, p) for name, p in network.state_dict().items()}, assign=True)
+    if team.gathered is not None:
+        team.gathered[network, low] = found
     return found
+
+
+@contextlib.contextmanager
+def gathering_once() -> Iterator[None]:
+    """Inside, while weights do not change, `whole` gathers each network once."""
+    team.gathered = {}
+    try:
+        yield
+    finally:
+        team.gathered = None
 
 
 @torch.no_grad()

@@ -120,9 +120,9 @@ def fit(
         while step < settings.steps:
             pieces = split_batch(make_batch(step), parallel.team.world * settings.accumulate)
             parts = []
-            for i in parallel.parts_of(settings):
-                part = {k: v.to(device, non_blocking=True) for k, v in pieces[i].items()}
-                with parallel.compute():
+            with parallel.gathering_once(), parallel.compute():
+                for i in parallel.parts_of(settings):
+                    part = {k: v.to(device, non_blocking=True) for k, v in pieces[i].items()}
                     parts.append(objective.prepare(model, part, noise(device, seed, step, label, i)))
             for _ in range(objective.n_updates):
                 metrics = update(model, objective, parts, optimizers, settings, step)
@@ -768,6 +768,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         console.quiet = False  # any process may be the one that knows
         console.print(f"[red]{escape(message)}[/red]", soft_wrap=True)
+        parallel.end_at_once(1)
         return 1
     finally:
         parallel.stop()

@@ -25,8 +25,7 @@ import train
 from config import PRESETS, Config, ParallelConfig
 from rlp import RLP
 
-# Muon orthogonalises in bf16, so a last bit of a gradient may become a bf16 rounding of an update (of 0.02).
-TOLERANCE = {"muon": 4e-3, "bf16": 2e-2}
+ROUNDED = ("muon", "bf16")  # both compute in bf16 (Muon its updates): a last bit may become a rounding of 0.4 %
 NETWORKS = {"rlp": {"model", "teacher", "reference"}, "elastic": {"model", "router", "stage1"}}
 
 
@@ -72,17 +71,27 @@ def metrics_of(run_dir):
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
 
-def assert_same_run(one, other, tolerance=1e-9):
+def assert_same_run(one, other):
     """Networks, AdamW's moments by way of the weights they make, and every line of metrics."""
     found = [checkpoint.newest(run_dir) for run_dir in (one, other)]
     assert found[0].networks() == found[1].networks()
     assert found[0].meta["step"] == found[1].meta["step"] == two_processes.STEPS
     for name in found[0].networks():
-        torch.testing.assert_close(found[0].tensors(name), found[1].tensors(name), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(found[0].tensors(name), found[1].tensors(name), rtol=1e-9, atol=1e-9)
     lines = [metrics_of(run_dir) for run_dir in (one, other)]
     assert len(lines[0]) == two_processes.STEPS
     for first, second in zip(*lines, strict=True):
-        assert first == pytest.approx(second, rel=max(1e-7, 10 * tolerance if tolerance > 1e-9 else 0), abs=1e-9)
+        assert first == pytest.approx(second, rel=1e-9, abs=1e-12)
+
+
+def deviation(runs, mode):
+    """Mean distance of the sharded run's weights from those of one process, over how far training moved them on average."""
+    flat = [
+        torch.cat([t.flatten().double() for _, t in sorted(checkpoint.Checkpoint(path, {}).tensors("model").items())])
+        for path in (runs / f"{mode}-{name}" / "checkpoint" / step for name, step in
+                     (("one", "step_000002"), ("one", "step_000004"), ("fsdp", "step_000004")))
+    ]  # fmt: skip
+    return float((flat[2] - flat[1]).abs().mean() / (flat[1] - flat[0]).abs().mean())
 
 
 # ------------------------------------------------------------------------------------------------- the same computation
@@ -91,7 +100,13 @@ def assert_same_run(one, other, tolerance=1e-9):
 @pytest.mark.parametrize("sharing", ["data", "fsdp"])
 @pytest.mark.parametrize("mode", MODES)
 def test_two_processes_make_the_losses_and_weights_of_one(runs, mode, sharing):
-    assert_same_run(runs / f"{mode}-one", runs / f"{mode}-{sharing}", TOLERANCE.get(mode, 1e-9))
+    """What runs in bf16 is equal with the data shared out; sharded, its losses are close, and its weights on average."""
+    if mode in ROUNDED and sharing == "fsdp":
+        for first, second in zip(metrics_of(runs / f"{mode}-one"), metrics_of(runs / f"{mode}-fsdp"), strict=True):
+            assert first == pytest.approx(second, rel=5e-3)
+        assert deviation(runs, mode) < 0.1
+    else:
+        assert_same_run(runs / f"{mode}-one", runs / f"{mode}-{sharing}")
     assert set(checkpoint.newest(runs / f"{mode}-{sharing}").networks()) == NETWORKS.get(mode, {"model"})
 
 
@@ -169,6 +184,14 @@ def test_activation_checkpointing_keeps_less(tmp_path):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             train.NextToken().loss(model, make_batch("pretrain", 0))
     assert kept[1] < kept[0] / 2
+
+
+def test_weights_are_gathered_once_a_step():
+    parallel.start(options("pretrain", activation_checkpointing=True), CPU)
+    model = parallel.shard(train.build_model(PRESETS["smoke"], 32, CPU, seed=0))
+    with parallel.gathering_once():
+        assert parallel.whole(model) is parallel.whole(model) is not model
+    assert parallel.whole(model) is not parallel.whole(model)
 
 
 # ------------------------------------------------------------------------------------------------------------ going on
