@@ -24,6 +24,7 @@ import os
 import pickle
 import re
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,7 @@ class Checkpoint:
     def _read(self, targets: dict[str, Tensor], alone: bool = False) -> None:
         """Into the tensors, each process its part; alone: for a process that asks without the others."""
         if targets:
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it may be
             dcp.load(targets, storage_reader=_SafeReader(self.path / "shards"), no_dist=alone or parallel.team.world == 1)
 
 

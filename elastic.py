@@ -843,14 +843,16 @@ class Elastic(Distillation):
         tau = c.gumbel_tau[0] * (c.gumbel_tau[1] / c.gumbel_tau[0]) ** at
         scale = c.logit_scale[0] + (c.logit_scale[1] - c.logit_scale[0]) * at
         smaller = [b for b in c.budgets if not self.router.is_full(b)]
-        return {b: probabilities(self.router(b), noise[b], scale, tau) for b in smaller}
+        with parallel.exactly():
+            return {b: probabilities(self.router(b), noise[b], scale, tau) for b in smaller}
 
     def run(self, model: HybridLM, weights: dict, p: dict | None, budget: float, batch: dict) -> tuple[Tensor, Tensor]:
         """Final hidden states of the model of a budget, and its output matrix: masked where p is given, else sliced."""
         network = model
         if p is not None:
-            masks = self.router.space.masks(mask_weighting(p, self.c.mask), self.router.depth_order)
-            weights, network = mask_weights(weights, model.config, masks), masked_skeleton(model.config, masks)
+            with parallel.exactly():
+                masks = self.router.space.masks(mask_weighting(p, self.c.mask), self.router.depth_order)
+                weights, network = mask_weights(weights, model.config, masks), masked_skeleton(model.config, masks)
         elif not self.router.is_full(budget):
             if budget not in self.widths:
                 self.widths[budget] = self.router.choose(budget)

@@ -27,6 +27,7 @@ import copy
 import functools
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -171,6 +172,11 @@ def compute() -> contextlib.AbstractContextManager:
     return torch.autocast(team.device.type, torch.bfloat16)
 
 
+def exactly() -> contextlib.AbstractContextManager:
+    """Inside `compute`, for what must not be rounded to bf16."""
+    return torch.autocast(team.device.type, enabled=False)
+
+
 def shard(network: nn.Module) -> nn.Module:
     """The network to train in the place of this one: itself, or a dressed one (recomputing, compiled, sharded).
 
@@ -191,6 +197,9 @@ def shard(network: nn.Module) -> nn.Module:
         if c.compile:
             block.compile()
     if is_sharded:
+        warnings.filterwarnings(
+            "ignore", message="FSDP2-wrapped module"
+        )  # of in-place changes to a block's output: none here
         network.to("meta")
         vectors = {p for p in dressed.parameters() if p.dim() < 2}
         options = {"mesh": init_device_mesh(team.device.type, (team.world,)), "ignored_params": vectors}

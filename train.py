@@ -763,7 +763,7 @@ def main(argv: list[str] | None = None) -> int:
         console.print(f"[yellow]{escape(str(stop)) or 'stopped'}[/yellow]", soft_wrap=True)
         return 130 if isinstance(stop, KeyboardInterrupt) else 1
     except (RuntimeError, MemoryError) as error:
-        message = broke_off(error, config)
+        message = config and broke_off(error, config)
         if not message:
             raise
         console.quiet = False  # any process may be the one that knows

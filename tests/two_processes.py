@@ -46,7 +46,7 @@ def make_batch(mode, step):
 
 
 def settings_of(mode, accumulate):
-    """Four steps, a checkpoint every two; elastic: two on masks, then slices, the last in long sequences."""
+    """Four steps, a checkpoint every two; elastic: three on masks, then slices in long sequences."""
     preset = PRESETS["smoke"]
     changes = {"steps": STEPS, "checkpoint_every": 2, "accumulate": accumulate, "lr": 1e-2, "warmup": 0, "muon_lr": 0.0}
     if mode == "rlp":
@@ -65,17 +65,17 @@ def settings_of(mode, accumulate):
 
 def run(mode, run_dir, accumulate=1, start=None, before_step=None, objective=None):
     """Train with what `parallel.start` has set up."""
-    model = train.build_model(PRESETS["smoke"], 32, CPU, seed=0)
+    model = train.build_model(PRESETS["smoke"], 33, CPU, seed=0)  # 33 rows cannot be halved
     for p in model.parameters():
         p.data.add_(0.1 * torch.randn_like(p))
     settings = settings_of(mode, accumulate)
-    if mode != "bf16":
+    if parallel.team.settings.dtype == "fp32":
         model = model.double()
     if mode == "rlp":
         objective = RLP(settings, TOKENIZER)
     elif mode == "elastic":
         parent = parallel.frozen_copy(model)
-        router = elastic.build_router(model.config, settings, [2, 0, 1], CPU).double()
+        router = elastic.build_router(model.config, settings, [2, 0, 1], CPU).to(model.embed.weight.dtype)
         objective = elastic.Elastic(settings, router, parent)
     run_dir.mkdir(parents=True, exist_ok=True)
 
