@@ -135,8 +135,8 @@ class FitConfig:
     steps: int = 1000
     # Sequences a step (contexts, for RLP).
     batch: int = 32
-    # Parts that a step's batch is run in, one after the other. Next-token prediction gives the same result; RLP samples its
-    # thoughts part by part, so it gets other thoughts.
+    # Parts that each process runs its share of a step's batch in, one after the other. Next-token prediction gives the same
+    # result in any number. RLP and elastic draw their noise part by part: 1 process with 2 parts equals 2 with 1 each.
     accumulate: int = 1
     # Peak learning rate of AdamW.
     lr: float = 3e-3
@@ -156,6 +156,10 @@ class FitConfig:
     checkpoint_every: int = 200
     # Steps between lines of metrics.jsonl.
     log_every: int = 1
+
+    def fewest_rows(self) -> int:
+        """Sequences of the smallest batch: the processes and parts must divide it."""
+        return self.batch
 
     def check_fit(self, group: str) -> None:
         """Raises ValueError for settings that cannot work; `group` names them in the message."""
@@ -405,6 +409,10 @@ class ElasticConfig(FitConfig):
         if self.stage_1_steps() < self.steps:
             _divides("the sequences of stage 2", self.long_rows(), "elastic.accumulate", self.accumulate)
 
+    def fewest_rows(self) -> int:
+        """Sequences of the smallest batch, that of stage 2."""
+        return self.batch * self.seq_len // self.long_len
+
     def stage_1_steps(self) -> int:
         """How many steps have short sequences; the rest is stage 2."""
         return self.steps - round(self.long_share * self.steps)
@@ -439,6 +447,27 @@ class EvalConfig:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             require(value >= 2, f"eval.{f.name} ({value}) must be at least 2 to give an interval")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the work is shared out among the processes that torchrun starts. A run may go on with other settings of these."""
+
+    # data keeps the whole model on every process and adds gradients up; fsdp also shards weights, optimizer states and the
+    # teacher (FSDP2); auto takes fsdp from 500 million parameters on. A process that is alone shares nothing out.
+    mode: Literal["auto", "data", "fsdp"] = "auto"
+    # Numbers of matrix products. Weights, optimizer states and the teacher are fp32 in any case.
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    # Compute the inside of each block again in the backward pass instead of keeping it (elastic: of each budget).
+    activation_checkpointing: bool = False
+    # Compile each block with torch.compile, for the updates only; it takes a while, and a C++ compiler.
+    compile: bool = False
+    # Seconds after which a process that does not answer counts as lost.
+    timeout_s: int = 1800
+
+    def check(self) -> None:
+        """Raises ValueError for settings that cannot work."""
+        require(self.timeout_s >= 1, f"parallel.timeout_s ({self.timeout_s}) must be at least 1; 1800 is usual")
 
 
 @dataclass(frozen=True)
@@ -478,10 +507,12 @@ class Config:
     elastic: ElasticConfig = field(default_factory=ElasticConfig)
     # What is measured at the end.
     eval: EvalConfig = field(default_factory=EvalConfig)
+    # How the work is shared out among several processes.
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def check(self) -> "Config":
         """Returns itself if everything fits together. Raises ValueError otherwise."""
-        for part in (self.model, self.data, self.pretrain, self.rlp, self.cpt, self.elastic, self.eval):
+        for part in (self.model, self.data, self.pretrain, self.rlp, self.cpt, self.elastic, self.eval, self.parallel):
             part.check()
         require(self.dry_run_gpus >= 1, f"dry_run_gpus ({self.dry_run_gpus}) must be at least 1")
         return self
@@ -497,6 +528,7 @@ class Config:
         d["model"] = {name: value for name, value in d["model"].items() if name != "widths" or value}
         for name in ("checkpoint_every", "log_every"):
             d["pretrain"].pop(name)
+        d["pretrain"]["accumulate"] = 1  # processes are parts too, and next-token prediction is the same in any number
         return fingerprint([d["model"], d["data"], d["pretrain"], d["seed"]])
 
     def to_dict(self) -> dict[str, Any]:

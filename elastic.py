@@ -27,7 +27,6 @@ full model; keys and values have no elastic heads under grouped queries. The las
 (`fit_to_budget`), which also serves budgets that were never trained.
 """
 
-import copy
 import itertools
 import json
 import math
@@ -45,6 +44,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint as recompute
 
 import checkpoint
+import parallel
 from config import WIDTH_FIELDS, Config, ElasticConfig, ModelConfig, require
 from data import Corpus
 from model import Block, HybridLM, count_parameters, part_cache_bytes, part_flops, part_parameters
@@ -844,6 +844,8 @@ class Elastic(Distillation):
     stay as they are, and each budget runs on its slice of the weights.
     """
 
+    runs_whole = True
+
     def __init__(self, c: ElasticConfig, router: Router, teacher: HybridLM):
         super().__init__(c, teacher)
         ours, theirs = router.space.config.vocab_size, teacher.config.vocab_size
@@ -894,27 +896,30 @@ class Elastic(Distillation):
         tau = c.gumbel_tau[0] * (c.gumbel_tau[1] / c.gumbel_tau[0]) ** at
         scale = c.logit_scale[0] + (c.logit_scale[1] - c.logit_scale[0]) * at
         smaller = [b for b in c.budgets if not self.router.is_full(b)]
-        return {b: probabilities(self.router(b), noise[b], scale, tau) for b in smaller}
+        with parallel.exactly():
+            return {b: probabilities(self.router(b), noise[b], scale, tau) for b in smaller}
 
     def run(self, model: HybridLM, weights: dict, p: dict | None, budget: float, batch: dict) -> tuple[Tensor, Tensor]:
         """Final hidden states of the model of a budget, and its output matrix: masked where p is given, else sliced."""
         network = model
         if p is not None:
-            masks = self.router.space.masks(mask_weighting(p, self.c.mask), self.router.depth_order)
-            weights, network = mask_weights(weights, model.config, masks), masked_skeleton(model.config, masks)
+            with parallel.exactly():
+                masks = self.router.space.masks(mask_weighting(p, self.c.mask), self.router.depth_order)
+                weights, network = mask_weights(weights, model.config, masks), masked_skeleton(model.config, masks)
         elif not self.router.is_full(budget):
             if budget not in self.widths:
                 self.widths[budget] = self.router.choose(budget)
                 self.bare[budget] = bare_model(shrink(model.config, self.widths[budget]))
             network = self.bare[budget]
             weights = take(weights, model.config, kept_units(model.config, self.widths[budget]))
-        hidden_BTD, _ = functional_call(network, weights, (batch["tokens_BT"],), {"ids_BT": batch["ids_BT"]})
+        call = parallel.recomputed(functional_call)
+        hidden_BTD, _ = call(network, weights, (batch["tokens_BT"],), {"ids_BT": batch["ids_BT"]})
         return hidden_BTD, weights.get("head.weight", weights["embed.weight"])
 
     def after_step(self, model: HybridLM) -> None:
         """Keep the weights at the end of stage 1."""
         if self.step + 1 == self.c.stage_1_steps():
-            self.stage1 = copy.deepcopy(model).requires_grad_(False)
+            self.stage1 = parallel.frozen_copy(model)
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """The routers have a rate of their own."""
@@ -929,7 +934,7 @@ class Elastic(Distillation):
     def expect(self, model: HybridLM, names: list[str]) -> None:
         """A checkpoint of stage 2 holds the end of stage 1."""
         if "stage1" in names:
-            self.stage1 = copy.deepcopy(model).requires_grad_(False)
+            self.stage1 = parallel.frozen_copy(model)
 
 
 def output_matrix(model: HybridLM) -> Tensor:
@@ -976,7 +981,7 @@ def load_family(run_dir: Path) -> tuple[HybridLM, Router, Corpus, Config]:
     model, corpus, config = load_run(run_dir)
     found = checkpoint.newest(run_dir)
     require(
-        (found.path / "router.safetensors").exists(),
+        "router" in found.networks(),
         f"{run_dir} has no router, so it holds one size only; give the folder of a run of --mode elastic",
     )
     space = Space(model.config, config.elastic)

@@ -7,15 +7,17 @@
     python train.py --mode rlp --preset smoke        every part in seconds
     python train.py --mode rlp --rlp.positions random --out runs/random
     python train.py --mode rlp --init Qwen3-1.7B-Base --rlp.horizon 2        from a Hugging Face directory
+    torchrun --nproc-per-node 8 train.py --mode rlp                          on eight GPUs (parallel.py)
 
 How to read: `main`, `run`, then `fit`. What an objective gives to `fit` is in objective.py. The loss is divided by the
-total count of a step, so accumulation cannot change it.
+total count of a step, so accumulation and the number of processes cannot change it.
 
 All randomness is a function of (seed, step): a resumed run repeats the uninterrupted one bit for bit.
 """
 
 import dataclasses
 import json
+import os
 import platform
 import resource
 import signal
@@ -30,13 +32,14 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import Tensor
 
 import checkpoint
 import elastic
 import estimate
 import evals
 import huggingface
+import parallel
 import report
 from config import PRESETS, Config, FitConfig, fingerprint, from_dict, require
 from data import (
@@ -78,11 +81,17 @@ def fit(
 ) -> None:
     """The training loop of every mode: batch, prepare, update, log, save.
 
-    Args: make_batch: the batch of a step; meta: goes into every checkpoint; start: where to go on from.
-    Raises KeyboardInterrupt after Ctrl-C, once the step is finished and saved; FloatingPointError if a gradient is not
-    finite, with the weights before it saved.
+    Args: make_batch: the batch of a step, of which each process runs its parts; meta: goes into every checkpoint; start:
+    where to go on from.
+    Raises KeyboardInterrupt after Ctrl-C or SIGTERM, once the step is finished and saved; FloatingPointError if a gradient
+    is not finite, with the weights before it saved; ValueError if the processes and parts do not divide the batch.
     """
-    device = next(model.parameters()).device
+    device, plain = next(model.parameters()).device, model
+    check_rows(settings, label)
+    parallel.barrier()  # what is written from here on, no process must take for the work of an earlier run
+    for network in objective.networks().values():
+        parallel.broadcast(network)
+    model = parallel.shard(model)
     optimizers = build_optimizers(model, settings) + objective.optimizers()
     for group in (g for optimizer in optimizers for g in optimizer.param_groups):
         group["peak_lr"] = group["lr"]
@@ -90,7 +99,9 @@ def fit(
     if start is not None:
         step = start.meta["step"]
         restore(start, model, objective, optimizers)
-    trim_log(run_dir / "metrics.jsonl", step)
+    log_file = run_dir / "metrics.jsonl" if parallel.is_first() else Path(os.devnull)
+    if parallel.is_first():
+        trim_log(log_file, step)
 
     def save() -> Path:
         networks = {"model": model, **objective.networks()}
@@ -105,15 +116,18 @@ def fit(
     )
     with (
         Interrupt() as interrupt,
-        Progress(*columns, console=console) as progress,
-        open(run_dir / "metrics.jsonl", "a") as log,
+        Progress(*columns, console=console, disable=not parallel.is_first()) as progress,
+        open(log_file, "a") as log,
     ):
         task = progress.add_task(label, total=settings.steps, completed=step, note="")
         began = time.perf_counter()
         while step < settings.steps:
-            generator = torch.Generator(device).manual_seed(int(fingerprint([seed, step, label]), 16))
-            batch = {k: v.to(device, non_blocking=True) for k, v in make_batch(step).items()}
-            parts = [objective.prepare(model, part, generator) for part in split_batch(batch, settings.accumulate)]
+            pieces = split_batch(make_batch(step), parallel.team.world * settings.accumulate)
+            parts = []
+            with parallel.gathering_once(), parallel.compute():
+                for i in parallel.parts_of(settings):
+                    part = {k: v.to(device, non_blocking=True) for k, v in pieces[i].items()}
+                    parts.append(objective.prepare(model, part, noise(device, seed, step, label, i)))
             for _ in range(objective.n_updates):
                 metrics = update(model, objective, parts, optimizers, settings, step)
                 if not np.isfinite(metrics["grad_norm"]):
@@ -129,29 +143,56 @@ def fit(
                 began = time.perf_counter()
             shown = "gain_ema_nats" if "gain_ema_nats" in metrics else "loss"
             progress.update(task, completed=step, note=f"{shown} {metrics[shown]:.3f}")
-            if interrupt.asked:
+            if any(parallel.everyone(interrupt.asked)):
                 raise KeyboardInterrupt(f"stopped after step {step}; saved in {save()}; go on with --resume")
             if step % settings.checkpoint_every == 0 or step == settings.steps:
                 save()
         if settings.steps == 0:
             save()
+    parallel.collect(model, plain, objective)
+
+
+def check_rows(settings: FitConfig, label: str) -> None:
+    """Raises ValueError if a batch cannot be dealt out evenly."""
+    n, rows = parallel.team.world * settings.accumulate, settings.fewest_rows()
+    require(
+        rows % n == 0,
+        f"{label}: {rows} sequences (the smallest batch) cannot be dealt out to {parallel.team.world} processes x "
+        f"{label}.accumulate ({settings.accumulate}); nearest is {max(1, round(rows / n)) * n}",
+    )
+
+
+def noise(device: torch.device, seed: int, step: int, label: str, part: int) -> torch.Generator:
+    """Of a part of a step's batch, whichever process runs it: 1 process with 2 parts equals 2 processes with 1."""
+    return torch.Generator(device).manual_seed(int(fingerprint([seed, step, label] + [part] * (part > 0)), 16))
 
 
 def update(
     model: HybridLM, objective: Objective, parts: list[dict], optimizers: list, settings: FitConfig, step: int
 ) -> dict[str, float]:
-    """One optimizer step on the mean loss over all parts; skipped if the gradient is not finite. Returns metrics."""
-    total_loss, total_count, totals, counts = 0.0, 0, {}, {}
+    """One optimizer step on the mean loss over all parts of all processes; skipped if the gradient is not finite.
+
+    Returns metrics: means over the parts that have them, each part with its count as weight.
+    """
+    sums = {"loss": (0.0, 0)}
+    runner = parallel.whole(model, trains=True) if objective.runs_whole else model
     for part in parts:
-        loss, count, metrics = objective.loss(model, part)
+        with parallel.compute():
+            loss, count, metrics = objective.loss(runner, part)
         loss.backward()
-        total_loss, total_count = total_loss + float(loss.detach()), total_count + count
+        parallel.reshard(runner)
+        sums["loss"] = (sums["loss"][0] + float(loss.detach()), sums["loss"][1] + count)
         for name, value in metrics.items():
-            totals[name] = totals.get(name, 0.0) + float(value) * count
-            counts[name] = counts.get(name, 0) + count  # a part may lack a metric
+            if np.isfinite(float(value)):
+                total, weight = sums.get(name, (0.0, 0))
+                sums[name] = (total + float(value) * count, weight + count)
+    if runner is not model:
+        parallel.scatter_gradients(runner, model)
+    means, total_count = total_means(parallel.everyone(sums))
     trained = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    torch._foreach_div_([p.grad for p in trained if p.grad is not None], total_count)
-    grad_norm = float(nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm))
+    parallel.sum_gradients(trained)
+    torch._foreach_div_([parallel.local(p.grad) for p in trained if p.grad is not None], total_count)
+    grad_norm = parallel.clip_gradients(list(model.parameters()), settings.clip_norm)
     rate = schedule(step, settings)
     if np.isfinite(grad_norm):
         for optimizer in optimizers:
@@ -160,14 +201,17 @@ def update(
             optimizer.step()
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    means = {name: total / counts[name] for name, total in totals.items() if np.isfinite(total)}
-    return {
-        "loss": total_loss / total_count,
-        **means,
-        "grad_norm": grad_norm,
-        "lr": settings.lr * rate,
-        "count": total_count,
-    }
+    return {**means, "grad_norm": grad_norm, "lr": settings.lr * rate, "count": total_count}
+
+
+def total_means(by_process: list[dict[str, tuple[float, int]]]) -> tuple[dict[str, float], int]:
+    """Means over all processes from each one's (sum, weight) by name, and the weight of the loss: the global count."""
+    totals: dict[str, tuple[float, int]] = {}
+    for sums in by_process:
+        for name, (total, weight) in sums.items():
+            before = totals.get(name, (0.0, 0))
+            totals[name] = (before[0] + total, before[1] + weight)
+    return {name: total / weight for name, (total, weight) in totals.items()}, totals["loss"][1]
 
 
 def schedule(step: int, settings: FitConfig) -> float:
@@ -200,12 +244,11 @@ def split_batch(batch: dict[str, Tensor], n: int) -> list[dict[str, Tensor]]:
 
 def restore(start: checkpoint.Checkpoint, model: HybridLM, objective: Objective, optimizers: list) -> None:
     """Networks and optimizers as they were when the checkpoint was written."""
-    checkpoint.load_weights(model, start.tensors("model"), start.path)
-    objective.expect(model, [file.stem for file in start.path.glob("*.safetensors")])
+    start.fill(model, "model")
+    objective.expect(model, start.networks())
     for name, network in objective.networks().items():
-        checkpoint.load_weights(network, start.tensors(name), start.path)
-    for optimizer, state in zip(optimizers, start.optimizer(), strict=True):
-        optimizer.load_state_dict(state)
+        start.fill(network, name)
+    start.fill_optimizers(optimizers)
 
 
 def trim_log(file: Path, step: int) -> None:
@@ -217,23 +260,25 @@ def trim_log(file: Path, step: int) -> None:
 
 
 class Interrupt:
-    """Turns the first Ctrl-C into a flag, so that a step is finished and saved; the second one stops at once."""
+    """Turns the first Ctrl-C, or SIGTERM as a batch system sends it, into a flag, so that a step is finished and saved;
+    the second one stops at once."""
 
     asked = False
 
     def __enter__(self) -> "Interrupt":
         """Start listening."""
-        self.previous = signal.signal(signal.SIGINT, self.ask)
+        self.previous = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def ask(self, *_: object) -> None:
         """The handler."""
         self.asked = True
-        signal.signal(signal.SIGINT, self.previous)
+        self.__exit__()
 
     def __exit__(self, *_: object) -> None:
         """Stop listening."""
-        signal.signal(signal.SIGINT, self.previous)
+        for s, handler in self.previous.items():
+            signal.signal(s, handler)
 
 
 # --------------------------------------------------------------------------------------------------------- a run
@@ -261,7 +306,7 @@ def base_weights(config: Config, corpus: Corpus, model: HybridLM) -> dict:
         return {"base_dir": config.init, "base_was_cached": True, "base_train_s": 0.0}
     if config.init:
         folder = Path(config.init)
-        found = checkpoint.newest(folder) if folder.is_dir() else None
+        found = newest(folder)
         require(
             found,
             f"init ({config.init}) holds no checkpoint; give the run folder of an earlier run, or a Hugging Face directory",
@@ -269,12 +314,12 @@ def base_weights(config: Config, corpus: Corpus, model: HybridLM) -> dict:
     else:
         key = fingerprint([config.base_fingerprint(), corpus.key])
         folder = Path(config.data.cache_dir) / f"base-{key}"
-        found = checkpoint.newest(folder) if folder.exists() else None
+        found = newest(folder)
         if found is None or found.meta["step"] < config.pretrain.steps:
             was_cached = False
             console.print(f"training the base once; it is kept in {escape(str(folder))}")
             train_base(dataclasses.replace(config, mode="pretrain", out=str(folder)), corpus, model, found)
-            found = checkpoint.newest(folder)
+            found = newest(folder)
     warn(found.warning)
     checkpoint.load_weights(model, found.tensors("model"), found.path)
     log = folder / "metrics.jsonl"  # a model cut out of an elastic run has none
@@ -323,20 +368,26 @@ def train_base(config: Config, corpus: Corpus, model: HybridLM, start: checkpoin
 
 
 def run(config: Config) -> dict:
-    """A whole run: data, base, training, held-out figures, plots. Returns what summary.json holds."""
+    """A whole run: data, base, training, held-out figures, plots. Returns what summary.json holds.
+
+    Of several processes the first measures, alone; the others return an empty dict after training.
+    """
     began = time.perf_counter()
     config = resolve(config.check())
-    device = pick_device(config)
+    device = parallel.start(config.parallel, pick_device(config))
+    console.quiet = not parallel.is_first()
+    check_rows(getattr(config, config.mode), config.mode)
     run_dir = config.run_dir()
     start = resume_point(config, run_dir)
     if config.dry_run:
         return dry_run(config)
-    prepare_run_dir(config)
-    corpus = Corpus.load(config.data)
-    keep_tokenizer(corpus.tokenizer, run_dir, config)
+    parallel.on_first(lambda: prepare_run_dir(config))
+    corpus = parallel.in_turn(lambda: Corpus.load(config.data))
+    parallel.on_first(lambda: keep_tokenizer(corpus.tokenizer, run_dir, config))
     model = build_model(config, corpus.tokenizer.n_vocab, device, config.seed)
     console.print(
-        f"{config.mode}: {count_parameters(model):,} parameters, {config.model.pattern}, on {device}; "
+        f"{config.mode}: {count_parameters(model):,} parameters, {config.model.pattern}, on {device}"
+        f"{f' and {parallel.team.world - 1} more' if parallel.team.world > 1 else ''}; "
         f"results in {escape(str(run_dir))}"
     )
     if config.mode == "elastic":  # refuse choices and budgets that do not fit before the base is trained
@@ -345,10 +396,14 @@ def run(config: Config) -> dict:
         if config.init:
             base_weights(config, corpus, model)
         train_base(config, corpus, model, start)
+        if not parallel.part():
+            return {}
         results = evaluate_base(model, corpus, config)
     elif config.mode == "elastic":
-        base_facts = base_weights(config, corpus, model)
-        results = {**base_facts, **run_elastic(model, corpus, config, run_dir, start)}
+        base_facts, found = base_weights(config, corpus, model), run_elastic(model, corpus, config, run_dir, start)
+        if not found:
+            return {}
+        results = {**base_facts, **found}
     else:
         base_facts = base_weights(config, corpus, model)
         base = build_model(config, corpus.tokenizer.n_vocab, device, config.seed).requires_grad_(False)
@@ -357,6 +412,8 @@ def run(config: Config) -> dict:
         make_batch, settings = {"rlp": (rlp_batch, config.rlp), "cpt": (cpt_batch, config.cpt)}[config.mode]
         fit(model, objective, lambda step: make_batch(corpus, config, step), settings, run_dir, config.seed,
             run_meta(config), config.mode, start)  # fmt: skip
+        if not parallel.part():
+            return {}
         results = {**base_facts, **evaluate_both(model, base, objective.networks().get("teacher"), corpus, config)}
         write_samples({"base": base, config.mode: model}, corpus, config, run_dir)
     summary = {
@@ -419,7 +476,10 @@ def evaluate_both(model: HybridLM, base: HybridLM, teacher: HybridLM | None, cor
 def run_elastic(
     model: HybridLM, corpus: Corpus, config: Config, run_dir: Path, start: checkpoint.Checkpoint | None
 ) -> dict:
-    """Make the parent elastic, train the rivals asked for, and measure all of them on the same held-out sequences."""
+    """Make the parent elastic, train the rivals asked for, and measure all of them on the same held-out sequences.
+
+    Returns an empty dict on all processes but the first.
+    """
     c, parent, device = config.elastic, frozen_copy(model), next(model.parameters()).device
     objective = train_elastic(model, corpus, config, run_dir, start)
     router = objective.router
@@ -430,6 +490,8 @@ def run_elastic(
     for name in c.baseline:
         console.print(f"baseline {name}")
         families[name] = train_rival(name, parent, widths, corpus, config, run_dir / "baselines" / name)
+    if not parallel.part():
+        return {}
     sizes = [(name, b, m) for name, family in families.items() for b, m in zip(c.budgets, family, strict=True)]
     # the parent is compared with itself, the family with the parent, everything else with the family at its budget
     references = [0, *(0 if name == "elastic" else 1 + c.budgets.index(b) for name, b, _ in sizes)]
@@ -558,13 +620,18 @@ def write_samples(networks: dict[str, HybridLM], corpus: Corpus, config: Config,
     (run_dir / "samples.txt").write_text("\n".join(lines) + "\n")
 
 
+def newest(folder: Path) -> checkpoint.Checkpoint | None:
+    """The newest checkpoint in a folder that may not exist: looked for by the first process, for all."""
+    return parallel.on_first(lambda: checkpoint.newest(folder) if folder.is_dir() else None)
+
+
 def resume_point(config: Config, run_dir: Path) -> checkpoint.Checkpoint | None:
     """The checkpoint to go on from, None to start anew.
 
     Raises ValueError if the folder holds a run and resume was not asked for (nothing saved is overwritten), if there is
     nothing to resume, or if the checkpoint was made with other settings.
     """
-    found = checkpoint.newest(run_dir) if run_dir.exists() else None
+    found = newest(run_dir)
     if not config.resume:
         require(
             found is None, f"out ({run_dir}) already holds a run; add --resume to go on with it, or choose another --out"
@@ -589,7 +656,7 @@ def run_meta(config: Config) -> dict:
     Those of pretraining are among them unless the weights came from `init`: the run's base was made with them.
     """
     groups = ["model", "data", config.mode] + ([] if config.init else ["pretrain"])
-    free = ("cache_dir", "checkpoint_every", "log_every")
+    free = ("cache_dir", "checkpoint_every", "log_every", "accumulate")  # the last: on fewer processes it makes up for them
     flat = {}
     for name, value in json.loads(json.dumps(config.to_dict())).items():
         if name in groups:
@@ -712,16 +779,46 @@ def load_model(folder: Path) -> tuple[HybridLM, Tokenizer, str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The program: 0 for success, 2 for unusable settings, 130 after Ctrl-C."""
+    """The program: 0 for success, 1 for a run that broke off, 2 for unusable settings, 130 after Ctrl-C or SIGTERM."""
+    config = None
     try:
-        run(parse(sys.argv[1:] if argv is None else argv))
+        config = parse(sys.argv[1:] if argv is None else argv)
+        run(config)
     except ValueError as error:
         console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         return 2
     except (KeyboardInterrupt, FloatingPointError) as stop:
         console.print(f"[yellow]{escape(str(stop)) or 'stopped'}[/yellow]", soft_wrap=True)
         return 130 if isinstance(stop, KeyboardInterrupt) else 1
+    except (RuntimeError, MemoryError) as error:
+        message = config and broke_off(error, config)
+        if not message:
+            raise
+        console.quiet = False  # any process may be the one that knows
+        console.print(f"[red]{escape(message)}[/red]", soft_wrap=True)
+        parallel.end_at_once(1)
+        return 1
+    finally:
+        parallel.stop()
     return 0
+
+
+def broke_off(error: Exception, config: Config) -> str:
+    """What to say of a run that ran out of memory or lost a process, and how to go on; '' for any other error."""
+    who = f"process {parallel.team.rank}: " if parallel.team.world > 1 else ""
+    first_line = str(error).strip().split("\n")[0][:200]
+    is_saved = any((config.run_dir() / "checkpoint").glob("step_*[0-9]"))
+    how = "with --resume" if is_saved else "with the same command"
+    go_on = f"what was saved in {config.run_dir()} stays usable" if is_saved else "no step of this run was saved yet"
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: can't allocate" in str(error):
+        return (
+            f"{who}out of memory ({first_line}); {go_on}; go on {how} and a larger --{config.mode}.accumulate, more "
+            f"processes, or --parallel.activation-checkpointing; a smaller --{config.mode}.batch is another run, with "
+            "another --out"
+        )
+    if parallel.is_lost(error):
+        return f"{who}another process was lost ({first_line}); {go_on}; go on {how}, on any number of processes"
+    return ""
 
 
 if __name__ == "__main__":
