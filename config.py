@@ -102,9 +102,10 @@ class ModelConfig:
 class DataConfig:
     """What the model reads."""
 
-    # A UTF-8 file or a folder of such files; empty means the text that ships with Python.
+    # A UTF-8 file, a folder of such files, or a folder that shards.py wrote; empty means the text that ships with Python.
     path: str = ""
-    # tiktoken vocabulary; "corpus" trains one on the text, other names ("gpt2") are tiktoken's own and may download.
+    # "corpus" trains a vocabulary on the text; a folder has one in its tokenizer.json; other names ("gpt2") are tiktoken's
+    # own and may download. A Hugging Face directory in `init` brings its own.
     tokenizer: str = "corpus"
     # Size of the vocabulary that "corpus" trains, special tokens included.
     vocab_size: int = 1024
@@ -134,8 +135,8 @@ class FitConfig:
     steps: int = 1000
     # Sequences a step (contexts, for RLP).
     batch: int = 32
-    # Parts that a step's batch is run in, one after the other. Next-token prediction gives the same result; RLP samples its
-    # thoughts part by part, so it gets other thoughts.
+    # Parts that each process runs its share of a step's batch in, one after the other. Next-token prediction gives the same
+    # result in any number. RLP and elastic draw their noise part by part: 1 process with 2 parts equals 2 with 1 each.
     accumulate: int = 1
     # Peak learning rate of AdamW.
     lr: float = 3e-3
@@ -155,6 +156,10 @@ class FitConfig:
     checkpoint_every: int = 200
     # Steps between lines of metrics.jsonl.
     log_every: int = 1
+
+    def fewest_rows(self) -> int:
+        """Sequences of the smallest batch: the processes and parts must divide it."""
+        return self.batch
 
     def check_fit(self, group: str) -> None:
         """Raises ValueError for settings that cannot work; `group` names them in the message."""
@@ -209,6 +214,10 @@ class RLPConfig(FitConfig):
     text_share: float = 0.25
     # Longest context, in tokens; longer ones lose their beginning.
     context_len: int = 128
+    # Text before every context, with a thought and without: an instruction, for a base that was never taught the tags.
+    prompt: str = ""
+    # UTF-8 file to take that text from, such as prompts/think.txt.
+    prompt_file: str = ""
     # Thoughts per context, G; the paper uses 16.
     group_size: int = 8
     # Longest thought in tokens, its closing tag included.
@@ -285,7 +294,7 @@ class ElasticConfig(FitConfig):
     mamba_channel_choices: tuple[int, ...] = ()
     # Numbers of query heads, multiples of model.n_kv_heads; empty: every multiple down to half.
     attn_head_choices: tuple[int, ...] = ()
-    # Numbers of layers that are kept; empty: all, and all but one.
+    # Numbers of layers that are kept; empty: all of them, no layer is skipped.
     depth_choices: tuple[int, ...] = ()
     # Axes on which each layer has a choice of its own; on the others all layers of a kind share one.
     heterogeneous: tuple[Literal["ffn", "mamba_heads", "mamba_channels", "attn_heads"], ...] = (
@@ -302,13 +311,13 @@ class ElasticConfig(FitConfig):
     # Learning rate of the routers; the paper's.
     router_lr: float = 1e-2
     # Head start of the largest choices, in logits, so that training begins at the full model.
-    router_bias: float = 2.0
+    router_bias: float = 1.0
     # Gumbel-softmax temperature at the first and at the last step of the search, exponential in between.
     gumbel_tau: tuple[float, float] = (1.0, 0.05)
     # Factor on the routers' logits at the first and at the last step of the search, linear in between.
     logit_scale: tuple[float, float] = (1.0, 10.0)
-    # Weight of the budget loss (lambda).
-    router_weight: float = 1.0
+    # Weight of the budget loss (lambda); the paper's is 1, for another form of the loss.
+    router_weight: float = 5.0
     # Relative distance from the budget that costs nothing.
     dead_zone: float = 0.01
     # Order of the residual stream's channels: paper is equation 1, output weighs it by what reads the channel.
@@ -335,8 +344,10 @@ class ElasticConfig(FitConfig):
     kl_temperature: float = 1.0
     # Tokens of a training sequence in stage 1.
     seq_len: int = 256
-    # Tokens of a training sequence in stage 2; a step then has fewer sequences, and as many tokens.
-    long_len: int = 1024
+    # Tokens of a training sequence in stage 2.
+    long_len: int = 512
+    # Sequences of a step in stage 2; 0: as many as make a step of as many tokens as in stage 1.
+    long_batch: int = 0
     # Share of the steps that stage 2 takes.
     long_share: float = 0.4
     # Probability of each budget in stage 2 (in stage 1 all are alike).
@@ -392,14 +403,28 @@ class ElasticConfig(FitConfig):
         for name in ("search_share", "long_share"):
             require(0 <= getattr(self, name) <= 1, f"elastic.{name} ({getattr(self, name)}) must lie in [0, 1]")
         _divides("elastic.long_len", self.long_len, "elastic.seq_len", self.seq_len)
-        times = self.long_len // self.seq_len
-        _divides(
-            "elastic.batch", self.batch, "elastic.accumulate * elastic.long_len / elastic.seq_len", self.accumulate * times
-        )
+        require(self.long_batch >= 0, f"elastic.long_batch ({self.long_batch}) must be positive, or 0 for as many tokens")
+        if self.long_batch == 0:
+            _divides("elastic.batch", self.batch, "elastic.long_len / elastic.seq_len", self.long_len // self.seq_len)
+        if self.stage_1_steps() < self.steps:
+            _divides("the sequences of stage 2", self.long_rows(), "elastic.accumulate", self.accumulate)
+
+    def fewest_rows(self) -> int:
+        """Sequences of the smallest batch, that of stage 2."""
+        return self.batch * self.seq_len // self.long_len
 
     def stage_1_steps(self) -> int:
         """How many steps have short sequences; the rest is stage 2."""
         return self.steps - round(self.long_share * self.steps)
+
+    def long_rows(self) -> int:
+        """Sequences of a step in stage 2."""
+        return self.long_batch or self.batch * self.seq_len // self.long_len
+
+    def n_tokens(self) -> int:
+        """Tokens of the whole run."""
+        n_short = self.stage_1_steps()
+        return n_short * self.batch * self.seq_len + (self.steps - n_short) * self.long_rows() * self.long_len
 
 
 @dataclass(frozen=True)
@@ -425,12 +450,33 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """How the work is shared out among the processes that torchrun starts. A run may go on with other settings of these."""
+
+    # data keeps the whole model on every process and adds gradients up; fsdp also shards weights, optimizer states and the
+    # teacher (FSDP2); auto takes fsdp from 500 million parameters on. A process that is alone shares nothing out.
+    mode: Literal["auto", "data", "fsdp"] = "auto"
+    # Numbers of matrix products. Weights, optimizer states and the teacher are fp32 in any case.
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    # Compute the inside of each block again in the backward pass instead of keeping it (elastic: of each budget).
+    activation_checkpointing: bool = False
+    # Compile each block with torch.compile, for the updates only; it takes a while, and a C++ compiler.
+    compile: bool = False
+    # Seconds after which a process that does not answer counts as lost.
+    timeout_s: int = 1800
+
+    def check(self) -> None:
+        """Raises ValueError for settings that cannot work."""
+        require(self.timeout_s >= 1, f"parallel.timeout_s ({self.timeout_s}) must be at least 1; 1800 is usual")
+
+
+@dataclass(frozen=True)
 class Config:
     """All settings of a run."""
 
     # What to train with.
     mode: Literal["pretrain", "rlp", "cpt", "elastic"] = "rlp"
-    # Named settings that the other options change; see `PRESETS` in config.py.
+    # Named settings that the other options change; see `PRESETS` in config.py and `PAPERS` in presets.py.
     preset: str = "cpu"
     # Run folder; empty means runs/MODE-PRESET-seedN.
     out: str = ""
@@ -438,13 +484,15 @@ class Config:
     seed: int = 0
     # Go on from the newest checkpoint of the run folder.
     resume: bool = False
-    # Run folder to take the starting weights from (and the shape, if it was cut out of an elastic run); empty means a base
-    # that is trained once and kept in data.cache_dir.
+    # Where the starting weights are: a run folder, or a Hugging Face directory. Its shape replaces model.*; if it holds a
+    # tokenizer, that replaces data.tokenizer. Empty means a base that is trained once and kept in data.cache_dir.
     init: str = ""
     # Device: auto, cpu or cuda.
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    # Print the resolved settings and counts, then stop.
+    # Print the resolved settings and what the run would take, then stop: needs no GPU, no data and no download.
     dry_run: bool = False
+    # GPUs that a dry run divides weights and batches among.
+    dry_run_gpus: int = 1
     # Shape of the hybrid model.
     model: ModelConfig = field(default_factory=ModelConfig)
     # What the model reads.
@@ -459,11 +507,14 @@ class Config:
     elastic: ElasticConfig = field(default_factory=ElasticConfig)
     # What is measured at the end.
     eval: EvalConfig = field(default_factory=EvalConfig)
+    # How the work is shared out among several processes.
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def check(self) -> "Config":
         """Returns itself if everything fits together. Raises ValueError otherwise."""
-        for part in (self.model, self.data, self.pretrain, self.rlp, self.cpt, self.elastic, self.eval):
+        for part in (self.model, self.data, self.pretrain, self.rlp, self.cpt, self.elastic, self.eval, self.parallel):
             part.check()
+        require(self.dry_run_gpus >= 1, f"dry_run_gpus ({self.dry_run_gpus}) must be at least 1")
         return self
 
     def run_dir(self) -> Path:
@@ -477,6 +528,7 @@ class Config:
         d["model"] = {name: value for name, value in d["model"].items() if name != "widths" or value}
         for name in ("checkpoint_every", "log_every"):
             d["pretrain"].pop(name)
+        d["pretrain"]["accumulate"] = 1  # processes are parts too, and next-token prediction is the same in any number
         return fingerprint([d["model"], d["data"], d["pretrain"], d["seed"]])
 
     def to_dict(self) -> dict[str, Any]:
@@ -490,7 +542,7 @@ PRESETS: dict[str, Config] = {
         pretrain=PretrainConfig(steps=3000, batch=8, lr=3e-3, muon_lr=0.02, decay=0.4, checkpoint_every=500),
         rlp=RLPConfig(steps=150, batch=32, lr=2e-4, decay=0.5),
         cpt=CPTConfig(steps=900, batch=8, lr=1.5e-3, muon_lr=0.01, decay=1.0),
-        elastic=ElasticConfig(steps=1500, batch=8, lr=1.5e-3, muon_lr=0.01, decay=0.6, router_width=64),
+        elastic=ElasticConfig(steps=700, batch=8, lr=1.5e-3, muon_lr=0.01, decay=1.0, router_width=64, ce=1.0),
     ),
     # Seconds instead of minutes: every part runs, nothing is learned. For tests and for a first look at the code.
     "smoke": Config(

@@ -27,10 +27,10 @@ full model; keys and values have no elastic heads under grouped queries. The las
 (`fit_to_budget`), which also serves budgets that were never trained.
 """
 
-import copy
 import itertools
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -44,6 +44,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint as recompute
 
 import checkpoint
+import parallel
 from config import WIDTH_FIELDS, Config, ElasticConfig, ModelConfig, require
 from data import Corpus
 from model import Block, HybridLM, count_parameters, part_cache_bytes, part_flops, part_parameters
@@ -439,7 +440,7 @@ class Space:
         self.layers = {axis: [i for i, k in enumerate(config.pattern) if k == kind] for axis, kind in KIND_OF.items()}
         self.choices = {
             "d_model": _choices("d_model", c.d_model_choices, config.d_model, 8, 4),
-            "depth": _choices("depth", c.depth_choices or tuple(range(n, max(0, n - max(1, n // 6) - 1), -1)), n, 1, 1),
+            "depth": _choices("depth", c.depth_choices or (n,), n, 1, 1),
             "ffn": _choices("ffn", c.ffn_choices, config.d_ff, 24, 6),
             "mamba_heads": _choices("mamba_head", c.mamba_head_choices, config.mamba_heads, 8, 4, config.mamba_groups),
             "mamba_channels": _choices("mamba_channel", c.mamba_channel_choices, config.mamba_head_dim, 4, 2),
@@ -558,24 +559,25 @@ class Costs(nn.Module):
 
     def exact(self, choice: Choice, depth_order: list[int]) -> float:
         """Cost of one choice."""
-        return self.inside(choice, depth_order)(choice)
+        return self.pricer(depth_order)(choice)
 
-    def inside(self, choice: Choice, depth_order: list[int]) -> Callable[[Choice], float]:
-        """Cost as a function of what is chosen inside the layers; the stream's width and the depth are those given."""
-        s, d = self.space, choice["d_model"][0]
-        kept = depth_order[len(depth_order) - s.choices["depth"][choice["depth"][0]] :]
-        outside = float(self.outside[d])
-        layers = [(self.table(i)[d].tolist(), [(a, s.decision(a, i)) for a in s.axes_of(i)]) for i in kept]
+    def pricer(self, depth_order: list[int]) -> Callable[[Choice], float]:
+        """The cost of a choice as a function, for many choices: it looks up plain lists, not tensors."""
+        s, outside = self.space, self.outside.tolist()
+        lists = {kind: getattr(self, TABLES[kind]).tolist() for kind in set(s.config.pattern)}
+        layers = [(lists[kind], [(a, s.decision(a, i)) for a in s.axes_of(i)]) for i, kind in enumerate(s.config.pattern)]
 
-        def cost(choice: Choice) -> float:
-            total = outside
-            for table, decisions in layers:
-                for axis, j in decisions:
-                    table = table[choice[axis][j]]
-                total += table
-            return total
+        def price(choice: Choice) -> float:
+            d, total = choice["d_model"][0], 0.0
+            for i in depth_order[len(depth_order) - s.choices["depth"][choice["depth"][0]] :]:
+                table, axes = layers[i]
+                cost = table[d]
+                for axis, j in axes:
+                    cost = cost[choice[axis][j]]
+                total += cost
+            return outside[d] + total
 
-        return cost
+        return price
 
 
 def cost_measure(c: ElasticConfig, device: torch.device) -> Callable[[str, ModelConfig], float]:
@@ -683,7 +685,8 @@ class Router(nn.Module):
             require(
                 self.fraction(b) >= least / full,
                 f"elastic.budgets ({b:g}) is below the smallest model that the choices can make: {least:g} "
-                f"{self.settings.cost}, {least / full:.3f} of the full model; raise it, or give smaller choices",
+                f"{self.settings.cost}, {least / full:.3f} of the full model (above 1 a budget is an absolute cost); "
+                "raise it, or give smaller choices",
             )
 
     def is_full(self, budget: float) -> bool:
@@ -722,11 +725,11 @@ def fit_to_budget(logp: dict[str, Tensor], router: Router, budget: float, tolera
         choice, gap = result
         return max(gap, near), -sum(row[k] for a in scores for row, k in zip(scores[a], choice[a], strict=True))
 
+    cost = router.costs.pricer(router.depth_order)
     for n_at_once in (1, 2):
         results = []
         for d, n in itertools.product(range(len(scores["d_model"][0])), range(len(scores["depth"][0]))):
             start = {**likeliest, "d_model": [d], "depth": [n]}
-            cost = router.costs.inside(start, router.depth_order)
             results.append(_approach(start, scores, cost, target, near, n_at_once))
         choice, gap = min(results, key=price)
         if gap <= near:
@@ -764,7 +767,8 @@ def _approach(
 
 def by_hand(router: Router, budget: float) -> Choice:
     """Every width by about the same factor, all layers kept: what one would choose without a router."""
-    space = router.space
+    space, cost = router.space, router.costs.pricer(router.depth_order)
+    full_cost, fraction = router.full_cost, router.fraction(budget)
 
     def logp(factor: float) -> dict[str, Tensor]:
         full = {a: float(w[0]) for a, w in space.choices.items()}
@@ -774,7 +778,7 @@ def by_hand(router: Router, budget: float) -> Choice:
 
     def off(factor: float) -> float:
         choice = {a: v.argmax(-1).tolist() for a, v in logp(factor).items()}
-        return abs(router.costs.exact(choice, router.depth_order) / router.full_cost - router.fraction(budget))
+        return abs(cost(choice) / full_cost - fraction)
 
     return fit_to_budget(logp(min((k / 100 for k in range(1, 101)), key=off)), router, budget)
 
@@ -840,6 +844,8 @@ class Elastic(Distillation):
     stay as they are, and each budget runs on its slice of the weights.
     """
 
+    runs_whole = True
+
     def __init__(self, c: ElasticConfig, router: Router, teacher: HybridLM):
         super().__init__(c, teacher)
         ours, theirs = router.space.config.vocab_size, teacher.config.vocab_size
@@ -890,27 +896,30 @@ class Elastic(Distillation):
         tau = c.gumbel_tau[0] * (c.gumbel_tau[1] / c.gumbel_tau[0]) ** at
         scale = c.logit_scale[0] + (c.logit_scale[1] - c.logit_scale[0]) * at
         smaller = [b for b in c.budgets if not self.router.is_full(b)]
-        return {b: probabilities(self.router(b), noise[b], scale, tau) for b in smaller}
+        with parallel.exactly():
+            return {b: probabilities(self.router(b), noise[b], scale, tau) for b in smaller}
 
     def run(self, model: HybridLM, weights: dict, p: dict | None, budget: float, batch: dict) -> tuple[Tensor, Tensor]:
         """Final hidden states of the model of a budget, and its output matrix: masked where p is given, else sliced."""
         network = model
         if p is not None:
-            masks = self.router.space.masks(mask_weighting(p, self.c.mask), self.router.depth_order)
-            weights, network = mask_weights(weights, model.config, masks), masked_skeleton(model.config, masks)
+            with parallel.exactly():
+                masks = self.router.space.masks(mask_weighting(p, self.c.mask), self.router.depth_order)
+                weights, network = mask_weights(weights, model.config, masks), masked_skeleton(model.config, masks)
         elif not self.router.is_full(budget):
             if budget not in self.widths:
                 self.widths[budget] = self.router.choose(budget)
                 self.bare[budget] = bare_model(shrink(model.config, self.widths[budget]))
             network = self.bare[budget]
             weights = take(weights, model.config, kept_units(model.config, self.widths[budget]))
-        hidden_BTD, _ = functional_call(network, weights, (batch["tokens_BT"],), {"ids_BT": batch["ids_BT"]})
+        call = parallel.recomputed(functional_call)
+        hidden_BTD, _ = call(network, weights, (batch["tokens_BT"],), {"ids_BT": batch["ids_BT"]})
         return hidden_BTD, weights.get("head.weight", weights["embed.weight"])
 
     def after_step(self, model: HybridLM) -> None:
         """Keep the weights at the end of stage 1."""
         if self.step + 1 == self.c.stage_1_steps():
-            self.stage1 = copy.deepcopy(model).requires_grad_(False)
+            self.stage1 = parallel.frozen_copy(model)
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """The routers have a rate of their own."""
@@ -925,7 +934,7 @@ class Elastic(Distillation):
     def expect(self, model: HybridLM, names: list[str]) -> None:
         """A checkpoint of stage 2 holds the end of stage 1."""
         if "stage1" in names:
-            self.stage1 = copy.deepcopy(model).requires_grad_(False)
+            self.stage1 = parallel.frozen_copy(model)
 
 
 def output_matrix(model: HybridLM) -> Tensor:
@@ -972,7 +981,7 @@ def load_family(run_dir: Path) -> tuple[HybridLM, Router, Corpus, Config]:
     model, corpus, config = load_run(run_dir)
     found = checkpoint.newest(run_dir)
     require(
-        (found.path / "router.safetensors").exists(),
+        "router" in found.networks(),
         f"{run_dir} has no router, so it holds one size only; give the folder of a run of --mode elastic",
     )
     space = Space(model.config, config.elastic)
@@ -994,11 +1003,13 @@ def extract(run_dir: Path, budget: float, out: Path) -> dict:
              "widths": asdict(widths), "seconds": time.perf_counter() - began}  # fmt: skip
     text = {**facts, "config": replace(config, model=small.config, init=str(run_dir)).to_dict()}
     (out / "config.json").write_text(json.dumps(text, indent=1) + "\n")
+    if (run_dir / "hf").is_dir():  # the tokenizer, where it is not one that the corpus brings
+        shutil.copytree(run_dir / "hf", out / "hf")
     return facts
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`python elastic.py extract RUN --budget B --out DIR`. Returns 0, or 2 for what cannot be done."""
+    """`python elastic.py extract RUN --budget B --out DIR`, `python elastic.py scores RUN`. Returns 0, or 2 if refused."""
     import tyro
 
     def run_extract(run: tyro.conf.Positional[Path], budget: float, out: Path) -> None:
@@ -1012,8 +1023,20 @@ def main(argv: list[str] | None = None) -> int:
         facts = extract(run, budget, out)
         print(f"{out}: {facts['parameters']:,} parameters in {facts['seconds']:.2f} s, {facts['widths']}")
 
+    def run_scores(run: tyro.conf.Positional[Path]) -> None:
+        """Compare the importance scores of every axis on a trained model (a base, or any other run).
+
+        Args:
+            run: Folder of the run.
+        """
+        from evals import score_table
+        from train import load_run
+
+        for axis, losses in score_table(*load_run(run)).items():
+            print(f"{axis:>15}  " + "  ".join(f"{kind} {loss:.3f}" for kind, loss in losses.items()))
+
     try:
-        tyro.extras.subcommand_cli_from_dict({"extract": run_extract}, args=argv, prog="elastic.py")
+        tyro.extras.subcommand_cli_from_dict({"extract": run_extract, "scores": run_scores}, args=argv, prog="elastic.py")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -4,7 +4,7 @@
 thoughts, closes them, and reads log p(x_t | x_<t, c) from the decode state that the closing tag leaves behind: scoring a
 thought costs no forward pass of its own. Rows that are done leave the batch.
 
-As a program, `python generate.py RUN "prompt"` talks to a trained model and shows its thought.
+As a program, `python generate.py RUN "prompt"` talks to a trained model, or to one of Hugging Face, and shows its thought.
 """
 
 import sys
@@ -153,12 +153,17 @@ def show_thoughts(
     temperature: float,
     seed: int,
     n_after: int = 8,
+    before: str = "",
 ) -> list[str]:
-    """For each prompt the text `<think> thought </think> continuation`, the continuation greedy and up to end-of-text."""
+    """For each prompt the text `<think> thought </think> continuation`, the continuation greedy and up to end-of-text.
+
+    Args: before: text that the model reads before each prompt (`rlp.prompt`).
+    """
     texts = []
     for prompt in prompts:
         device = next(model.parameters()).device
-        context_BT = torch.tensor([tokenizer.encode(prompt)], device=device)
+        ids = [*tokenizer.begin, *tokenizer.encode(before), *tokenizer.encode(prompt)]
+        context_BT = torch.tensor([ids], device=device)
         generator = torch.Generator(device).manual_seed(seed)
         dummy_BX = torch.full((1, 1), tokenizer.end, device=device)
         t = sample_thoughts(model, context_BT, torch.zeros_like(context_BT), dummy_BX, tokenizer.tags, tokenizer.end, 1,
@@ -191,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
     import tyro
 
     from elastic import load_family, submodel
-    from train import load_run
+    from train import load_model
 
     def talk(
         run: tyro.conf.Positional[Path],
@@ -204,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
         """Talk to a trained model and see its thought.
 
         Args:
-            run: Folder of a run, such as runs/rlp-cpu-seed0.
+            run: Folder of a run, such as runs/rlp-cpu-seed0, or a Hugging Face directory.
             prompt: Text to go on from; for a problem, end it with 'Answer:'.
             temperature: Of the thought; 0 is greedy.
             seed: Of the sampling.
@@ -216,13 +221,15 @@ def main(argv: list[str] | None = None) -> int:
             thought_len >= 1, f"thought-len ({thought_len}) must be at least 1: the closing tag is a token of the thought"
         )
         if not budget:
-            model, corpus, _ = load_run(run)
-            print(prompt + show_thoughts(model, corpus.tokenizer, [prompt], thought_len, temperature, seed)[0])
+            model, tokenizer, before = load_model(run)
+            (text,) = show_thoughts(model, tokenizer, [prompt], thought_len, temperature, seed, before=before)
+            print(prompt + text)
             return
-        family, router, corpus, _ = load_family(run)
+        family, router, corpus, config = load_family(run)
         for b, widths in [(b, router.choose(b)) for b in budget]:
             small = submodel(family, widths)  # replaces the one before: memory does not grow with the number of budgets
-            (answer,) = show_thoughts(small, corpus.tokenizer, [prompt], thought_len, temperature, seed)
+            (answer,) = show_thoughts(small, corpus.tokenizer, [prompt], thought_len, temperature, seed,
+                                      before=config.rlp.prompt)  # fmt: skip
             print(f"[{b:g}] {prompt}{answer}")
 
     try:

@@ -10,10 +10,12 @@ from model import HybridLM
 class Objective:
     """The defaults do nothing; an objective replaces what it needs.
 
-    n_updates: optimizer steps from each batch.
+    n_updates: optimizer steps from each batch. runs_whole: the loss takes the weights apart, so that sharded ones must be
+    gathered for it (see parallel.py).
     """
 
     n_updates = 1
+    runs_whole = False
 
     def prepare(self, model: HybridLM, batch: dict[str, Tensor], generator: torch.Generator) -> dict:
         """What the updates need of a batch, made once: all sampling belongs here."""

@@ -171,6 +171,31 @@ def print_summary(summary: dict, console: Console) -> None:
     console.print(f"{summary['wall_s']:.0f} s, {summary['peak_memory_gib']:.2f} GiB at the peak")
 
 
+def print_estimate(facts: dict, console: Console) -> None:
+    """What a run would take (see estimate.py), as tables for the terminal."""
+    console.print(f"{facts['parameters']:,} parameters; {facts['total_tokens']:,} tokens"
+                  + (f"; {facts['thoughts']:,} thoughts" if "thoughts" in facts else ""))  # fmt: skip
+    table = Table("step of", "steps", "tokens a step", "FLOPs a step", "of which")
+    for p in facts["phases"]:
+        step, n = sum(p["flops"].values()), p["steps"]
+        shares = ", ".join(f"{name} {100 * v / step:.0f} %" for name, v in p["flops"].items())
+        table.add_row(p["name"], f"{n:,}", f"{p['tokens']:,}", f"{step:.3g}", shares)
+    console.print(table)
+    console.print(f"{facts['total_flops']:.3g} FLOPs in all: {facts['h100_hours']:,.3g} H100 hours at 40 % of its peak")
+    n, kept = facts["n_gpus"], facts["memory"]
+    table = Table(f"GB on each of {n} GPU{'s' * (n > 1)}", *(f"activations: {name}" for name in kept))
+    for part in kept["all kept"]:
+        if any(memory[part] for memory in kept.values()):
+            table.add_row(part, *(f"{memory[part] / 1e9:,.3g}" for memory in kept.values()))
+    table.add_row("[bold]together[/bold]", *(f"{sum(memory.values()) / 1e9:,.4g}" for memory in kept.values()))
+    console.print(table)
+    console.print("states in fp32, shared out evenly; caches, activations and gathered layers in bf16")
+    if "family" in facts:
+        model, router, separate = (facts["family"][name] / 1e9 for name in ("model", "router", "separate"))
+        console.print(f"all sizes in bf16: {model + router:,.3g} GB as one checkpoint ({100 * router / model:.2g} % is the "
+                      f"router), {separate:,.3g} GB as one for each")  # fmt: skip
+
+
 def main_table(summaries: list[dict]) -> str:
     """README: what the default run reaches, a column a seed."""
     rows = [("gain against the frozen base, nats", lambda s: cell(s["gain_nats"]["frozen_base"]))]
@@ -222,6 +247,11 @@ def fine(leaf: dict[str, Any]) -> str:
     return f"{leaf['mean']:.3f} ({leaf['low']:.3f} to {leaf['high']:.3f})"
 
 
+def signed(leaf: dict[str, Any]) -> str:
+    """`+0.021 (+0.015 to +0.027)`."""
+    return f"{leaf['mean']:+.3f} ({leaf['low']:+.3f} to {leaf['high']:+.3f})"
+
+
 def budget_rows(summary: dict) -> list[list[str]]:
     """What each budget of an elastic run reaches; the first row is the head."""
     entries = summary["budgets"]
@@ -236,6 +266,8 @@ def budget_rows(summary: dict) -> list[list[str]]:
     add("MB of weights", lambda e: f"{e['bytes'] / 1e6:.2f}")
     add("tokens a second, forward", lambda e: f"{e['tokens_per_second']:,.0f}")
     add("loss, nats a token", lambda e: fine(e["loss_nats"]))
+    add("of text alone", lambda e: fine(e["text_loss_nats"]))
+    add("of problems alone", lambda e: fine(e["problem_loss_nats"]))
     add("against the parent", lambda e: percent(e["loss_change"]), False)
     add("KL from the parent, nats", lambda e: fine(e["kl_nats"]), False)
     add("same likeliest token as the parent", lambda e: cell(e["top1"]), False)
@@ -253,11 +285,15 @@ def cost_share(entry: dict) -> float:
 
 
 def rival_rows(summary: dict) -> list[list[str]]:
-    """Loss of the elastic family and of its rivals, budget by budget; the first row is the head."""
+    """Loss of the elastic family and its rivals, and how far each is from the family, paired; the first row is the head."""
     entries = summary["budgets"]
-    rows = [[f"loss, nats a token, n = {entries[0]['loss_nats']['n']}", *(f"{100 * e['fraction']:.0f} %" for e in entries)]]
+    heads = [f"{100 * e['fraction']:.0f} %" for e in entries]
+    rows = [
+        [f"loss, nats a token, n = {entries[0]['loss_nats']['n']}", *(h for head in heads for h in (head, "minus elastic"))]
+    ]
     for name, family in {"elastic": entries, **summary["baselines"]}.items():
-        rows.append([RIVALS.get(name, name), *(fine(e["loss_nats"]) for e in family)])
+        cells = [(fine(e["loss_nats"]), "" if name == "elastic" else signed(e["difference_nats"])) for e in family]
+        rows.append([RIVALS.get(name, name), *(text for pair in cells for text in pair)])
     return rows
 
 

@@ -466,16 +466,17 @@ def test_heads_of_several_groups_and_cut_channels_are_copies_of_their_own():
 
 
 def test_default_choices_of_the_cpu_preset():
-    """Eighths of 128 and of 8 heads, 24ths of 384, halves and quarters of channels, heads by group, one layer less."""
+    """Eighths of 128 and of 8 heads, 24ths of 384, halves and quarters of channels, heads by group, all six layers."""
     preset = PRESETS["cpu"]
     space = Space(replace(preset.model, vocab_size=1024), preset.elastic)
     assert space.choices == {
-        "d_model": (128, 112, 96, 80, 64), "depth": (6, 5), "ffn": tuple(range(384, 95, -16)),
+        "d_model": (128, 112, 96, 80, 64), "depth": (6,), "ffn": tuple(range(384, 95, -16)),
         "mamba_heads": (8, 7, 6, 5, 4), "mamba_channels": (32, 24, 16), "attn_heads": (4, 2)}  # fmt: skip
 
 
-def test_a_model_of_one_layer_keeps_it():
-    assert Space(tiny_model(pattern="M").config, ElasticConfig()).choices["depth"] == (1,)
+@pytest.mark.parametrize("pattern", ["M", "M-M*-"])
+def test_all_layers_are_kept_unless_depths_are_given(pattern):
+    assert Space(tiny_model(pattern=pattern).config, ElasticConfig()).choices["depth"] == (len(pattern),)
 
 
 def test_choices_are_sorted_and_axes_without_a_layer_are_left_out():
@@ -699,12 +700,14 @@ def cpu_router() -> Router:
 
 
 def test_routers_start_at_the_full_model():
-    """A head start of 2 logits: of n widths the largest has e^2 / (e^2 + n - 1)."""
+    """With a head start of b logits, of n widths the largest has e^b / (e^b + n - 1)."""
+    start = math.exp(PRESETS["cpu"].elastic.router_bias)
+    assert start > 1
     for budget in (1.0, 0.75, 0.6, 0.5):
         for axis, logits in cpu_router()(budget).items():
             n = len(cpu_router().space.choices[axis])
             assert logits.shape == (cpu_router().space.n_decisions(axis), n)
-            assert_close(logits.softmax(-1)[:, 0], torch.full((len(logits),), math.exp(2) / (math.exp(2) + n - 1)))
+            assert_close(logits.softmax(-1)[:, 0], torch.full((len(logits),), start / (start + n - 1)))
 
 
 def test_routers_take_less_than_two_per_cent_of_the_parameters():

@@ -9,6 +9,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 
@@ -85,6 +86,15 @@ def test_budgets_are_drawn_alike_in_stage_1_and_by_weight_in_stage_2(corpus, mon
         for step in steps:
             drawn.update(elastic_batch(corpus, config, step)["budget_B"].tolist())
         assert [drawn[i] / drawn.total() for i in range(3)] == pytest.approx(weights, abs=0.02)
+
+
+@pytest.mark.parametrize(("long_batch", "rows", "n_tokens"), [(0, 2, 4 * 128 + 2 * 128), (3, 3, 4 * 128 + 2 * 192)])
+def test_a_step_of_stage_2_may_have_a_size_of_its_own(corpus, long_batch, rows, n_tokens):
+    """Four steps of 4 x 32 tokens, two of `rows` x 64; 0 rows means as many as make 128 tokens."""
+    config = with_elastic(long_batch=long_batch)
+    assert len(elastic_batch(corpus, config, 3)["tokens_BT"]) == 4
+    assert elastic_batch(corpus, config, 4)["tokens_BT"].shape == (rows, 64)
+    assert config.elastic.n_tokens() == n_tokens
 
 
 def test_budgets_without_weight_are_not_drawn_in_stage_2(corpus):
@@ -208,7 +218,7 @@ def test_ordering_for_training_leaves_the_parents_function(corpus, tmp_path):
     config = with_elastic(steps=0)
     parent = noisy_model(config, corpus)
     model = copy.deepcopy(parent)
-    train.train_elastic(model, corpus, config, tmp_path)
+    train.train_elastic(model, corpus, config, tmp_path, None)
     tokens_BT = torch.arange(40).view(2, 20)
     assert not torch.equal(model.embed.weight, parent.embed.weight)
     logits = [m.logits(m(tokens_BT)[0]) for m in (model, parent)]
@@ -227,7 +237,7 @@ def rivals_of(name, corpus, monkeypatch, tmp_path, **changes):
         fits.append((copy.deepcopy(model), objective, settings, run_dir.relative_to(tmp_path)))
 
     monkeypatch.setattr(train, "fit", recorded)
-    objective = train.train_elastic(copy.deepcopy(parent), corpus, config, tmp_path)
+    objective = train.train_elastic(copy.deepcopy(parent), corpus, config, tmp_path, None)
     widths = {b: objective.router.choose(b) for b in config.elastic.budgets}
     fits.clear()
     sizes = train.train_rival(name, parent, widths, corpus, config, tmp_path / name)
@@ -320,18 +330,23 @@ def test_summary_holds_every_budget_with_its_figures(finished):
     assert summary["teacher"]["widths"]["layers"] == [[4, 16], [2], [64]]
     assert [s["parameters"] for s in summary["stage1"]] == [b["parameters"] for b in summary["budgets"]]
     assert summary["n_tokens"] == 6 * 4 * 32
+    for kind in ("text", "problem"):
+        assert all(e[f"{kind}_loss_nats"].keys() == LEAF for e in (summary["teacher"], *summary["budgets"]))
 
 
 def test_summary_holds_every_baseline_at_every_budget(finished):
     summary = summary_of(finished)
     assert summary["baselines"].keys() == {"scratch", "separate", "fixed"}
-    assert summary["train_s"].keys() == {"elastic", "stage1", "scratch", "separate", "fixed"}
+    assert summary["train_s"].keys() == {"elastic", "scratch", "separate", "fixed"}
+    assert min(summary["train_s"].values()) > 0
     for name, entries in summary["baselines"].items():
+        for ours, theirs in zip(summary["budgets"], entries, strict=True):  # paired differences from the family
+            difference = theirs["loss_nats"]["mean"] - ours["loss_nats"]["mean"]
+            assert theirs["difference_nats"]["mean"] == pytest.approx(difference, abs=1e-5)
         assert [e["budget"] for e in entries] == [1.0, 0.75, 0.5]
         assert all(e["loss_nats"].keys() == LEAF for e in entries)
         assert all(e["parameters"] == pytest.approx(e["target"], rel=0.02) for e in entries)
         if name != "fixed":
-            assert [e["widths"] for e in entries][1:] != []
             assert [e["parameters"] for e in entries] == [b["parameters"] for b in summary["budgets"]]
 
 
@@ -352,16 +367,26 @@ def test_samples_show_a_thought_of_every_budget(finished):
     assert [text.count(f" {name}: <think>") for name in ("1", "0.75", "0.5")] == [2 * len(FAMILIES)] * 3
 
 
-def test_a_run_stopped_by_ctrl_c_and_resumed_equals_the_uninterrupted_one(program, finished, tmp_path, monkeypatch):
-    """Without baselines here: they take no part in the training of the family."""
-    with monkeypatch.context() as patch:
-        disturb(patch, "elastic_batch", 1, press_ctrl_c)
-        assert program(tmp_path, "--mode", "elastic") == 130
-    assert program(tmp_path, "--mode", "elastic", "--resume") == 0
+def test_a_run_stopped_in_a_baseline_and_resumed_equals_the_uninterrupted_one(program, finished, tmp_path, monkeypatch):
+    """After the six steps of the family and three of the first size from scratch: neither is trained again."""
+    words, steps = ("--mode", "elastic", "--elastic.baseline", "scratch"), []
+
+    def batch(corpus, config, step):
+        steps.append(step)
+        if len(steps) == 9:
+            press_ctrl_c()
+        return elastic_batch(corpus, config, step)
+
+    monkeypatch.setattr(train, "elastic_batch", batch)
+    assert program(tmp_path, *words) == 130
+    assert steps == [0, 1, 2, 3, 4, 5, 0, 1, 2]
+    assert program(tmp_path, *words, "--resume") == 0
+    assert steps[9:] == [3, 4, 5, *range(6), *range(6)]
     assert weights_of(tmp_path) == weights_of(finished)
     assert metrics_of(tmp_path) == metrics_of(finished)
-    for ours, theirs in zip(summary_of(tmp_path)["budgets"], summary_of(finished)["budgets"], strict=True):
-        assert {k: v for k, v in ours.items() if theirs[k] != v}.keys() <= {"tokens_per_second"}
+    ours, theirs = ([*s["budgets"], *s["baselines"]["scratch"]] for s in map(summary_of, (tmp_path, finished)))
+    for found, expected in zip(ours, theirs, strict=True):
+        assert {k for k in found if found[k] != expected[k]} <= {"tokens_per_second"}
 
 
 def test_a_family_without_the_full_budget_is_measured_and_drawn(program, tmp_path, capsys):
@@ -524,34 +549,36 @@ def test_resuming_with_other_elastic_settings_is_refused_by_name(program, finish
 # ------------------------------------------------------------------------------------------------------ measuring sizes
 
 
-def test_sizes_are_measured_against_their_teacher_on_the_same_sequences(corpus):
-    """The teacher has KL 0, agrees with itself everywhere, and its loss does not change; a blunted copy is worse."""
-    teacher = noisy_model(SMOKE, corpus)
-    teacher.head.weight.data.mul_(20)
-    blunt = copy.deepcopy(teacher)
+def test_sizes_are_measured_against_their_parent_on_the_same_sequences(corpus):
+    """The parent has KL 0, agrees with itself everywhere, and its loss does not change; a blunted copy is worse."""
+    parent = noisy_model(SMOKE, corpus)
+    parent.head.weight.data.mul_(20)
+    blunt = copy.deepcopy(parent)
     blunt.head.weight.data.zero_()
-    same, other = evals.evaluate_sizes([teacher, blunt], teacher, corpus, SMOKE)
-    assert same["kl_nats"]["mean"] == pytest.approx(0, abs=1e-6)
-    assert same["loss_change"]["mean"] == pytest.approx(0, abs=1e-6)
+    same, other, third = evals.evaluate_sizes([parent, blunt, blunt], [0, 0, 1], corpus, SMOKE)
+    for name in ("kl_nats", "loss_change", "difference_nats"):
+        assert same[name]["mean"] == pytest.approx(0, abs=1e-6)
     assert same["top1"]["mean"] == 1.0
     assert other["loss_nats"]["mean"] == pytest.approx(math.log(corpus.tokenizer.n_vocab), rel=1e-5)
-    ratio = other["loss_nats"]["mean"] / same["loss_nats"]["mean"] - 1
-    assert other["loss_change"]["mean"] == pytest.approx(ratio, rel=1e-4)
+    difference = other["loss_nats"]["mean"] - same["loss_nats"]["mean"]
+    assert other["difference_nats"]["mean"] == pytest.approx(difference, abs=1e-5)
+    assert other["loss_change"]["mean"] == pytest.approx(difference / same["loss_nats"]["mean"], abs=1e-5)
+    assert third["difference_nats"]["mean"] == pytest.approx(0, abs=1e-6)
+    assert third["kl_nats"] == other["kl_nats"]
     assert other["kl_nats"]["mean"] > 0.1
     assert other["top1"]["mean"] < 0.5
-    assert same["loss_nats"]["n"] == other["kl_nats"]["n"] == 16
 
 
 def test_kl_and_loss_of_a_size_are_means_over_targets_by_hand(corpus, monkeypatch):
     """From whole logits of one batch, one mean a sequence; targets of -100 count for nothing."""
-    batch = {**data.mixture(corpus, SMOKE, 0, 16, 32, "test")}
+    batch = data.mixture(corpus, SMOKE, 0, 16, 32, "test")
     batch["targets_BT"][:, ::3] = -100
     monkeypatch.setattr(evals, "mixture", lambda *_: batch)
-    teacher, model = noisy_model(SMOKE, corpus), train.build_model(SMOKE, corpus.tokenizer.n_vocab, CPU, seed=2)
-    (found,) = evals.evaluate_sizes([model], teacher, corpus, SMOKE)
+    parent, model = noisy_model(SMOKE, corpus), train.build_model(SMOKE, corpus.tokenizer.n_vocab, CPU, seed=2)
+    _, found = evals.evaluate_sizes([parent, model], [0, 0], corpus, SMOKE)
     with torch.no_grad():
         p, q = (
-            m.logits(m(batch["tokens_BT"], ids_BT=batch["ids_BT"])[0]).double().log_softmax(-1) for m in (teacher, model)
+            m.logits(m(batch["tokens_BT"], ids_BT=batch["ids_BT"])[0]).double().log_softmax(-1) for m in (parent, model)
         )
     kl_B, loss_B = [], []
     for row, target in enumerate(batch["targets_BT"]):
@@ -559,7 +586,39 @@ def test_kl_and_loss_of_a_size_are_means_over_targets_by_hand(corpus, monkeypatc
         kl_B.append(float((p[row, at].exp() * (p[row, at] - q[row, at])).sum(-1).mean()))
         loss_B.append(-float(q[row, at, target[at]].mean()))
     assert found["kl_nats"]["mean"] == pytest.approx(sum(kl_B) / 16, rel=1e-4)
+    assert found["text_loss_nats"]["mean"] == found["problem_loss_nats"]["mean"] == found["loss_nats"]["mean"]
     assert found["loss_nats"]["mean"] == pytest.approx(sum(loss_B) / 16, rel=1e-5)
+
+
+def test_text_and_problems_are_measured_apart_and_weighted_as_in_training(corpus):
+    """Text share 0.3: the loss is 0.3 times that of text plus 0.7 times that of problems, and these differ."""
+    model = noisy_model(SMOKE, corpus)
+    model.head.weight.data.mul_(20)
+    (found,) = evals.evaluate_sizes([model], [0], corpus, SMOKE)
+    text, problem = found["text_loss_nats"]["mean"], found["problem_loss_nats"]["mean"]
+    assert abs(text - problem) > 0.1
+    assert found["loss_nats"]["mean"] == pytest.approx(0.3 * text + 0.7 * problem, rel=1e-6)
+    assert found["loss_nats"]["n"] == found["text_loss_nats"]["n"] + found["problem_loss_nats"]["n"]
+
+
+def test_a_stratified_mean_and_its_interval_by_hand():
+    """Text 1, 3 (mean 2, variance 2, squared error 2 / 2 = 1), problems 0, 0, 3, 3 (1.5, 3, 3 / 4), of which 1/4 is text.
+
+    Mean 1/4 x 2 + 3/4 x 1.5 = 1.625; error^2 = 1/16 x 1 + 9/16 x 3/4 = 0.484375; 1.96 x its root = 1.36410.
+    """
+    found = evals.stratified(torch.tensor([1.0, 3]), torch.tensor([0.0, 0, 3, 3]), 0.25)
+    assert found == pytest.approx({"mean": 1.625, "low": 1.625 - 1.36410, "high": 1.625 + 1.36410, "n": 6}, abs=1e-4)
+
+
+def test_scores_of_every_axis_are_compared_on_a_trained_model(finished, capsys):
+    """`elastic.py scores BASE`: a row an axis, a loss near ln V for each score of the hardly trained smoke base."""
+    assert elastic.main(["scores", summary_of(finished)["base_dir"]]) == 0
+    shown = capsys.readouterr().out
+    for axis in elastic.AXES:
+        (line,) = [line for line in shown.splitlines() if axis in line.split()]
+        losses = [float(x) for x in re.findall(r"\d\.\d+", line)]
+        assert len(losses) == 3
+        assert all(abs(loss - math.log(512)) < 0.5 for loss in losses)
 
 
 def test_long_losses_are_of_what_follows_the_first_part(corpus):
@@ -601,7 +660,8 @@ def entry(fraction, layers, loss):
     return {"budget": fraction, "fraction": fraction, "target": 1000 * fraction, "cost": 1005 * fraction,
             "parameters": int(1e6 * fraction), "flops_per_token": 2e6 * fraction, "bytes": 4e6 * fraction,
             "tokens_per_second": 5e4, "loss_nats": leaf(loss), "loss_change": leaf(loss / 3 - 1), "kl_nats": leaf(loss - 3),
-            "top1": leaf(0.9), "long_loss_nats": leaf(loss + 1),
+            "top1": leaf(0.9), "long_loss_nats": leaf(loss + 1), "text_loss_nats": leaf(loss + 0.5),
+            "problem_loss_nats": leaf(loss - 0.5), "difference_nats": leaf(loss - 3.2),
             "widths": {"d_model": int(32 * fraction), "layers": layers}}  # fmt: skip
 
 
@@ -622,6 +682,8 @@ def test_rows_of_the_budgets_by_hand(made_up):
     assert rows["MFLOPs a token"] == ["2.00", "1.50", "1.00"]
     assert rows["MB of weights"] == ["4.00", "3.00", "2.00"]
     assert rows["loss, nats a token"][1] == "3.100 (3.090 to 3.110)"
+    assert rows["of text alone"] == [f"{m:.3f} ({m - 0.01:.3f} to {m + 0.01:.3f})" for m in (3.5, 3.6, 3.9)]
+    assert rows["of problems alone"][0] == "2.500 (2.490 to 2.510)"
     assert rows["against the parent"] == ["", "+3.3 % (+2.3 to +4.3)", "+13.3 % (+12.3 to +14.3)"]
     assert rows["KL from the parent, nats"][2] == "0.400 (0.390 to 0.410)"
     assert rows["same likeliest token as the parent"][1] == "0.90 (0.89 to 0.91)"
@@ -637,11 +699,13 @@ def test_rows_of_both_stages_stand_below_each_other(made_up):
 
 
 def test_rows_of_the_rivals_by_hand(made_up):
+    low, high = "3.100 (3.090 to 3.110)", "3.400 (3.390 to 3.410)"
+    less, more = "-0.100 (-0.110 to -0.090)", "+0.200 (+0.190 to +0.210)"
     assert report.rival_rows(made_up) == [
-        ["loss, nats a token, n = 7", "75 %", "50 %"],
-        ["**elastic**, one run", "3.100 (3.090 to 3.110)", "3.400 (3.390 to 3.410)"],
-        [report.RIVALS["scratch"], "3.400 (3.390 to 3.410)", "3.100 (3.090 to 3.110)"],
-        ["unheard", "3.100 (3.090 to 3.110)", "3.400 (3.390 to 3.410)"],
+        ["loss, nats a token, n = 7", "75 %", "minus elastic", "50 %", "minus elastic"],
+        ["**elastic**, one run", low, "", high, ""],
+        [report.RIVALS["scratch"], high, more, low, less],
+        ["unheard", low, less, high, more],
     ]
 
 
