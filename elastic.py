@@ -885,7 +885,8 @@ class Elastic(Distillation):
             total, count = total + part_loss, count + n_tokens
             metrics[f"loss_{budget:g}"] = part_loss.detach() / n_tokens
         if p:
-            off = torch.stack([budget_loss(self.router, p[b], b) for b in p])
+            with parallel.exactly():
+                off = torch.stack([budget_loss(self.router, p[b], b) for b in p])
             total = total + c.router_weight * off.sum() * count
             metrics["budget_loss"] = off.mean().detach()
         return total, count, metrics

@@ -540,7 +540,8 @@ def train_elastic(
 def order_parent(model: HybridLM, corpus: Corpus, config: Config) -> elastic.Ranking:
     """Rank the parent's units on training sequences that no step will see, and order its weights, in place."""
     c = config.elastic
-    calibration = [evals.to_device(mixture(corpus, config, 10**6, c.calibration_rows, c.seq_len), model)]
+    batch = evals.to_device(mixture(corpus, config, 10**6, c.calibration_rows, c.seq_len), model)
+    calibration = split_batch(batch, -(-c.calibration_rows // 8))  # in pieces: memory does not grow with their number
     ranking = elastic.rank(model, calibration, c, config.seed)
     elastic.order_weights(model, ranking)
     return ranking

@@ -53,7 +53,7 @@ def settings_of(mode, accumulate):
         return dataclasses.replace(preset.rlp, **changes, kl=0.1, inner_epochs=2, tau=0.9, reward_floor=-9.0, horizon=2)
     if mode == "elastic":
         shares = {
-            "search_share": 0.5,
+            "search_share": 0.75,
             "long_share": 0.25,
             "budgets": (1.0, 0.6),
             "long_weights": (0.5, 0.5),
@@ -75,7 +75,9 @@ def run(mode, run_dir, accumulate=1, start=None, before_step=None, objective=Non
         objective = RLP(settings, TOKENIZER)
     elif mode == "elastic":
         parent = parallel.frozen_copy(model)
-        router = elastic.build_router(model.config, settings, [2, 0, 1], CPU).to(model.embed.weight.dtype)
+        router = elastic.build_router(model.config, settings, [2, 0, 1], CPU)
+        if parallel.team.settings.dtype == "fp32":
+            router = router.double()
         objective = elastic.Elastic(settings, router, parent)
     run_dir.mkdir(parents=True, exist_ok=True)
 
