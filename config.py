@@ -8,6 +8,7 @@ naming the value, the rule and the remedy. `to_dict` and `from_dict` keep a run'
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -410,8 +411,8 @@ class ElasticConfig(FitConfig):
             _divides("the sequences of stage 2", self.long_rows(), "elastic.accumulate", self.accumulate)
 
     def fewest_rows(self) -> int:
-        """Sequences of the smallest batch, that of stage 2."""
-        return self.batch * self.seq_len // self.long_len
+        """The most parts that the batches of both stages can be dealt out to evenly."""
+        return self.batch if self.stage_1_steps() == self.steps else math.gcd(self.batch, self.long_rows())
 
     def stage_1_steps(self) -> int:
         """How many steps have short sequences; the rest is stage 2."""

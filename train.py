@@ -157,7 +157,7 @@ def check_rows(settings: FitConfig, label: str) -> None:
     n, rows = parallel.team.world * settings.accumulate, settings.fewest_rows()
     require(
         rows % n == 0,
-        f"{label}: {rows} sequences (the smallest batch) cannot be dealt out to {parallel.team.world} processes x "
+        f"{label}: {rows} sequences (the largest divisor of all batches) cannot be dealt out to {parallel.team.world} processes x "
         f"{label}.accumulate ({settings.accumulate}); nearest is {max(1, round(rows / n)) * n}",
     )
 

@@ -234,6 +234,20 @@ def test_command_line_changes_the_preset_it_names():
     assert parsed == override(PRESETS["smoke"], rlp__group_size=6, seed=3, rlp__betas=(0.8, 0.9))
 
 
+@pytest.mark.parametrize(
+    ("changes", "n"),
+    [
+        ({}, 2),  # 4 sequences, then 4 x 32 / 64
+        ({"elastic__long_share": 0.0}, 4),
+        ({"elastic__long_batch": 1}, 1),
+        ({"elastic__batch": 6, "elastic__long_batch": 4}, 2),
+    ],
+    ids=str,
+)
+def test_elastic_batches_of_both_stages_can_be_dealt_out_to_so_many(changes, n):
+    assert override(PRESETS["smoke"], **changes).elastic.fewest_rows() == n
+
+
 def test_no_preset_named_is_the_cpu_preset():
     assert train.parse([]) == PRESETS["cpu"]
 
