@@ -157,8 +157,8 @@ def check_rows(settings: FitConfig, label: str) -> None:
     n, rows = parallel.team.world * settings.accumulate, settings.fewest_rows()
     require(
         rows % n == 0,
-        f"{label}: {rows} sequences (the largest divisor of all batches) cannot be dealt out to {parallel.team.world} processes x "
-        f"{label}.accumulate ({settings.accumulate}); nearest is {max(1, round(rows / n)) * n}",
+        f"{label}: {rows} sequences (the largest divisor of all batches) cannot be dealt out to {parallel.team.world} "
+        f"processes x {label}.accumulate ({settings.accumulate}); nearest is {max(1, round(rows / n)) * n}",
     )
 
 
