@@ -95,7 +95,16 @@ def plot_sizes(summary: dict, file: Path) -> None:
         x, leaves = [e["parameters"] / 1e6 for e in entries], [e["loss_nats"] for e in entries]
         half = [leaf["high"] - leaf["mean"] for leaf in leaves]
         style = {"color": ORANGE, "linewidth": 2, "zorder": 9} if name == "elastic" else {"color": plt.cm.viridis(i / 7)}
-        axis.errorbar(x, [leaf["mean"] for leaf in leaves], half, marker="o", markersize=3, capsize=2, label=name, **style)
+        axis.errorbar(
+            x,
+            [leaf["mean"] for leaf in leaves],
+            half,
+            marker="o",
+            markersize=3,
+            capsize=2,
+            label=SHORT.get(name, name),
+            **style,
+        )
     axis.set_xlabel("parameters (millions)")
     axis.set_ylabel("held-out loss (nats a token)")
     axis.legend(frameon=False, fontsize=8)
@@ -297,6 +306,14 @@ def rival_rows(summary: dict) -> list[list[str]]:
     return rows
 
 
+SHORT = {
+    "separate": "alone, 1/n of the tokens",
+    "minitron": "alone, n times the cost",
+    "scratch": "from scratch, n times the cost",
+    "fixed": "widths by hand",
+    "random-order": "random order",
+    "uniform": "uniform in stage 2",
+}
 RIVALS = {
     "elastic": "**elastic**, one run",
     "separate": "each size distilled alone, 1/n of the tokens",
