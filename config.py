@@ -461,13 +461,8 @@ class ParallelConfig:
     dtype: Literal["fp32", "bf16"] = "fp32"
     # Compute the inside of each block again in the backward pass instead of keeping it (elastic: of each budget).
     activation_checkpointing: bool = False
-<<<<<<< HEAD
-    # Compile each block with torch.compile, for the updates of pretrain and cpt (rlp compiles again for new lengths, and
-    # elastic runs uncompiled); it takes a while, and on a CPU a C++ compiler.
-=======
     # Compile each block with torch.compile for the updates of pretrain and cpt: rlp would compile again for every length,
     # and elastic runs uncompiled. It takes a while, and on a CPU a C++ compiler.
->>>>>>> 7637658a09c291b03fc5b78fde5dffa29199aab4
     compile: bool = False
     # Seconds after which a process that does not answer counts as lost.
     timeout_s: int = 1800
