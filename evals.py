@@ -274,7 +274,7 @@ def stratified(text: Tensor, problem: Tensor, text_share: float) -> dict[str, fl
     """Mean of a mixture of two kinds of sequences from a sample of each, with its 95 % interval.
 
     mean = s m_text + (1 - s) m_problem; its variance is s^2 v_text / n_text + (1 - s)^2 v_problem / n_problem. A sequence
-    of text costs three times as much as one of problems: in one sample their difference would drown all others.
+    of text costs five times as much as one of problems: in one sample their difference would drown all others.
     """
     parts = [(text_share, interval(text)), (1 - text_share, interval(problem))]
     mean = sum(w * i["mean"] for w, i in parts)
