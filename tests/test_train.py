@@ -168,6 +168,15 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(uninterrupted, 
     torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
+@pytest.fixture
+def ctrl_c_interrupts():
+    """As in a terminal: the shell starts jobs in the background, which a machine's tests may be, with Ctrl-C ignored."""
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, inherited)
+
+
+@pytest.mark.usefixtures("ctrl_c_interrupts")
 def test_a_second_ctrl_c_stops_at_once(corpus, tmp_path):
     """In step 3, whose work is lost; the checkpoint of step 2 stays, and Ctrl-C means again what it meant before."""
     before = signal.getsignal(signal.SIGINT)
