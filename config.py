@@ -9,6 +9,8 @@ import dataclasses
 import hashlib
 import json
 import math
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -604,6 +606,16 @@ def require(condition: Any, message: str) -> None:
     """Raises ValueError with the message unless the condition holds."""
     if not condition:
         raise ValueError(message)
+
+
+def exit_code(program: Callable[[], Any]) -> int:
+    """Run a command line: 0, or 2 and the message of a ValueError, which a user can cause, on stderr."""
+    try:
+        program()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def _divides(name: str, value: int, by_name: str, by: int) -> None:

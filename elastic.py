@@ -45,7 +45,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 import checkpoint
 import parallel
-from config import WIDTH_FIELDS, Config, ElasticConfig, ModelConfig, require
+from config import WIDTH_FIELDS, Config, ElasticConfig, ModelConfig, exit_code, require
 from data import Corpus
 from model import Block, HybridLM, count_parameters, part_cache_bytes, part_flops, part_parameters
 from objective import Objective
@@ -1036,12 +1036,8 @@ def main(argv: list[str] | None = None) -> int:
         for axis, losses in score_table(*load_run(run)).items():
             print(f"{axis:>15}  " + "  ".join(f"{kind} {loss:.3f}" for kind, loss in losses.items()))
 
-    try:
-        tyro.extras.subcommand_cli_from_dict({"extract": run_extract, "scores": run_scores}, args=argv, prog="elastic.py")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    commands = {"extract": run_extract, "scores": run_scores}
+    return exit_code(lambda: tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog="elastic.py"))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from config import require
+from config import exit_code, require
 from data import Tokenizer
 from kernels import mask_banned, token_logp
 from model import Cache, HybridLM
@@ -232,12 +232,7 @@ def main(argv: list[str] | None = None) -> int:
                                       before=config.rlp.prompt)  # fmt: skip
             print(f"[{b:g}] {prompt}{answer}")
 
-    try:
-        tyro.cli(talk, args=argv, prog="generate.py")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: tyro.cli(talk, args=argv, prog="generate.py"))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import checkpoint
-from config import ModelConfig, from_dict, require
+from config import ModelConfig, exit_code, from_dict, require
 from widen import homogeneous
 
 FAMILIES = {"nemotron_h": "NemotronHForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
@@ -407,12 +407,7 @@ def export(run: tyro.conf.Positional[Path], out: Path, dtype: Literal["float32",
 
 def main(argv: list[str] | None = None) -> int:
     """`python huggingface.py export RUN --out DIR`. Returns 0, or 2 for what cannot be written."""
-    try:
-        tyro.extras.subcommand_cli_from_dict({"export": export}, args=argv, prog="huggingface.py")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: tyro.extras.subcommand_cli_from_dict({"export": export}, args=argv, prog="huggingface.py"))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import fingerprint, require
+from config import exit_code, fingerprint, require
 
 MAGIC, VERSION, HEADER_BYTES, LIST = "token shard", 1, 4096, "shards.json"
 N_BUCKETS = 100
@@ -367,12 +367,8 @@ def main(argv: list[str] | None = None) -> int:
         found.check()
         print(f"{folder}: {len(found.shards)} shards are as they were written")
 
-    try:
-        tyro.extras.subcommand_cli_from_dict({"build": run_build, "check": run_check}, args=argv, prog="shards.py")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    commands = {"build": run_build, "check": run_check}
+    return exit_code(lambda: tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog="shards.py"))
 
 
 if __name__ == "__main__":
