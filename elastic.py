@@ -47,7 +47,7 @@ import checkpoint
 import parallel
 from config import WIDTH_FIELDS, Config, ElasticConfig, ModelConfig, exit_code, require
 from data import Corpus
-from model import Block, HybridLM, count_parameters, part_cache_bytes, part_flops, part_parameters
+from model import Block, HybridLM, count_parameters, part_cache_bytes, part_flops, part_parameters, sum_of_parts
 from objective import Objective
 
 # --------------------------------------------------------------------------------------------------------- 1. axes
@@ -84,12 +84,8 @@ class Widths:
 
 def full_widths(config: ModelConfig) -> Widths:
     """Everything."""
-    return Widths(config.d_model, tuple(layer_widths(kind, config) for kind in config.pattern))
-
-
-def layer_widths(kind: str, config: ModelConfig) -> tuple[int, ...]:
-    """The widths of a full layer of a kind."""
-    return tuple(getattr(config, name) for name in WIDTH_FIELDS[kind])
+    shapes = [(kind, config.layer(i)) for i, kind in enumerate(config.pattern)]
+    return Widths(config.d_model, tuple(tuple(getattr(shape, f) for f in WIDTH_FIELDS[kind]) for kind, shape in shapes))
 
 
 def shrink(config: ModelConfig, widths: Widths) -> ModelConfig:
@@ -338,7 +334,7 @@ def activation_sums(model: HybridLM, batches: list[dict[str, Tensor]]) -> dict[s
 
 def stream_scores(model: HybridLM, sums: dict[str, Tensor], kind: str) -> Tensor:
     """Channels of the stream. paper: sum of |norm(x)_i| over all norms (eq. 1); output: times the size of what reads i."""
-    readers = {"norm": [output_matrix(model)]}
+    readers = {"norm": [model.output_matrix]}
     for name, i, _, dims in named_dims([n for n, _ in model.named_parameters()], model.config.pattern):
         if i is not None and dims[1:] == ["D"]:
             readers.setdefault(f"layers.{i}.norm", []).append(model.get_parameter(name))
@@ -596,8 +592,7 @@ def cost_measure(c: ElasticConfig, device: torch.device) -> Callable[[str, Model
 
 def total_cost(config: ModelConfig, c: ElasticConfig, device: torch.device) -> float:
     """Cost of a whole model, of any shape."""
-    measure = cost_measure(c, device)
-    return measure("", config) + sum(measure(kind, config.layer(i)) for i, kind in enumerate(config.pattern))
+    return sum_of_parts(cost_measure(c, device), config)
 
 
 @torch.no_grad()
@@ -816,7 +811,7 @@ class Distillation(Objective):
     def loss(self, model: HybridLM, batch: dict) -> tuple[Tensor, int, dict[str, Tensor]]:
         """Sum over tokens of kl KL(teacher || model) + ce CE."""
         hidden_BTD, _ = model(batch["tokens_BT"], ids_BT=batch["ids_BT"])
-        total, n_tokens = self.task(hidden_BTD, output_matrix(model), batch, [(self.c.kl, self.teacher)], self.c.ce)
+        total, n_tokens = self.task(hidden_BTD, model.output_matrix, batch, [(self.c.kl, self.teacher)], self.c.ce)
         return total, n_tokens, {}
 
     def task(
@@ -830,7 +825,7 @@ class Distillation(Objective):
             if weight:
                 with torch.no_grad():
                     wanted_XD = teacher(batch["tokens_BT"], ids_BT=batch["ids_BT"])[0].flatten(0, 1)[inside]
-                matrix_VD = output_matrix(teacher).detach()
+                matrix_VD = teacher.output_matrix.detach()
                 total = total + weight * kl_divergence(wanted_XD, matrix_VD, hidden_Xd, head_Vd, self.c.kl_temperature)
         if ce:
             total = total + ce * F.cross_entropy(F.linear(hidden_Xd, head_Vd), target[inside], reduction="sum")
@@ -936,11 +931,6 @@ class Elastic(Distillation):
         """A checkpoint of stage 2 holds the end of stage 1."""
         if "stage1" in names:
             self.stage1 = parallel.frozen_copy(model)
-
-
-def output_matrix(model: HybridLM) -> Tensor:
-    """The matrix that makes logits of hidden states, [V, D]."""
-    return (model.embed if model.head is None else model.head).weight
 
 
 def kl_divergence(

@@ -28,7 +28,7 @@ import torch
 
 import elastic
 from config import Config, ElasticConfig, FitConfig, ModelConfig
-from model import matrix_parameters, part_cache_bytes, part_flops, part_parameters
+from model import matrix_parameters, part_cache_bytes, part_flops, part_parameters, sum_of_parts
 
 STATE_BYTES = 4  # of a weight, a gradient, each of AdamW's two moments, and an average
 COMPUTE_BYTES = 2  # of an activation and a cached number: bf16
@@ -172,7 +172,7 @@ def family(full: ModelConfig, c: ElasticConfig) -> list[ModelConfig]:
 
 def parameters(shape: ModelConfig) -> int:
     """Weights of a model."""
-    return part_parameters("", shape) + sum(n * part_parameters(kind, own) for (kind, own), n in parts(shape).items())
+    return sum_of_parts(part_parameters, shape)
 
 
 def family_bytes(full: ModelConfig, c: ElasticConfig, n_bytes: int = 2) -> dict[str, float]:
@@ -212,8 +212,8 @@ def copies(config: Config) -> dict[str, int]:
         return {"EMA teacher": 1, "starting weights": 1 + (config.rlp.kl > 0)}
     if config.mode == "cpt":
         return {"starting weights": 1}
-    if config.mode == "elastic":  # the parent as teacher and as reference of the figures, and the end of stage 1
-        return {"parent": 2, "end of stage 1": int(config.elastic.stage_1_steps() < config.elastic.steps)}
+    if config.mode == "elastic":  # the parent, teacher and reference of the figures, and the end of stage 1
+        return {"parent": 1, "end of stage 1": int(config.elastic.stage_1_steps() < config.elastic.steps)}
     return {}
 
 
@@ -241,7 +241,7 @@ def step_bytes(config: Config, n_gpus: int, recompute: bool) -> tuple[float, flo
 
 def cache_bytes(shape: ModelConfig, n_tokens: int) -> float:
     """Bytes of the cache of one sequence."""
-    return sum(n * part_cache_bytes(kind, own, n_tokens, COMPUTE_BYTES) for (kind, own), n in parts(shape).items())
+    return sum_of_parts(lambda kind, own: part_cache_bytes(kind, own, n_tokens, COMPUTE_BYTES), shape)
 
 
 def activation_bytes(shape: ModelConfig, n_tokens: int, n_logits: int, recompute: bool) -> float:

@@ -28,7 +28,7 @@ from config import Config
 from data import FAMILIES, Corpus, Problem, collate_contexts, held_out_problems, mixture, text_position
 from generate import sample_thoughts, score_targets
 from kernels import token_logp
-from model import HybridLM, count_parameters, part_cache_bytes, part_flops
+from model import HybridLM, count_parameters, part_cache_bytes, part_flops, sum_of_parts
 
 PROBLEMS_AT_ONCE = 64
 
@@ -310,8 +310,7 @@ def long_losses(model: HybridLM, corpus: Corpus, config: Config, split: str) -> 
 
 def size_facts(model: HybridLM, config: Config) -> dict[str, float]:
     """Parameters, bytes (of weights as they are here; of the caches of one sequence), FLOPs a token, tokens a second."""
-    c, kinds = config.elastic, list(enumerate(model.config.pattern))
-    shapes = [(kind, model.config.layer(i)) for i, kind in kinds]
+    c = config.elastic
     batch = torch.zeros(8, c.seq_len, dtype=torch.long, device=next(model.parameters()).device)
     with torch.no_grad():
         model(batch)
@@ -323,8 +322,8 @@ def size_facts(model: HybridLM, config: Config) -> dict[str, float]:
     return {
         "parameters": count_parameters(model),
         "bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
-        "cache_bytes": sum(part_cache_bytes(kind, shape, c.cost_len, 4) for kind, shape in shapes),
-        "flops_per_token": part_flops("", model.config, c.cost_len) + sum(part_flops(k, s, c.cost_len) for k, s in shapes),
+        "cache_bytes": sum_of_parts(lambda kind, shape: part_cache_bytes(kind, shape, c.cost_len, 4), model.config),
+        "flops_per_token": sum_of_parts(lambda kind, shape: part_flops(kind, shape, c.cost_len), model.config),
         "tokens_per_second": batch.numel() / sorted(times)[2],
     }
 

@@ -5,6 +5,7 @@ y = x + mixer(norm(x)), with one RMSNorm before it; a last norm and the output m
 each layer needs to go on: it is made by every forward pass, carries gradients, and can be forked.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -126,7 +127,12 @@ class HybridLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits of hidden states, [..., D] to [..., V]."""
-        return F.linear(hidden, self.embed.weight if self.head is None else self.head.weight)
+        return F.linear(hidden, self.output_matrix)
+
+    @property
+    def output_matrix(self) -> Tensor:
+        """The matrix that makes logits of hidden states, [V, D]."""
+        return (self.embed if self.head is None else self.head).weight
 
 
 def _join_ids(ids_BT: Tensor | None, cache: Cache | None, B: int, T: int, device: torch.device) -> Tensor | None:
@@ -145,6 +151,11 @@ def _join_ids(ids_BT: Tensor | None, cache: Cache | None, B: int, T: int, device
 def count_parameters(model: nn.Module) -> int:
     """Number of distinct weights (tied ones once)."""
     return sum(p.numel() for p in model.parameters())
+
+
+def sum_of_parts(measure: Callable[[str, ModelConfig], float], config: ModelConfig) -> float:
+    """A measure of a part, such as those below, summed over a model: over what is not in a layer (kind ""), and every layer."""
+    return measure("", config) + sum(measure(kind, config.layer(i)) for i, kind in enumerate(config.pattern))
 
 
 def matrix_parameters(kind: str, config: ModelConfig) -> int:

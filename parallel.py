@@ -23,7 +23,6 @@ Not here: tensor, pipeline, sequence or expert parallelism.
 """
 
 import contextlib
-import copy
 import functools
 import os
 import sys
@@ -93,11 +92,17 @@ def stop() -> None:
     team.rank, team.world, team.settings = 0, 1, ALONE
 
 
-def end_at_once(code: int) -> None:
-    """End this process without waiting for the others, which may never answer, if there are any."""
-    if team.world > 1:
+def leave(code: int) -> int:
+    """End this process at once, if torchrun started it. Returns the code of a process that is alone.
+
+    Without Python's clean-up, that is: after an error the others may never answer, and after success threads of the
+    process group may still run, which C++ turns into an abort.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
+    return code
 
 
 def part() -> bool:
@@ -279,11 +284,9 @@ def gathering_once() -> Iterator[None]:
 @torch.no_grad()
 def frozen_copy(network: nn.Module) -> nn.Module:
     """A copy that does not train, with memory of its own, sharded like the network (then only to be kept and gathered)."""
-    if not is_dressed(network):
-        return copy.deepcopy(network).requires_grad_(False)
     copied = skeleton(network).requires_grad_(False)
     copied.load_state_dict({name: p.detach().clone() for name, p in network.state_dict().items()}, assign=True)
-    copied.dressed = True
+    copied.dressed = is_dressed(network)
     return copied
 
 

@@ -322,10 +322,7 @@ def base_weights(config: Config, corpus: Corpus, model: HybridLM) -> dict:
             found = newest(folder)
     warn(found.warning)
     checkpoint.load_weights(model, found.tensors("model"), found.path)
-    log = folder / "metrics.jsonl"  # a model cut out of an elastic run has none
-    steps = log.read_text().splitlines() if log.exists() else []
-    seconds = sum(json.loads(line)["seconds"] for line in steps)
-    return {"base_dir": str(folder), "base_was_cached": was_cached, "base_train_s": seconds}
+    return {"base_dir": str(folder), "base_was_cached": was_cached, "base_train_s": logged_seconds(folder)}
 
 
 def load_hf_weights(model: HybridLM, folder: Path, tokenizer: Tokenizer) -> None:
@@ -480,9 +477,9 @@ def run_elastic(
 
     Returns an empty dict on all processes but the first.
     """
-    c, parent, device = config.elastic, frozen_copy(model), next(model.parameters()).device
+    c, device = config.elastic, next(model.parameters()).device
     objective = train_elastic(model, corpus, config, run_dir, start)
-    router = objective.router
+    parent, router = objective.teacher, objective.router
     widths = {b: router.choose(b) for b in c.budgets}
     families = {"elastic": [elastic.submodel(model, w) for w in widths.values()]}
     if objective.stage1 is not None:
@@ -500,12 +497,12 @@ def run_elastic(
     for (name, b, size), found in zip(sizes, figures, strict=True):
         facts = {"budget": b, "fraction": router.fraction(b), "target": router.fraction(b) * router.full_cost}
         facts["cost"] = elastic.total_cost(size.config, c, device)
-        facts["widths"] = dataclasses.asdict(widths[b]) if name == "elastic" else size_widths(size)
+        facts["widths"] = dataclasses.asdict(widths[b] if name == "elastic" else elastic.full_widths(size.config))
         entries.setdefault(name, []).append({**facts, **evals.size_facts(size, config), **found})
     write_samples({f"{b:g}": m for b, m in zip(c.budgets, families["elastic"], strict=True)}, corpus, config, run_dir)
     return {
-        "teacher": {"pattern": parent.config.pattern, "widths": size_widths(parent), **evals.size_facts(parent, config),
-                    **teacher},
+        "teacher": {"pattern": parent.config.pattern, "widths": dataclasses.asdict(elastic.full_widths(parent.config)),
+                    **evals.size_facts(parent, config), **teacher},
         "budgets": entries.pop("elastic"),
         "stage1": entries.pop("stage1", []),
         "baselines": entries,
@@ -517,7 +514,7 @@ def run_elastic(
 
 
 def logged_seconds(run_dir: Path) -> float:
-    """Seconds of training in the logs of a run, or of the runs one folder below."""
+    """Seconds of training in the log of a run, or of the runs one folder below; 0 for a model that was only cut out."""
     logs = [run_dir / "metrics.jsonl"] if (run_dir / "metrics.jsonl").exists() else run_dir.glob("*/metrics.jsonl")
     return sum(json.loads(line)["seconds"] for log in logs for line in log.read_text().splitlines())
 
@@ -526,7 +523,7 @@ def train_elastic(
     model: HybridLM, corpus: Corpus, config: Config, run_dir: Path, start: checkpoint.Checkpoint | None
 ) -> elastic.Elastic:
     """Rank and order the parent's units, in place, and train it with its routers. Returns the objective."""
-    c, parent = config.elastic, frozen_copy(model)
+    c, parent = config.elastic, parallel.frozen_copy(model)
     ranking = order_parent(model, corpus, config)
     torch.manual_seed(config.seed)
     router = elastic.build_router(model.config, c, ranking.depth, next(model.parameters()).device)
@@ -558,10 +555,10 @@ def train_rival(
         "fixed": {"choose": "fixed"},
         "uniform": {"long_weights": (1.0,) * len(c.budgets)},
     }
-    model = frozen_copy(parent).requires_grad_(True)
+    model = parallel.frozen_copy(parent).requires_grad_(True)
     if name in family:
         changed = dataclasses.replace(config, elastic=dataclasses.replace(c, **family[name]))
-        objective = train_elastic(model, corpus, changed, run_dir, saved_before(config, run_dir))
+        objective = train_elastic(model, corpus, changed, run_dir, newest(run_dir) if config.resume else None)
         return [elastic.submodel(model, objective.router.choose(b)) for b in c.budgets]
     order_parent(model, corpus, config)
     changed = {
@@ -578,33 +575,15 @@ def train_rival(
 
 def train_alone(size: HybridLM, parent: HybridLM, name: str, corpus: Corpus, config: Config, run_dir: Path) -> HybridLM:
     """One size by itself, in weights of its own: distilled from the parent, or from scratch on the text alone."""
-    size = frozen_copy(size).requires_grad_(True)
+    size = parallel.frozen_copy(size).requires_grad_(True)
     if name == "scratch":
         torch.manual_seed(config.seed)
         size = HybridLM(size.config).to(next(parent.parameters()).device)
     objective = elastic.Distillation(config.elastic, parent)
     run_dir.mkdir(parents=True, exist_ok=True)
     fit(size, objective, lambda step: elastic_batch(corpus, config, step), config.elastic, run_dir, config.seed,
-        run_meta(config), "elastic", saved_before(config, run_dir))  # fmt: skip
+        run_meta(config), "elastic", newest(run_dir) if config.resume else None)  # fmt: skip
     return size.requires_grad_(False)
-
-
-def saved_before(config: Config, run_dir: Path) -> checkpoint.Checkpoint | None:
-    """Where a part of a resumed run goes on from: its newest checkpoint, if it had come so far."""
-    return checkpoint.newest(run_dir) if config.resume and run_dir.exists() else None
-
-
-def frozen_copy(model: HybridLM) -> HybridLM:
-    """A copy that does not train, with memory of its own."""
-    copied = elastic.bare_model(model.config).requires_grad_(False)
-    copied.load_state_dict({k: v.detach().clone() for k, v in model.state_dict().items()}, assign=True)
-    return copied.requires_grad_(False)
-
-
-def size_widths(model: HybridLM) -> dict:
-    """The widths of a model that stands alone, as `elastic.Widths` has them."""
-    layers = [elastic.layer_widths(kind, model.config.layer(i)) for i, kind in enumerate(model.config.pattern)]
-    return {"d_model": model.config.d_model, "layers": layers}
 
 
 def write_samples(networks: dict[str, HybridLM], corpus: Corpus, config: Config, run_dir: Path) -> None:
@@ -752,7 +731,7 @@ def parse(argv: list[str]) -> Config:
 
 def load_run(run_dir: Path) -> tuple[HybridLM, Corpus, Config]:
     """The model, corpus and settings of a finished or interrupted run. Raises ValueError if there is none."""
-    found = checkpoint.newest(run_dir) if run_dir.is_dir() else None
+    found = newest(run_dir)
     require(found, f"{run_dir} holds no checkpoint; give the folder of a run, such as runs/rlp-cpu-seed0")
     config = saved_config(run_dir)
     if (run_dir / "hf").is_dir():
@@ -797,8 +776,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         console.quiet = False  # any process may be the one that knows
         console.print(f"[red]{escape(message)}[/red]", soft_wrap=True)
-        parallel.end_at_once(1)
-        return 1
+        return parallel.leave(1)
     finally:
         parallel.stop()
     return 0
@@ -823,4 +801,4 @@ def broke_off(error: Exception, config: Config) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(parallel.leave(main()))

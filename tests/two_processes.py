@@ -122,6 +122,7 @@ def everything(folder):
         parallel.start(options(mode, "fsdp"), CPU)
         run(mode, folder / f"{mode}-resumed", start=checkpoint.newest(folder / f"{mode}-resumed"))
     parallel.stop()
+    return 0
 
 
 def lose_one(folder):
@@ -138,4 +139,4 @@ def lose_one(folder):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    sys.exit({"everything": everything, "lose_one": lose_one}[sys.argv[1]](Path(sys.argv[2])))
+    sys.exit(parallel.leave({"everything": everything, "lose_one": lose_one}[sys.argv[1]](Path(sys.argv[2]))))
