@@ -283,6 +283,8 @@ class Config:
     init: str = ""
     # Device: auto, cpu or cuda.
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    # Form of the hot operations: auto (Triton on CUDA, else fast PyTorch), reference (slow and obvious) or triton.
+    kernels: Literal["auto", "reference", "triton"] = "auto"
     # Print the resolved settings and counts, then stop.
     dry_run: bool = False
     # Shape of the hybrid model.

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 import checkpoint
 import evals
+import kernels
 import report
 from config import PRESETS, Config, FitConfig, fingerprint, from_dict, require
 from data import Corpus, cpt_batch, held_out_problems, pretrain_batch, rlp_batch
@@ -294,6 +295,7 @@ def run(config: Config) -> dict:
     """A whole run: data, base, training, held-out figures, plots. Returns what summary.json holds."""
     began = time.perf_counter()
     config.check()
+    kernels.use(config.kernels)
     device = pick_device(config)
     run_dir = config.run_dir()
     start = resume_point(config, run_dir)

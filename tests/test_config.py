@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import config
 import train
@@ -150,6 +151,11 @@ def empty_folder(tmp_path, monkeypatch):
         (["--rlp.tau", "1.5"], "rlp.tau (1.5) must lie in [0, 1]"),
         (["--init", "nowhere", "--resume"], "resume: runs/rlp-cpu-seed0 holds no checkpoint"),
         (["--model.pattern", "M[b]"], "model.pattern ('M[b]') has the unknown letters '[]b'"),
+        pytest.param(
+            ["--kernels", "triton"],
+            "kernels (triton) needs",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="Triton can run here"),
+        ),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
@@ -215,11 +221,15 @@ def test_the_key_of_the_base_changes_with_what_makes_its_weights(change):
 @pytest.mark.parametrize(
     "change",
     [{"rlp__lr": 1.0}, {"eval__samples": 9}, {"out": "x"}, {"mode": "pretrain"}, {"preset": "x"}, {"resume": True},
-     {"data__cache_dir": "x"}, {"pretrain__log_every": 9}, {"pretrain__checkpoint_every": 9}],
+     {"data__cache_dir": "x"}, {"pretrain__log_every": 9}, {"pretrain__checkpoint_every": 9}, {"kernels": "reference"}],
     ids=str,
 )  # fmt: skip
 def test_the_key_of_the_base_does_not_change_with_anything_else(change):
     assert override(PRESETS["cpu"], **change).base_fingerprint() == PRESETS["cpu"].base_fingerprint()
+
+
+def test_a_run_can_be_resumed_with_other_kernels():
+    assert train.run_meta(override(PRESETS["cpu"], kernels="triton")) == train.run_meta(PRESETS["cpu"])
 
 
 # ------------------------------------------------------------------------------------------------- rules of the house
