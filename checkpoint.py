@@ -7,22 +7,53 @@
 
 A folder without a complete meta.json, or with a file that does not match it, is not a checkpoint: loading names it and
 takes the one before.
+
+Where the weights are sharded over processes (parallel.py), each process writes its part, in the format of
+torch.distributed.checkpoint, and the first writes meta.json once all parts are there:
+
+        shards/                  every tensor of networks and optimizers, as NETWORK/NAME and optimizer/N/PARAMETER/NAME
+        optimizer.pt             the rest of the optimizer states: rates and other settings
+
+Either format is read by any number of processes, sharded or not; what is read lands in the tensors that are there. All
+processes must see the same run folder.
 """
 
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.tensor import DTensor
+
+import parallel
 
 KEEP = 2
+# What torch's description of shards is made of, beside dtypes.
+DESCRIPTION = {
+    "collections.OrderedDict",
+    "pathlib.PosixPath",
+    "pathlib.WindowsPath",
+    "torch.Size",
+    "torch.distributed.checkpoint.filesystem._StorageInfo",
+    "torch.serialization._get_layout",
+    *(
+        f"torch.distributed.checkpoint.metadata.{name}"
+        for name in ("Metadata", "MetadataIndex", "ChunkStorageMetadata", "TensorStorageMetadata", "BytesStorageMetadata",
+                     "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING")
+    ),
+}  # fmt: skip
 
 
 @dataclass
@@ -33,34 +64,152 @@ class Checkpoint:
     meta: dict[str, Any]
     warning: str = ""  # which newer checkpoint is damaged, if any
 
+    def networks(self) -> list[str]:
+        """Names of the networks that it holds."""
+        if self.is_sharded:
+            return sorted({key.split("/")[0] for key in self._sizes()} - {"optimizer"})
+        return sorted(file.stem for file in self.path.glob("*.safetensors"))
+
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """State dict of a network."""
-        return load_file(self.path / f"{name}.safetensors")
+        """State dict of a network, whole, on the CPU."""
+        if not self.is_sharded:
+            return load_file(self.path / f"{name}.safetensors")
+        tensors = self._empty(name)
+        self._read({f"{name}/{k}": t for k, t in tensors.items()}, alone=True)
+        return tensors
 
     def optimizer(self) -> Any:
-        """What was given to `save` as optimizer state."""
+        """What was given to `save` as optimizer state; without the tensors, if they are sharded."""
         return torch.load(self.path / "optimizer.pt", weights_only=True)
+
+    def fill(self, network: nn.Module, name: str) -> None:
+        """Copy a network's weights into one of its shape, sharded or not. Raises ValueError if the shapes differ."""
+        targets = network.state_dict()
+        if self.is_sharded:
+            shapes = {k: tuple(t.shape) for k, t in targets.items()}
+            check_shapes(self._empty(name, "meta"), shapes, self.path, "use the settings it was made with")
+            self._read({f"{name}/{k}": t for k, t in targets.items()})
+        elif not any(isinstance(t, DTensor) for t in targets.values()):
+            load_weights(network, self.tensors(name), self.path)
+        else:
+            with safe_open(self.path / f"{name}.safetensors", "pt") as file, torch.no_grad():
+                for key, target in targets.items():
+                    target.copy_(parallel.like(file.get_tensor(key), target))
+
+    def fill_optimizers(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        """Give optimizers the states that they had, sharded as their parameters are now."""
+        for n, (optimizer, saved) in enumerate(zip(optimizers, self.optimizer(), strict=True)):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            state: dict[int, dict[str, Tensor]] = {}
+            if self.is_sharded:
+                for key, held in self._sizes().items():
+                    kind, *where = key.split("/")
+                    if kind == "optimizer" and int(where[0]) == n:
+                        p = parameters[int(where[1])]
+                        same, dtype = held.size == p.shape, held.properties.dtype
+                        value = torch.zeros_like(p, dtype=dtype) if same else torch.zeros(held.size, dtype=dtype)
+                        state.setdefault(int(where[1]), {})[where[2]] = value.detach()
+                self._read({f"optimizer/{n}/{i}/{k}": t for i, values in state.items() for k, t in values.items()})
+            else:
+                for i, values in saved["state"].items():
+                    p = parameters[i]
+                    state[i] = {k: parallel.like(t, p) if t.shape == p.shape else t for k, t in values.items()}
+            optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether processes wrote parts of it."""
+        return (self.path / "shards").is_dir()
+
+    def _sizes(self) -> dict[str, TensorStorageMetadata]:
+        return _SafeReader(self.path / "shards").read_metadata().state_dict_metadata
+
+    def _empty(self, name: str, device: str = "cpu") -> dict[str, Tensor]:
+        """Room for the whole tensors of a network."""
+        sizes = {k.removeprefix(f"{name}/"): v for k, v in self._sizes().items() if k.startswith(f"{name}/")}
+        return {k: torch.empty(v.size, dtype=v.properties.dtype, device=device) for k, v in sizes.items()}
+
+    def _read(self, targets: dict[str, Tensor], alone: bool = False) -> None:
+        """Into the tensors, each process its part; alone: for a process that asks without the others."""
+        if targets:
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it may be
+            dcp.load(targets, storage_reader=_SafeReader(self.path / "shards"), no_dist=alone or parallel.team.world == 1)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads torch's description of shards and nothing else: no other class is ever looked up, no other code runs."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Raises UnpicklingError for what does not belong there."""
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or f"{module}.{name}" in DESCRIPTION:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong into the description of a checkpoint")
+
+
+class _SafeReader(dcp.FileSystemReader):
+    """Of torch, but for the unpickling."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The description of all shards."""
+        with open(Path(self.path) / ".metadata", "rb") as f:
+            metadata = _Unpickler(f).load()
+        metadata.storage_meta = metadata.storage_meta or dcp.metadata.StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
 
 
 def save(run_dir: Path, step: int, networks: dict[str, nn.Module], optimizer: Any, meta: dict[str, Any]) -> Path:
-    """Write RUN/checkpoint/step_N whole or not at all, then drop all but the newest KEEP. Returns its folder."""
+    """Write RUN/checkpoint/step_N whole or not at all, then drop all but the newest KEEP. Returns its folder.
+
+    All processes of a run call it. Args: optimizer: a state dict of each optimizer.
+    """
     folder = run_dir / "checkpoint"
     final, partial = folder / f"step_{step:06d}", folder / f"step_{step:06d}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name, network in networks.items():
-        save_file({k: v.contiguous() for k, v in network.state_dict().items()}, partial / f"{name}.safetensors")
-    torch.save(optimizer, partial / "optimizer.pt")
-    files = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(partial.iterdir())}
-    with open(partial / "meta.json", "w") as f:
-        json.dump({"step": step, "files": files, **meta}, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    for old in _folders(run_dir)[KEEP:]:
-        shutil.rmtree(old)
+    sharded = any(isinstance(p, DTensor) for network in networks.values() for p in network.parameters())
+
+    def begin() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+    def write_whole() -> None:
+        for name, network in networks.items():
+            save_file({k: v.contiguous() for k, v in network.state_dict().items()}, partial / f"{name}.safetensors")
+        torch.save(optimizer, partial / "optimizer.pt")
+
+    def finish() -> None:
+        named = {str(f.relative_to(partial)) for f in partial.rglob("*") if f.is_file()}
+        files = {name: known.get(name) or _file_facts(partial / name) for name in sorted(named)}
+        with open(partial / "meta.json", "w") as f:
+            json.dump({"step": step, "files": files, **meta}, f, indent=1)
+            f.flush()
+            os.fsync(f.fileno())
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        for old in _folders(run_dir)[KEEP:]:
+            shutil.rmtree(old)
+
+    known: dict[str, dict] = {}
+    parallel.on_first(begin)
+    if sharded:
+        for facts in parallel.everyone(_write_shards(partial, networks, optimizer)):
+            known |= facts
+    else:
+        parallel.on_first(write_whole)
+    parallel.on_first(finish)
     return final
+
+
+def _write_shards(partial: Path, networks: dict[str, nn.Module], optimizer: list[dict]) -> dict[str, dict]:
+    """This process's part of a checkpoint. Returns size and checksum of its files: hashing is shared out too."""
+    tensors = {f"{name}/{k}": t for name, network in networks.items() for k, t in network.state_dict().items()}
+    for n, state in enumerate(optimizer):
+        tensors |= {f"optimizer/{n}/{i}/{k}": t for i, values in state["state"].items() for k, t in values.items()}
+    dcp.save(tensors, checkpoint_id=partial / "shards")
+    if parallel.is_first():
+        torch.save([{"state": {}, "param_groups": state["param_groups"]} for state in optimizer], partial / "optimizer.pt")
+    mine = (partial / "shards").glob(f"__{parallel.team.rank}_*")
+    return {f"shards/{file.name}": _file_facts(file) for file in mine}
 
 
 def newest(run_dir: Path) -> Checkpoint | None:
@@ -83,20 +232,23 @@ def newest(run_dir: Path) -> Checkpoint | None:
 
 def load_weights(network: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
     """Copy a state dict into a network. Raises ValueError that names missing, unknown or misshapen tensors."""
-    own = network.state_dict()
-    wrong = [f"{k} is missing" for k in own if k not in tensors]
-    wrong += [f"{k} is unknown" for k in tensors if k not in own]
+    shapes = {name: tuple(t.shape) for name, t in network.state_dict().items()}
+    check_shapes(tensors, shapes, source, "use the settings it was made with")
+    network.load_state_dict(tensors)
+
+
+def check_shapes(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], source: Path, remedy: str) -> None:
+    """Raises ValueError that names the first five tensors of `source` that are missing, unknown or misshapen."""
+    wrong = [f"{k} is missing" for k in shapes if k not in tensors]
+    wrong += [f"{k} is unknown" for k in tensors if k not in shapes]
     wrong += [
-        f"{k} has shape {list(tensors[k].shape)}, the model needs {list(v.shape)}"
-        for k, v in own.items()
-        if k in tensors and tensors[k].shape != v.shape
+        f"{k} has shape {list(tensors[k].shape)}, the model needs {list(shape)}"
+        for k, shape in shapes.items()
+        if k in tensors and tuple(tensors[k].shape) != shape
     ]
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise ValueError(
-            f"{source} does not fit the model: {'; '.join(wrong[:5])}{more}; use the settings it was made with"
-        )
-    network.load_state_dict(tensors)
+        raise ValueError(f"{source} does not fit the model: {'; '.join(wrong[:5])}{more}; {remedy}")
 
 
 def _folders(run_dir: Path) -> list[Path]:
@@ -120,6 +272,11 @@ def _problem(path: Path) -> str | None:
         if _sha256(file) != expected["sha256"]:
             return f"{file} does not match its checksum"
     return None
+
+
+def _file_facts(file: Path) -> dict[str, Any]:
+    """What meta.json says of a file."""
+    return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
 
 
 def _sha256(file: Path) -> str:

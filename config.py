@@ -8,9 +8,13 @@ naming the value, the rule and the remedy. `to_dict` and `from_dict` keep a run'
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+
+# The widths that a layer of each kind has.
+WIDTH_FIELDS = {"M": ("mamba_heads", "mamba_head_dim"), "*": ("n_heads",), "-": ("d_ff",)}
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,13 @@ class ModelConfig:
     tie_embeddings: bool = False
     # Epsilon of every RMSNorm.
     norm_eps: float = 1e-5
+    # Widths of each layer where they differ: M heads and head channels, * query heads, - neurons. Empty: all as above.
+    widths: tuple[tuple[int, ...], ...] = ()
+
+    def layer(self, i: int) -> "ModelConfig":
+        """The shape of layer i: this one, with the widths that are the layer's own."""
+        own = self.widths[i] if self.widths else ()
+        return replace(self, widths=(), **dict(zip(WIDTH_FIELDS[self.pattern[i]], own, strict=False)))
 
     def check(self) -> None:
         """Raises ValueError for a shape that cannot be built."""
@@ -67,6 +78,12 @@ class ModelConfig:
             set(self.pattern) & set("M*"),
             f"model.pattern ({self.pattern!r}) has no M and no *, so no token would see another; add one",
         )
+        require(
+            len(self.widths) in (0, len(self.pattern)),
+            f"model.widths has {len(self.widths)} entries; it needs one for each of {len(self.pattern)} layers, or none",
+        )
+        for i in range(len(self.widths)):
+            self.layer(i).check()
         sizes = "d_model d_ff n_heads n_kv_heads attn_head_dim mamba_heads mamba_head_dim mamba_groups d_state conv_width"
         for name in [*sizes.split(), "chunk"]:
             require(getattr(self, name) >= 1, f"model.{name} ({getattr(self, name)}) must be at least 1")
@@ -86,9 +103,10 @@ class ModelConfig:
 class DataConfig:
     """What the model reads."""
 
-    # A UTF-8 file or a folder of such files; empty means the text that ships with Python.
+    # A UTF-8 file, a folder of such files, or a folder that shards.py wrote; empty means the text that ships with Python.
     path: str = ""
-    # tiktoken vocabulary; "corpus" trains one on the text, other names ("gpt2") are tiktoken's own and may download.
+    # "corpus" trains a vocabulary on the text; a folder has one in its tokenizer.json; other names ("gpt2") are tiktoken's
+    # own and may download. A Hugging Face directory in `init` brings its own.
     tokenizer: str = "corpus"
     # Size of the vocabulary that "corpus" trains, special tokens included.
     vocab_size: int = 1024
@@ -118,8 +136,8 @@ class FitConfig:
     steps: int = 1000
     # Sequences a step (contexts, for RLP).
     batch: int = 32
-    # Parts that a step's batch is run in, one after the other. Next-token prediction gives the same result; RLP samples its
-    # thoughts part by part, so it gets other thoughts.
+    # Parts that each process runs its share of a step's batch in, one after the other. Next-token prediction gives the same
+    # result in any number. RLP and elastic draw their noise part by part: 1 process with 2 parts equals 2 with 1 each.
     accumulate: int = 1
     # Peak learning rate of AdamW.
     lr: float = 3e-3
@@ -139,6 +157,10 @@ class FitConfig:
     checkpoint_every: int = 200
     # Steps between lines of metrics.jsonl.
     log_every: int = 1
+
+    def fewest_rows(self) -> int:
+        """Sequences of the smallest batch: the processes and parts must divide it."""
+        return self.batch
 
     def check_fit(self, group: str) -> None:
         """Raises ValueError for settings that cannot work; `group` names them in the message."""
@@ -193,6 +215,10 @@ class RLPConfig(FitConfig):
     text_share: float = 0.25
     # Longest context, in tokens; longer ones lose their beginning.
     context_len: int = 128
+    # Text before every context, with a thought and without: an instruction, for a base that was never taught the tags.
+    prompt: str = ""
+    # UTF-8 file to take that text from, such as prompts/think.txt.
+    prompt_file: str = ""
     # Thoughts per context, G; the paper uses 16.
     group_size: int = 8
     # Longest thought in tokens, its closing tag included.
@@ -246,6 +272,163 @@ class CPTConfig(FitConfig):
 
 
 @dataclass(frozen=True)
+class ElasticConfig(FitConfig):
+    """Nested models in one, and routers that choose them (Nemotron Elastic, arXiv 2511.16664)."""
+
+    # Budgets, as fractions of the full model's cost, or (above 1) as absolute costs in the unit of `cost`.
+    budgets: tuple[float, ...] = (1.0, 0.75, 0.5)
+    # What a budget limits: parameters, memory (bytes of weights and caches), flops (a token), latency (measured, us/token).
+    cost: Literal["parameters", "memory", "flops", "latency"] = "parameters"
+    # Sequences that are served at once, for memory and latency.
+    cost_batch: int = 8
+    # Tokens of a served sequence, for memory and FLOPs.
+    cost_len: int = 1024
+    # Bytes of a weight and of a cached key or value, for memory (bf16 has 2).
+    cost_bytes: int = 2
+    # Widths of the residual stream to choose from; empty: eighths of the full width, from all of it down to half.
+    d_model_choices: tuple[int, ...] = ()
+    # Numbers of FFN neurons; empty: 24ths of all, down to a quarter.
+    ffn_choices: tuple[int, ...] = ()
+    # Numbers of Mamba heads, multiples of model.mamba_groups; empty: every eighth (or group) from all down to half.
+    mamba_head_choices: tuple[int, ...] = ()
+    # Numbers of channels of a Mamba head; empty: all, three quarters, half.
+    mamba_channel_choices: tuple[int, ...] = ()
+    # Numbers of query heads, multiples of model.n_kv_heads; empty: every multiple down to half.
+    attn_head_choices: tuple[int, ...] = ()
+    # Numbers of layers that are kept; empty: all of them, no layer is skipped.
+    depth_choices: tuple[int, ...] = ()
+    # Axes on which each layer has a choice of its own; on the others all layers of a kind share one.
+    heterogeneous: tuple[Literal["ffn", "mamba_heads", "mamba_channels", "attn_heads"], ...] = (
+        "ffn", "mamba_heads", "mamba_channels", "attn_heads")  # fmt: skip
+    # How widths are chosen: by the trained router, or by hand, every axis by about the same factor.
+    choose: Literal["router", "fixed"] = "router"
+    # How a router's choice becomes a mask while it learns: the weighted sum of all masks (soft, the paper's mode 2), the
+    # likeliest mask times its probability (top1, mode 1), or the likeliest mask with the gradient of the sum.
+    mask: Literal["soft", "top1", "straight-through"] = "soft"
+    # Share of the steps in which routers learn on masks; afterwards their choices stay, and small models run on slices.
+    search_share: float = 0.3
+    # Width of a router's hidden layer; the paper uses 256.
+    router_width: int = 256
+    # Learning rate of the routers; the paper's.
+    router_lr: float = 1e-2
+    # Head start of the largest choices, in logits, so that training begins at the full model.
+    router_bias: float = 1.0
+    # Gumbel-softmax temperature at the first and at the last step of the search, exponential in between.
+    gumbel_tau: tuple[float, float] = (1.0, 0.05)
+    # Factor on the routers' logits at the first and at the last step of the search, linear in between.
+    logit_scale: tuple[float, float] = (1.0, 10.0)
+    # Weight of the budget loss (lambda); the paper's is 1, for another form of the loss.
+    router_weight: float = 5.0
+    # Relative distance from the budget that costs nothing.
+    dead_zone: float = 0.01
+    # Order of the residual stream's channels: paper is equation 1, output weighs it by what reads the channel.
+    score_d_model: Literal["paper", "output", "random"] = "output"
+    # Order of FFN neurons: paper is equation 2 (before the activation), output what a neuron adds to the stream.
+    score_ffn: Literal["paper", "output", "random"] = "output"
+    # Order of Mamba heads and channels: paper is equations 3 and 4, output what they add to the stream.
+    score_mamba: Literal["paper", "output", "random"] = "paper"
+    # Order of query heads: paper is the size of the queries, output what a head adds to the stream.
+    score_attn: Literal["paper", "output", "random"] = "paper"
+    # Order of layers: paper is equation 5, greedy scores the rest again after each removal.
+    score_depth: Literal["paper", "greedy", "random"] = "paper"
+    # Sequences of training text that importance is measured on.
+    calibration_rows: int = 32
+    # Weight of the forward KL divergence from the frozen parent.
+    kl: float = 1.0
+    # Weight of the forward KL divergence from the full model itself, as a teacher that trains (not for the full budget).
+    self_kl: float = 0.0
+    # Weight of the cross-entropy, for every budget.
+    ce: float = 0.0
+    # Weight of the full model's cross-entropy (alpha), which keeps it from collapsing when it teaches.
+    full_ce: float = 0.0
+    # Temperature of both distributions in the divergences.
+    kl_temperature: float = 1.0
+    # Tokens of a training sequence in stage 1.
+    seq_len: int = 256
+    # Tokens of a training sequence in stage 2.
+    long_len: int = 512
+    # Sequences of a step in stage 2; 0: as many as make a step of as many tokens as in stage 1.
+    long_batch: int = 0
+    # Share of the steps that stage 2 takes.
+    long_share: float = 0.4
+    # Probability of each budget in stage 2 (in stage 1 all are alike).
+    long_weights: tuple[float, ...] = (0.5, 0.3, 0.2)
+    # Rivals to train and measure too. scratch: each size alone from random weights; separate, minitron: each size cut from
+    # the parent and distilled alone, with 1/n or all of the family's tokens; random-order, fixed, uniform: the family with
+    # random ranks, with widths by hand, with uniform sampling in stage 2.
+    baseline: tuple[Literal["scratch", "separate", "minitron", "random-order", "fixed", "uniform"], ...] = ()
+
+    def check(self) -> None:
+        """Raises ValueError for settings that cannot work."""
+        self.check_fit("elastic")
+        require(self.budgets, "elastic.budgets is empty: give at least one, such as 1.0")
+        for b in self.budgets:
+            require(b > 0, f"elastic.budgets ({b}) must lie in (0, 1] as a fraction, or above 1 as an absolute cost")
+        require(
+            len(set(self.budgets)) == len(self.budgets) and self.budgets == tuple(sorted(self.budgets, reverse=True)),
+            f"elastic.budgets {self.budgets} must be different and fall, the largest first",
+        )
+        require(
+            self.budgets[0] <= 1 or self.budgets[-1] > 1,
+            f"elastic.budgets {self.budgets} mixes absolute costs and fractions; give either, for example all as fractions",
+        )
+        require(
+            len(self.long_weights) == len(self.budgets),
+            f"elastic.long_weights {self.long_weights} must have one entry for each of the {len(self.budgets)} budgets",
+        )
+        require(
+            min(self.long_weights) >= 0 and sum(self.long_weights) > 0,
+            f"elastic.long_weights {self.long_weights} must be 0 or more, and not all 0",
+        )
+        for name in ("cost_batch", "cost_len", "cost_bytes", "router_width", "calibration_rows"):
+            require(getattr(self, name) >= 1, f"elastic.{name} ({getattr(self, name)}) must be at least 1")
+        for name in ("kl", "self_kl", "ce", "full_ce", "router_lr", "router_weight", "dead_zone"):
+            require(getattr(self, name) >= 0, f"elastic.{name} ({getattr(self, name)}) must be 0 or more")
+        require(
+            self.kl + self.self_kl + self.ce > 0,
+            "elastic.kl, elastic.self_kl and elastic.ce are all 0: nothing would be learned; give one a weight",
+        )
+        require(
+            self.self_kl == 0 or self.full_ce + self.ce + self.kl > 0,
+            "elastic.self_kl needs elastic.full_ce, elastic.ce or elastic.kl above 0: else nothing teaches the teacher",
+        )
+        require(
+            self.kl + self.ce > 0 or not set(self.baseline) & {"separate", "minitron"},
+            "elastic.baseline: separate and minitron learn by elastic.kl and elastic.ce, and both are 0; give one a weight",
+        )
+        require(self.self_kl == 0 or self.budgets[0] == 1, "elastic.self_kl needs the budget 1.0 among elastic.budgets")
+        for name in ("gumbel_tau", "logit_scale"):
+            require(min(getattr(self, name)) > 0, f"elastic.{name} {getattr(self, name)} must be positive")
+        require(self.kl_temperature > 0, f"elastic.kl_temperature ({self.kl_temperature}) must be positive")
+        require(self.seq_len >= 16, f"elastic.seq_len ({self.seq_len}) must be at least 16")
+        for name in ("search_share", "long_share"):
+            require(0 <= getattr(self, name) <= 1, f"elastic.{name} ({getattr(self, name)}) must lie in [0, 1]")
+        _divides("elastic.long_len", self.long_len, "elastic.seq_len", self.seq_len)
+        require(self.long_batch >= 0, f"elastic.long_batch ({self.long_batch}) must be positive, or 0 for as many tokens")
+        if self.long_batch == 0:
+            _divides("elastic.batch", self.batch, "elastic.long_len / elastic.seq_len", self.long_len // self.seq_len)
+        if self.stage_1_steps() < self.steps:
+            _divides("the sequences of stage 2", self.long_rows(), "elastic.accumulate", self.accumulate)
+
+    def fewest_rows(self) -> int:
+        """The most parts that the batches of both stages can be dealt out to evenly."""
+        return self.batch if self.stage_1_steps() == self.steps else math.gcd(self.batch, self.long_rows())
+
+    def stage_1_steps(self) -> int:
+        """How many steps have short sequences; the rest is stage 2."""
+        return self.steps - round(self.long_share * self.steps)
+
+    def long_rows(self) -> int:
+        """Sequences of a step in stage 2."""
+        return self.long_batch or self.batch * self.seq_len // self.long_len
+
+    def n_tokens(self) -> int:
+        """Tokens of the whole run."""
+        n_short = self.stage_1_steps()
+        return n_short * self.batch * self.seq_len + (self.steps - n_short) * self.long_rows() * self.long_len
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """What is measured on held-out documents at the end of a run."""
 
@@ -257,6 +440,8 @@ class EvalConfig:
     text_positions: int = 256
     # Tokens of held-out text for the no-think loss.
     text_tokens: int = 65536
+    # Held-out sequences of the training mixture on which elastic budgets are compared.
+    elastic_rows: int = 512
 
     def check(self) -> None:
         """Raises ValueError for settings that cannot work."""
@@ -266,12 +451,34 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """How the work is shared out among the processes that torchrun starts. A run may go on with other settings of these."""
+
+    # data keeps the whole model on every process and adds gradients up; fsdp also shards weights, optimizer states and the
+    # teacher (FSDP2); auto takes fsdp from 500 million parameters on. A process that is alone shares nothing out.
+    mode: Literal["auto", "data", "fsdp"] = "auto"
+    # Numbers of matrix products. Weights, optimizer states and the teacher are fp32 in any case.
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    # Compute the inside of each block again in the backward pass instead of keeping it (elastic: of each budget).
+    activation_checkpointing: bool = False
+    # Compile each block with torch.compile for the updates of pretrain and cpt: rlp would compile again for every length,
+    # and elastic runs uncompiled. It takes a while, and on a CPU a C++ compiler.
+    compile: bool = False
+    # Seconds after which a process that does not answer counts as lost.
+    timeout_s: int = 1800
+
+    def check(self) -> None:
+        """Raises ValueError for settings that cannot work."""
+        require(self.timeout_s >= 1, f"parallel.timeout_s ({self.timeout_s}) must be at least 1; 1800 is usual")
+
+
+@dataclass(frozen=True)
 class Config:
     """All settings of a run."""
 
     # What to train with.
-    mode: Literal["pretrain", "rlp", "cpt"] = "rlp"
-    # Named settings that the other options change; see `PRESETS` in config.py.
+    mode: Literal["pretrain", "rlp", "cpt", "elastic"] = "rlp"
+    # Named settings that the other options change; see `PRESETS` in config.py and `PAPERS` in presets.py.
     preset: str = "cpu"
     # Run folder; empty means runs/MODE-PRESET-seedN.
     out: str = ""
@@ -279,14 +486,17 @@ class Config:
     seed: int = 0
     # Go on from the newest checkpoint of the run folder.
     resume: bool = False
-    # Run folder to take the starting weights from; empty means a base that is trained once and kept in data.cache_dir.
+    # Where the starting weights are: a run folder, or a Hugging Face directory. Its shape replaces model.*; if it holds a
+    # tokenizer, that replaces data.tokenizer. Empty means a base that is trained once and kept in data.cache_dir.
     init: str = ""
     # Device: auto, cpu or cuda.
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # Form of the hot operations: auto (Triton on CUDA, else fast PyTorch), reference (slow and obvious) or triton.
     kernels: Literal["auto", "reference", "triton"] = "auto"
-    # Print the resolved settings and counts, then stop.
+    # Print the resolved settings and what the run would take, then stop: needs no GPU, no data and no download.
     dry_run: bool = False
+    # GPUs that a dry run divides weights and batches among.
+    dry_run_gpus: int = 1
     # Shape of the hybrid model.
     model: ModelConfig = field(default_factory=ModelConfig)
     # What the model reads.
@@ -297,13 +507,18 @@ class Config:
     rlp: RLPConfig = field(default_factory=RLPConfig)
     # Continued pretraining, the rival of RLP.
     cpt: CPTConfig = field(default_factory=CPTConfig)
+    # Nested models in one, chosen by routers (Nemotron Elastic, arXiv 2511.16664).
+    elastic: ElasticConfig = field(default_factory=ElasticConfig)
     # What is measured at the end.
     eval: EvalConfig = field(default_factory=EvalConfig)
+    # How the work is shared out among several processes.
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def check(self) -> "Config":
         """Returns itself if everything fits together. Raises ValueError otherwise."""
-        for part in (self.model, self.data, self.pretrain, self.rlp, self.cpt, self.eval):
+        for part in (self.model, self.data, self.pretrain, self.rlp, self.cpt, self.elastic, self.eval, self.parallel):
             part.check()
+        require(self.dry_run_gpus >= 1, f"dry_run_gpus ({self.dry_run_gpus}) must be at least 1")
         return self
 
     def run_dir(self) -> Path:
@@ -314,8 +529,10 @@ class Config:
         """Key of the base's settings: equal exactly when pretraining on the same text would give the same weights."""
         d = self.to_dict()
         d["data"].pop("cache_dir")
+        d["model"] = {name: value for name, value in d["model"].items() if name != "widths" or value}
         for name in ("checkpoint_every", "log_every"):
             d["pretrain"].pop(name)
+        d["pretrain"]["accumulate"] = 1  # processes are parts too, and next-token prediction is the same in any number
         return fingerprint([d["model"], d["data"], d["pretrain"], d["seed"]])
 
     def to_dict(self) -> dict[str, Any]:
@@ -329,6 +546,7 @@ PRESETS: dict[str, Config] = {
         pretrain=PretrainConfig(steps=3000, batch=8, lr=3e-3, muon_lr=0.02, decay=0.4, checkpoint_every=500),
         rlp=RLPConfig(steps=150, batch=32, lr=2e-4, decay=0.5),
         cpt=CPTConfig(steps=900, batch=8, lr=1.5e-3, muon_lr=0.01, decay=1.0),
+        elastic=ElasticConfig(steps=700, batch=8, lr=1.5e-3, muon_lr=0.01, decay=1.0, router_width=64, ce=1.0),
     ),
     # Seconds instead of minutes: every part runs, nothing is learned. For tests and for a first look at the code.
     "smoke": Config(
@@ -349,7 +567,10 @@ PRESETS: dict[str, Config] = {
         pretrain=PretrainConfig(steps=4, batch=4, seq_len=64, warmup=2, lr=3e-3, muon_lr=0.02),
         rlp=RLPConfig(steps=3, batch=4, group_size=4, thought_len=8, context_len=96, warmup=1, lr=3e-4),
         cpt=CPTConfig(steps=3, batch=4, warmup=1),
-        eval=EvalConfig(problems_per_family=4, samples=2, text_positions=8, text_tokens=512),
+        elastic=ElasticConfig(
+            steps=6, batch=4, warmup=1, router_width=8, seq_len=32, long_len=64, long_share=0.34, calibration_rows=4
+        ),
+        eval=EvalConfig(problems_per_family=4, samples=2, text_positions=8, text_tokens=512, elastic_rows=8),
     ),
 }
 
@@ -372,8 +593,13 @@ def from_dict(cls: type, values: dict[str, Any]) -> Any:
     for name, value in values.items():
         if dataclasses.is_dataclass(getattr(default, name)):
             value = from_dict(type(getattr(default, name)), value)
-        kept[name] = tuple(value) if isinstance(value, list) else value
+        kept[name] = _tuples(value)
     return replace(default, **kept)
+
+
+def _tuples(value: Any) -> Any:
+    """Lists, as JSON has them, to tuples, at every depth."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def require(condition: Any, message: str) -> None:

@@ -1,6 +1,7 @@
 """What the model reads: real text, reasoning problems, a tokenizer trained on both, and batches that can be resumed.
 
-Text: the language reference, the docstrings and the sources of the running Python, or any UTF-8 files (`data.path`).
+Text: the language reference, the docstrings and the sources of the running Python, or any UTF-8 files, or shards of tokens
+(`data.path`; see shards.py).
 Problems: four generated families whose answers need several steps in a row, each with a worked thought:
 
     chain    Let k = 3. Let b = k + 4. Let m = b - 6. Value of m?     k 3, b +4 7, m -6 1
@@ -18,12 +19,13 @@ problem and no document can be on two sides. Every batch is a function of (seed,
 import ast
 import dataclasses
 import itertools
+import json
 import random
 import re
 import sysconfig
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +35,7 @@ import torch
 from torch import Tensor
 
 from config import Config, DataConfig, RLPConfig, fingerprint, require
+from shards import N_BUCKETS, Documents, ShardSet, bucket_of, is_shards
 
 END, THINK, CLOSE = "<|endoftext|>", "<think>", "</think>"
 # A word, a digit or a run of signs, each with at most one space before it: digits stay single, so sums can be learned.
@@ -230,6 +233,9 @@ def user_documents(path: Path) -> Iterator[tuple[str, str]]:
 class Tokenizer:
     """A tiktoken vocabulary with the three special tokens END, THINK and CLOSE."""
 
+    begin: tuple[int, ...] = ()  # what stands before every document
+    new_ids: tuple[int, ...] = ()  # tokens that the vocabulary's own model does not know
+
     def __init__(self, base: tiktoken.Encoding):
         ranks = base._mergeable_ranks
         special = dict(base._special_tokens)
@@ -238,6 +244,12 @@ class Tokenizer:
         self.encoding = tiktoken.Encoding(base.name, pat_str=base._pat_str, mergeable_ranks=ranks, special_tokens=special)
         self.end, self.think, self.close = (special[t] for t in (END, THINK, CLOSE))
         self.n_vocab = self.encoding.n_vocab
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal exactly where the same text becomes the same tokens, as far as the vocabulary says."""
+        e = self.encoding
+        return fingerprint([e._pat_str, {k.hex(): rank for k, rank in e._mergeable_ranks.items()}, e._special_tokens])
 
     @property
     def tags(self) -> tuple[int, int]:
@@ -251,6 +263,69 @@ class Tokenizer:
     def decode(self, tokens: list[int]) -> str:
         """Text of token ids, special tokens included; bytes that are no UTF-8 become the replacement character."""
         return self.encoding.decode([int(t) for t in tokens])
+
+
+class FileTokenizer(Tokenizer):
+    """The tokenizer.json of a Hugging Face directory, as `Tokenizer`.
+
+    END is the eos_token_id (the first, if several) of the config.json beside it, or the token `<|endoftext|>`. THINK and
+    CLOSE are its tokens of that name; if it has none, they become new tokens after its last one, listed in `new_ids`.
+    Raises ValueError if a file cannot be used, or nothing says what ends a text.
+    """
+
+    def __init__(self, folder: Path):
+        from tokenizers import AddedToken
+        from tokenizers import Tokenizer as File
+
+        file, beside = folder / "tokenizer.json", folder / "config.json"
+        require(
+            file.is_file(), f"{file} does not exist; a model of Hugging Face needs the tokenizer that it was trained with"
+        )
+        self.json = file.read_text(encoding="utf-8")
+        try:
+            self.settings = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+            base = File.from_str(self.json)
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"{file} or {beside} cannot be read ({error}); copy it again") from error
+        missing = [text for text in (THINK, CLOSE) if base.token_to_id(text) is None]
+        if missing:
+            base.add_tokens([AddedToken(text, normalized=False) for text in missing])
+            self.json = base.to_str(pretty=True)
+        self.new_ids = tuple(base.token_to_id(text) for text in missing)
+        self.think, self.close = base.token_to_id(THINK), base.token_to_id(CLOSE)
+        eos = self.settings.get("eos_token_id")
+        self.end = (eos[0] if isinstance(eos, list) else eos) if eos not in (None, []) else base.token_to_id(END)
+        require(self.end is not None, f"{beside} has no eos_token_id and {file} no {END}; set eos_token_id to end a text")
+        self.n_vocab = max(base.get_vocab().values()) + 1
+        require(
+            self.end < self.n_vocab, f"{beside}: eos_token_id ({self.end}) is none of the {self.n_vocab} tokens of {file}"
+        )
+        content = json.loads(self.json)
+        for token in content["added_tokens"]:  # what `encode` shall read as text where a text spells it
+            token["special"] = token["special"] or token["content"] in (END, THINK, CLOSE)
+        self.file = File.from_str(json.dumps(content))
+        self.file.encode_special_tokens = True
+        framed, plain = self.file.encode("a").ids, self.encode("a")
+        self.begin = tuple(framed[: framed.index(plain[0])])
+
+    @property
+    def fingerprint(self) -> str:
+        """As of `Tokenizer`."""
+        return fingerprint([json.loads(self.json), self.end])
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text; a special token written out in the text is plain text too."""
+        return self.file.encode(text, add_special_tokens=False).ids
+
+    def decode(self, tokens: list[int]) -> str:
+        """Text of token ids, special tokens included; ids beyond the vocabulary are left out."""
+        return self.file.decode([int(t) for t in tokens], skip_special_tokens=False)
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json, with the tags, and the config.json beside it: what FileTokenizer reads, and an export."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "tokenizer.json").write_text(self.json, encoding="utf-8")
+        (folder / "config.json").write_text(json.dumps(self.settings, indent=1) + "\n", encoding="utf-8")
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> dict[str, int]:
@@ -274,10 +349,20 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> dict[str, int]:
     return {bytes(byte_of[c] for c in token).hex(): rank for token, rank in by_id}
 
 
+def corpus_tokenizer(ranks: dict[str, int]) -> Tokenizer:
+    """The tokenizer of what `train_tokenizer` gave."""
+    merges = {bytes.fromhex(k): rank for k, rank in ranks.items()}
+    return Tokenizer(tiktoken.Encoding("corpus", pat_str=TOKEN_PATTERN, mergeable_ranks=merges, special_tokens={}))
+
+
 def named_tokenizer(name: str) -> Tokenizer:
     """tiktoken's own vocabulary of that name. Raises ValueError if it is unknown or cannot be fetched."""
     known = tiktoken.list_encoding_names()
-    require(name in known, f"data.tokenizer ({name!r}) is unknown; choose 'corpus' or one of {', '.join(known)}")
+    require(
+        name in known,
+        f"data.tokenizer ({name!r}) is unknown; choose 'corpus' or one of {', '.join(known)}, "
+        "or give a folder that holds a tokenizer.json",
+    )
     try:
         return Tokenizer(tiktoken.get_encoding(name))
     except OSError as error:
@@ -285,6 +370,61 @@ def named_tokenizer(name: str) -> Tokenizer:
             f"data.tokenizer ({name!r}) must be downloaded once by tiktoken, and that failed ({type(error).__name__}); "
             "use 'corpus' when offline"
         ) from error
+
+
+def shard_tokenizer(name: str, vocab_size: int, texts: Iterable[str], out: Path) -> tuple[Tokenizer, dict]:
+    """The tokenizer to build shards with, kept in their folder, and what shards.json says of it.
+
+    "corpus" is trained on problems and on the first 20 million characters of texts that no setting holds out.
+    """
+    if name == "corpus":
+        sample, n = [], 0
+        for text in texts:
+            if n >= 20_000_000:
+                break
+            if bucket_of(text) >= N_BUCKETS // 2:  # at most 25 % are held out in each of two splits
+                sample.append(text)
+                n += len(text)
+        ranks = train_tokenizer(sample + _example_problems(5), vocab_size)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "ranks.json").write_text(json.dumps(ranks))
+        tokenizer = corpus_tokenizer(ranks)
+    elif Path(name).is_dir():
+        tokenizer = FileTokenizer(Path(name))
+        tokenizer.save(out / "hf")
+    else:
+        tokenizer = named_tokenizer(name)
+    return tokenizer, {"source": name, "n_vocab": tokenizer.n_vocab, "fingerprint": tokenizer.fingerprint}
+
+
+def tokenizer_of_shards(found: ShardSet, name: str) -> Tokenizer:
+    """The tokenizer that data.tokenizer names for shards; "corpus" is their own. Raises ValueError if it is another one."""
+    source, kept = found.tokenizer["source"], found.folder / "hf"
+    if name != "corpus":
+        tokenizer = FileTokenizer(Path(name)) if Path(name).is_dir() else named_tokenizer(name)
+    elif kept.is_dir():
+        tokenizer = FileTokenizer(kept)
+    elif source == "corpus":
+        try:
+            tokenizer = corpus_tokenizer(json.loads((found.folder / "ranks.json").read_text()))
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{found.folder / 'ranks.json'} cannot be read ({error}); copy it again, or build again"
+            ) from error
+    else:
+        tokenizer = named_tokenizer(source)
+    theirs, folder = found.tokenizer["fingerprint"], found.folder
+    require(
+        name == "corpus" or tokenizer.fingerprint == theirs,
+        f"data.tokenizer ({name}) is not the one that {folder} was built with ({source}, fingerprint {theirs}): tokens "
+        "would be read as other text; build again with this one, or leave data.tokenizer and init out to use that one",
+    )
+    require(
+        tokenizer.fingerprint == theirs,
+        f"the tokenizer in {folder} is not the one that it was built with (fingerprint {theirs}): it is damaged; copy it "
+        "again from where it was built, or build again",
+    )
+    return tokenizer
 
 
 # --------------------------------------------------------------------------------------------------------- corpus
@@ -295,13 +435,15 @@ class Corpus:
     """The tokenizer and, for each split, all text documents as token ids."""
 
     tokenizer: Tokenizer
-    documents: dict[str, list[np.ndarray]]
+    documents: dict[str, Sequence[np.ndarray] | Documents]
     held_out_percent: int
     key: str = ""  # fingerprint of the text and of the settings that it was read with
 
     @staticmethod
     def load(config: DataConfig) -> "Corpus":
         """Read the text, or what an earlier run made of the same text and settings. Raises ValueError for unusable text."""
+        if config.path and is_shards(Path(config.path)):
+            return Corpus._of_shards(config)
         first: dict[str, tuple[str, str]] = {}  # a text under two names keeps the first: copies must not land in two splits
         for name, text in user_documents(Path(config.path)) if config.path else python_documents():
             first.setdefault(text.strip(), (name, text))
@@ -312,21 +454,21 @@ class Corpus:
             f"data.path ({config.path}) holds {n_characters} characters; at least 20000 are needed to train and hold out",
         )
         examples = _example_problems(config.held_out_percent)
-        key = fingerprint([named, examples, config.tokenizer, config.vocab_size, config.held_out_percent, TOKEN_PATTERN])
+        is_folder = config.tokenizer != "corpus" and Path(config.tokenizer).is_dir()
+        from_file = FileTokenizer(Path(config.tokenizer)) if is_folder else None
+        source = [from_file.json, from_file.end] if from_file else config.tokenizer  # content: a folder may change
+        key = fingerprint([named, examples, source, config.vocab_size, config.held_out_percent, TOKEN_PATTERN])
         file = Path(config.cache_dir) / f"corpus-{key}.npz"
         cached = _load_arrays(file)
         if config.tokenizer != "corpus":
-            tokenizer = named_tokenizer(config.tokenizer)
+            tokenizer = from_file or named_tokenizer(config.tokenizer)
         else:
             if cached is None:
                 train_texts = [text for name, text in named if split_of(name, config.held_out_percent) == "train"]
                 ranks = train_tokenizer(train_texts + examples, config.vocab_size)
             else:
                 ranks = dict(zip(cached["ranks"].tolist(), range(len(cached["ranks"])), strict=True))
-            merges = {bytes.fromhex(k): rank for k, rank in ranks.items()}
-            tokenizer = Tokenizer(
-                tiktoken.Encoding("corpus", pat_str=TOKEN_PATTERN, mergeable_ranks=merges, special_tokens={})
-            )
+            tokenizer = corpus_tokenizer(ranks)
         if cached is None:
             arrays = {"ranks": np.array(list(ranks) if config.tokenizer == "corpus" else [])}
             for split in SPLITS:
@@ -347,8 +489,26 @@ class Corpus:
             documents[split] = np.split(cached[f"{split}_tokens"], ends[:-1])
         return Corpus(tokenizer, documents, config.held_out_percent, key)
 
+    @staticmethod
+    def _of_shards(config: DataConfig) -> "Corpus":
+        """Documents that stay on disk. Every byte is checked once."""
+        found, percent = ShardSet(Path(config.path)), config.held_out_percent
+        tokenizer = tokenizer_of_shards(found, config.tokenizer)
+        found.check_once(Path(config.cache_dir))
+        ranges = {"train": (2 * percent, N_BUCKETS), "val": (0, percent), "test": (percent, 2 * percent)}  # as `split_of`
+        documents = {split: found.documents(*ranges[split]) for split in SPLITS}
+        for split in SPLITS:
+            require(
+                len(documents[split]),
+                f"data.path ({config.path}) leaves no document for the {split} split; "
+                "add documents or raise data.held_out_percent",
+            )
+        return Corpus(tokenizer, documents, percent, fingerprint([found.key, percent]))
+
     def text_window(self, rng: random.Random, split: str, length: int) -> np.ndarray:
         """Up to `length` tokens in a row from one document, documents chosen in proportion to their length."""
+        if isinstance(self.documents[split], Documents):
+            return self.documents[split].window(rng, length)
         lengths = self._lengths(split)
         i = int(np.searchsorted(lengths, rng.randrange(int(lengths[-1])), side="right"))
         document = self.documents[split][i]
@@ -407,7 +567,7 @@ def problem_tokens(tokenizer: Tokenizer, problem: Problem, thought: str | None =
     return prompt, [*tokenizer.encode(problem.answer), tokenizer.end]
 
 
-def pretrain_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
+def pretrain_batch(corpus: Corpus, config: Config, step: int, split: str = "train") -> dict[str, Tensor]:
     """Packed documents for next-token prediction: tokens_BT, targets_BT and ids_BT (the document of each token).
 
     Each document is text if the batch has less text so far than its share of the tokens, else a problem.
@@ -421,7 +581,7 @@ def pretrain_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tenso
         families = families[: 1 + int(len(families) * step / (fit.intro_share * fit.steps))]
     think, worked = (1.0, 1.0) if intro else (fit.clean_think, 1.0) if clean else (fit.think, fit.worked)
     n_text = n_all = 0
-    rng = random.Random(f"pretrain-{config.seed}-{step}")
+    rng = random.Random(f"pretrain-{config.seed}-{step}" + ("" if split == "train" else f"-{split}"))
     tokens_BT = np.zeros((fit.batch, fit.seq_len + 1), dtype=np.int64)
     ids_BT = np.zeros((fit.batch, fit.seq_len + 1), dtype=np.int64)
     for row in range(fit.batch):
@@ -429,15 +589,15 @@ def pretrain_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tenso
         while n <= fit.seq_len:
             is_text = n_text < share * (n_all + 1)  # with the token to come: a share of 1 begins with text
             if is_text:
-                document = corpus.text_window(rng, "train", fit.seq_len).tolist()
+                document = corpus.text_window(rng, split, fit.seq_len).tolist()
                 if not clean and rng.random() < fit.text_think:
                     document = with_thought(corpus.tokenizer, document, filler(rng), rng.randrange(1, len(document) + 1))
             else:
-                problem = draw_problem(rng, "train", corpus.held_out_percent, rng.choice(families))
+                problem = draw_problem(rng, split, corpus.held_out_percent, rng.choice(families))
                 thought = thought_for(problem, rng, worked) if rng.random() < think else None
                 prompt, answer = problem_tokens(corpus.tokenizer, problem, thought)
                 document = prompt + answer
-            document = document[: fit.seq_len + 1 - n]
+            document = [*corpus.tokenizer.begin, *document][: fit.seq_len + 1 - n]
             n_text, n_all = n_text + is_text * len(document), n_all + len(document)
             tokens_BT[row, n : n + len(document)] = document
             ids_BT[row, n : n + len(document)] = i
@@ -450,8 +610,31 @@ def pretrain_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tenso
 
 def cpt_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
     """`pretrain_batch` after the base's last step: the same mixture goes on, with new documents."""
-    fit = dataclasses.replace(config.pretrain, batch=config.cpt.batch)
-    return pretrain_batch(corpus, dataclasses.replace(config, pretrain=fit), fit.steps + step)
+    return mixture(corpus, config, step, config.cpt.batch, config.pretrain.seq_len)
+
+
+def elastic_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
+    """The base's last mixture in short sequences, then (stage 2) in long ones.
+
+    budget_B: the index in elastic.budgets that each sequence trains: drawn uniformly in stage 1, by elastic.long_weights in
+    stage 2 (eq. 18 and 19); step_B: the step. A function of (seed, step) alone.
+    """
+    c = config.elastic
+    is_long = step >= c.stage_1_steps()
+    n_rows, seq_len = (c.long_rows(), c.long_len) if is_long else (c.batch, c.seq_len)
+    batch = mixture(corpus, config, step, n_rows, seq_len)
+    weights = c.long_weights if is_long else [1.0] * len(c.budgets)
+    n = len(batch["tokens_BT"])
+    drawn = random.Random(f"budget-{config.seed}-{step}").choices(range(len(c.budgets)), weights, k=n)
+    return {**batch, "budget_B": torch.tensor(drawn), "step_B": torch.full((n,), step)}
+
+
+def mixture(
+    corpus: Corpus, config: Config, step: int, n_rows: int, seq_len: int, split: str = "train"
+) -> dict[str, Tensor]:
+    """Rows of the base's last mixture, `step` batches after its own end."""
+    fit = dataclasses.replace(config.pretrain, batch=n_rows, seq_len=seq_len)
+    return pretrain_batch(corpus, dataclasses.replace(config, pretrain=fit), fit.steps + step, split)
 
 
 def rlp_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
@@ -494,8 +677,10 @@ def collate_contexts(
     """context_BT (padded on the left), ids_BT (-1 at the padding, 0 elsewhere), target_BX (X = horizon tokens).
 
     A context longer than rlp.context_len loses its beginning; a target shorter than the horizon is filled up with END.
+    Before each context stand what the tokenizer begins a document with and the instruction `rlp.prompt`.
     """
-    contexts = [c[-fit.context_len :] for c in contexts]
+    before = instruction(tokenizer, fit)
+    contexts = [before + c[-fit.context_len :] for c in contexts]
     T = max(len(c) for c in contexts)
     context_BT = torch.full((len(contexts), T), tokenizer.end)
     ids_BT = torch.full((len(contexts), T), -1)
@@ -504,3 +689,8 @@ def collate_contexts(
         ids_BT[i, T - len(c) :] = 0
     target_BX = torch.tensor([(t + [tokenizer.end] * fit.horizon)[: fit.horizon] for t in targets])
     return {"context_BT": context_BT, "ids_BT": ids_BT, "target_BX": target_BX}
+
+
+def instruction(tokenizer: Tokenizer, fit: RLPConfig) -> list[int]:
+    """What stands before every context of RLP, for thoughts and for predictions without one; usually nothing."""
+    return [*tokenizer.begin, *(tokenizer.encode(fit.prompt) if fit.prompt else [])]

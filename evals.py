@@ -11,17 +11,24 @@ Accuracy is that of the likeliest answer token after sampled thoughts, after the
 Intervals treat problems (not thoughts) as the independent observations: mean +- 1.96 standard errors over problems.
 """
 
+import copy
+import dataclasses
+import itertools
 import math
 import random
+import time
 
+import safetensors.torch
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+import elastic
 from config import Config
-from data import FAMILIES, Corpus, Problem, collate_contexts, held_out_problems, text_position
+from data import FAMILIES, Corpus, Problem, collate_contexts, held_out_problems, mixture, text_position
 from generate import sample_thoughts, score_targets
 from kernels import token_logp
-from model import HybridLM
+from model import HybridLM, count_parameters, part_cache_bytes, part_flops
 
 PROBLEMS_AT_ONCE = 64
 
@@ -102,13 +109,13 @@ def plain_logp(
 def text_losses(model: HybridLM, corpus: Corpus, config: Config, split: str = "test") -> Tensor:
     """Next-token loss in nats a token of held-out text, without thoughts: one mean per window of 256 tokens."""
     rng, length = random.Random(f"text-{split}-{config.seed}"), 256
+    device, begin = next(model.parameters()).device, corpus.tokenizer.begin
     losses = []
     for _ in range(max(2, config.eval.text_tokens // length)):
-        window = (
-            torch.from_numpy(corpus.text_window(rng, split, length + 1)).long()[None].to(next(model.parameters()).device)
-        )
+        window = torch.tensor([[*begin, *corpus.text_window(rng, split, length + 1).tolist()]], device=device)
         hidden_BTD, _ = model(window[:, :-1])
-        losses.append(-token_logp(model.logits(hidden_BTD), window[:, 1:], corpus.tokenizer.tags).mean().cpu())
+        logits_BTV, target_BT = model.logits(hidden_BTD[:, len(begin) :]), window[:, 1 + len(begin) :]
+        losses.append(-token_logp(logits_BTV, target_BT, corpus.tokenizer.tags).mean().cpu())
     return torch.stack(losses)
 
 
@@ -215,3 +222,169 @@ def to_device(batch: dict[str, Tensor], model: HybridLM) -> dict[str, Tensor]:
     """The batch on the model's device."""
     device = next(model.parameters()).device
     return {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+
+
+# -------------------------------------------------------------------------------------------------- models of many sizes
+
+
+@torch.no_grad()
+def evaluate_sizes(
+    models: list[HybridLM], references: list[int], corpus: Corpus, config: Config, split: str = "test"
+) -> list[dict]:
+    """Models of any size on the same held-out sequences of the training mixture, and on long texts.
+
+    Half of the sequences are text and half are problems, weighted as training weighs them: see `stratified`.
+    Args: models: the first is the parent; references: for each model the index of the one that it is compared with.
+    Returns for each: loss_nats, also of text_ and problem_ sequences alone; difference_nats (from its reference, paired by
+    sequence); loss_change (against the parent, relative, paired); kl_nats (KL from the parent); top1 (share of tokens
+    where both find the same one likeliest); long_loss_nats (of text, at the positions that stage 1 never had).
+    """
+    at_once, n_rows = 16, config.eval.elastic_rows // 2
+    found: list[dict[str, dict[str, Tensor]]] = [{"text": {}, "problem": {}} for _ in models]
+    for kind, text_share in (("text", 1.0), ("problem", 0.0)):
+        alone = dataclasses.replace(config, data=dataclasses.replace(config.data, text_share=text_share))
+        for step in range(-(-n_rows // at_once)):
+            batch = to_device(mixture(corpus, alone, step, at_once, config.elastic.seq_len, split), models[0])
+            inside_BT, wanted_BTV = (batch["targets_BT"] != -100).double(), None
+            for model, parts in zip(models, found, strict=True):
+                logp_BTV, loss_B = _logp_and_loss(model, batch)
+                wanted_BTV = logp_BTV if wanted_BTV is None else wanted_BTV
+                kl_BT = F.kl_div(logp_BTV, wanted_BTV, reduction="none", log_target=True).sum(-1)
+                same_BT = (logp_BTV.argmax(-1) == wanted_BTV.argmax(-1)).double()
+                rows = {"loss_nats": loss_B, "kl_nats": _row_mean(kl_BT, inside_BT), "top1": _row_mean(same_BT, inside_BT)}
+                for name, value in rows.items():
+                    before = parts[kind].get(name)
+                    parts[kind][name] = value if before is None else torch.cat([before, value])
+    out, share = [], config.data.text_share
+    parent_loss = stratified(found[0]["text"]["loss_nats"], found[0]["problem"]["loss_nats"], share)["mean"]
+    for model, parts, reference in zip(models, found, references, strict=True):
+        text, problem, other = parts["text"], parts["problem"], found[reference]
+        figures = {name: stratified(text[name], problem[name], share) for name in text}
+        figures |= {f"{kind}_loss_nats": interval(parts[kind]["loss_nats"]) for kind in parts}
+        change, difference = (
+            [(parts[kind]["loss_nats"] - theirs[kind]["loss_nats"]) / unit for kind in parts]
+            for theirs, unit in ((found[0], parent_loss), (other, 1.0))
+        )
+        figures |= {"loss_change": stratified(*change, share), "difference_nats": stratified(*difference, share)}
+        out.append({**figures, "long_loss_nats": interval(long_losses(model, corpus, config, split))})
+    return out
+
+
+def stratified(text: Tensor, problem: Tensor, text_share: float) -> dict[str, float | int]:
+    """Mean of a mixture of two kinds of sequences from a sample of each, with its 95 % interval.
+
+    mean = s m_text + (1 - s) m_problem; its variance is s^2 v_text / n_text + (1 - s)^2 v_problem / n_problem. A sequence
+    of text costs five times as much as one of problems: in one sample their difference would drown all others.
+    """
+    parts = [(text_share, interval(text)), (1 - text_share, interval(problem))]
+    mean = sum(w * i["mean"] for w, i in parts)
+    half = math.sqrt(sum((w * (i["high"] - i["mean"])) ** 2 for w, i in parts))
+    return {"mean": mean, "low": mean - half, "high": mean + half, "n": len(text) + len(problem)}
+
+
+def _logp_and_loss(model: HybridLM, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of all tokens everywhere, and the mean loss of each sequence."""
+    hidden_BTD, _ = model(batch["tokens_BT"], ids_BT=batch["ids_BT"])
+    logp_BTV, targets_BT = torch.log_softmax(model.logits(hidden_BTD).float(), dim=-1), batch["targets_BT"]
+    loss_BT = -logp_BTV.gather(-1, targets_BT.clamp(min=0)[..., None])[..., 0]
+    return logp_BTV, _row_mean(loss_BT, (targets_BT != -100).double())
+
+
+def _row_mean(value_BT: Tensor, inside_BT: Tensor) -> Tensor:
+    return ((value_BT * inside_BT).sum(1) / inside_BT.sum(1)).cpu()
+
+
+@torch.no_grad()
+def long_losses(model: HybridLM, corpus: Corpus, config: Config, split: str) -> Tensor:
+    """Mean loss of each held-out text of elastic.long_len tokens, after its first elastic.seq_len."""
+    c, device, losses = config.elastic, next(model.parameters()).device, []
+    found = (d[i : i + c.long_len + 1] for d in corpus.documents[split] for i in range(0, len(d) - c.long_len, c.long_len))
+    texts = list(itertools.islice(found, config.eval.elastic_rows))
+    for start in range(0, len(texts), 4):
+        tokens_BT = torch.stack([torch.from_numpy(t).long() for t in texts[start : start + 4]]).to(device)
+        hidden_BTD, _ = model(tokens_BT[:, :-1])
+        logp_BT = token_logp(model.logits(hidden_BTD[:, c.seq_len - 1 :]), tokens_BT[:, c.seq_len :])
+        losses.append(-logp_BT.mean(1).cpu())
+    return torch.cat(losses) if losses else torch.full((2,), math.nan)
+
+
+def size_facts(model: HybridLM, config: Config) -> dict[str, float]:
+    """Parameters, bytes (of weights as they are here; of the caches of one sequence), FLOPs a token, tokens a second."""
+    c, kinds = config.elastic, list(enumerate(model.config.pattern))
+    shapes = [(kind, model.config.layer(i)) for i, kind in kinds]
+    batch = torch.zeros(8, c.seq_len, dtype=torch.long, device=next(model.parameters()).device)
+    with torch.no_grad():
+        model(batch)
+        times = []
+        for _ in range(5):
+            began = time.perf_counter()
+            model(batch)[0][0, 0, 0].item()
+            times.append(time.perf_counter() - began)
+    return {
+        "parameters": count_parameters(model),
+        "bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "cache_bytes": sum(part_cache_bytes(kind, shape, c.cost_len, 4) for kind, shape in shapes),
+        "flops_per_token": part_flops("", model.config, c.cost_len) + sum(part_flops(k, s, c.cost_len) for k, s in shapes),
+        "tokens_per_second": batch.numel() / sorted(times)[2],
+    }
+
+
+def family_bytes(model: HybridLM, router: torch.nn.Module, sizes: list[HybridLM]) -> dict[str, int]:
+    """What a family takes, as one checkpoint with its router and as a checkpoint for each size: files, and memory.
+
+    In memory the family is the full model, the router, and what the largest of its submodels does not share with it.
+    """
+
+    def file_bytes(*networks: torch.nn.Module) -> int:
+        return sum(len(safetensors.torch.save({k: v.contiguous() for k, v in n.state_dict().items()})) for n in networks)
+
+    def storage_bytes(*networks: torch.nn.Module) -> int:
+        tensors = [t for n in networks for t in (*n.parameters(), *n.buffers())]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    return {
+        "family_file": file_bytes(model, router),
+        "separate_files": sum(file_bytes(s) for s in sizes),
+        "family_memory": max(storage_bytes(model, router, s) for s in sizes),
+        "separate_memory": sum(s.numel() * s.element_size() for m in sizes for s in m.parameters()),
+        "router_parameters": count_parameters(router),
+    }
+
+
+@torch.no_grad()
+def score_table(model: HybridLM, corpus: Corpus, config: Config, n_random: int = 3) -> dict[str, dict[str, float]]:
+    """How well each importance score orders each axis: loss with half of that axis alone, untrained.
+
+    For depth: with one layer less. Ranked on training text, measured on the validation split. `random` is the mean over
+    n_random orders.
+    """
+    c, full = config.elastic, elastic.full_widths(model.config)
+    batches = [mixture(corpus, config, 10**6, c.calibration_rows, c.seq_len)]
+    held_out = [mixture(corpus, config, i, 16, c.seq_len, "val") for i in range(6)]
+    halves = {"ffn": {"-": (0.5,)}, "mamba_heads": {"M": (0.5, 1)}, "mamba_channels": {"M": (1, 0.5)},
+              "attn_heads": {"*": (0.5,)}}  # fmt: skip
+
+    def cut(axis: str, first_to_go: int) -> elastic.Widths:
+        shares = halves.get(axis, {})
+        layers = [
+            tuple(int(w * s) for w, s in zip(own, shares.get(kind, (1, 1)), strict=False))
+            for kind, own in zip(model.config.pattern, full.layers, strict=True)
+        ]
+        if axis == "depth":
+            layers[first_to_go] = ()
+        return elastic.Widths(full.d_model // (2 if axis == "d_model" else 1), tuple(layers))
+
+    def loss(axis: str, kind: str, seed: int) -> float:
+        field = "score_" + {"mamba_heads": "mamba", "mamba_channels": "mamba", "attn_heads": "attn"}.get(axis, axis)
+        ordered = copy.deepcopy(model)
+        ranking = elastic.rank(ordered, batches, dataclasses.replace(c, **{field: kind}), seed)
+        elastic.order_weights(ordered, ranking)
+        small = elastic.submodel(ordered, cut(axis, ranking.depth[0]))
+        return float(torch.cat([_logp_and_loss(small, batch)[1] for batch in held_out]).mean())
+
+    table = {}
+    for axis in elastic.AXES:
+        kinds = ("paper", "greedy" if axis == "depth" else "output")
+        table[axis] = {kind: loss(axis, kind, 0) for kind in kinds}
+        table[axis]["random"] = sum(loss(axis, "random", seed) for seed in range(n_random)) / n_random
+    return table

@@ -4,7 +4,7 @@
 thoughts, closes them, and reads log p(x_t | x_<t, c) from the decode state that the closing tag leaves behind: scoring a
 thought costs no forward pass of its own. Rows that are done leave the batch.
 
-As a program, `python generate.py RUN "prompt"` talks to a trained model and shows its thought.
+As a program, `python generate.py RUN "prompt"` talks to a trained model, or to one of Hugging Face, and shows its thought.
 """
 
 import sys
@@ -153,12 +153,17 @@ def show_thoughts(
     temperature: float,
     seed: int,
     n_after: int = 8,
+    before: str = "",
 ) -> list[str]:
-    """For each prompt the text `<think> thought </think> continuation`, the continuation greedy and up to end-of-text."""
+    """For each prompt the text `<think> thought </think> continuation`, the continuation greedy and up to end-of-text.
+
+    Args: before: text that the model reads before each prompt (`rlp.prompt`).
+    """
     texts = []
     for prompt in prompts:
         device = next(model.parameters()).device
-        context_BT = torch.tensor([tokenizer.encode(prompt)], device=device)
+        ids = [*tokenizer.begin, *tokenizer.encode(before), *tokenizer.encode(prompt)]
+        context_BT = torch.tensor([ids], device=device)
         generator = torch.Generator(device).manual_seed(seed)
         dummy_BX = torch.full((1, 1), tokenizer.end, device=device)
         t = sample_thoughts(model, context_BT, torch.zeros_like(context_BT), dummy_BX, tokenizer.tags, tokenizer.end, 1,
@@ -190,7 +195,8 @@ def main(argv: list[str] | None = None) -> int:
     """`python generate.py RUN PROMPT`: a thought and an answer. Returns 0, or 2 for an empty prompt or no run."""
     import tyro
 
-    from train import load_run
+    from elastic import load_family, submodel
+    from train import load_model
 
     def talk(
         run: tyro.conf.Positional[Path],
@@ -198,22 +204,33 @@ def main(argv: list[str] | None = None) -> int:
         temperature: float = 1.0,
         seed: int = 0,
         thought_len: int = 40,
+        budget: tuple[float, ...] = (),
     ) -> None:
         """Talk to a trained model and see its thought.
 
         Args:
-            run: Folder of a run, such as runs/rlp-cpu-seed0.
+            run: Folder of a run, such as runs/rlp-cpu-seed0, or a Hugging Face directory.
             prompt: Text to go on from; for a problem, end it with 'Answer:'.
             temperature: Of the thought; 0 is greedy.
             seed: Of the sampling.
             thought_len: Longest thought, in tokens.
+            budget: Sizes of an elastic run to answer with, one after the other, such as 1 0.5; none means the whole model.
         """
         require(prompt, f"prompt ({prompt!r}) is empty, and a thought needs at least one token before it; give some text")
         require(
             thought_len >= 1, f"thought-len ({thought_len}) must be at least 1: the closing tag is a token of the thought"
         )
-        model, corpus, _ = load_run(run)
-        print(prompt + show_thoughts(model, corpus.tokenizer, [prompt], thought_len, temperature, seed)[0])
+        if not budget:
+            model, tokenizer, before = load_model(run)
+            (text,) = show_thoughts(model, tokenizer, [prompt], thought_len, temperature, seed, before=before)
+            print(prompt + text)
+            return
+        family, router, corpus, config = load_family(run)
+        for b, widths in [(b, router.choose(b)) for b in budget]:
+            small = submodel(family, widths)  # replaces the one before: memory does not grow with the number of budgets
+            (answer,) = show_thoughts(small, corpus.tokenizer, [prompt], thought_len, temperature, seed,
+                                      before=config.rlp.prompt)  # fmt: skip
+            print(f"[{b:g}] {prompt}{answer}")
 
     try:
         tyro.cli(talk, args=argv, prog="generate.py")

@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,12 @@ BLUE, ORANGE, GREY = "#2f6db3", "#e07b39", "#9a9a9a"
 
 
 def plot_run(run_dir: Path) -> None:
-    """gain.png, accuracy.png and thoughts.png for an RLP run, loss.png for the others."""
+    """gain.png, accuracy.png and thoughts.png for an RLP run; loss.png for the others, elastic: widths.png, sizes.png."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((run_dir / "summary.json").read_text())
+    if summary["mode"] == "elastic":
+        plot_widths(summary, run_dir / "widths.png")
+        plot_sizes(summary, run_dir / "sizes.png")
     if summary["mode"] != "rlp":
         _plot_series(run_dir / "loss.png", lines, {"loss": ""}, "training loss (nats a token)")
         return
@@ -57,6 +61,58 @@ def plot_accuracy(summaries: list[dict], file: Path) -> None:
     axis.set_ylabel("accuracy on held-out problems")
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=3, frameon=False, fontsize=8)
     _finish(figure, axis, file)
+
+
+def plot_widths(summary: dict, file: Path) -> None:
+    """For each budget the share of every layer's parts that is kept, in the order of the layers."""
+    budgets, full = summary["budgets"], summary["teacher"]["widths"]
+    kinds = {"M": ("heads", "channels"), "*": ("heads",), "-": ("neurons",)}
+    names, series = ["stream"], [[b["widths"]["d_model"] / full["d_model"] for b in budgets]]
+    for i, kind in enumerate(summary["teacher"]["pattern"]):
+        for j, name in enumerate(kinds[kind]):
+            names.append(f"{i} {kind}\n{name}")
+            kept = [b["widths"]["layers"][i] for b in budgets]
+            series.append([(w[j] / full["layers"][i][j] if w else 0.0) for w in kept])
+    figure, axis = plt.subplots(figsize=(max(6, 0.75 * len(names)), 3), layout="constrained")
+    for k, (budget, color) in enumerate(zip(budgets, _shades(len(budgets)), strict=True)):
+        at = np.arange(len(names)) + 0.8 * ((k + 0.5) / len(budgets) - 0.5)
+        axis.bar(at, [s[k] for s in series], 0.75 / len(budgets), color=color, label=f"{100 * budget['fraction']:.0f} %")
+    axis.set_xticks(range(len(names)), names, fontsize=8)
+    axis.set_ylabel("share that is kept")
+    axis.legend(
+        title="budget", frameon=False, fontsize=8, ncols=len(budgets), loc="upper center", bbox_to_anchor=(0.5, 1.3)
+    )
+    _finish(figure, axis, file)
+
+
+def plot_sizes(summary: dict, file: Path) -> None:
+    """Held-out loss against size, for the elastic family and every baseline, with 95 % intervals."""
+    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    teacher = summary["teacher"]["loss_nats"]["mean"]
+    axis.axhline(teacher, color=GREY, linewidth=0.8, linestyle=":", label="parent")
+    families = {"elastic": summary["budgets"], **summary["baselines"]}
+    for i, (name, entries) in enumerate(families.items()):
+        x, leaves = [e["parameters"] / 1e6 for e in entries], [e["loss_nats"] for e in entries]
+        half = [leaf["high"] - leaf["mean"] for leaf in leaves]
+        style = {"color": ORANGE, "linewidth": 2, "zorder": 9} if name == "elastic" else {"color": plt.cm.viridis(i / 7)}
+        axis.errorbar(
+            x,
+            [leaf["mean"] for leaf in leaves],
+            half,
+            marker="o",
+            markersize=3,
+            capsize=2,
+            label=SHORT.get(name, name),
+            **style,
+        )
+    axis.set_xlabel("parameters (millions)")
+    axis.set_ylabel("held-out loss (nats a token)")
+    axis.legend(frameon=False, fontsize=8)
+    _finish(figure, axis, file)
+
+
+def _shades(n: int) -> list:
+    return [plt.cm.Blues(0.9 - 0.6 * i / max(1, n - 1)) for i in range(n)]
 
 
 def _plot_series(file: Path, lines: list[dict], labels: dict[str, str], axis_label: str) -> None:
@@ -97,7 +153,15 @@ def percent(leaf: dict[str, Any]) -> str:
 
 
 def print_summary(summary: dict, console: Console) -> None:
-    """The closing table of a run."""
+    """The closing tables of a run."""
+    if summary["mode"] == "elastic":
+        for rows in (budget_rows(summary), rival_rows(summary)):
+            table = Table(*rows[0], title=f"held-out figures, mean (95 % interval), seed {summary['seed']}")
+            for row in rows[1:]:
+                table.add_row(*row)
+            console.print(table)
+        console.print(f"{summary['wall_s']:.0f} s, {summary['peak_memory_gib']:.2f} GiB at the peak")
+        return
     table = Table(title=f"held-out figures, mean (95 % interval), seed {summary['seed']}")
     who = [w for w in ("base", "rlp", "cpt") if w in summary["accuracy"]["sampled"]["all"]]
     for column in ("", *who):
@@ -114,6 +178,31 @@ def print_summary(summary: dict, console: Console) -> None:
         table.add_row(f"gain against {reference} (nats)", *([""] * (len(who) - 1)), cell(leaf))
     console.print(table)
     console.print(f"{summary['wall_s']:.0f} s, {summary['peak_memory_gib']:.2f} GiB at the peak")
+
+
+def print_estimate(facts: dict, console: Console) -> None:
+    """What a run would take (see estimate.py), as tables for the terminal."""
+    console.print(f"{facts['parameters']:,} parameters; {facts['total_tokens']:,} tokens"
+                  + (f"; {facts['thoughts']:,} thoughts" if "thoughts" in facts else ""))  # fmt: skip
+    table = Table("step of", "steps", "tokens a step", "FLOPs a step", "of which")
+    for p in facts["phases"]:
+        step, n = sum(p["flops"].values()), p["steps"]
+        shares = ", ".join(f"{name} {100 * v / step:.0f} %" for name, v in p["flops"].items())
+        table.add_row(p["name"], f"{n:,}", f"{p['tokens']:,}", f"{step:.3g}", shares)
+    console.print(table)
+    console.print(f"{facts['total_flops']:.3g} FLOPs in all: {facts['h100_hours']:,.3g} H100 hours at 40 % of its peak")
+    n, kept = facts["n_gpus"], facts["memory"]
+    table = Table(f"GB on each of {n} GPU{'s' * (n > 1)}", *(f"activations: {name}" for name in kept))
+    for part in kept["all kept"]:
+        if any(memory[part] for memory in kept.values()):
+            table.add_row(part, *(f"{memory[part] / 1e9:,.3g}" for memory in kept.values()))
+    table.add_row("[bold]together[/bold]", *(f"{sum(memory.values()) / 1e9:,.4g}" for memory in kept.values()))
+    console.print(table)
+    console.print("states in fp32, shared out evenly; caches, activations and gathered layers in bf16")
+    if "family" in facts:
+        model, router, separate = (facts["family"][name] / 1e9 for name in ("model", "router", "separate"))
+        console.print(f"all sizes in bf16: {model + router:,.3g} GB as one checkpoint ({100 * router / model:.2g} % is the "
+                      f"router), {separate:,.3g} GB as one for each")  # fmt: skip
 
 
 def main_table(summaries: list[dict]) -> str:
@@ -162,6 +251,80 @@ def rival_table(rlp: dict, cpt: dict) -> str:
     return markdown(rows)
 
 
+def fine(leaf: dict[str, Any]) -> str:
+    """`1.551 (1.540 to 1.562)`."""
+    return f"{leaf['mean']:.3f} ({leaf['low']:.3f} to {leaf['high']:.3f})"
+
+
+def signed(leaf: dict[str, Any]) -> str:
+    """`+0.021 (+0.015 to +0.027)`."""
+    return f"{leaf['mean']:+.3f} ({leaf['low']:+.3f} to {leaf['high']:+.3f})"
+
+
+def budget_rows(summary: dict) -> list[list[str]]:
+    """What each budget of an elastic run reaches; the first row is the head."""
+    entries = summary["budgets"]
+    rows = [[f"n = {entries[0]['loss_nats']['n']}", "parent", *(f"{100 * e['fraction']:.0f} %" for e in entries)]]
+
+    def add(name: str, f: Callable[[dict], str], of_parent: bool = True) -> None:
+        rows.append([name, f(summary["teacher"]) if of_parent else "", *map(f, entries)])
+
+    add("parameters", lambda e: f"{e['parameters']:,}")
+    add("cost, of its target", lambda e: f"{100 * cost_share(e):.1f} %", False)
+    add("MFLOPs a token", lambda e: f"{e['flops_per_token'] / 1e6:.2f}")
+    add("MB of weights", lambda e: f"{e['bytes'] / 1e6:.2f}")
+    add("tokens a second, forward", lambda e: f"{e['tokens_per_second']:,.0f}")
+    add("loss, nats a token", lambda e: fine(e["loss_nats"]))
+    add("of text alone", lambda e: fine(e["text_loss_nats"]))
+    add("of problems alone", lambda e: fine(e["problem_loss_nats"]))
+    add("against the parent", lambda e: percent(e["loss_change"]), False)
+    add("KL from the parent, nats", lambda e: fine(e["kl_nats"]), False)
+    add("same likeliest token as the parent", lambda e: cell(e["top1"]), False)
+    if summary["stage1"]:
+        long = [s["long_loss_nats"]["mean"] for s in summary["stage1"]]
+        rows.append(["loss on long text, after stage 1", f"{summary['teacher']['long_loss_nats']['mean']:.3f} (parent)",
+                     *(f"{x:.3f}" for x in long)])  # fmt: skip
+        rows.append(["loss on long text, after stage 2", "", *(f"{e['long_loss_nats']['mean']:.3f}" for e in entries)])
+    return rows
+
+
+def cost_share(entry: dict) -> float:
+    """Cost over target, for a budget in parameters."""
+    return entry["cost"] / entry["target"]
+
+
+def rival_rows(summary: dict) -> list[list[str]]:
+    """Loss of the elastic family and its rivals, and how far each is from the family, paired; the first row is the head."""
+    entries = summary["budgets"]
+    heads = [f"{100 * e['fraction']:.0f} %" for e in entries]
+    rows = [
+        [f"loss, nats a token, n = {entries[0]['loss_nats']['n']}", *(h for head in heads for h in (head, "minus elastic"))]
+    ]
+    for name, family in {"elastic": entries, **summary["baselines"]}.items():
+        cells = [(fine(e["loss_nats"]), "" if name == "elastic" else signed(e["difference_nats"])) for e in family]
+        rows.append([RIVALS.get(name, name), *(text for pair in cells for text in pair)])
+    return rows
+
+
+SHORT = {
+    "separate": "alone, 1/n of the tokens",
+    "minitron": "alone, n times the cost",
+    "scratch": "from scratch, n times the cost",
+    "fixed": "widths by hand",
+    "random-order": "random order",
+    "uniform": "uniform in stage 2",
+}
+RIVALS = {
+    "elastic": "**elastic**, one run",
+    "separate": "each size distilled alone, 1/n of the tokens",
+    "minitron": "each size distilled alone, all the tokens (n times the cost)",
+    "scratch": "each size from scratch, all the tokens (n times the cost)",
+    "random-order": "elastic, units in random order",
+    "fixed": "elastic, widths by hand",
+    "uniform": "elastic, uniform sampling in stage 2",
+}
+
+
 def total_minutes(summary: dict) -> float:
     """Minutes of the whole job: of the run, and of the base's training where the run found it in the cache."""
     return (summary["wall_s"] + summary["base_train_s"] * summary["base_was_cached"]) / 60
@@ -201,6 +364,11 @@ def tables(folder: Path) -> dict[str, str]:
         out[name] = main_table(summaries) if summaries else "Not run."
     pair = [load_results(folder, name)[:1] for name in ("rlp-cpu", "cpt-cpu")]
     out["cpt-cpu"] = rival_table(*pair[0], *pair[1]) if all(pair) else "Not run."
+    summaries = load_results(folder, "elastic-cpu")
+    out["elastic-cpu"] = markdown(budget_rows(summaries[0])) if summaries else "Not run."
+    out["elastic-cpu-rivals"] = "\n\n".join(
+        f"Seed {s['seed']}:\n\n{markdown(rival_rows(s))}" for s in summaries if s["baselines"]
+    ) or "Not run."  # fmt: skip
     shown = folder / "rlp-cpu-seed0.txt"
     out["samples"] = samples(shown) if shown.exists() else "Not run."
     return out
@@ -224,6 +392,10 @@ def main(argv: list[str]) -> int:
     summaries = load_results(here / "results", "rlp-cpu")
     if summaries:
         plot_accuracy(summaries, here / "results" / "accuracy.png")
+    summaries = load_results(here / "results", "elastic-cpu")
+    if summaries:
+        plot_widths(summaries[0], here / "results" / "widths.png")
+        plot_sizes(summaries[0], here / "results" / "sizes.png")
     return 0
 
 

@@ -24,16 +24,16 @@ thought seems to predict badly, and the gain is inflated); rewards may be floore
 targets may be placed at answers (`rlp.positions`, the paper's is `random`).
 """
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
+import parallel
 from config import RLPConfig
 from data import Tokenizer
 from generate import sample_thoughts, score_targets
 from kernels import token_logp
 from model import HybridLM
+from objective import Objective
 
 
 def information_gain(logp_thought_BG: Tensor, logp_plain_B: Tensor) -> Tensor:
@@ -91,10 +91,8 @@ def thought_mean(value_RM: Tensor, length_R: Tensor) -> Tensor:
 @torch.no_grad()
 def ema_update(teacher: nn.Module, model: nn.Module, tau: float) -> None:
     """phi <- tau phi + (1 - tau) theta, in the teacher's own dtype (fp32: in bf16 a step of 0.001 would be lost)."""
-    phi, theta = (
-        list(teacher.parameters()),
-        [p.detach().to(q.dtype) for p, q in zip(model.parameters(), teacher.parameters(), strict=True)],
-    )
+    phi = [parallel.local(q) for q in teacher.parameters()]
+    theta = [parallel.local(p.detach()).to(q.dtype) for p, q in zip(model.parameters(), phi, strict=True)]
     torch._foreach_lerp_(phi, theta, 1 - tau)
 
 
@@ -131,7 +129,7 @@ def thought_logp(
     return torch.cat(parts)[order.argsort()]
 
 
-class RLP:
+class RLP(Objective):
     """Algorithm 1 of the paper, as an objective for `train.fit`: prepare, loss, and after each step the teacher."""
 
     def __init__(self, config: RLPConfig, tokenizer: Tokenizer):
@@ -156,7 +154,7 @@ class RLP:
             batch["target_BX"],
         )
         thoughts = sample_thoughts(
-            model,
+            parallel.whole(model, for_sampling=True),
             context_BT,
             ids_BT,
             target_BX,
@@ -168,8 +166,9 @@ class RLP:
             generator,
         )
         with torch.no_grad():
-            hidden_BTD, cache = self.teacher(context_BT, ids_BT=ids_BT)
-            logp_teacher_B, _ = score_targets(self.teacher, hidden_BTD[:, -1], cache, target_BX, tags)
+            teacher = parallel.whole(self.teacher)
+            hidden_BTD, cache = teacher(context_BT, ids_BT=ids_BT)
+            logp_teacher_B, _ = score_targets(teacher, hidden_BTD[:, -1], cache, target_BX, tags)
         gain_BG = information_gain(thoughts.logp_target_R.view(-1, c.group_size), logp_teacher_B)
         advantage_BG = group_advantages(gain_BG.clamp(min=c.reward_floor))
         prepared = {
@@ -185,7 +184,7 @@ class RLP:
         }
         if self.reference is not None:
             with torch.no_grad():
-                prepared["reference_logp_RM"] = self._logp(self.reference, prepared)
+                prepared["reference_logp_RM"] = self._logp(parallel.whole(self.reference), prepared)
         return prepared
 
     def loss(self, model: HybridLM, batch: dict[str, Tensor]) -> tuple[Tensor, int, dict[str, Tensor]]:
@@ -217,8 +216,13 @@ class RLP:
 
     def start(self, model: HybridLM) -> None:
         """phi <- theta (and the reference for the KL term, if there is one)."""
-        self.teacher = copy.deepcopy(model).requires_grad_(False)
-        self.reference = copy.deepcopy(self.teacher) if self.config.kl > 0 else None
+        self.teacher = parallel.frozen_copy(model)
+        self.reference = parallel.frozen_copy(model) if self.config.kl > 0 else None
+
+    def expect(self, model: HybridLM, names: list[str]) -> None:
+        """A checkpoint of a run that has begun holds the teacher."""
+        if "teacher" in names:
+            self.start(model)
 
     def networks(self) -> dict[str, HybridLM]:
         """Networks beside the model that a checkpoint must hold."""

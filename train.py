@@ -2,19 +2,22 @@
 
     python train.py --mode rlp                       train a small base, run RLP on it, measure it (CPU, minutes)
     python train.py --mode pretrain                  the base alone
+    python train.py --mode elastic                   make the base elastic: one model that holds smaller ones
     python train.py --mode cpt                       the rival: the base's own pretraining goes on for as long as RLP takes
     python train.py --mode rlp --preset smoke        every part in seconds
     python train.py --mode rlp --rlp.positions random --out runs/random
+    python train.py --mode rlp --init Qwen3-1.7B-Base --rlp.horizon 2        from a Hugging Face directory
+    torchrun --nproc-per-node 8 train.py --mode rlp                          on eight GPUs (parallel.py)
 
-How to read: `main`, `run`, then `fit`. An objective gives `fit` four things: `prepare(model, batch, generator)` makes
-what the updates need (RLP samples thoughts here), `loss(model, batch) -> (sum, count, metrics)`, `n_updates` of each
-batch, and `after_step(model)`. The loss is divided by the total count of a step, so accumulation cannot change it.
+How to read: `main`, `run`, then `fit`. What an objective gives to `fit` is in objective.py. The loss is divided by the
+total count of a step, so accumulation and the number of processes cannot change it.
 
 All randomness is a function of (seed, step): a resumed run repeats the uninterrupted one bit for bit.
 """
 
 import dataclasses
 import json
+import os
 import platform
 import resource
 import signal
@@ -25,48 +28,42 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import Tensor
 
 import checkpoint
+import elastic
+import estimate
 import evals
+import huggingface
 import kernels
+import parallel
 import report
 from config import PRESETS, Config, FitConfig, fingerprint, from_dict, require
-from data import Corpus, cpt_batch, held_out_problems, pretrain_batch, rlp_batch
+from data import (
+    Corpus,
+    FileTokenizer,
+    Tokenizer,
+    cpt_batch,
+    elastic_batch,
+    held_out_problems,
+    mixture,
+    named_tokenizer,
+    pretrain_batch,
+    problem_tokens,
+    rlp_batch,
+)
 from generate import show_thoughts
 from model import HybridLM, count_parameters
+from objective import NextToken, Objective
+from presets import PAPERS
 from rlp import RLP
+from shards import ShardSet, is_shards
 
 console = Console(highlight=False)
-
-
-class NextToken:
-    """Plain next-token prediction, as an objective for `fit`."""
-
-    n_updates = 1
-
-    def prepare(self, model: HybridLM, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """Nothing to do."""
-        return batch
-
-    def loss(self, model: HybridLM, batch: dict[str, Tensor]) -> tuple[Tensor, int, dict[str, Tensor]]:
-        """Sum of the cross-entropies in nats, number of targets (those of -100 count for nothing), metrics."""
-        hidden_BTD, _ = model(batch["tokens_BT"], ids_BT=batch["ids_BT"])
-        target = batch["targets_BT"].flatten()
-        loss = F.cross_entropy(model.logits(hidden_BTD).flatten(0, 1), target, ignore_index=-100, reduction="sum")
-        return loss, int((target != -100).sum()), {}
-
-    def after_step(self, model: HybridLM) -> None:
-        """Nothing to do."""
-
-    def networks(self) -> dict[str, HybridLM]:
-        """No network beside the model."""
-        return {}
 
 
 # ------------------------------------------------------------------------------------------------------- the loop
@@ -74,7 +71,7 @@ class NextToken:
 
 def fit(
     model: HybridLM,
-    objective: NextToken | RLP,
+    objective: Objective,
     make_batch: Callable[[int], dict[str, Tensor]],
     settings: FitConfig,
     run_dir: Path,
@@ -85,17 +82,27 @@ def fit(
 ) -> None:
     """The training loop of every mode: batch, prepare, update, log, save.
 
-    Args: make_batch: the batch of a step; meta: goes into every checkpoint; start: where to go on from.
-    Raises KeyboardInterrupt after Ctrl-C, once the step is finished and saved; FloatingPointError if a gradient is not
-    finite, with the weights before it saved.
+    Args: make_batch: the batch of a step, of which each process runs its parts; meta: goes into every checkpoint; start:
+    where to go on from.
+    Raises KeyboardInterrupt after Ctrl-C or SIGTERM, once the step is finished and saved; FloatingPointError if a gradient
+    is not finite, with the weights before it saved; ValueError if the processes and parts do not divide the batch.
     """
-    device = next(model.parameters()).device
-    optimizers = build_optimizers(model, settings)
+    device, plain = next(model.parameters()).device, model
+    check_rows(settings, label)
+    parallel.barrier()  # what is written from here on, no process must take for the work of an earlier run
+    for network in objective.networks().values():
+        parallel.broadcast(network)
+    model = parallel.shard(model)
+    optimizers = build_optimizers(model, settings) + objective.optimizers()
+    for group in (g for optimizer in optimizers for g in optimizer.param_groups):
+        group["peak_lr"] = group["lr"]
     step = 0
     if start is not None:
         step = start.meta["step"]
         restore(start, model, objective, optimizers)
-    trim_log(run_dir / "metrics.jsonl", step)
+    log_file = run_dir / "metrics.jsonl" if parallel.is_first() else Path(os.devnull)
+    if parallel.is_first():
+        trim_log(log_file, step)
 
     def save() -> Path:
         networks = {"model": model, **objective.networks()}
@@ -110,15 +117,18 @@ def fit(
     )
     with (
         Interrupt() as interrupt,
-        Progress(*columns, console=console) as progress,
-        open(run_dir / "metrics.jsonl", "a") as log,
+        Progress(*columns, console=console, disable=not parallel.is_first()) as progress,
+        open(log_file, "a") as log,
     ):
         task = progress.add_task(label, total=settings.steps, completed=step, note="")
         began = time.perf_counter()
         while step < settings.steps:
-            generator = torch.Generator(device).manual_seed(int(fingerprint([seed, step, label]), 16))
-            batch = {k: v.to(device, non_blocking=True) for k, v in make_batch(step).items()}
-            parts = [objective.prepare(model, part, generator) for part in split_batch(batch, settings.accumulate)]
+            pieces = split_batch(make_batch(step), parallel.team.world * settings.accumulate)
+            parts = []
+            with parallel.gathering_once(), parallel.compute():
+                for i in parallel.parts_of(settings):
+                    part = {k: v.to(device, non_blocking=True) for k, v in pieces[i].items()}
+                    parts.append(objective.prepare(model, part, noise(device, seed, step, label, i)))
             for _ in range(objective.n_updates):
                 metrics = update(model, objective, parts, optimizers, settings, step)
                 if not np.isfinite(metrics["grad_norm"]):
@@ -134,28 +144,56 @@ def fit(
                 began = time.perf_counter()
             shown = "gain_ema_nats" if "gain_ema_nats" in metrics else "loss"
             progress.update(task, completed=step, note=f"{shown} {metrics[shown]:.3f}")
-            if interrupt.asked:
+            if any(parallel.everyone(interrupt.asked)):
                 raise KeyboardInterrupt(f"stopped after step {step}; saved in {save()}; go on with --resume")
             if step % settings.checkpoint_every == 0 or step == settings.steps:
                 save()
         if settings.steps == 0:
             save()
+    parallel.collect(model, plain, objective)
+
+
+def check_rows(settings: FitConfig, label: str) -> None:
+    """Raises ValueError if a batch cannot be dealt out evenly."""
+    n, rows = parallel.team.world * settings.accumulate, settings.fewest_rows()
+    require(
+        rows % n == 0,
+        f"{label}: {rows} sequences (the largest divisor of all batches) cannot be dealt out to {parallel.team.world} "
+        f"processes x {label}.accumulate ({settings.accumulate}); nearest is {max(1, round(rows / n)) * n}",
+    )
+
+
+def noise(device: torch.device, seed: int, step: int, label: str, part: int) -> torch.Generator:
+    """Of a part of a step's batch, whichever process runs it: 1 process with 2 parts equals 2 processes with 1."""
+    return torch.Generator(device).manual_seed(int(fingerprint([seed, step, label] + [part] * (part > 0)), 16))
 
 
 def update(
-    model: HybridLM, objective: NextToken | RLP, parts: list[dict], optimizers: list, settings: FitConfig, step: int
+    model: HybridLM, objective: Objective, parts: list[dict], optimizers: list, settings: FitConfig, step: int
 ) -> dict[str, float]:
-    """One optimizer step on the mean loss over all parts; skipped if the gradient is not finite. Returns metrics."""
-    total_loss, total_count, totals = 0.0, 0, {}
+    """One optimizer step on the mean loss over all parts of all processes; skipped if the gradient is not finite.
+
+    Returns metrics: means over the parts that have them, each part with its count as weight.
+    """
+    sums = {"loss": (0.0, 0)}
+    runner = parallel.whole(model, trains=True) if objective.runs_whole else model
     for part in parts:
-        loss, count, metrics = objective.loss(model, part)
+        with parallel.compute():
+            loss, count, metrics = objective.loss(runner, part)
         loss.backward()
-        total_loss, total_count = total_loss + float(loss.detach()), total_count + count
+        parallel.reshard(runner)
+        sums["loss"] = (sums["loss"][0] + float(loss.detach()), sums["loss"][1] + count)
         for name, value in metrics.items():
-            totals[name] = totals.get(name, 0.0) + float(value) * count
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    torch._foreach_div_(grads, total_count)
-    grad_norm = float(nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm))
+            if np.isfinite(float(value)):
+                total, weight = sums.get(name, (0.0, 0))
+                sums[name] = (total + float(value) * count, weight + count)
+    if runner is not model:
+        parallel.scatter_gradients(runner, model)
+    means, total_count = total_means(parallel.everyone(sums))
+    trained = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    parallel.sum_gradients(trained)
+    torch._foreach_div_([parallel.local(p.grad) for p in trained if p.grad is not None], total_count)
+    grad_norm = parallel.clip_gradients(list(model.parameters()), settings.clip_norm)
     rate = schedule(step, settings)
     if np.isfinite(grad_norm):
         for optimizer in optimizers:
@@ -164,14 +202,17 @@ def update(
             optimizer.step()
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    means = {name: total / total_count for name, total in totals.items() if np.isfinite(total)}
-    return {
-        "loss": total_loss / total_count,
-        **means,
-        "grad_norm": grad_norm,
-        "lr": settings.lr * rate,
-        "count": total_count,
-    }
+    return {**means, "grad_norm": grad_norm, "lr": settings.lr * rate, "count": total_count}
+
+
+def total_means(by_process: list[dict[str, tuple[float, int]]]) -> tuple[dict[str, float], int]:
+    """Means over all processes from each one's (sum, weight) by name, and the weight of the loss: the global count."""
+    totals: dict[str, tuple[float, int]] = {}
+    for sums in by_process:
+        for name, (total, weight) in sums.items():
+            before = totals.get(name, (0.0, 0))
+            totals[name] = (before[0] + total, before[1] + weight)
+    return {name: total / weight for name, (total, weight) in totals.items()}, totals["loss"][1]
 
 
 def schedule(step: int, settings: FitConfig) -> float:
@@ -193,9 +234,6 @@ def build_optimizers(model: HybridLM, settings: FitConfig) -> list[torch.optim.O
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)]
     if muon:
         optimizers.append(torch.optim.Muon(muon, lr=settings.muon_lr, weight_decay=settings.weight_decay))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
     return optimizers
 
 
@@ -205,15 +243,13 @@ def split_batch(batch: dict[str, Tensor], n: int) -> list[dict[str, Tensor]]:
     return [{k: v[i] for k, v in pieces.items()} for i in range(n)]
 
 
-def restore(start: checkpoint.Checkpoint, model: HybridLM, objective: NextToken | RLP, optimizers: list) -> None:
+def restore(start: checkpoint.Checkpoint, model: HybridLM, objective: Objective, optimizers: list) -> None:
     """Networks and optimizers as they were when the checkpoint was written."""
-    checkpoint.load_weights(model, start.tensors("model"), start.path)
-    if isinstance(objective, RLP) and (start.path / "teacher.safetensors").exists():
-        objective.start(model)
+    start.fill(model, "model")
+    objective.expect(model, start.networks())
     for name, network in objective.networks().items():
-        checkpoint.load_weights(network, start.tensors(name), start.path)
-    for optimizer, state in zip(optimizers, start.optimizer(), strict=True):
-        optimizer.load_state_dict(state)
+        start.fill(network, name)
+    start.fill_optimizers(optimizers)
 
 
 def trim_log(file: Path, step: int) -> None:
@@ -225,23 +261,25 @@ def trim_log(file: Path, step: int) -> None:
 
 
 class Interrupt:
-    """Turns the first Ctrl-C into a flag, so that a step is finished and saved; the second one stops at once."""
+    """Turns the first Ctrl-C, or SIGTERM as a batch system sends it, into a flag, so that a step is finished and saved;
+    the second one stops at once."""
 
     asked = False
 
     def __enter__(self) -> "Interrupt":
         """Start listening."""
-        self.previous = signal.signal(signal.SIGINT, self.ask)
+        self.previous = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def ask(self, *_: object) -> None:
         """The handler."""
         self.asked = True
-        signal.signal(signal.SIGINT, self.previous)
+        self.__exit__()
 
     def __exit__(self, *_: object) -> None:
         """Stop listening."""
-        signal.signal(signal.SIGINT, self.previous)
+        for s, handler in self.previous.items():
+            signal.signal(s, handler)
 
 
 # --------------------------------------------------------------------------------------------------------- a run
@@ -264,24 +302,63 @@ def base_weights(config: Config, corpus: Corpus, model: HybridLM) -> dict:
     Returns, for summary.json: its folder, whether it was there already, and the seconds that its training steps took.
     """
     was_cached = True
+    if config.init and huggingface.is_hf(Path(config.init)):
+        load_hf_weights(model, Path(config.init), corpus.tokenizer)
+        return {"base_dir": config.init, "base_was_cached": True, "base_train_s": 0.0}
     if config.init:
         folder = Path(config.init)
-        found = checkpoint.newest(folder) if folder.is_dir() else None
-        require(found, f"init ({config.init}) holds no checkpoint; give the run folder of an earlier run")
+        found = newest(folder)
+        require(
+            found,
+            f"init ({config.init}) holds no checkpoint; give the run folder of an earlier run, or a Hugging Face directory",
+        )
     else:
         key = fingerprint([config.base_fingerprint(), corpus.key])
         folder = Path(config.data.cache_dir) / f"base-{key}"
-        found = checkpoint.newest(folder) if folder.exists() else None
+        found = newest(folder)
         if found is None or found.meta["step"] < config.pretrain.steps:
             was_cached = False
             console.print(f"training the base once; it is kept in {escape(str(folder))}")
             train_base(dataclasses.replace(config, mode="pretrain", out=str(folder)), corpus, model, found)
-            found = checkpoint.newest(folder)
+            found = newest(folder)
     warn(found.warning)
     checkpoint.load_weights(model, found.tensors("model"), found.path)
-    steps = (folder / "metrics.jsonl").read_text().splitlines()
+    log = folder / "metrics.jsonl"  # a model cut out of an elastic run has none
+    steps = log.read_text().splitlines() if log.exists() else []
     seconds = sum(json.loads(line)["seconds"] for line in steps)
     return {"base_dir": str(folder), "base_was_cached": was_cached, "base_train_s": seconds}
+
+
+def load_hf_weights(model: HybridLM, folder: Path, tokenizer: Tokenizer) -> None:
+    """Load a Hugging Face directory into a model, which may have rows for more tokens than it (see `resolve`)."""
+    _, tensors = huggingface.load_hf(folder)
+    n_known = len(tensors["embed.weight"])
+    beyond = [i for i in range(n_known, model.config.vocab_size) if i not in tokenizer.new_ids]
+    checkpoint.load_weights(model, huggingface.add_rows(tensors, sorted([*tokenizer.new_ids, *beyond])), folder)
+
+
+def resolve(config: Config) -> Config:
+    """The settings with what files say of them: the text of rlp.prompt_file, and the shape and the tokenizer of `init`.
+
+    What lies in `init` has the only shape that its weights fit, so model.* is replaced by it; so is data.tokenizer by that
+    of a Hugging Face directory, or of a run that began with one. Raises ValueError for a file that cannot be used.
+    """
+    if config.rlp.prompt_file:
+        try:
+            text = Path(config.rlp.prompt_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"rlp.prompt_file ({config.rlp.prompt_file}) cannot be read as UTF-8 text: {error}") from error
+        config = dataclasses.replace(config, rlp=dataclasses.replace(config.rlp, prompt=text))
+    folder = Path(config.init)
+    if not config.init or not (folder / "config.json").is_file():
+        return config
+    is_hf = huggingface.is_hf(folder)
+    shape = huggingface.read_config(folder)[0] if is_hf else saved_config(folder).model
+    tokenizer = folder if is_hf else folder / "hf"
+    if tokenizer.is_dir():
+        shape = dataclasses.replace(shape, vocab_size=max(shape.vocab_size, FileTokenizer(tokenizer).n_vocab))
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(tokenizer)))
+    return dataclasses.replace(config, model=shape)
 
 
 def train_base(config: Config, corpus: Corpus, model: HybridLM, start: checkpoint.Checkpoint | None) -> None:
@@ -292,27 +369,43 @@ def train_base(config: Config, corpus: Corpus, model: HybridLM, start: checkpoin
 
 
 def run(config: Config) -> dict:
-    """A whole run: data, base, training, held-out figures, plots. Returns what summary.json holds."""
+    """A whole run: data, base, training, held-out figures, plots. Returns what summary.json holds.
+
+    Of several processes the first measures, alone; the others return an empty dict after training.
+    """
     began = time.perf_counter()
-    config.check()
+    config = resolve(config.check())
     kernels.use(config.kernels)
-    device = pick_device(config)
+    device = parallel.start(config.parallel, pick_device(config))
+    console.quiet = not parallel.is_first()
+    check_rows(getattr(config, config.mode), config.mode)
     run_dir = config.run_dir()
     start = resume_point(config, run_dir)
     if config.dry_run:
         return dry_run(config)
-    prepare_run_dir(config)
-    corpus = Corpus.load(config.data)
+    parallel.on_first(lambda: prepare_run_dir(config))
+    corpus = parallel.in_turn(lambda: Corpus.load(config.data))
+    parallel.on_first(lambda: keep_tokenizer(corpus.tokenizer, run_dir, config))
     model = build_model(config, corpus.tokenizer.n_vocab, device, config.seed)
     console.print(
-        f"{config.mode}: {count_parameters(model):,} parameters, {config.model.pattern}, on {device}; "
+        f"{config.mode}: {count_parameters(model):,} parameters, {config.model.pattern}, on {device}"
+        f"{f' and {parallel.team.world - 1} more' if parallel.team.world > 1 else ''}; "
         f"results in {escape(str(run_dir))}"
     )
+    if config.mode == "elastic":  # refuse choices and budgets that do not fit before the base is trained
+        elastic.build_router(model.config, config.elastic, list(range(len(model.layers))), device)
     if config.mode == "pretrain":
         if config.init:
             base_weights(config, corpus, model)
         train_base(config, corpus, model, start)
+        if not parallel.part():
+            return {}
         results = evaluate_base(model, corpus, config)
+    elif config.mode == "elastic":
+        base_facts, found = base_weights(config, corpus, model), run_elastic(model, corpus, config, run_dir, start)
+        if not found:
+            return {}
+        results = {**base_facts, **found}
     else:
         base_facts = base_weights(config, corpus, model)
         base = build_model(config, corpus.tokenizer.n_vocab, device, config.seed).requires_grad_(False)
@@ -321,8 +414,10 @@ def run(config: Config) -> dict:
         make_batch, settings = {"rlp": (rlp_batch, config.rlp), "cpt": (cpt_batch, config.cpt)}[config.mode]
         fit(model, objective, lambda step: make_batch(corpus, config, step), settings, run_dir, config.seed,
             run_meta(config), config.mode, start)  # fmt: skip
+        if not parallel.part():
+            return {}
         results = {**base_facts, **evaluate_both(model, base, objective.networks().get("teacher"), corpus, config)}
-        write_samples(model, base, corpus, config, run_dir)
+        write_samples({"base": base, config.mode: model}, corpus, config, run_dir)
     summary = {
         "mode": config.mode,
         "preset": config.preset,
@@ -380,17 +475,157 @@ def evaluate_both(model: HybridLM, base: HybridLM, teacher: HybridLM | None, cor
     }
 
 
-def write_samples(model: HybridLM, base: HybridLM, corpus: Corpus, config: Config, run_dir: Path) -> None:
-    """samples.txt: two held-out problems of each family with a thought of the base and one of the trained model."""
+def run_elastic(
+    model: HybridLM, corpus: Corpus, config: Config, run_dir: Path, start: checkpoint.Checkpoint | None
+) -> dict:
+    """Make the parent elastic, train the rivals asked for, and measure all of them on the same held-out sequences.
+
+    Returns an empty dict on all processes but the first.
+    """
+    c, parent, device = config.elastic, frozen_copy(model), next(model.parameters()).device
+    objective = train_elastic(model, corpus, config, run_dir, start)
+    router = objective.router
+    widths = {b: router.choose(b) for b in c.budgets}
+    families = {"elastic": [elastic.submodel(model, w) for w in widths.values()]}
+    if objective.stage1 is not None:
+        families["stage1"] = [elastic.submodel(objective.stage1, w) for w in widths.values()]
+    for name in c.baseline:
+        console.print(f"baseline {name}")
+        families[name] = train_rival(name, parent, widths, corpus, config, run_dir / "baselines" / name)
+    if not parallel.part():
+        return {}
+    sizes = [(name, b, m) for name, family in families.items() for b, m in zip(c.budgets, family, strict=True)]
+    # the parent is compared with itself, the family with the parent, everything else with the family at its budget
+    references = [0, *(0 if name == "elastic" else 1 + c.budgets.index(b) for name, b, _ in sizes)]
+    teacher, *figures = evals.evaluate_sizes([parent, *(m for _, _, m in sizes)], references, corpus, config)
+    entries: dict[str, list[dict]] = {}
+    for (name, b, size), found in zip(sizes, figures, strict=True):
+        facts = {"budget": b, "fraction": router.fraction(b), "target": router.fraction(b) * router.full_cost}
+        facts["cost"] = elastic.total_cost(size.config, c, device)
+        facts["widths"] = dataclasses.asdict(widths[b]) if name == "elastic" else size_widths(size)
+        entries.setdefault(name, []).append({**facts, **evals.size_facts(size, config), **found})
+    write_samples({f"{b:g}": m for b, m in zip(c.budgets, families["elastic"], strict=True)}, corpus, config, run_dir)
+    return {
+        "teacher": {"pattern": parent.config.pattern, "widths": size_widths(parent), **evals.size_facts(parent, config),
+                    **teacher},
+        "budgets": entries.pop("elastic"),
+        "stage1": entries.pop("stage1", []),
+        "baselines": entries,
+        "train_s": {name: logged_seconds(run_dir / ("" if name == "elastic" else f"baselines/{name}"))
+                    for name in ("elastic", *c.baseline)},
+        "memory": evals.family_bytes(model, router, families["elastic"]),
+        "n_tokens": c.n_tokens(),
+    }  # fmt: skip
+
+
+def logged_seconds(run_dir: Path) -> float:
+    """Seconds of training in the logs of a run, or of the runs one folder below."""
+    logs = [run_dir / "metrics.jsonl"] if (run_dir / "metrics.jsonl").exists() else run_dir.glob("*/metrics.jsonl")
+    return sum(json.loads(line)["seconds"] for log in logs for line in log.read_text().splitlines())
+
+
+def train_elastic(
+    model: HybridLM, corpus: Corpus, config: Config, run_dir: Path, start: checkpoint.Checkpoint | None
+) -> elastic.Elastic:
+    """Rank and order the parent's units, in place, and train it with its routers. Returns the objective."""
+    c, parent = config.elastic, frozen_copy(model)
+    ranking = order_parent(model, corpus, config)
+    torch.manual_seed(config.seed)
+    router = elastic.build_router(model.config, c, ranking.depth, next(model.parameters()).device)
+    objective = elastic.Elastic(c, router, parent)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    fit(model, objective, lambda step: elastic_batch(corpus, config, step), c, run_dir, config.seed, run_meta(config),
+        "elastic", start)  # fmt: skip
+    return objective
+
+
+def order_parent(model: HybridLM, corpus: Corpus, config: Config) -> elastic.Ranking:
+    """Rank the parent's units on training sequences that no step will see, and order its weights, in place."""
+    c = config.elastic
+    batch = evals.to_device(mixture(corpus, config, 10**6, c.calibration_rows, c.seq_len), model)
+    calibration = split_batch(batch, -(-c.calibration_rows // 8))  # in pieces: memory does not grow with their number
+    ranking = elastic.rank(model, calibration, c, config.seed)
+    elastic.order_weights(model, ranking)
+    return ranking
+
+
+def train_rival(
+    name: str, parent: HybridLM, widths: dict[float, elastic.Widths], corpus: Corpus, config: Config, run_dir: Path
+) -> list[HybridLM]:
+    """The models of a baseline (see `elastic.baseline`), one for each budget; where `resume` is set, from what is there."""
+    c = config.elastic
+    scores = [f.name for f in dataclasses.fields(c) if f.name.startswith("score_")]
+    family = {
+        "random-order": dict.fromkeys(scores, "random"),
+        "fixed": {"choose": "fixed"},
+        "uniform": {"long_weights": (1.0,) * len(c.budgets)},
+    }
+    model = frozen_copy(parent).requires_grad_(True)
+    if name in family:
+        changed = dataclasses.replace(config, elastic=dataclasses.replace(c, **family[name]))
+        objective = train_elastic(model, corpus, changed, run_dir, saved_before(config, run_dir))
+        return [elastic.submodel(model, objective.router.choose(b)) for b in c.budgets]
+    order_parent(model, corpus, config)
+    changed = {
+        "steps": c.steps // len(c.budgets) if name == "separate" else c.steps,
+        "budgets": (1.0,),
+        "long_weights": (1.0,),
+    }
+    if name == "scratch":
+        changed |= {"kl": 0.0, "ce": 1.0}
+    alone = dataclasses.replace(config, elastic=dataclasses.replace(c, **changed))
+    sizes = {b: elastic.submodel(model, w) for b, w in widths.items()}
+    return [train_alone(size, parent, name, corpus, alone, run_dir / f"{b:g}") for b, size in sizes.items()]
+
+
+def train_alone(size: HybridLM, parent: HybridLM, name: str, corpus: Corpus, config: Config, run_dir: Path) -> HybridLM:
+    """One size by itself, in weights of its own: distilled from the parent, or from scratch on the text alone."""
+    size = frozen_copy(size).requires_grad_(True)
+    if name == "scratch":
+        torch.manual_seed(config.seed)
+        size = HybridLM(size.config).to(next(parent.parameters()).device)
+    objective = elastic.Distillation(config.elastic, parent)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    fit(size, objective, lambda step: elastic_batch(corpus, config, step), config.elastic, run_dir, config.seed,
+        run_meta(config), "elastic", saved_before(config, run_dir))  # fmt: skip
+    return size.requires_grad_(False)
+
+
+def saved_before(config: Config, run_dir: Path) -> checkpoint.Checkpoint | None:
+    """Where a part of a resumed run goes on from: its newest checkpoint, if it had come so far."""
+    return checkpoint.newest(run_dir) if config.resume and run_dir.exists() else None
+
+
+def frozen_copy(model: HybridLM) -> HybridLM:
+    """A copy that does not train, with memory of its own."""
+    copied = elastic.bare_model(model.config).requires_grad_(False)
+    copied.load_state_dict({k: v.detach().clone() for k, v in model.state_dict().items()}, assign=True)
+    return copied.requires_grad_(False)
+
+
+def size_widths(model: HybridLM) -> dict:
+    """The widths of a model that stands alone, as `elastic.Widths` has them."""
+    layers = [elastic.layer_widths(kind, model.config.layer(i)) for i, kind in enumerate(model.config.pattern)]
+    return {"d_model": model.config.d_model, "layers": layers}
+
+
+def write_samples(networks: dict[str, HybridLM], corpus: Corpus, config: Config, run_dir: Path) -> None:
+    """samples.txt: two held-out problems of each family, with a thought and an answer of each network."""
     problems = held_out_problems("test", 2, config.seed, corpus.held_out_percent)
     lines = []
     for problem in problems:
         lines.append(f"[{problem.family}] {problem.prompt}   (right:{problem.answer})")
-        for name, network in (("base", base), (config.mode, model)):
+        for name, network in networks.items():
             c = config.rlp
-            (text,) = show_thoughts(network, corpus.tokenizer, [problem.prompt], c.thought_len, c.temperature, config.seed)
+            (text,) = show_thoughts(network, corpus.tokenizer, [problem.prompt], c.thought_len, c.temperature, config.seed,
+                                    before=c.prompt)  # fmt: skip
             lines.append(f"  {name:>4}: {text}")
     (run_dir / "samples.txt").write_text("\n".join(lines) + "\n")
+
+
+def newest(folder: Path) -> checkpoint.Checkpoint | None:
+    """The newest checkpoint in a folder that may not exist: looked for by the first process, for all."""
+    return parallel.on_first(lambda: checkpoint.newest(folder) if folder.is_dir() else None)
 
 
 def resume_point(config: Config, run_dir: Path) -> checkpoint.Checkpoint | None:
@@ -399,7 +634,7 @@ def resume_point(config: Config, run_dir: Path) -> checkpoint.Checkpoint | None:
     Raises ValueError if the folder holds a run and resume was not asked for (nothing saved is overwritten), if there is
     nothing to resume, or if the checkpoint was made with other settings.
     """
-    found = checkpoint.newest(run_dir) if run_dir.exists() else None
+    found = newest(run_dir)
     if not config.resume:
         require(
             found is None, f"out ({run_dir}) already holds a run; add --resume to go on with it, or choose another --out"
@@ -424,7 +659,7 @@ def run_meta(config: Config) -> dict:
     Those of pretraining are among them unless the weights came from `init`: the run's base was made with them.
     """
     groups = ["model", "data", config.mode] + ([] if config.init else ["pretrain"])
-    free = ("cache_dir", "checkpoint_every", "log_every")
+    free = ("cache_dir", "checkpoint_every", "log_every", "accumulate")  # the last: on fewer processes it makes up for them
     flat = {}
     for name, value in json.loads(json.dumps(config.to_dict())).items():
         if name in groups:
@@ -446,16 +681,37 @@ def prepare_run_dir(config: Config) -> Path:
     return run_dir
 
 
+def keep_tokenizer(tokenizer: Tokenizer, run_dir: Path, config: Config) -> None:
+    """Keep a tokenizer that came from a file with the run, and say where it does not suit the problems."""
+    if isinstance(tokenizer, FileTokenizer):
+        tokenizer.save(run_dir / "hf")
+    problems = held_out_problems("train", 4, config.seed, config.data.held_out_percent)
+    longest = max(len(problem_tokens(tokenizer, p)[1]) for p in problems) - 1
+    if longest > config.rlp.horizon:
+        warn(f"answers take up to {longest} tokens of this tokenizer, and rlp.horizon ({config.rlp.horizon}) looks at the "
+             f"first; with --rlp.horizon {longest} accuracy and reward are those of the whole answer")  # fmt: skip
+
+
 def dry_run(config: Config) -> dict:
-    """Print the resolved settings and the size of the model; train nothing."""
-    corpus = Corpus.load(config.data)
-    with torch.device("meta"):
-        model = HybridLM(dataclasses.replace(config.model, vocab_size=config.model.vocab_size or corpus.tokenizer.n_vocab))
+    """Print the resolved settings and what the run would take; train nothing, load nothing but a tokenizer.json.
+
+    Where model.vocab_size is 0 and data.tokenizer is "corpus", the vocabulary counts as full: a short text makes a smaller
+    one. Returns what is printed, see estimate.py.
+    """
+    n_vocab, name = config.model.vocab_size, config.data.tokenizer
+    if n_vocab == 0 and name == "corpus" and config.data.path and is_shards(Path(config.data.path)):
+        n_vocab = ShardSet(Path(config.data.path)).tokenizer["n_vocab"]
+    elif n_vocab == 0:
+        is_folder = name != "corpus" and Path(name).is_dir()
+        tokenizer = FileTokenizer(Path(name)) if is_folder else None if name == "corpus" else named_tokenizer(name)
+        n_vocab = config.data.vocab_size if tokenizer is None else tokenizer.n_vocab
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=n_vocab))
+    if config.init and not Path(config.init).is_dir():
+        warn(f"init ({config.init}) is not here: the shape is that of model.*")
     console.print_json(json.dumps(config.to_dict()))
-    tokens = config.pretrain.steps * config.pretrain.batch * config.pretrain.seq_len
-    console.print(f"{count_parameters(model):,} parameters; base: {tokens:,} tokens; rlp: "
-                  f"{config.rlp.steps * config.rlp.batch * config.rlp.group_size:,} thoughts")  # fmt: skip
-    return {"parameters": count_parameters(model), "base_tokens": tokens}
+    facts = estimate.facts(config)
+    report.print_estimate(facts, console)
+    return facts
 
 
 def pick_device(config: Config) -> torch.device:
@@ -491,32 +747,81 @@ def parse(argv: list[str]) -> Config:
             name = argv[i + 1]
         elif word.startswith("--preset="):
             name = word.split("=", 1)[1]
-    require(name in PRESETS, f"preset ({name!r}) is unknown; choose one of {', '.join(PRESETS)}")
-    return tyro.cli(Config, default=PRESETS[name], args=argv, prog="train.py", description=__doc__)
+    known = PRESETS | PAPERS
+    require(name in known, f"preset ({name!r}) is unknown; choose one of {', '.join(known)}")
+    return tyro.cli(Config, default=known[name], args=argv, prog="train.py", description=__doc__)
 
 
 def load_run(run_dir: Path) -> tuple[HybridLM, Corpus, Config]:
     """The model, corpus and settings of a finished or interrupted run. Raises ValueError if there is none."""
     found = checkpoint.newest(run_dir) if run_dir.is_dir() else None
     require(found, f"{run_dir} holds no checkpoint; give the folder of a run, such as runs/rlp-cpu-seed0")
-    config = from_dict(Config, json.loads((run_dir / "config.json").read_text())["config"])
+    config = saved_config(run_dir)
+    if (run_dir / "hf").is_dir():
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(run_dir / "hf")))
     corpus = Corpus.load(config.data)
     model = build_model(config, corpus.tokenizer.n_vocab, pick_device(config), config.seed)
     checkpoint.load_weights(model, found.tensors("model"), found.path)
     return model, corpus, config
 
 
+def saved_config(run_dir: Path) -> Config:
+    """The settings in a run's config.json."""
+    return from_dict(Config, json.loads((run_dir / "config.json").read_text())["config"])
+
+
+def load_model(folder: Path) -> tuple[HybridLM, Tokenizer, str]:
+    """Model, tokenizer and `rlp.prompt` of a run or of a Hugging Face directory. Raises ValueError if it is neither."""
+    if not huggingface.is_hf(folder):
+        model, corpus, config = load_run(folder)
+        return model, corpus.tokenizer, config.rlp.prompt
+    config, tokenizer = resolve(Config(init=str(folder))), FileTokenizer(folder)
+    model = build_model(config, tokenizer.n_vocab, pick_device(config), config.seed)
+    load_hf_weights(model, folder, tokenizer)
+    return model, tokenizer, ""
+
+
 def main(argv: list[str] | None = None) -> int:
-    """The program: 0 for success, 2 for unusable settings, 130 after Ctrl-C."""
+    """The program: 0 for success, 1 for a run that broke off, 2 for unusable settings, 130 after Ctrl-C or SIGTERM."""
+    config = None
     try:
-        run(parse(sys.argv[1:] if argv is None else argv))
+        config = parse(sys.argv[1:] if argv is None else argv)
+        run(config)
     except ValueError as error:
         console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         return 2
     except (KeyboardInterrupt, FloatingPointError) as stop:
         console.print(f"[yellow]{escape(str(stop)) or 'stopped'}[/yellow]", soft_wrap=True)
         return 130 if isinstance(stop, KeyboardInterrupt) else 1
+    except (RuntimeError, MemoryError) as error:
+        message = config and broke_off(error, config)
+        if not message:
+            raise
+        console.quiet = False  # any process may be the one that knows
+        console.print(f"[red]{escape(message)}[/red]", soft_wrap=True)
+        parallel.end_at_once(1)
+        return 1
+    finally:
+        parallel.stop()
     return 0
+
+
+def broke_off(error: Exception, config: Config) -> str:
+    """What to say of a run that ran out of memory or lost a process, and how to go on; '' for any other error."""
+    who = f"process {parallel.team.rank}: " if parallel.team.world > 1 else ""
+    first_line = str(error).strip().split("\n")[0][:200]
+    is_saved = any((config.run_dir() / "checkpoint").glob("step_*[0-9]"))
+    how = "with --resume" if is_saved else "with the same command"
+    go_on = f"what was saved in {config.run_dir()} stays usable" if is_saved else "no step of this run was saved yet"
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: can't allocate" in str(error):
+        return (
+            f"{who}out of memory ({first_line}); {go_on}; go on {how} and a larger --{config.mode}.accumulate, more "
+            f"processes, or --parallel.activation-checkpointing; a smaller --{config.mode}.batch is another run, with "
+            "another --out"
+        )
+    if parallel.is_lost(error):
+        return f"{who}another process was lost ({first_line}); {go_on}; go on {how}, on any number of processes"
+    return ""
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
-"""Settings of every test, the tiny model that most of them run, and the corpus."""
+"""Settings of every test, the tiny model that most of them run, the corpus, and what tests of whole runs share."""
 
+import json
 import random
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
+import checkpoint
+import train
 from config import DataConfig, ModelConfig
 from data import Corpus
 from model import HybridLM
@@ -24,21 +28,22 @@ def seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def make_model():
-    """Builds a tiny fp64 model; keywords change its ModelConfig. Its weights do not depend on `reset_parameters`.
+def tiny_model(**changes):
+    """A tiny fp64 model; keywords change its ModelConfig. Its weights do not depend on `reset_parameters`.
 
     Vectors (norms, rates, biases) are drawn around 1 and matrices around 0: none is at a value that would hide its use.
     """
+    model = HybridLM(ModelConfig(**TINY | changes)).double()
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        p.data = 0.4 * torch.randn(p.shape, generator=generator, dtype=p.dtype) + (p.dim() == 1)
+    return model
 
-    def make(**changes):
-        model = HybridLM(ModelConfig(**TINY | changes)).double()
-        generator = torch.Generator().manual_seed(0)
-        for p in model.parameters():
-            p.data = 0.4 * torch.randn(p.shape, generator=generator, dtype=p.dtype) + (p.dim() == 1)
-        return model
 
-    return make
+@pytest.fixture
+def make_model():
+    """`tiny_model`, which a property test calls itself."""
+    return tiny_model
 
 
 # Property tests draw the same examples on every machine, and a busy machine fails none of them.
@@ -71,3 +76,65 @@ def text_file(tmp_path) -> Path:
     file = tmp_path / "text.txt"
     file.write_text("".join(paragraphs(20)))
     return file
+
+
+# ---------------------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def corpus_read_once(corpus):
+    """Reading the text that ships with Python takes seconds; a user's own text is still read."""
+    load = Corpus.load
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Corpus, "load", staticmethod(lambda config: load(config) if config.path else corpus))
+        yield
+
+
+@pytest.fixture(scope="module")
+def program(corpus_read_once, cache_dir):
+    """`python train.py --preset smoke --out OUT ...`: the exit code."""
+
+    def run(out, *words):
+        return train.main(["--preset", "smoke", "--data.cache-dir", str(cache_dir), "--out", str(out), *map(str, words)])
+
+    return run
+
+
+def contents(*folders):
+    """Every file below the folders."""
+    return {p: p.read_bytes() for folder in folders for p in folder.rglob("*") if p.is_file()}
+
+
+def summary_of(run_dir):
+    return json.loads((run_dir / "summary.json").read_text())
+
+
+def metrics_of(run_dir):
+    """The lines of metrics.jsonl without their times."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def weights_of(run_dir):
+    """Bytes of every network in the newest checkpoint."""
+    return {f.name: f.read_bytes() for f in checkpoint.newest(run_dir).path.glob("*.safetensors")}
+
+
+def disturb(monkeypatch, name, at, action):
+    """Call `action` when train.py makes the batch of step `at` by the function of that name."""
+    make = getattr(train, name)
+
+    def made(corpus, config, step):
+        if step == at:
+            action()
+        return make(corpus, config, step)
+
+    monkeypatch.setattr(train, name, made)
+
+
+def press_ctrl_c():
+    signal.raise_signal(signal.SIGINT)
+
+
+def die():
+    raise RuntimeError("killed")

@@ -5,6 +5,7 @@ The letters after a name's last underscore give its rank; equal letters in one f
 """
 
 import contextlib
+import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -14,9 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import elastic
+import evals
 import kernels
 import rlp
-from config import RLPConfig
+from config import PRESETS, ElasticConfig, RLPConfig
 from generate import sample_thoughts
 
 ROOT = Path(__file__).parent.parent
@@ -50,6 +53,7 @@ def traced():
         path = Path(frame.f_code.co_filename)
         if path.parent != ROOT:
             return None
+        frame.f_trace_lines = False
         if event == "return" and (wrong := false_names(frame.f_locals)):
             found.setdefault(f"{path.name}:{frame.f_code.co_firstlineno} {frame.f_code.co_name}", wrong)
         return on_event
@@ -102,6 +106,45 @@ def rlp_step(model):
     objective.after_step(model)
 
 
+ELASTIC = ElasticConfig(d_model_choices=(8, 5), ffn_choices=(12, 7), router_width=4, steps=4, search_share=0.5, ce=0.5,
+                        self_kl=0.5, kl_temperature=2.0)  # fmt: skip
+
+
+def elastic_batch(step):
+    """Packed documents, a sequence for each of three budgets."""
+    tokens_BT = torch.arange(36).view(3, 12) % 12
+    return {"tokens_BT": tokens_BT[:, 1:], "targets_BT": tokens_BT[:, :-1], "ids_BT": torch.tensor([[0] * 4 + [1] * 7] * 3),
+            "budget_B": torch.arange(3), "step_B": torch.full((3,), step)}  # fmt: skip
+
+
+def ranking(model):
+    """With every score, then measured costs, by which routers may go too."""
+    for kind, depth in (("paper", "paper"), ("output", "greedy")):
+        scores = {f"score_{name}": kind for name in ("d_model", "ffn", "mamba", "attn")}
+        ranking = elastic.rank(model, [elastic_batch(0)], ElasticConfig(**scores, score_depth=depth))
+        elastic.order_weights(model, ranking)
+    elastic.part_latency_us("M", model.config, 2, torch.device("cpu"))
+
+
+def elastic_step(model):
+    """In the search, in each mode, and on slices."""
+    router = elastic.build_router(model.config, ELASTIC, [0, 1, 2], torch.device("cpu"))
+    for mask, step in (("soft", 0), ("top1", 0), ("straight-through", 0), ("soft", 3)):
+        objective = elastic.Elastic(dataclasses.replace(ELASTIC, mask=mask), router, model)
+        objective.loss(model, objective.prepare(model, elastic_batch(step), GENERATOR.manual_seed(0)))[0].backward()
+        objective.after_step(model)
+
+
+def extraction(model):
+    """A small model, its figures beside the parent's, and one step of distilling it alone."""
+    router = elastic.build_router(model.config, ELASTIC, [0, 1, 2], torch.device("cpu"))
+    small = elastic.submodel(model, router.choose(0.6))
+    small(torch.tensor([[1], [2]]), small(elastic_batch(0)["tokens_BT"][:2])[1])
+    evals._logp_and_loss(small, elastic_batch(0))
+    evals.size_facts(small, PRESETS["smoke"])
+    elastic.Distillation(ELASTIC, model).loss(small, elastic_batch(0))
+
+
 def references(model):
     """The slow forms, with K = 2 groups of two heads."""
     x_BTHP, b_BTKN, ids_BT = torch.randn(2, 5, 4, 3), torch.randn(2, 5, 2, 6), torch.tensor([[-1, 0, 0, 1, 1]] * 2)
@@ -111,7 +154,10 @@ def references(model):
     kernels.selected_logp(hidden_TD, weight_VD, torch.arange(5), (8,)).sum().backward()
 
 
-@pytest.mark.parametrize("work", [training_step, sampling, scoring, rlp_step, references], ids=lambda f: f.__name__)
+WORK = [training_step, sampling, scoring, rlp_step, ranking, elastic_step, extraction, references]
+
+
+@pytest.mark.parametrize("work", WORK, ids=lambda f: f.__name__)
 def test_every_shape_suffix_is_true(make_model, work):
     model = make_model(pattern="M*-", rope_theta=1e4, qk_norm=True, ffn="swiglu")
     with traced() as found:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import report
+import shards
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -34,7 +35,7 @@ def test_generated_parts_are_what_report_writes():
 
 @pytest.mark.parametrize("words", [c for c in commands() if c[1] == "train.py" and "--help" not in c], ids=" ".join)
 def test_every_training_command_is_valid(words):
-    assert train.parse(words[2:]).check().mode in ("pretrain", "rlp", "cpt")
+    assert train.parse(words[2:]).check().mode in ("pretrain", "rlp", "cpt", "elastic")
 
 
 def test_every_file_of_the_reading_order_exists():
@@ -43,11 +44,11 @@ def test_every_file_of_the_reading_order_exists():
     assert all((ROOT / name).exists() for name in names)
 
 
-def test_the_smoke_run_and_a_talk_with_it_work_as_written(tmp_path):
+def test_the_smoke_run_a_talk_with_it_and_its_export_work_as_written(tmp_path):
     smoke = next(c for c in commands() if "smoke" in c)
-    talk = next(c for c in commands() if c[1] == "generate.py")
+    talk, export = (next(c for c in commands() if c[1] == name) for name in ("generate.py", "huggingface.py"))
     outputs = []
-    for words in (smoke, talk):
+    for words in (smoke, talk, export):
         done = subprocess.run(
             [sys.executable, ROOT / words[1], *words[2:]], cwd=tmp_path, capture_output=True, text=True, timeout=240
         )
@@ -56,6 +57,16 @@ def test_the_smoke_run_and_a_talk_with_it_work_as_written(tmp_path):
     assert "held-out figures" in outputs[0]
     assert (tmp_path / "runs/smoke/summary.json").exists()
     assert re.search(r"Answer:<think>.*</think>", outputs[1], flags=re.S)
+    assert outputs[2] == "wrote exported (nemotron_h)\n"
+    assert {p.name for p in (tmp_path / "exported").iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_shards_are_built_and_checked_as_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_texts").mkdir()
+    (tmp_path / "my_texts" / "a.jsonl").write_text('{"text": "One text."}\n{"text": "Another one."}\n')
+    (build, check) = (c[2:] for c in commands() if c[1] == "shards.py")
+    assert shards.main(build) == shards.main(check) == 0
 
 
 def test_pip_installs_what_the_commands_name():

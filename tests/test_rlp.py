@@ -22,7 +22,7 @@ from data import collate_contexts
 from rlp import RLP, clipped_surrogate, ema_update, group_advantages, information_gain, kl_estimate, thought_logp
 
 THINK, CLOSE, END = 3, 4, 5
-TOKENIZER = SimpleNamespace(think=THINK, close=CLOSE, end=END, tags=(THINK, CLOSE))
+TOKENIZER = SimpleNamespace(think=THINK, close=CLOSE, end=END, tags=(THINK, CLOSE), begin=())
 CONTEXTS, TARGETS = [[0, 1, 2, 0, 1], [2, 1, 1]], [[2, 0], [1, END]]
 NEAR = {"rtol": 1e-5, "atol": 1e-6, "check_dtype": False}  # sampled log-probabilities are kept in fp32
 EXACT = {"rtol": 1e-9, "atol": 1e-12}

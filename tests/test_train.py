@@ -9,36 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import paragraphs
+from conftest import contents, die, disturb, metrics_of, paragraphs, press_ctrl_c, summary_of, weights_of
 
 import checkpoint
 import generate
 import train
 from config import PRESETS, Config, FitConfig, PretrainConfig, from_dict
-from data import FAMILIES, Corpus, pretrain_batch, rlp_batch
+from data import FAMILIES, pretrain_batch, rlp_batch
 from rlp import RLP
 
 CPU = torch.device("cpu")
 LEAF = {"mean", "low", "high", "n"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def corpus_read_once(corpus):
-    """Reading the text that ships with Python takes seconds; a user's own text is still read."""
-    load = Corpus.load
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Corpus, "load", staticmethod(lambda config: load(config) if config.path else corpus))
-        yield
-
-
-@pytest.fixture(scope="module")
-def program(cache_dir):
-    """`python train.py --preset smoke --out OUT ...`: the exit code."""
-
-    def run(out, *words):
-        return train.main(["--preset", "smoke", "--data.cache-dir", str(cache_dir), "--out", str(out), *map(str, words)])
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -47,46 +28,6 @@ def finished(program, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "finished"
     assert program(out) == 0
     return out
-
-
-def contents(*folders):
-    """Every file below the folders."""
-    return {p: p.read_bytes() for folder in folders for p in folder.rglob("*") if p.is_file()}
-
-
-def summary_of(run_dir):
-    return json.loads((run_dir / "summary.json").read_text())
-
-
-def metrics_of(run_dir):
-    """The lines of metrics.jsonl without their times."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
-
-
-def weights_of(run_dir):
-    """Bytes of every network in the newest checkpoint."""
-    return {f.name: f.read_bytes() for f in checkpoint.newest(run_dir).path.glob("*.safetensors")}
-
-
-def disturb(monkeypatch, name, at, action):
-    """Call `action` when the batch of step `at` is made."""
-    make = getattr(train, name)
-
-    def made(corpus, config, step):
-        if step == at:
-            action()
-        return make(corpus, config, step)
-
-    monkeypatch.setattr(train, name, made)
-
-
-def press_ctrl_c():
-    signal.raise_signal(signal.SIGINT)
-
-
-def die():
-    raise RuntimeError("killed")
 
 
 # ----------------------------------------------------------------------------------------------------------- schedule
@@ -142,6 +83,24 @@ def test_running_a_batch_in_parts_changes_nothing(tmp_path, parts):
     torch.testing.assert_close(whole.state_dict(), divided.state_dict(), rtol=1e-6, atol=1e-9)
     for first, second in zip(metrics_of(tmp_path / "1"), metrics_of(tmp_path / str(parts)), strict=True):
         assert first == pytest.approx(second, rel=1e-9)
+
+
+def test_a_metric_that_a_part_lacks_is_the_mean_over_the_others(tmp_path):
+    """Two parts of 32 targets: 3 in one and none in the other is 3, and 1 in one and 5 in the other is 3 too."""
+
+    class Reports(train.NextToken):
+        def loss(self, model, batch):
+            loss, count, _ = super().loss(model, batch)
+            first = int(batch["tokens_BT"][0, 0]) == 0
+            return (
+                loss,
+                count,
+                {"both": torch.tensor(1.0 if first else 5.0)} | ({"one": torch.tensor(3.0)} if first else {}),
+            )
+
+    pretrain_on_counting(tmp_path, objective=Reports(), steps=1, accumulate=2)
+    (line,) = metrics_of(tmp_path)
+    assert (line["one"], line["both"], line["count"]) == (3.0, 3.0, 64)
 
 
 def test_a_non_finite_gradient_stops_the_run_with_the_weights_before_it_saved(tmp_path):
@@ -209,6 +168,15 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(uninterrupted, 
     torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
+@pytest.fixture
+def ctrl_c_interrupts():
+    """As in a terminal: the shell starts jobs in the background, which a machine's tests may be, with Ctrl-C ignored."""
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, inherited)
+
+
+@pytest.mark.usefixtures("ctrl_c_interrupts")
 def test_a_second_ctrl_c_stops_at_once(corpus, tmp_path):
     """In step 3, whose work is lost; the checkpoint of step 2 stays, and Ctrl-C means again what it meant before."""
     before = signal.getsignal(signal.SIGINT)

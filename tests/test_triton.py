@@ -6,7 +6,6 @@ the interpreter cannot show: spilled registers, and code that some card is known
 
 import ast
 import functools
-import importlib.util
 import os
 import re
 import subprocess
@@ -232,21 +231,6 @@ def test_kernels_import_and_run_without_triton():
         "print(kernels.triton, kernels.causal_conv(torch.ones(1, 2, 1), torch.ones(1, 2), torch.ones(1))[0].tolist())",
     )
     assert (status, shown) == (0, "None [[[2.0], [3.0]]]\n")
-
-
-@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
-@pytest.mark.parametrize("first", ["kernels", "transformers"])
-def test_kernels_stand_beside_transformers(first):
-    """Hugging Face has a package of the same name, which transformers looks for: ours must not pass for it."""
-    second = {"kernels": "transformers", "transformers": "kernels"}[first]
-    status, shown = python(
-        "-c",
-        f"import {first}, {second}; from transformers import Mamba2Config, Mamba2Model; "
-        "model = Mamba2Model(Mamba2Config(vocab_size=8, hidden_size=8, num_heads=2, head_dim=8, n_groups=1, state_size=4, "
-        "num_hidden_layers=1)); import torch; print(kernels.ssd.__name__, model(torch.zeros(1, 2).long())[0].shape)",
-    )
-    assert status == 0, shown
-    assert "ssd_reference torch.Size([1, 2, 8])" in shown
 
 
 def test_kernels_have_no_version_to_be_taken_for_the_package_of_that_name():

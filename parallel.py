@@ -1,0 +1,368 @@
+"""Several processes, one run: the process group, sharding from outside, sums over all processes.
+
+`torchrun --nproc-per-node 8 train.py ...` starts the same program once per GPU and tells each copy its rank through the
+environment, which only this file reads. A process that is alone takes the same path: every function here then does nothing.
+
+    rows        rank r of W takes the r-th W-th of every batch; each batch is a function of (seed, step), so all agree on it
+    loss        sum of loss and gradients over all processes, divided by the count over all processes
+    rollouts    sampled from unsharded weights, gathered once a step: ranks decode for different numbers of tokens, and
+                FSDP's own gathering would wait for the shortest for ever
+
+How to read: `start`, then `shard`, which gives `train.fit` the network that it trains. Two ways of sharing the work out:
+
+* data: all weights on every process; `sum_gradients` adds up what the backward passes left.
+* fsdp: FSDP2 keeps 1/W of every matrix, of its optimizer state and of the EMA teacher on each process and gathers a block
+  while it works. Vectors (norms, rates, biases) stay whole everywhere. Where a loss calls the weights in another way than
+  block by block (Elastic: slices of them, other budgets on other ranks), `whole` gathers them once a step and
+  `scatter_gradients` brings the gradients back: sharded are then the master weights and the optimizer states only.
+
+Weights, optimizer states and teacher are fp32. With dtype bf16, matrix products run in bf16 (`compute`): a step of 1e-6
+moves 2 % of bf16 weights, and a moving average of 0.999 none.
+
+Not here: tensor, pipeline, sequence or expert parallelism.
+"""
+
+import contextlib
+import copy
+import functools
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, distribute_tensor
+from torch.utils.checkpoint import checkpoint as recompute
+
+ALONE = SimpleNamespace(mode="data", dtype="fp32", activation_checkpointing=False, compile=False)
+FSDP_FROM = 500_000_000  # parameters from which mode "auto" shards
+
+
+@dataclass
+class Team:
+    """The processes of the run, as this one sees them."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    settings: Any = field(default_factory=lambda: ALONE)  # a config.ParallelConfig
+    gathered: dict | None = None  # what `whole` has found, inside `gathering_once`
+
+
+team = Team()
+
+
+# ------------------------------------------------------------------------------------------------- the process group
+
+
+def start(settings: Any, device: torch.device) -> torch.device:
+    """Join the processes that torchrun started. Returns the device of this one.
+
+    Args: settings: a config.ParallelConfig; device: of which type to work on.
+    Raises ValueError if there are more processes than GPUs on a machine.
+    """
+    defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    rank, world, local = (int(os.environ.get(name, value)) for name, value in defaults.items())
+    if device.type == "cuda" and world > 1:
+        n = torch.cuda.device_count()
+        if local >= n:
+            raise ValueError(
+                f"torchrun started process {local + 1} on a machine with {n} GPUs; lower --nproc-per-node to {n}"
+            )
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, rank=rank, world_size=world, timeout=timedelta(seconds=settings.timeout_s))
+    team.rank, team.world, team.device, team.settings = rank, world, device, settings
+    return device
+
+
+def stop() -> None:
+    """Leave the others, without waiting. A later run in the same process is alone."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    team.rank, team.world, team.settings = 0, 1, ALONE
+
+
+def end_at_once(code: int) -> None:
+    """End this process without waiting for the others, which may never answer, if there are any."""
+    if team.world > 1:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def part() -> bool:
+    """After training all processes part. Returns whether this one goes on: the first does, to measure and to write."""
+    goes_on = is_first()
+    barrier()
+    stop()
+    return goes_on
+
+
+def is_first() -> bool:
+    """Whether this is the process that prints and writes."""
+    return team.rank == 0
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    everyone(None)
+
+
+def everyone(value: Any) -> list[Any]:
+    """The value of every process, by rank: small plain things only."""
+    if team.world == 1:
+        return [value]
+    values: list[Any] = [None] * team.world
+    dist.all_gather_object(values, value)
+    return values
+
+
+def on_first(function: Callable[[], Any]) -> Any:
+    """What the function returns on the first process, for all; a ValueError or OSError there is raised on all."""
+    if team.world == 1:
+        return function()
+    answer: list[Any] = [None, None]
+    if is_first():
+        try:
+            answer[0] = function()
+        except (ValueError, OSError) as error:
+            answer[1] = error
+    dist.broadcast_object_list(answer, device=team.device)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
+def in_turn(function: Callable[[], Any]) -> Any:
+    """Calls the function on the first process, then on the others, which find the files that it left."""
+    mine = []
+    on_first(lambda: mine.append(function()))
+    return mine[0] if mine else function()
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether an error says that another process has ended or does not answer."""
+    signs = ("closed by peer", "reset by peer", "Broken pipe", "gloo", "NCCL", "imed out", "TCPStore")
+    return team.world > 1 and (isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs))
+
+
+def parts_of(settings: Any) -> range:
+    """The parts of a step's batch that this process runs; there are `accumulate` for each process."""
+    return range(team.rank * settings.accumulate, (team.rank + 1) * settings.accumulate)
+
+
+# -------------------------------------------------------------------------------------------------- dressing networks
+
+
+def compute() -> contextlib.AbstractContextManager:
+    """Inside, matrix products run in the dtype of the settings. Not one context for sampling and the loss: autocast would
+    reuse in the loss the casts that were made without gradients."""
+    if team.settings.dtype == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(team.device.type, torch.bfloat16)
+
+
+def exactly() -> contextlib.AbstractContextManager:
+    """Inside `compute`, for what must not be rounded to bf16."""
+    return torch.autocast(team.device.type, enabled=False)
+
+
+def shard(network: nn.Module) -> nn.Module:
+    """The network to train in the place of this one: itself, or a dressed one (recomputing, compiled, sharded).
+
+    All processes get the weights of the first. A dressed network that is not sharded shares its memory with the given
+    one; a sharded one takes its weights over until `collect` brings them back.
+    """
+    c, n = team.settings, sum(p.numel() for p in network.parameters())
+    broadcast(network)
+    is_sharded = team.world > 1 and (c.mode == "fsdp" or (c.mode == "auto" and n >= FSDP_FROM))
+    if not (is_sharded or c.activation_checkpointing or c.compile):
+        return network
+    dressed = skeleton(network)
+    dressed.load_state_dict(network.state_dict(), assign=True)
+    dressed.dressed = True
+    for block in dressed.layers:
+        if c.activation_checkpointing:
+            block.forward = recomputed(block.forward)
+        if c.compile:
+            block.compile()
+    if is_sharded:
+        warnings.filterwarnings(
+            "ignore", message="FSDP2-wrapped module"
+        )  # of in-place changes to a block's output: none here
+        network.to("meta")
+        vectors = {p for p in dressed.parameters() if p.dim() < 2}
+        options = {"mesh": init_device_mesh(team.device.type, (team.world,)), "ignored_params": vectors}
+        low, sums = (torch.bfloat16, torch.float32) if c.dtype == "bf16" else (None, None)
+        cast = MixedPrecisionPolicy(low, sums, cast_forward_inputs=False)
+        for block in dressed.layers:
+            fully_shard(block, mp_policy=cast, **options)
+        # Embedding and head: `logits` needs them after forward, and a loss may run several passes before its backward.
+        fully_shard(dressed, reshard_after_forward=False, **options)
+        dressed.set_reshard_after_backward(False, recurse=False)
+        for module in dressed.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)  # the sum: `fit` divides by the count
+                module.set_force_sum_reduction_for_comms(True)
+    return dressed
+
+
+def recomputed(function: Callable) -> Callable:
+    """The function, whose inner results are made again in the backward pass if the settings ask for it."""
+    if not team.settings.activation_checkpointing:
+        return function
+    return functools.partial(recompute, function, use_reentrant=False)
+
+
+def skeleton(network: nn.Module) -> nn.Module:
+    """An undressed network of the same shape whose weights take no memory."""
+    plain = next(c for c in type(network).__mro__ if not issubclass(c, FSDPModule))
+    with torch.device("meta"):
+        return plain(network.config)
+
+
+def reshard(network: nn.Module) -> None:
+    """Give up what FSDP has gathered."""
+    if isinstance(network, FSDPModule):
+        network.reshard()
+
+
+def is_dressed(network: nn.Module) -> bool:
+    """Whether `shard` has changed it, or it is a sharded copy of such a one."""
+    return getattr(network, "dressed", False)
+
+
+@torch.no_grad()
+def whole(network: nn.Module, trains: bool = False, for_sampling: bool = False) -> nn.Module:
+    """The network undressed and unsharded: itself if it is so already, else one that shares or gathers its weights.
+
+    Args: for_sampling: with the matrices of layers and head in the dtype of `compute`, so that no step casts them.
+    """
+    low = for_sampling and team.settings.dtype == "bf16"
+    if not is_dressed(network) and not low:
+        return network
+    if team.gathered is not None and (network, low) in team.gathered:
+        return team.gathered[network, low]
+
+    def weight(name: str, p: Tensor) -> Tensor:
+        t = p.full_tensor() if isinstance(p, DTensor) else p
+        is_matrix = t.dim() == 2 and "conv" not in name and not name.startswith("embed")
+        return t.bfloat16() if low and is_matrix else t
+
+    found = skeleton(network).requires_grad_(trains)
+    found.load_state_dict({name: weight(name, p) for name, p in network.state_dict().items()}, assign=True)
+    if team.gathered is not None:
+        team.gathered[network, low] = found
+    return found
+
+
+@contextlib.contextmanager
+def gathering_once() -> Iterator[None]:
+    """Inside, while weights do not change, `whole` gathers each network once."""
+    team.gathered = {}
+    try:
+        yield
+    finally:
+        team.gathered = None
+
+
+@torch.no_grad()
+def frozen_copy(network: nn.Module) -> nn.Module:
+    """A copy that does not train, with memory of its own, sharded like the network (then only to be kept and gathered)."""
+    if not is_dressed(network):
+        return copy.deepcopy(network).requires_grad_(False)
+    copied = skeleton(network).requires_grad_(False)
+    copied.load_state_dict({name: p.detach().clone() for name, p in network.state_dict().items()}, assign=True)
+    copied.dressed = True
+    return copied
+
+
+def collect(trained: nn.Module, network: nn.Module, objective: object) -> None:
+    """After training: the weights back into the network that `shard` was given; the objective's networks unsharded."""
+    if trained is not network and any(p.is_meta for p in network.parameters()):
+        network.load_state_dict(whole(trained).state_dict(), assign=True)
+    for name, value in vars(objective).items():
+        if isinstance(value, nn.Module) and is_dressed(value):
+            setattr(objective, name, whole(value))
+
+
+@torch.no_grad()
+def broadcast(network: nn.Module) -> None:
+    """Weights and buffers of the first process for all: what was measured or summed in another order may differ."""
+    if team.world > 1:
+        for t in network.state_dict().values():
+            dist.broadcast(t, 0)
+
+
+# --------------------------------------------------------------------------------------------------------- gradients
+
+
+def local(t: Tensor) -> Tensor:
+    """What this process holds of a tensor, sharing its memory: elementwise work needs no more."""
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+def like(full: Tensor, target: Tensor) -> Tensor:
+    """A whole tensor, which all processes have, as the target is: sharded, on its device."""
+    if not isinstance(target, DTensor):
+        return full.to(target.device)
+    return distribute_tensor(full.to(team.device), target.device_mesh, target.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def sum_gradients(parameters: list[nn.Parameter], at_once: int = 2**26) -> None:
+    """Add the gradients of all processes up where FSDP has not done so; where no process has one it stays None."""
+    plain = [p for p in parameters if not isinstance(p, DTensor)]
+    if team.world == 1 or not plain:
+        return
+    has = torch.tensor([float(p.grad is not None) for p in plain], device=team.device)
+    dist.all_reduce(has)
+    bucket: list[nn.Parameter] = []
+    used = [p for p, n in zip(plain, has.tolist(), strict=True) if n > 0]
+    for i, p in enumerate(used):
+        bucket.append(p)
+        is_last = i + 1 == len(used) or used[i + 1].dtype != p.dtype
+        if is_last or sum(q.numel() for q in bucket) >= at_once:
+            flat = torch.cat([torch.zeros_like(q).flatten() if q.grad is None else q.grad.flatten() for q in bucket])
+            dist.all_reduce(flat)
+            for q, grad in zip(bucket, flat.split([q.numel() for q in bucket]), strict=True):
+                q.grad = grad.view_as(q)
+            bucket = []
+
+
+@torch.no_grad()
+def scatter_gradients(gathered: nn.Module, network: nn.Module) -> None:
+    """Gradients of what `whole` gathered, summed over the processes where the network is sharded, become the network's."""
+    for p, q in zip(gathered.parameters(), network.parameters(), strict=True):
+        if isinstance(q, DTensor):
+            grad = torch.zeros_like(p) if p.grad is None else p.grad
+            q.grad = DTensor.from_local(grad, q.device_mesh, [Partial()]).redistribute(placements=q.placements)
+        elif p is not q:
+            q.grad = p.grad
+        if p is not q:
+            p.grad = None
+
+
+@torch.no_grad()
+def clip_gradients(parameters: list[nn.Parameter], largest: float) -> float:
+    """Scale the gradients so that their norm over all weights is at most `largest`. Returns the norm before."""
+    if not any(isinstance(p, DTensor) for p in parameters):
+        return float(nn.utils.clip_grad_norm_(parameters, largest))
+    trained = [p for p in parameters if p.grad is not None]
+    shards = [local(p.grad) for p in trained if isinstance(p, DTensor)]
+    plain = [p.grad for p in trained if not isinstance(p, DTensor)]
+    square = torch.stack([g.double().square().sum() for g in shards]).sum()
+    dist.all_reduce(square)
+    norm = float((square + sum(g.double().square().sum() for g in plain)).sqrt())
+    torch._foreach_mul_(shards + plain, min(1.0, largest / (norm + 1e-6)))
+    return norm

@@ -1,0 +1,154 @@
+"""The settings of the papers, for hardware that most readers do not have: a preset names its command, cost and source.
+
+    python train.py --preset qwen3-1.7b-rlp --dry-run          what it would take; needs no GPU, no download and no data
+
+The shapes are those of the released models, so their weights fit (`init`). Text is read from shards (see shards.py) in
+`data.path`. GPU hours are the FLOPs of the dry run at 40 % of an H100's 989 TFLOP/s in bf16; they count every thought at
+its full length, and no time for decoding token by token, which is bound by memory. None of these has been run here.
+
+Where a paper does not say (as far as we know it), the project's default stays: the clip of RLP, the schedule and the
+sampling of Nemotron Elastic's search, and its choices of widths, which are not published.
+"""
+
+from dataclasses import replace
+
+from config import Config, DataConfig, ElasticConfig, ModelConfig, PretrainConfig, RLPConfig
+
+# Qwen3-1.7B-Base: 1,720,574,976 parameters.
+QWEN3_1_7B = ModelConfig(
+    pattern="*-" * 28,
+    vocab_size=151936,
+    d_model=2048,
+    d_ff=6144,
+    ffn="swiglu",
+    n_heads=16,
+    n_kv_heads=8,
+    attn_head_dim=128,
+    rope_theta=1e6,
+    qk_norm=True,
+    tie_embeddings=True,
+    norm_eps=1e-6,
+)
+# Nemotron-Nano-12B-v2 and its base: 12,310,001,152 parameters.
+NEMOTRON_12B = ModelConfig(
+    pattern="M-M-M-M*-" + "M-M-M-M*-" * 5 + "M-M-M-M-",
+    vocab_size=131072,
+    d_model=5120,
+    d_ff=20480,
+    n_heads=40,
+    n_kv_heads=8,
+    attn_head_dim=128,
+    mamba_heads=128,
+    mamba_head_dim=80,
+    mamba_groups=8,
+    d_state=128,
+    conv_width=4,
+    chunk=128,
+)
+# Ordinary text alone, from shards; a mixture without the thoughts that the small base is taught.
+TEXT = DataConfig(path="data/shards", text_share=1.0)
+PLAIN = PretrainConfig(text_think=0.0)
+# RLP with the paper's batch, lengths, rate and rollouts (arXiv 2510.01265, section on the setup): one random position a
+# document, no floor under the reward. 32 GPUs hold 16 contexts each, one at a time with its 16 thoughts.
+RLP_OF_THE_PAPER = RLPConfig(
+    batch=512,
+    accumulate=16,
+    lr=1e-6,
+    warmup=0,
+    positions="random",
+    text_share=1.0,
+    context_len=2048,
+    prompt_file="prompts/think.txt",
+    group_size=16,
+    thought_len=2048,
+    temperature=0.7,
+    kl=0.0,
+    tau=0.999,
+    reward_floor=float("-inf"),
+    checkpoint_every=20,
+)
+
+PAPERS: dict[str, Config] = {
+    # RLP on Qwen3-1.7B-Base, 170M input tokens (162 steps of 512 x 2048).
+    # Command:   python shards.py build TEXTS --out data/shards --tokenizer models/Qwen3-1.7B-Base
+    #            python train.py --preset qwen3-1.7b-rlp
+    # Hardware:  32 H100-80GB (the paper's).
+    # Cost:      0.29 EFLOP a step, 48 EFLOP in all: 33 GPU hours. (The paper's 12.47 s a step make 18: its thoughts end
+    #            earlier.)
+    # Memory:    79 GB a GPU with layers recomputed, 60 GB of it logits; 171 GB without.
+    # Expected:  the paper's average over its benchmarks goes from 30.32 to 36.03 %.
+    # Source:    arXiv 2510.01265, setup and results on Qwen3-1.7B-Base.
+    "qwen3-1.7b-rlp": Config(
+        mode="rlp",
+        preset="qwen3-1.7b-rlp",
+        init="models/Qwen3-1.7B-Base",
+        dry_run_gpus=32,
+        model=QWEN3_1_7B,
+        data=TEXT,
+        pretrain=PLAIN,
+        rlp=replace(RLP_OF_THE_PAPER, steps=162),
+    ),
+    # RLP on Nemotron-Nano-12B-v2, 250M input tokens (238 steps of 512 x 2048).
+    # Command:   python shards.py build TEXTS --out data/shards --tokenizer models/NVIDIA-Nemotron-Nano-12B-v2-Base
+    #            python train.py --preset nemotron-12b-rlp
+    # Hardware:  32 H100-80GB.
+    # Cost:      1.7 EFLOP a step, 408 EFLOP in all: 287 GPU hours.
+    # Memory:    105 GB a GPU with layers recomputed, 52 GB of it logits: more than an H100 has, so an H200, or logits in
+    #            pieces.
+    # Expected:  the paper's average over its benchmarks goes from 42.81 to 61.32 %.
+    # Source:    arXiv 2510.01265, results on Nemotron-Nano-12B-v2; batch, lengths and rate as for Qwen3.
+    "nemotron-12b-rlp": Config(
+        mode="rlp",
+        preset="nemotron-12b-rlp",
+        init="models/NVIDIA-Nemotron-Nano-12B-v2-Base",
+        dry_run_gpus=32,
+        model=NEMOTRON_12B,
+        data=TEXT,
+        pretrain=PLAIN,
+        rlp=replace(RLP_OF_THE_PAPER, steps=238),
+    ),
+    # Nemotron Elastic: 12B, 9B and 6B in one. Stage 1: 65B tokens, 1536 x 8192, budgets alike; stage 2: 45B tokens,
+    # 512 x 49152, the larger budgets more often. (The paper's own widths are not published; those of ours are steps of a
+    # tenth or less. Its routers search through both stages, ours settle after elastic.search_share of the steps.)
+    # Command:   python shards.py build TEXTS --out data/shards --tokenizer models/NVIDIA-Nemotron-Nano-12B-v2
+    #            python train.py --preset nemotron-12b-elastic
+    #            python elastic.py extract runs/elastic-nemotron-12b-elastic-seed0 --budget 9e9 --out runs/9b
+    # Hardware:  256 H100-80GB (ours; two long sequences each).
+    # Cost:      1.0 to 2.3 EFLOP a step, 9,609 EFLOP in all: 6,750 GPU hours.
+    # Memory:    57 GB a GPU with layers recomputed; 748 GB without.
+    # Expected:  the paper's averages are 77.41, 75.95 and 70.61 % for 12B, 9B and 6B.
+    # Source:    arXiv 2511.16664, recipe and results.
+    "nemotron-12b-elastic": Config(
+        mode="elastic",
+        preset="nemotron-12b-elastic",
+        init="models/NVIDIA-Nemotron-Nano-12B-v2",
+        dry_run_gpus=256,
+        model=NEMOTRON_12B,
+        data=TEXT,
+        pretrain=PLAIN,
+        elastic=ElasticConfig(
+            steps=5166 + 1788,
+            long_share=1788 / (5166 + 1788),
+            batch=1536,
+            seq_len=8192,
+            long_batch=512,
+            long_len=49152,
+            accumulate=2,
+            lr=9e-5,
+            router_lr=1e-2,
+            router_width=256,
+            warmup=60,
+            budgets=(1.0, 0.731, 0.4875),  # 9.0B and 6.0B of 12.31B parameters
+            long_weights=(0.5, 0.3, 0.2),
+            d_model_choices=(5120, 4800, 4480, 4160, 3840),
+            ffn_choices=(20480, 18432, 16384, 14336, 12288, 10240),
+            mamba_head_choices=(128, 120, 112, 104, 96),
+            mamba_channel_choices=(80, 72, 64),
+            attn_head_choices=(40, 32, 24),
+            score_d_model="paper",
+            score_ffn="paper",
+            calibration_rows=1024,
+            checkpoint_every=100,
+        ),
+    ),
+}

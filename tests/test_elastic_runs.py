@@ -1,0 +1,744 @@
+"""Elastic training as a run: its batches, the loop it shares with the other modes, the program, and what is reported.
+
+One smoke run with three baselines (`finished`) serves most tests. What a step computes is in test_elastic.py.
+"""
+
+import collections
+import copy
+import dataclasses
+import io
+import json
+import math
+import re
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import contents, die, disturb, metrics_of, press_ctrl_c, summary_of, weights_of
+from rich.console import Console
+from torch.testing import assert_close
+
+import checkpoint
+import data
+import elastic
+import evals
+import generate
+import report
+import train
+from config import PRESETS, Config, from_dict
+from data import FAMILIES, elastic_batch
+from elastic import Widths
+from model import count_parameters, part_cache_bytes
+
+CPU = torch.device("cpu")
+SMOKE = PRESETS["smoke"]
+LEAF = {"mean", "low", "high", "n"}
+PROMPT = "Tens digit of 12 + 34?\nAnswer:"
+
+
+def with_elastic(**changes) -> Config:
+    """The smoke preset with other elastic settings."""
+    return replace(SMOKE, elastic=replace(SMOKE.elastic, **changes))
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
+
+
+def test_stage_2_has_longer_sequences_and_as_many_tokens(corpus):
+    """Six steps, stage 2 from the fifth on: 4 x 32 tokens, then 2 x 64."""
+    assert SMOKE.elastic.stage_1_steps() == 4
+    for step, shape in ((0, (4, 32)), (3, (4, 32)), (4, (2, 64)), (5, (2, 64))):
+        batch = elastic_batch(corpus, SMOKE, step)
+        assert all(batch[name].shape == shape for name in ("tokens_BT", "targets_BT", "ids_BT"))
+        assert batch["step_B"].tolist() == [step] * shape[0]
+        assert len(batch["budget_B"]) == shape[0]
+
+
+@pytest.mark.parametrize(("share", "first"), [(0.0, 6), (1.0, 0), (0.5, 3)])
+def test_long_share_is_the_share_of_stage_2(corpus, share, first):
+    config = with_elastic(long_share=share)
+    lengths = [elastic_batch(corpus, config, step)["tokens_BT"].shape[1] for step in range(6)]
+    assert lengths == [32] * first + [64] * (6 - first)
+
+
+def test_a_batch_is_a_function_of_seed_and_step(corpus):
+    first, again = (elastic_batch(corpus, SMOKE, 3) for _ in range(2))
+    assert_close(first, again, rtol=0, atol=0)
+    for other in (elastic_batch(corpus, SMOKE, 2), elastic_batch(corpus, replace(SMOKE, seed=1), 3)):
+        assert not torch.equal(other["tokens_BT"], first["tokens_BT"])
+
+
+def test_documents_go_on_where_the_base_stopped(corpus):
+    """The base had four steps, so the first elastic batch is the mixture of step 4."""
+    fit = replace(SMOKE.pretrain, seq_len=32)
+    expected = data.pretrain_batch(corpus, replace(SMOKE, pretrain=fit), 4)
+    found = elastic_batch(corpus, SMOKE, 0)
+    assert_close({k: found[k] for k in expected}, expected, rtol=0, atol=0)
+
+
+def test_budgets_are_drawn_alike_in_stage_1_and_by_weight_in_stage_2(corpus, monkeypatch):
+    """2000 steps of 8 or 4 sequences: shares within 2 per cent (four standard errors) of 1/3 each, then of 5 : 3 : 2."""
+    monkeypatch.setattr(data, "mixture", lambda _, __, ___, n_rows, *a: {"tokens_BT": torch.zeros(n_rows, 1)})
+    config = with_elastic(steps=4000, batch=8, long_share=0.5, long_weights=(5, 3, 2))
+    for steps, weights in ((range(2000), (1 / 3, 1 / 3, 1 / 3)), (range(2000, 4000), (0.5, 0.3, 0.2))):
+        drawn = collections.Counter()
+        for step in steps:
+            drawn.update(elastic_batch(corpus, config, step)["budget_B"].tolist())
+        assert [drawn[i] / drawn.total() for i in range(3)] == pytest.approx(weights, abs=0.02)
+
+
+@pytest.mark.parametrize(("long_batch", "rows", "n_tokens"), [(0, 2, 4 * 128 + 2 * 128), (3, 3, 4 * 128 + 2 * 192)])
+def test_a_step_of_stage_2_may_have_a_size_of_its_own(corpus, long_batch, rows, n_tokens):
+    """Four steps of 4 x 32 tokens, two of `rows` x 64; 0 rows means as many as make 128 tokens."""
+    config = with_elastic(long_batch=long_batch)
+    assert len(elastic_batch(corpus, config, 3)["tokens_BT"]) == 4
+    assert elastic_batch(corpus, config, 4)["tokens_BT"].shape == (rows, 64)
+    assert config.elastic.n_tokens() == n_tokens
+
+
+def test_budgets_without_weight_are_not_drawn_in_stage_2(corpus):
+    config = with_elastic(long_share=1.0, long_weights=(0, 1, 0))
+    assert {n for step in range(6) for n in elastic_batch(corpus, config, step)["budget_B"].tolist()} == {1}
+
+
+# ------------------------------------------------------------------------------------------------------------ the loop
+
+NINE = {"steps": 9, "search_share": 0.34, "long_share": 0.34, "checkpoint_every": 2, "ce": 0.1, "lr": 1e-3, "muon_lr": 1e-3}
+
+
+def noisy_model(config, corpus):
+    """Of the smoke shape; layers that write nothing, as new ones do, would hide much."""
+    model = train.build_model(config, corpus.tokenizer.n_vocab, CPU, seed=1)
+    torch.manual_seed(1)
+    for p in model.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+def fit(corpus, run_dir, start=None, dtype=torch.float32, **changes):
+    """Nine steps: three of search, three on slices, three of stage 2; a checkpoint every two. Model and objective."""
+    config = with_elastic(**NINE | changes)
+    config.check()
+    model = noisy_model(config, corpus).to(dtype)
+    return model, train.train_elastic(model, corpus, config, run_dir, start)
+
+
+def stop_at(step, action, corpus, run_dir, monkeypatch):
+    """The same run, disturbed when the batch of a step is made."""
+    with monkeypatch.context() as patch:
+        disturb(patch, "elastic_batch", step, action)
+        with pytest.raises((RuntimeError, KeyboardInterrupt)):
+            fit(corpus, run_dir)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus, tmp_path_factory):
+    """The folder of a run that nothing disturbed."""
+    run_dir = tmp_path_factory.mktemp("elastic")
+    fit(corpus, run_dir)
+    return run_dir
+
+
+@pytest.mark.parametrize(
+    ("action", "at", "saved"),
+    [(die, 2, 2), (press_ctrl_c, 0, 1), (die, 5, 4), (die, 7, 6), (press_ctrl_c, 6, 7)],
+    ids=["search, killed", "search, ctrl-c", "slices, killed", "end of stage 1, killed", "stage 2, ctrl-c"],
+)
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
+    uninterrupted, corpus, tmp_path, monkeypatch, action, at, saved
+):
+    """Weights of model, router and end of stage 1, optimizer states and metrics."""
+    stop_at(at, action, corpus, tmp_path, monkeypatch)
+    start = checkpoint.newest(tmp_path)
+    assert start.meta["step"] == saved
+    assert (start.path / "stage1.safetensors").exists() == (saved >= 6)
+    fit(corpus, tmp_path, start=start)
+    assert weights_of(tmp_path).keys() == {"model.safetensors", "router.safetensors", "stage1.safetensors"}
+    assert weights_of(tmp_path) == weights_of(uninterrupted)
+    assert metrics_of(tmp_path) == metrics_of(uninterrupted)
+    states = [checkpoint.newest(run_dir).optimizer() for run_dir in (tmp_path, uninterrupted)]
+    assert_close(*states, rtol=0, atol=0)
+
+
+def test_such_runs_change_model_and_router(uninterrupted):
+    """Else the test above would say little. The router stands still after the search, the end of stage 1 after it."""
+    older, newer = (
+        {f.name: f.read_bytes() for f in p.glob("*.safetensors")} for p in sorted(uninterrupted.glob("checkpoint/*"))
+    )
+    assert {name for name in newer if newer[name] != older[name]} == {"model.safetensors"}
+    assert newer["stage1.safetensors"] != newer["model.safetensors"]
+    router = checkpoint.newest(uninterrupted).tensors("router")
+    biases = [v for k, v in router.items() if k.endswith("2.bias")]
+    assert len(biases) == 6
+    assert all(len(set(b.tolist())) > 2 for b in biases if len(b) > 2)
+
+
+def test_the_end_of_stage_1_is_the_model_after_its_last_step(uninterrupted, corpus, tmp_path, monkeypatch):
+    stop_at(5, press_ctrl_c, corpus, tmp_path, monkeypatch)
+    stopped = checkpoint.newest(tmp_path)
+    assert stopped.meta["step"] == 6
+    assert_close(checkpoint.newest(uninterrupted).tensors("stage1"), stopped.tensors("model"), rtol=0, atol=0)
+
+
+def test_the_budget_loss_is_logged_while_there_is_a_search(uninterrupted):
+    lines = metrics_of(uninterrupted)
+    assert [("budget_loss" in line) for line in lines] == [True] * 3 + [False] * 6
+    assert {line["count"] > 0 for line in lines} == {True}
+    named = {name for line in lines for name in line if name.startswith("loss_")}
+    assert named == {"loss_1", "loss_0.75", "loss_0.5"}
+
+
+def test_choices_of_a_finished_run_are_those_it_trained(corpus, tmp_path):
+    """What the router says at the end is what the slices were, in fp32 and from the checkpoint."""
+    model, objective = fit(corpus, tmp_path)
+    assert objective.widths.keys() == {0.75, 0.5}
+    assert {b: objective.router.choose(b) for b in objective.widths} == objective.widths
+    other = elastic.build_router(model.config, objective.c, objective.router.depth_order[::-1], CPU)
+    checkpoint.load_weights(other, checkpoint.newest(tmp_path).tensors("router"), tmp_path)
+    assert {b: other.choose(b) for b in objective.widths} == objective.widths
+
+
+def test_running_a_batch_in_parts_changes_nothing_once_the_choices_are_fixed(corpus, tmp_path):
+    """In fp64, without a search: in one, each part has Gumbel noise of its own."""
+    runs = {n: fit(corpus, tmp_path / str(n), None, torch.float64, search_share=0.0, accumulate=n)[0] for n in (1, 2)}
+    assert_close(runs[1].state_dict(), runs[2].state_dict(), rtol=1e-6, atol=1e-9)
+    for first, second in zip(metrics_of(tmp_path / "1"), metrics_of(tmp_path / "2"), strict=True):
+        for name in ("loss", "grad_norm", "count"):
+            assert first[name] == pytest.approx(second[name], rel=1e-9)
+
+
+def test_a_search_runs_in_parts_too(corpus, tmp_path):
+    fit(corpus, tmp_path, steps=3, search_share=1.0, accumulate=2)
+    assert all(math.isfinite(line["budget_loss"]) for line in metrics_of(tmp_path))
+
+
+def test_ordering_for_training_leaves_the_parents_function(corpus, tmp_path):
+    """With zero steps the model is the parent, its units in another order."""
+    config = with_elastic(steps=0)
+    parent = noisy_model(config, corpus)
+    model = copy.deepcopy(parent)
+    train.train_elastic(model, corpus, config, tmp_path, None)
+    tokens_BT = torch.arange(40).view(2, 20)
+    assert not torch.equal(model.embed.weight, parent.embed.weight)
+    logits = [m.logits(m(tokens_BT)[0]) for m in (model, parent)]
+    assert_close(*logits, rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------- baselines
+
+
+def rivals_of(name, corpus, monkeypatch, tmp_path, **changes):
+    """What `train_rival` would train, without training it: of every fit model, objective, settings, folder; the models."""
+    config = with_elastic(baseline=(name,), **changes)
+    parent, fits = noisy_model(config, corpus).requires_grad_(False), []
+
+    def recorded(model, objective, make_batch, settings, run_dir, *_):
+        fits.append((copy.deepcopy(model), objective, settings, run_dir.relative_to(tmp_path)))
+
+    monkeypatch.setattr(train, "fit", recorded)
+    objective = train.train_elastic(copy.deepcopy(parent), corpus, config, tmp_path, None)
+    widths = {b: objective.router.choose(b) for b in config.elastic.budgets}
+    fits.clear()
+    sizes = train.train_rival(name, parent, widths, corpus, config, tmp_path / name)
+    return parent, widths, fits, sizes
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [("random-order", {"score_d_model": "random", "score_ffn": "random", "score_mamba": "random",
+                       "score_attn": "random", "score_depth": "random"}),
+     ("fixed", {"choose": "fixed"}),
+     ("uniform", {"long_weights": (1.0, 1.0, 1.0)})],
+)  # fmt: skip
+def test_a_baseline_that_is_a_family_differs_in_one_thing(corpus, monkeypatch, tmp_path, name, changed):
+    parent, _, fits, sizes = rivals_of(name, corpus, monkeypatch, tmp_path)
+    ((model, objective, settings, _),) = fits
+    assert settings == replace(SMOKE.elastic, baseline=(name,), **changed)
+    assert [count_parameters(m) for m in sizes] == [
+        count_parameters(elastic.submodel(model, objective.router.choose(b))) for b in (1.0, 0.75, 0.5)
+    ]
+    assert count_parameters(sizes[0]) == count_parameters(parent)
+
+
+@pytest.mark.parametrize(("name", "steps"), [("separate", 2), ("minitron", 6), ("scratch", 6)])
+def test_a_baseline_of_single_sizes_has_their_shapes_and_its_share_of_the_steps(corpus, monkeypatch, tmp_path, name, steps):
+    """Six steps for the family: two for each of three sizes, or all six. From scratch: no teacher, weights of its own."""
+    parent, widths, fits, sizes = rivals_of(name, corpus, monkeypatch, tmp_path)
+    assert [str(folder) for *_, folder in fits] == [f"{name}/1", f"{name}/0.75", f"{name}/0.5"]
+    assert {settings.steps for _, _, settings, _ in fits} == {steps}
+    for (model, objective, settings, _), size, w in zip(fits, sizes, widths.values(), strict=True):
+        assert model.config == size.config == elastic.shrink(parent.config, w)
+        assert settings.budgets == (1.0,)
+        assert (objective.c.kl, objective.c.ce) == ((0.0, 1.0) if name == "scratch" else (1.0, 0.0))
+        assert not any(p.requires_grad for p in size.parameters())
+    tokens_BT = torch.arange(40).view(2, 20)
+    logits = [m.logits(m(tokens_BT)[0]) for m in (sizes[0], parent)]
+    assert ((logits[0] - logits[1]).abs().max() < 1e-4) == (name != "scratch")
+
+
+def test_a_baseline_trains_weights_of_its_own(corpus, monkeypatch, tmp_path):
+    """Not those of the parent, nor of the family that a size was cut out of."""
+    parent, _, fits, sizes = rivals_of("minitron", corpus, monkeypatch, tmp_path)
+    storages = [{p.untyped_storage().data_ptr() for p in m.parameters()} for m in (parent, *sizes)]
+    assert len(set().union(*storages)) == sum(map(len, storages))
+
+
+# ------------------------------------------------------------------------------------------------------------- a run
+
+
+@pytest.fixture(scope="module")
+def finished(program, tmp_path_factory):
+    """The folder of a whole elastic run with three baselines."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    assert program(out, "--mode", "elastic", "--elastic.baseline", "scratch", "separate", "fixed") == 0
+    return out
+
+
+def test_a_run_leaves_settings_metrics_figures_samples_plots_and_checkpoints(finished):
+    assert {p.name for p in finished.iterdir()} == {
+        "config.json", "metrics.jsonl", "summary.json", "samples.txt", "checkpoint", "baselines",
+        "loss.png", "widths.png", "sizes.png"}  # fmt: skip
+    assert all((finished / f"{plot}.png").read_bytes().startswith(b"\x89PNG") for plot in ("loss", "widths", "sizes"))
+    assert {p.name for p in (finished / "baselines").iterdir()} == {"scratch", "separate", "fixed"}
+    assert from_dict(Config, json.loads((finished / "config.json").read_text())["config"]).mode == "elastic"
+    assert [line["step"] for line in metrics_of(finished)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_summary_holds_every_budget_with_its_figures(finished):
+    summary = summary_of(finished)
+    model, router, *_ = elastic.load_family(finished)
+    full = summary["teacher"]["parameters"]
+    assert full == count_parameters(model) == summary["parameters"]
+    for entry, budget in zip(summary["budgets"], (1.0, 0.75, 0.5), strict=True):
+        assert entry["budget"] == entry["fraction"] == budget
+        assert entry["target"] == budget * full
+        assert entry["cost"] == entry["parameters"] == pytest.approx(entry["target"], rel=0.02)
+        widths = Widths(entry["widths"]["d_model"], tuple(map(tuple, entry["widths"]["layers"])))
+        assert widths == router.choose(budget)
+        assert entry["parameters"] == count_parameters(elastic.submodel(model, widths))
+        assert entry["bytes"] == 4 * entry["parameters"]
+        for name in ("loss_nats", "kl_nats", "top1", "loss_change", "long_loss_nats"):
+            assert entry[name].keys() == LEAF
+            assert entry[name]["low"] <= entry[name]["mean"] <= entry[name]["high"]
+        assert 0 <= entry["top1"]["mean"] <= 1
+        assert entry["kl_nats"]["mean"] > 0
+        assert entry["tokens_per_second"] > 0
+    assert summary["teacher"]["loss_nats"]["mean"] > 0
+    assert summary["teacher"]["kl_nats"]["mean"] == pytest.approx(0, abs=1e-6)
+    assert summary["teacher"]["top1"]["mean"] == 1.0
+    assert summary["teacher"]["widths"]["layers"] == [[4, 16], [2], [64]]
+    assert [s["parameters"] for s in summary["stage1"]] == [b["parameters"] for b in summary["budgets"]]
+    assert summary["n_tokens"] == 6 * 4 * 32
+    for kind in ("text", "problem"):
+        assert all(e[f"{kind}_loss_nats"].keys() == LEAF for e in (summary["teacher"], *summary["budgets"]))
+
+
+def test_summary_holds_every_baseline_at_every_budget(finished):
+    summary = summary_of(finished)
+    assert summary["baselines"].keys() == {"scratch", "separate", "fixed"}
+    assert summary["train_s"].keys() == {"elastic", "scratch", "separate", "fixed"}
+    assert min(summary["train_s"].values()) > 0
+    for name, entries in summary["baselines"].items():
+        for ours, theirs in zip(summary["budgets"], entries, strict=True):  # paired differences from the family
+            difference = theirs["loss_nats"]["mean"] - ours["loss_nats"]["mean"]
+            assert theirs["difference_nats"]["mean"] == pytest.approx(difference, abs=1e-5)
+        assert [e["budget"] for e in entries] == [1.0, 0.75, 0.5]
+        assert all(e["loss_nats"].keys() == LEAF for e in entries)
+        assert all(e["parameters"] == pytest.approx(e["target"], rel=0.02) for e in entries)
+        if name != "fixed":
+            assert [e["parameters"] for e in entries] == [b["parameters"] for b in summary["budgets"]]
+
+
+def test_a_family_takes_less_than_its_sizes_apart(finished):
+    """One file instead of three; in memory the full model, the router, and copies of the largest submodel's rest."""
+    memory, summary = summary_of(finished)["memory"], summary_of(finished)
+    sizes = [b["bytes"] for b in summary["budgets"]]
+    assert memory["separate_memory"] == sum(sizes)
+    assert sizes[0] < memory["family_memory"] < memory["separate_memory"]
+    assert memory["family_file"] < memory["separate_files"]
+    assert memory["separate_files"] > sum(sizes)
+    assert memory["router_parameters"] == count_parameters(elastic.load_family(finished)[1])
+
+
+def test_samples_show_a_thought_of_every_budget(finished):
+    text = (finished / "samples.txt").read_text()
+    assert all(text.count(f"[{family}]") == 2 for family in FAMILIES)
+    assert [text.count(f" {name}: <think>") for name in ("1", "0.75", "0.5")] == [2 * len(FAMILIES)] * 3
+
+
+def test_a_run_stopped_in_a_baseline_and_resumed_equals_the_uninterrupted_one(program, finished, tmp_path, monkeypatch):
+    """After the six steps of the family and three of the first size from scratch: neither is trained again."""
+    words, steps = ("--mode", "elastic", "--elastic.baseline", "scratch"), []
+
+    def batch(corpus, config, step):
+        steps.append(step)
+        if len(steps) == 9:
+            press_ctrl_c()
+        return elastic_batch(corpus, config, step)
+
+    monkeypatch.setattr(train, "elastic_batch", batch)
+    assert program(tmp_path, *words) == 130
+    assert steps == [0, 1, 2, 3, 4, 5, 0, 1, 2]
+    assert program(tmp_path, *words, "--resume") == 0
+    assert steps[9:] == [3, 4, 5, *range(6), *range(6)]
+    assert weights_of(tmp_path) == weights_of(finished)
+    assert metrics_of(tmp_path) == metrics_of(finished)
+    ours, theirs = ([*s["budgets"], *s["baselines"]["scratch"]] for s in map(summary_of, (tmp_path, finished)))
+    for found, expected in zip(ours, theirs, strict=True):
+        assert {k for k in found if found[k] != expected[k]} <= {"tokens_per_second"}
+
+
+def test_a_family_without_the_full_budget_is_measured_and_drawn(program, tmp_path, capsys):
+    """0.8 and 0.5 by FLOPs and by hand; what was not trained is not given out."""
+    words = ("--elastic.budgets", 0.9, 0.8, "--elastic.long-weights", 1, 1, "--elastic.cost", "flops")
+    assert program(tmp_path, "--mode", "elastic", *words, "--elastic.choose", "fixed", "--elastic.long-share", 0) == 0
+    summary = summary_of(tmp_path)
+    assert [b["fraction"] for b in summary["budgets"]] == [0.9, 0.8]
+    assert all(b["cost"] == pytest.approx(b["target"], rel=0.03) for b in summary["budgets"])
+    assert (tmp_path / "widths.png").exists()
+    capsys.readouterr()
+    assert generate.main([str(tmp_path), PROMPT, "--budget", "1"]) == 2
+    assert "error: budget (1) is unknown: this model was trained for 0.9, 0.8 of the full flops" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------- extraction, generation
+
+
+@pytest.fixture(scope="module")
+def extracted(finished, tmp_path_factory):
+    """The folder of the model of a budget between two trained ones."""
+    out = tmp_path_factory.mktemp("runs") / "small"
+    assert elastic.main(["extract", str(finished), "--budget", "0.6", "--out", str(out)]) == 0
+    return out
+
+
+def test_an_extracted_model_is_the_submodel_of_its_family(finished, extracted):
+    small, *_ = train.load_run(extracted)
+    model, router, *_ = elastic.load_family(finished)
+    inside = elastic.submodel(model, router.choose(0.6))
+    tokens_BT = torch.arange(40).view(2, 20)
+    assert small.config == inside.config
+    assert_close(small(tokens_BT)[0], inside(tokens_BT)[0], rtol=0, atol=0)
+    assert_close(small.state_dict(), inside.state_dict(), rtol=0, atol=0)
+    assert count_parameters(small) == pytest.approx(0.6 * count_parameters(model), rel=0.02)
+
+
+def test_an_extracted_run_says_where_it_comes_from(finished, extracted):
+    facts = json.loads((extracted / "config.json").read_text())
+    small, *_ = train.load_run(extracted)
+    assert (facts["extracted_from"], facts["budget"]) == (str(finished), 0.6)
+    assert facts["parameters"] == count_parameters(small)
+    assert facts["widths"]["d_model"] == small.config.d_model
+    assert checkpoint.newest(extracted).meta["budget"] == 0.6
+
+
+def test_extraction_prints_size_time_and_widths(finished, tmp_path, capsys):
+    assert elastic.main(["extract", str(finished), "--budget", "0.5", "--out", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    size = summary_of(finished)["budgets"][2]
+    assert f"{tmp_path / 'out'}: {size['parameters']:,} parameters in " in shown
+    assert f"'d_model': {size['widths']['d_model']}" in shown
+
+
+def test_generate_talks_to_an_extracted_model_and_to_any_size_of_its_family(finished, extracted, capsys):
+    assert generate.main([str(extracted), PROMPT, "--thought-len", "4"]) == 0
+    assert capsys.readouterr().out.startswith(PROMPT + "<think>")
+    assert generate.main([str(finished), PROMPT, "--thought-len", "4", "--budget", "1", "0.5"]) == 0
+    first, second = capsys.readouterr().out.split("\n[0.5] ")
+    assert first.startswith(f"[1] {PROMPT}<think>")
+    assert second.startswith(f"{PROMPT}<think>")
+
+
+def test_a_size_of_the_family_says_what_its_extracted_model_says(finished, extracted, capsys):
+    words = [PROMPT, "--thought-len", "6", "--temperature", "0"]
+    assert generate.main([str(extracted), *words]) == 0
+    alone = capsys.readouterr().out
+    assert generate.main([str(finished), *words, "--budget", "0.6"]) == 0
+    assert capsys.readouterr().out == f"[0.6] {alone}"
+
+
+@pytest.mark.parametrize("budget", ["0.49", "0.3", "-1", "1e9"])
+def test_an_unknown_budget_is_refused_before_anything_is_written_or_said(finished, tmp_path, capsys, budget):
+    known = "is unknown: this model was trained for 1, 0.75, 0.5 of the full parameters"
+    assert elastic.main(["extract", str(finished), "--budget", budget, "--out", str(tmp_path / "out")]) == 2
+    assert known in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert generate.main([str(finished), PROMPT, "--budget", "1", budget]) == 2
+    shown = capsys.readouterr()
+    assert known in shown.err
+    assert shown.out == ""
+
+
+def test_a_run_without_a_router_is_refused(finished, extracted, tmp_path, capsys):
+    """An extracted one, and the base."""
+    for folder in (str(extracted), summary_of(finished)["base_dir"]):
+        assert elastic.main(["extract", folder, "--budget", "0.5", "--out", str(tmp_path / "out")]) == 2
+        assert f"error: {folder} has no router, so it holds one size only" in capsys.readouterr().err
+        assert generate.main([folder, PROMPT, "--budget", "0.5"]) == 2
+        assert "give the folder of a run of --mode elastic" in capsys.readouterr().err
+    assert elastic.main(["extract", str(tmp_path), "--budget", "0.5", "--out", str(tmp_path / "out")]) == 2
+    assert f"{tmp_path} holds no checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_extraction_into_a_folder_in_use_is_refused_and_leaves_it(finished, extracted, capsys):
+    before = contents(extracted)
+    assert elastic.main(["extract", str(finished), "--budget", "0.5", "--out", str(extracted)]) == 2
+    assert f"error: out ({extracted}) already holds a run; choose another --out" in capsys.readouterr().err
+    assert contents(extracted) == before
+
+
+@pytest.mark.parametrize("mode", ["pretrain", "rlp"])
+def test_init_goes_on_from_an_extracted_model_in_its_own_shape(program, extracted, tmp_path, mode):
+    assert program(tmp_path / "run", "--mode", mode, "--init", extracted, f"--{mode}.steps", 1) == 0
+    small, *_ = train.load_run(extracted)
+    trained, *_ = train.load_run(tmp_path / "run")
+    assert trained.config == small.config
+    assert not torch.equal(trained.norm.weight, small.norm.weight)
+    if mode == "rlp":
+        assert summary_of(tmp_path / "run")["base_train_s"] == 0
+
+
+def test_an_extracted_model_is_refused_as_a_parent(program, extracted, tmp_path, capsys):
+    assert program(tmp_path / "run", "--mode", "elastic", "--init", extracted) == 2
+    assert "layers have widths of their own" in " ".join(capsys.readouterr().out.split())
+
+
+# ----------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("budgets 1 0", "elastic.budgets (0.0) must lie in (0, 1] as a fraction, or above 1 as an absolute cost"),
+        ("budgets 1 -0.5", "elastic.budgets (-0.5) must lie in (0, 1]"),
+        ("budgets 0.5 1", "elastic.budgets (0.5, 1.0) must be different and fall, the largest first"),
+        ("budgets 1 1", "elastic.budgets (1.0, 1.0) must be different and fall"),
+        ("budgets 30000 1", "elastic.budgets (30000.0, 1.0) mixes absolute costs and fractions; give either"),
+        ("budgets 1 0.1", "elastic.budgets (0.1) is below the smallest model that the choices can make"),
+        ("budgets 90000 30000", "elastic.budgets (90000) is more than the full model's 47324 parameters; lower it"),
+        ("long-weights 1 1 1", "elastic.long_weights (1.0, 1.0, 1.0) must have one entry for each of the 2 budgets"),
+        ("long-weights 0 0", "elastic.long_weights (0.0, 0.0) must be 0 or more, and not all 0"),
+        ("ffn-choices 32 16", "elastic.ffn_choices (32, 16) must contain the full model's 64"),
+        ("d-model-choices 32 33", "elastic.d_model_choices (33) must lie between 1 and the full model's 32"),
+        ("attn-head-choices 4 3", "elastic.attn_head_choices (3) must be a multiple of the number of groups (2), "
+                                  "so that all groups keep the same count; nearest is 4"),
+        ("mamba-head-choices 4 1", "elastic.mamba_head_choices (1) must be a multiple of the number of groups (2)"),
+    ],
+    ids=lambda v: v if v[0] != "e" else "",
+)  # fmt: skip
+def test_unusable_settings_are_refused_before_a_base_is_trained(program, tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.setattr(train, "base_weights", lambda *_: pytest.fail("work was begun"))
+    name, *values = words.split()
+    options = {"--elastic.budgets": (1, 0.5), "--elastic.long-weights": (1, 1)} | {f"--elastic.{name}": values}
+    if "head-choices" in name:  # groups of two
+        options |= {"--model.n-heads": [4], "--model.n-kv-heads": [2], "--model.mamba-groups": [2]}
+    assert program(tmp_path / "run", "--mode", "elastic", *(w for k, v in options.items() for w in (k, *v))) == 2
+    assert message in " ".join(capsys.readouterr().out.split())
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+def test_resuming_with_other_elastic_settings_is_refused_by_name(program, finished, tmp_path, capsys):
+    run_dir = shutil.copytree(finished, tmp_path / "run")
+    words = ("--mode", "elastic", "--elastic.baseline", "scratch", "separate", "fixed", "--resume")
+    assert program(run_dir, *words, "--elastic.mask", "top1") == 2
+    assert "elastic.mask was soft, now top1" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------ measuring sizes
+
+
+def test_sizes_are_measured_against_their_parent_on_the_same_sequences(corpus):
+    """The parent has KL 0, agrees with itself everywhere, and its loss does not change; a blunted copy is worse."""
+    parent = noisy_model(SMOKE, corpus)
+    parent.head.weight.data.mul_(20)
+    blunt = copy.deepcopy(parent)
+    blunt.head.weight.data.zero_()
+    same, other, third = evals.evaluate_sizes([parent, blunt, blunt], [0, 0, 1], corpus, SMOKE)
+    for name in ("kl_nats", "loss_change", "difference_nats"):
+        assert same[name]["mean"] == pytest.approx(0, abs=1e-6)
+    assert same["top1"]["mean"] == 1.0
+    assert other["loss_nats"]["mean"] == pytest.approx(math.log(corpus.tokenizer.n_vocab), rel=1e-5)
+    difference = other["loss_nats"]["mean"] - same["loss_nats"]["mean"]
+    assert other["difference_nats"]["mean"] == pytest.approx(difference, abs=1e-5)
+    assert other["loss_change"]["mean"] == pytest.approx(difference / same["loss_nats"]["mean"], abs=1e-5)
+    assert third["difference_nats"]["mean"] == pytest.approx(0, abs=1e-6)
+    assert third["kl_nats"] == other["kl_nats"]
+    assert other["kl_nats"]["mean"] > 0.1
+    assert other["top1"]["mean"] < 0.5
+
+
+def test_kl_and_loss_of_a_size_are_means_over_targets_by_hand(corpus, monkeypatch):
+    """From whole logits of one batch, one mean a sequence; targets of -100 count for nothing."""
+    batch = data.mixture(corpus, SMOKE, 0, 16, 32, "test")
+    batch["targets_BT"][:, ::3] = -100
+    monkeypatch.setattr(evals, "mixture", lambda *_: batch)
+    parent, model = noisy_model(SMOKE, corpus), train.build_model(SMOKE, corpus.tokenizer.n_vocab, CPU, seed=2)
+    _, found = evals.evaluate_sizes([parent, model], [0, 0], corpus, SMOKE)
+    with torch.no_grad():
+        p, q = (
+            m.logits(m(batch["tokens_BT"], ids_BT=batch["ids_BT"])[0]).double().log_softmax(-1) for m in (parent, model)
+        )
+    kl_B, loss_B = [], []
+    for row, target in enumerate(batch["targets_BT"]):
+        at = (target != -100).nonzero()[:, 0]
+        kl_B.append(float((p[row, at].exp() * (p[row, at] - q[row, at])).sum(-1).mean()))
+        loss_B.append(-float(q[row, at, target[at]].mean()))
+    assert found["kl_nats"]["mean"] == pytest.approx(sum(kl_B) / 16, rel=1e-4)
+    assert found["text_loss_nats"]["mean"] == found["problem_loss_nats"]["mean"] == found["loss_nats"]["mean"]
+    assert found["loss_nats"]["mean"] == pytest.approx(sum(loss_B) / 16, rel=1e-5)
+
+
+def test_text_and_problems_are_measured_apart_and_weighted_as_in_training(corpus):
+    """Text share 0.3: the loss is 0.3 times that of text plus 0.7 times that of problems, and these differ."""
+    model = noisy_model(SMOKE, corpus)
+    model.head.weight.data.mul_(20)
+    (found,) = evals.evaluate_sizes([model], [0], corpus, SMOKE)
+    text, problem = found["text_loss_nats"]["mean"], found["problem_loss_nats"]["mean"]
+    assert abs(text - problem) > 0.1
+    assert found["loss_nats"]["mean"] == pytest.approx(0.3 * text + 0.7 * problem, rel=1e-6)
+    assert found["loss_nats"]["n"] == found["text_loss_nats"]["n"] + found["problem_loss_nats"]["n"]
+
+
+def test_a_stratified_mean_and_its_interval_by_hand():
+    """Text 1, 3 (mean 2, variance 2, squared error 2 / 2 = 1), problems 0, 0, 3, 3 (1.5, 3, 3 / 4), of which 1/4 is text.
+
+    Mean 1/4 x 2 + 3/4 x 1.5 = 1.625; error^2 = 1/16 x 1 + 9/16 x 3/4 = 0.484375; 1.96 x its root = 1.36410.
+    """
+    found = evals.stratified(torch.tensor([1.0, 3]), torch.tensor([0.0, 0, 3, 3]), 0.25)
+    assert found == pytest.approx({"mean": 1.625, "low": 1.625 - 1.36410, "high": 1.625 + 1.36410, "n": 6}, abs=1e-4)
+
+
+def test_scores_of_every_axis_are_compared_on_a_trained_model(finished, capsys):
+    """`elastic.py scores BASE`: a row an axis, a loss near ln V for each score of the hardly trained smoke base."""
+    assert elastic.main(["scores", summary_of(finished)["base_dir"]]) == 0
+    shown = capsys.readouterr().out
+    for axis in elastic.AXES:
+        (line,) = [line for line in shown.splitlines() if axis in line.split()]
+        losses = [float(x) for x in re.findall(r"\d\.\d+", line)]
+        assert len(losses) == 3
+        assert all(abs(loss - math.log(512)) < 0.5 for loss in losses)
+
+
+def test_long_losses_are_of_what_follows_the_first_part(corpus):
+    """Texts of 64 tokens after whose first 32 the loss counts; a model that knows nothing has ln V everywhere."""
+    model = noisy_model(SMOKE, corpus)
+    model.head.weight.data.zero_()
+    losses = evals.long_losses(model, corpus, SMOKE, "test")
+    assert len(losses) == 8
+    assert_close(losses, torch.full((8,), math.log(corpus.tokenizer.n_vocab)))
+    seen = []
+    model.register_forward_hook(lambda _, args, out: seen.append(args[0].shape))
+    evals.long_losses(model, corpus, SMOKE, "test")
+    assert seen == [(4, 64), (4, 64)]
+
+
+def test_no_text_is_long_enough_for_a_long_loss(corpus):
+    assert evals.long_losses(noisy_model(SMOKE, corpus), corpus, with_elastic(long_len=10**7), "test").isnan().all()
+
+
+def test_facts_of_a_size_by_another_count(corpus):
+    model = noisy_model(SMOKE, corpus)
+    facts = evals.size_facts(model, SMOKE)
+    flops = elastic.total_cost(model.config, replace(SMOKE.elastic, cost="flops"), CPU)
+    assert facts["parameters"] == count_parameters(model)
+    assert facts["bytes"] == 4 * facts["parameters"]
+    assert facts["flops_per_token"] == pytest.approx(flops)
+    assert facts["cache_bytes"] == sum(part_cache_bytes(kind, model.config, 1024, 4) for kind in "M*-")
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+
+def leaf(mean, half=0.01):
+    return {"mean": mean, "low": mean - half, "high": mean + half, "n": 7}
+
+
+def entry(fraction, layers, loss):
+    """One size of a made-up run on M*-: what the report reads of it."""
+    return {"budget": fraction, "fraction": fraction, "target": 1000 * fraction, "cost": 1005 * fraction,
+            "parameters": int(1e6 * fraction), "flops_per_token": 2e6 * fraction, "bytes": 4e6 * fraction,
+            "tokens_per_second": 5e4, "loss_nats": leaf(loss), "loss_change": leaf(loss / 3 - 1), "kl_nats": leaf(loss - 3),
+            "top1": leaf(0.9), "long_loss_nats": leaf(loss + 1), "text_loss_nats": leaf(loss + 0.5),
+            "problem_loss_nats": leaf(loss - 0.5), "difference_nats": leaf(loss - 3.2),
+            "widths": {"d_model": int(32 * fraction), "layers": layers}}  # fmt: skip
+
+
+@pytest.fixture
+def made_up():
+    """Two budgets, none of them the full one, the smaller one without its attention layer."""
+    full = entry(1.0, [[4, 16], [2], [64]], 3.0)
+    sizes = [entry(0.75, [[4, 12], [2], [48]], 3.1), entry(0.5, [[2, 8], [], [16]], 3.4)]
+    return {"mode": "elastic", "seed": 3, "teacher": {"pattern": "M*-", **full}, "budgets": sizes, "stage1": [],
+            "baselines": {"scratch": sizes[::-1], "unheard": sizes}, "wall_s": 1.0, "peak_memory_gib": 0.5}  # fmt: skip
+
+
+def test_rows_of_the_budgets_by_hand(made_up):
+    rows = {row[0]: row[1:] for row in report.budget_rows(made_up)}
+    assert rows["n = 7"] == ["parent", "75 %", "50 %"]
+    assert rows["parameters"] == ["1,000,000", "750,000", "500,000"]
+    assert rows["cost, of its target"] == ["", "100.5 %", "100.5 %"]
+    assert rows["MFLOPs a token"] == ["2.00", "1.50", "1.00"]
+    assert rows["MB of weights"] == ["4.00", "3.00", "2.00"]
+    assert rows["loss, nats a token"][1] == "3.100 (3.090 to 3.110)"
+    assert rows["of text alone"] == [f"{m:.3f} ({m - 0.01:.3f} to {m + 0.01:.3f})" for m in (3.5, 3.6, 3.9)]
+    assert rows["of problems alone"][0] == "2.500 (2.490 to 2.510)"
+    assert rows["against the parent"] == ["", "+3.3 % (+2.3 to +4.3)", "+13.3 % (+12.3 to +14.3)"]
+    assert rows["KL from the parent, nats"][2] == "0.400 (0.390 to 0.410)"
+    assert rows["same likeliest token as the parent"][1] == "0.90 (0.89 to 0.91)"
+    assert not any("stage" in name for name in rows)
+    assert {len(row) for row in report.budget_rows(made_up)} == {4}
+
+
+def test_rows_of_both_stages_stand_below_each_other(made_up):
+    made_up["stage1"] = [entry(b["fraction"], [], 5.0) for b in made_up["budgets"]]
+    *_, first, second = report.budget_rows(made_up)
+    assert first == ["loss on long text, after stage 1", "4.000 (parent)", "6.000", "6.000"]
+    assert second == ["loss on long text, after stage 2", "", "4.100", "4.400"]
+
+
+def test_rows_of_the_rivals_by_hand(made_up):
+    low, high = "3.100 (3.090 to 3.110)", "3.400 (3.390 to 3.410)"
+    less, more = "-0.100 (-0.110 to -0.090)", "+0.200 (+0.190 to +0.210)"
+    assert report.rival_rows(made_up) == [
+        ["loss, nats a token, n = 7", "75 %", "minus elastic", "50 %", "minus elastic"],
+        ["**elastic**, one run", low, "", high, ""],
+        [report.RIVALS["scratch"], high, more, low, less],
+        ["unheard", low, less, high, more],
+    ]
+
+
+def test_every_baseline_has_a_name_for_the_table():
+    (field,) = [f for f in dataclasses.fields(SMOKE.elastic) if f.name == "baseline"]
+    assert all(f"'{name}'" in str(field.type) for name in report.RIVALS if name != "elastic")
+    assert len(report.RIVALS) == 7
+
+
+def test_widths_and_sizes_are_drawn_with_a_skipped_layer_and_without_the_full_budget(made_up, tmp_path, monkeypatch):
+    """The skipped layer is drawn at 0; bars are shares of the full widths, 24 and 16 of 32 for the stream."""
+    bars = []
+    bar = report.plt.Axes.bar
+    monkeypatch.setattr(report.plt.Axes, "bar", lambda axis, x, y, *a, **k: [bars.append(y), bar(axis, x, y, *a, **k)][1])
+    report.plot_widths(made_up, tmp_path / "widths.png")
+    report.plot_sizes(made_up, tmp_path / "sizes.png")
+    assert bars == [[0.75, 1.0, 0.75, 1.0, 0.75], [0.5, 0.5, 0.5, 0.0, 0.25]]
+    for name in ("widths", "sizes"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_closing_tables_show_budgets_and_rivals(made_up):
+    console = Console(width=200, record=True, file=io.StringIO())
+    report.print_summary(made_up, console)
+    shown = console.export_text()
+    assert "seed 3" in shown
+    assert report.RIVALS["scratch"] in shown
+    assert "3.100 (3.090 to 3.110)" in shown
+
+
+def test_readme_tables_are_made_of_elastic_results(made_up, tmp_path):
+    assert report.tables(tmp_path)["elastic-cpu"] == report.tables(tmp_path)["elastic-cpu-rivals"] == "Not run."
+    (tmp_path / "elastic-cpu-seed3.json").write_text(json.dumps(made_up))
+    made = report.tables(tmp_path)
+    assert made["elastic-cpu"] == report.markdown(report.budget_rows(made_up))
+    assert made["elastic-cpu-rivals"] == "Seed 3:\n\n" + report.markdown(report.rival_rows(made_up))

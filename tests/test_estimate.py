@@ -1,0 +1,265 @@
+"""What a dry run says: counts against what is built, FLOPs and bytes by hand, the presets of the papers."""
+
+import dataclasses
+import itertools
+import json
+import re
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import elastic
+import estimate
+import train
+from config import PRESETS, Config, ElasticConfig, ModelConfig, PretrainConfig, RLPConfig, from_dict
+from model import Block, HybridLM, count_parameters, matrix_parameters, part_parameters
+from presets import NEMOTRON_12B, PAPERS, QWEN3_1_7B
+
+# Two layers whose numbers are easy: no attention, so f does not depend on the length.
+PLAIN = ModelConfig(pattern="M-", vocab_size=100, d_model=10, d_ff=20, mamba_heads=2, mamba_head_dim=5, d_state=4)
+# "-": 2 (2 x 10 x 20) = 800. "M": inner 10, conv 18; matrices 10 (30 + 8 + 2) = 400; 800 + 2 x 4 x 18 + 5 x 10 x 4 = 1144.
+BODY, HEAD = 800 + 1144, 2 * 100 * 10
+# The released 9B: the 12B without one M, two * and three -, narrower.
+NANO_9B = dataclasses.replace(
+    NEMOTRON_12B, pattern="M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-", d_model=4480, d_ff=15680
+)
+
+
+def run_of(mode, **changes) -> Config:
+    return dataclasses.replace(Config(mode=mode, model=PLAIN, init="x"), **changes)
+
+
+# ------------------------------------------------------------------------------------------------------------- counts
+
+
+@pytest.mark.parametrize(("ffn", "qk_norm"), list(itertools.product(("relu2", "swiglu"), (False, True))))
+@pytest.mark.parametrize("kind", "M*-")
+def test_counts_in_closed_form_equal_those_of_the_layer_that_is_built(kind, ffn, qk_norm):
+    shape = ModelConfig(
+        pattern="M*-", vocab_size=11, d_model=10, d_ff=7, ffn=ffn, n_heads=6, n_kv_heads=3, attn_head_dim=5,
+        qk_norm=qk_norm, mamba_heads=4, mamba_head_dim=3, mamba_groups=2, d_state=5, conv_width=3,
+    )  # fmt: skip
+    block = Block(kind, shape)
+    assert part_parameters(kind, shape) == count_parameters(block)
+    assert matrix_parameters(kind, shape) == sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_equal_those_of_the_model_that_is_built_where_layers_differ(tied):
+    shape = ModelConfig(pattern="M*-M", vocab_size=11, d_model=10, tie_embeddings=tied, widths=((4, 2), (2,), (5,), (8, 1)))
+    assert estimate.parameters(shape) == count_parameters(HybridLM(shape))
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("qwen3-1.7b-rlp", 1_720_574_976), ("nemotron-12b-rlp", 12_310_001_152), ("nemotron-12b-elastic", 12_310_001_152)],
+)
+def test_a_papers_preset_builds_on_the_meta_device_with_the_released_models_count(name, count):
+    with torch.device("meta"):
+        assert count_parameters(HybridLM(PAPERS[name].model)) == count
+    assert estimate.parameters(PAPERS[name].model) == count
+
+
+# -------------------------------------------------------------------------------------------------------------- FLOPs
+
+
+def test_flops_of_pretraining_by_hand():
+    """Three forward passes of 2 sequences of 8 tokens."""
+    (phase,) = estimate.phases(run_of("pretrain", pretrain=PretrainConfig(steps=5, batch=2, seq_len=8)))
+    assert (phase.n_steps, phase.n_tokens) == (5, 16)
+    assert phase.flops == {"train": 3 * 16 * (BODY + HEAD)}
+
+
+def test_flops_of_attention_count_the_positions_that_are_seen():
+    """8 query heads of 16: 4 x 16 x 8 a position. 6 tokens after 10 cached ones see 10 + 3 on average; from none, 3."""
+    shape = ModelConfig(pattern="*", vocab_size=10, d_model=4, n_heads=8, n_kv_heads=2, attn_head_dim=16)
+    matrices = 2 * 4 * 2 * (8 + 2) * 16
+    assert estimate.body_flops(shape, 6) == 6 * (matrices + 512 * 3)
+    assert estimate.body_flops(shape, 6, 10) == 6 * (matrices + 512 * 13)
+    whole, first = estimate.body_flops(shape, 16), estimate.body_flops(shape, 10)
+    assert whole - first == estimate.body_flops(shape, 6, 10)
+
+
+def test_flops_of_rlp_by_hand():
+    """2 contexts of 8 tokens, 3 thoughts of 4, horizon 1: 16 context tokens and 24 of thoughts, run once for the rollout
+    and three times for each of 2 updates; scored are 16 context tokens with 2 logits, and 6 closing tags with theirs.
+    """
+    c = RLPConfig(batch=2, context_len=8, group_size=3, thought_len=4, inner_epochs=2, steps=7)
+    (phase,) = estimate.phases(run_of("rlp", rlp=c))
+    sampled = 16 * BODY + 24 * (BODY + HEAD)
+    assert phase.flops == {
+        "rollout": sampled, "scoring": 16 * BODY + 2 * HEAD + 6 * (BODY + HEAD), "policy": 6 * sampled
+    }  # fmt: skip
+    assert phase.n_tokens == 16
+    with_kl = estimate.phases(run_of("rlp", rlp=dataclasses.replace(c, kl=0.1)))[0]
+    assert with_kl.flops["reference"] == sampled
+
+
+def test_flops_of_elastic_are_those_of_the_teacher_and_of_the_budgets_as_they_are_drawn():
+    """10 steps: 4 of search at full size, 2 of stage 1, 4 of stage 2. Of the full size f and of the half g:
+    3 f while searching, 3 (f + g) / 2 in stage 1, 3 (0.9 f + 0.1 g) in stage 2.
+    """
+    c = ElasticConfig(
+        steps=10, batch=4, seq_len=16, long_len=32, long_share=0.4, search_share=0.4, budgets=(1.0, 0.5),
+        long_weights=(9.0, 1.0), d_model_choices=(10, 5), ffn_choices=(20, 10, 5), mamba_head_choices=(2, 1),
+    )  # fmt: skip
+    config = run_of("elastic", elastic=c)
+    full, half = estimate.family(PLAIN, c)
+    assert full.d_model == 10
+    f, g = (64 * (estimate.body_flops(s, 1) + estimate.head_flops(s, 1)) for s in (full, half))
+    assert g < 0.8 * f
+    search, short, long = estimate.phases(config)
+    assert [(p.name, p.n_steps, p.n_tokens) for p in (search, short, long)] == [
+        ("stage 1, search", 4, 64), ("stage 1", 2, 64), ("stage 2", 4, 64)
+    ]  # fmt: skip
+    assert [p.flops["teacher"] for p in (search, short, long)] == [f, f, f]
+    students = [p.flops["student"] for p in (search, short, long)]
+    assert students == pytest.approx([3 * f, 1.5 * (f + g), 3 * (0.9 * f + 0.1 * g)])
+
+
+def test_a_base_that_init_does_not_bring_is_counted():
+    names = [[p.name for p in estimate.phases(run_of(m, init=""))] for m in ("pretrain", "cpt", "rlp", "elastic")]
+    assert names == [["pretrain"], ["pretrain", "cpt"], ["pretrain", "rlp"],
+                     ["pretrain", "stage 1, search", "stage 1", "stage 2"]]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+def test_memory_of_the_12b_by_hand():
+    """12.31 billion weights in bf16 are 24.6 GB. In fp32 weights and gradients take 49.2 GB each, AdamW twice that."""
+    assert 2 * estimate.parameters(NEMOTRON_12B) / 1e9 == pytest.approx(24.6, abs=0.05)
+    kept = estimate.memory(PAPERS["nemotron-12b-rlp"], n_gpus=32)
+    assert kept["weights"] * 32 / 1e9 == pytest.approx(49.24, abs=0.01)
+    assert kept["gradients"] == kept["weights"] == kept["EMA teacher"] == kept["optimizer"] / 2
+    assert kept["optimizer"] * 32 == 8 * 12_310_001_152
+
+
+def test_muon_keeps_one_number_for_each_weight_of_a_layers_matrices():
+    """The matrices of layers hold 2 x 10 x 20 and 10 (30 + 8 + 2) weights: 4 bytes each instead of 8."""
+    config = run_of("pretrain", pretrain=PretrainConfig(muon_lr=0.01))
+    n, inner = estimate.parameters(PLAIN), 400 + 400
+    assert estimate.memory(config)["optimizer"] == 8 * (n - inner) + 4 * inner
+
+
+def test_the_family_takes_what_its_largest_takes_and_separate_models_their_sum():
+    """The paper: 24 GB for 12B, 9B and 6B in one, 42 GB for the released 12B and 9B (24.62 + 17.78)."""
+    found = estimate.family_bytes(NEMOTRON_12B, PAPERS["nemotron-12b-elastic"].elastic)
+    assert found["model"] / 1e9 == pytest.approx(24.6, abs=0.05)
+    assert found["router"] < 0.02 * found["model"]
+    assert found["separate"] / 1e9 == pytest.approx(24.6 + 18.0 + 12.0, rel=0.01)
+    assert estimate.parameters(NANO_9B) == 8_888_227_328
+    assert 2 * (estimate.parameters(NEMOTRON_12B) + estimate.parameters(NANO_9B)) / 1e9 == pytest.approx(42.4, abs=0.05)
+
+
+def test_caches_of_the_12b_by_hand():
+    """Keys and values: 6 layers x 2 x 8 heads x 128 x 2 bytes = 24,576 a token; Mamba: 140 MiB of fp32 states a sequence,
+    and 28 x 3 x 12,288 x 2 bytes of convolution tails.
+    """
+    assert estimate.cache_bytes(NEMOTRON_12B, 1) - estimate.cache_bytes(NEMOTRON_12B, 0) == 24_576
+    assert estimate.cache_bytes(NEMOTRON_12B, 0) == 140 * 2**20 + 28 * 3 * 12_288 * 2
+
+
+@pytest.mark.parametrize("changes", [{}, {"ffn": "swiglu", "rope_theta": 1e4, "qk_norm": True}], ids=["nemotron", "qwen"])
+@pytest.mark.parametrize("kind", "M*-")
+def test_activations_are_within_a_tenth_of_what_autograd_keeps(kind, changes):
+    shape = ModelConfig(
+        pattern=kind if kind != "-" else "M-", vocab_size=10, d_model=64, d_ff=256, n_heads=8, n_kv_heads=2,
+        attn_head_dim=16, mamba_heads=8, mamba_head_dim=16, mamba_groups=2, d_state=16, chunk=16, **changes,
+    )  # fmt: skip
+    block, x_BTD = Block(kind, shape), torch.randn(2, 64, 64, requires_grad=True)
+    weights, kept = {p.untyped_storage().data_ptr() for p in block.parameters()}, {}
+
+    def keep(t):
+        kept.setdefault(t.untyped_storage().data_ptr(), t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        _ = block(x_BTD, None, None)
+    found = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights) / 4 / 128
+    assert estimate.kept_numbers(kind, shape) == pytest.approx(found, rel=0.1)
+
+
+def test_more_gpus_share_the_states_and_the_batch_and_recomputing_keeps_less():
+    config = PAPERS["nemotron-12b-elastic"]
+    one, two = (estimate.memory(config, n) for n in (128, 256))
+    assert two["weights"] == one["weights"] / 2
+    assert two["activations"] == pytest.approx(one["activations"] / 2, rel=0.05)
+    assert sum(estimate.memory(config, 256, recompute=True).values()) < 80e9 < sum(two.values())
+
+
+# ------------------------------------------------------------------------------------------------- presets, a dry run
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_presets_of_the_papers_are_accepted_saved_and_named_once(name):
+    preset = PAPERS[name]
+    assert train.parse(["--preset", name]).check() == preset
+    assert preset.preset == name not in PRESETS
+    assert from_dict(Config, json.loads(json.dumps(preset.to_dict()))) == preset
+
+
+def test_presets_have_the_papers_numbers():
+    """RLP: 170M and 250M input tokens, G = 16. Elastic: 65B and 45B tokens, 9B and 6B beside the 12B."""
+    for name, tokens in (("qwen3-1.7b-rlp", 170e6), ("nemotron-12b-rlp", 250e6)):
+        c = PAPERS[name].rlp
+        assert c.steps * c.batch * c.context_len == pytest.approx(tokens, rel=0.005)
+        assert (c.batch, c.group_size, c.thought_len, c.context_len, c.temperature) == (512, 16, 2048, 2048, 0.7)
+        assert (c.lr, c.decay, c.kl, c.tau, c.positions, c.horizon) == (1e-6, 0.0, 0.0, 0.999, "random", 1)
+    c = PAPERS["nemotron-12b-elastic"].elastic
+    assert c.stage_1_steps() * 1536 * 8192 == pytest.approx(65e9, rel=0.001)
+    assert c.n_tokens() - c.stage_1_steps() * 1536 * 8192 == pytest.approx(45e9, rel=0.001)
+    assert (c.batch, c.long_rows(), c.long_len, c.lr, c.router_lr, c.warmup) == (1536, 512, 49152, 9e-5, 1e-2, 60)
+    assert c.long_weights == (0.5, 0.3, 0.2)
+    assert [b * 12.310e9 for b in c.budgets[1:]] == pytest.approx([9e9, 6e9], rel=0.001)
+
+
+@pytest.mark.parametrize("choose", ["fixed", "router"])
+def test_9b_and_6b_are_met_within_two_per_cent_within_seconds(choose):
+    """Also 8.9B and 6.2B; a router that has learned nothing yet is repaired to meet them too."""
+    c = dataclasses.replace(PAPERS["nemotron-12b-elastic"].elastic, choose=choose, budgets=(1.0, 9e9 / 12.31e9, 0.487))
+    began = time.process_time()
+    router = elastic.build_router(NEMOTRON_12B, c, list(range(62)), torch.device("cpu"))
+    sizes = {b: estimate.parameters(elastic.shrink(NEMOTRON_12B, router.choose(b))) for b in (9e9, 8.9e9, 6.2e9, 6e9)}
+    assert time.process_time() - began < 30
+    assert sizes == pytest.approx({b: b for b in sizes}, rel=0.02)
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_a_dry_run_of_a_paper_needs_no_text_no_tokenizer_and_no_weights(name, monkeypatch, capsys):
+    for loader in ("Corpus", "FileTokenizer", "named_tokenizer", "HybridLM"):
+        monkeypatch.setattr(train, loader, None)
+    began = time.process_time()
+    assert train.main(["--preset", name, "--dry-run"]) == 0
+    assert time.process_time() - began < 30
+    shown = " ".join(re.sub(r"[^\w.,%-]", " ", capsys.readouterr().out).split())
+    assert f"{estimate.parameters(PAPERS[name].model):,} parameters" in shown
+    for part in (
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "H100 hours",
+        f"on each of {PAPERS[name].dry_run_gpus}",
+    ):
+        assert part in shown
+
+
+def test_a_dry_run_counts_the_gpus_it_is_told(capsys):
+    assert train.main(["--preset", "smoke", "--dry-run", "--dry-run-gpus", "4"]) == 0
+    assert "GB on each of 4 GPUs" in capsys.readouterr().out
+    assert train.main(["--preset", "smoke", "--dry-run", "--dry-run-gpus", "0"]) == 2
+    assert "dry_run_gpus (0) must be at least 1" in capsys.readouterr().out
+
+
+def test_costs_of_presets_are_what_their_comments_say():
+    """EFLOP in all and GPU hours, as in presets.py."""
+    said = {"qwen3-1.7b-rlp": (48, 33, QWEN3_1_7B), "nemotron-12b-rlp": (408, 287, NEMOTRON_12B),
+            "nemotron-12b-elastic": (9609, 6750, NEMOTRON_12B)}  # fmt: skip
+    for name, (eflop, hours, shape) in said.items():
+        found = estimate.facts(PAPERS[name])
+        assert PAPERS[name].model is shape
+        assert found["total_flops"] / 1e18 == pytest.approx(eflop, rel=0.02)
+        assert found["h100_hours"] == pytest.approx(hours, rel=0.02)

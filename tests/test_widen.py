@@ -1,0 +1,102 @@
+"""A model whose layers have widths of their own, and the same filled up to one width: equal, in fp64."""
+
+import dataclasses
+
+import hf_models  # noqa: F401  # before transformers
+import pytest
+import torch
+from conftest import TINY
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+from checkpoint import load_weights
+from config import ModelConfig
+from huggingface import load_hf, save_hf
+from model import HybridLM
+from widen import homogeneous
+
+PATTERN = "M-*M-*M"
+# Heads come in two groups, of 2, 4 and 6 heads; layer 3 has one channel a head, and so a sixth of the widest one's.
+WIDTHS = ((2, 3), (5,), (2,), (4, 1), (12,), (6,), (6, 4))
+BASE = ModelConfig(**TINY | {"pattern": PATTERN, "tie_embeddings": False, "widths": WIDTHS})
+
+
+def layered(config):
+    """A model with weights around 1 (vectors) and 0 (matrices), in fp64."""
+    model = HybridLM(config).double()
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        p.data = 0.4 * torch.randn(p.shape, generator=generator, dtype=p.dtype) + (p.dim() == 1)
+    return model
+
+
+@torch.no_grad()
+def logits(model, n_tokens=11):
+    tokens_BT = torch.arange(2 * n_tokens).view(2, n_tokens) * 5 % 12
+    return model.logits(model(tokens_BT)[0])
+
+
+def logits_of_both(config):
+    """Of the layered model and of the filled one, and the filled one's shape."""
+    model = layered(config)
+    wide, tensors = homogeneous(config, model.state_dict())
+    filled = HybridLM(wide).double()
+    load_weights(filled, tensors, "filled")
+    return logits(model), logits(filled), wide
+
+
+@pytest.mark.parametrize("ffn", ["relu2", "swiglu"])
+@pytest.mark.parametrize("options", [{}, {"rope_theta": 100.0, "qk_norm": True}], ids=["plain", "rope, qk-norm"])
+def test_filling_with_zeros_changes_nothing_where_eps_is_negligible(ffn, options):
+    base = dataclasses.replace(BASE, ffn=ffn, norm_eps=1e-30, **options)
+    before, after, wide = logits_of_both(base)
+    assert (wide.mamba_heads, wide.mamba_head_dim, wide.n_heads, wide.d_ff, wide.widths) == (6, 4, 6, 12, ())
+    assert_close(after, before, rtol=1e-12, atol=1e-12)
+
+
+def test_layers_without_mamba_stay_equal_whatever_eps_is():
+    base = dataclasses.replace(BASE, pattern="*-*-", norm_eps=0.1, widths=((2,), (1,), (8,), (3,)))
+    before, after, _ = logits_of_both(base)
+    assert_close(after, before, rtol=1e-12, atol=1e-12)
+
+
+def test_a_filled_mamba_layer_computes_as_if_its_eps_were_larger():
+    """By new / old channels: 12 of 4. With eps = 0.1 that shows; an eps three times as large in the layered model is it."""
+    base = dataclasses.replace(BASE, pattern="MM", norm_eps=0.1, widths=((2, 2), (6, 2)))
+    before, after, _ = logits_of_both(base)
+    assert (after - before).abs().max() > 1e-3
+    model = layered(base)
+    model.layers[0].mixer.norm_eps = 0.1 * 12 / 4
+    assert_close(after, logits(model), rtol=1e-12, atol=1e-12)
+
+
+def test_with_the_usual_eps_the_difference_is_small():
+    """Not nothing: 0.9 % of the logits' deviation at worst here, where layer 3 keeps a sixth of the channels."""
+    before, after, _ = logits_of_both(BASE)
+    assert 1e-3 < (after - before).abs().max() / before.std() < 1e-2
+
+
+def test_a_model_of_one_width_comes_back_bit_for_bit():
+    base = dataclasses.replace(BASE, widths=())
+    model = layered(base)
+    wide, tensors = homogeneous(base, model.state_dict())
+    assert wide == base
+    assert_close(tensors, dict(model.state_dict()), rtol=0, atol=0)
+
+
+def test_an_export_fills_up_what_the_format_cannot_say(tmp_path):
+    """transformers then computes what the layered model does; what we read again is the wide one."""
+    model = layered(dataclasses.replace(BASE, norm_eps=1e-8)).float()
+    save_hf(tmp_path / "out", model.config, model.state_dict())
+    theirs, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(report.values())
+    assert_close(theirs(torch.arange(22).view(2, 11) * 5 % 12).logits.detach(), logits(model), rtol=1e-3, atol=1e-3)
+    assert load_hf(tmp_path / "out")[0] == homogeneous(model.config, model.state_dict())[0]
+
+
+def test_weights_that_do_not_fit_the_widths_are_refused_before_anything_is_written(tmp_path):
+    model = layered(BASE)
+    other = dataclasses.replace(BASE, widths=((4, 3), *WIDTHS[1:]))
+    with pytest.raises(ValueError, match=r"layers.0.mixer.in_proj.weight has shape"):
+        save_hf(tmp_path / "out", other, model.state_dict())
+    assert not (tmp_path / "out").exists()
