@@ -493,6 +493,8 @@ class Config:
     init: str = ""
     # Device: auto, cpu or cuda.
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    # Form of the hot operations: auto (Triton on CUDA, else fast PyTorch), reference (slow and obvious) or triton.
+    kernels: Literal["auto", "reference", "triton"] = "auto"
     # Print the resolved settings and what the run would take, then stop: needs no GPU, no data and no download.
     dry_run: bool = False
     # GPUs that a dry run divides weights and batches among.

@@ -154,7 +154,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def sum_of_parts(measure: Callable[[str, ModelConfig], float], config: ModelConfig) -> float:
-    """A measure of a part, such as those below, summed over a model: over what is not in a layer (kind ""), and every layer."""
+    """A measure of a part, such as those below, added up over a model: what is in no layer (kind ""), and every layer."""
     return measure("", config) + sum(measure(kind, config.layer(i)) for i, kind in enumerate(config.pattern))
 
 

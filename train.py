@@ -39,6 +39,7 @@ import elastic
 import estimate
 import evals
 import huggingface
+import kernels
 import parallel
 import report
 from config import PRESETS, Config, FitConfig, fingerprint, from_dict, require
@@ -371,6 +372,7 @@ def run(config: Config) -> dict:
     """
     began = time.perf_counter()
     config = resolve(config.check())
+    kernels.use(config.kernels)
     device = parallel.start(config.parallel, pick_device(config))
     console.quiet = not parallel.is_first()
     check_rows(getattr(config, config.mode), config.mode)

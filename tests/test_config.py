@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import config
 import train
@@ -211,6 +212,11 @@ def empty_folder(tmp_path, monkeypatch):
         (["--rlp.tau", "1.5"], "rlp.tau (1.5) must lie in [0, 1]"),
         (["--init", "nowhere", "--resume"], "resume: runs/rlp-cpu-seed0 holds no checkpoint"),
         (["--model.pattern", "M[b]"], "model.pattern ('M[b]') has the unknown letters '[]b'"),
+        pytest.param(
+            ["--kernels", "triton"],
+            "kernels (triton) needs",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="Triton can run here"),
+        ),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
@@ -291,7 +297,7 @@ def test_the_key_of_the_base_changes_with_what_makes_its_weights(change):
     "change",
     [{"rlp__lr": 1.0}, {"elastic__lr": 1.0}, {"elastic__budgets": (1.0,)},
      {"mode": "elastic"}, {"eval__samples": 9}, {"out": "x"}, {"mode": "pretrain"}, {"preset": "x"}, {"resume": True},
-     {"data__cache_dir": "x"}, {"pretrain__log_every": 9}, {"pretrain__checkpoint_every": 9}],
+     {"data__cache_dir": "x"}, {"pretrain__log_every": 9}, {"pretrain__checkpoint_every": 9}, {"kernels": "reference"}],
     ids=str,
 )  # fmt: skip
 def test_the_key_of_the_base_does_not_change_with_anything_else(change):
@@ -305,6 +311,10 @@ def test_the_key_of_the_base_leaves_out_widths_that_are_not_set(monkeypatch):
     PRESETS["cpu"].base_fingerprint()
     override(PRESETS["cpu"], model__widths=((8, 32), (4,), (384,)) * 2).base_fingerprint()
     assert [("widths" in model) for model, *_ in hashed] == [False, True]
+
+
+def test_a_run_can_be_resumed_with_other_kernels():
+    assert train.run_meta(override(PRESETS["cpu"], kernels="triton")) == train.run_meta(PRESETS["cpu"])
 
 
 # ------------------------------------------------------------------------------------------------- rules of the house

@@ -31,7 +31,8 @@ def run(route, inputs, **options):
     leaves = {name: t.detach().clone().requires_grad_() for name, t in inputs.items()}
     outputs = route(**leaves, **options)
     generator = torch.Generator().manual_seed(1)
-    loss = sum((t.double() * torch.randn(t.shape, generator=generator, dtype=torch.float64)).sum() for t in outputs)
+    noise = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device) for t in outputs]
+    loss = sum((t.double() * n).sum() for t, n in zip(outputs, noise, strict=True))
     gradients = torch.autograd.grad(loss, leaves.values(), materialize_grads=True)
     named = {f"gradient of {name}": g for name, g in zip(leaves, gradients, strict=True)}
     return {"y": outputs[0].detach(), "left": outputs[1].detach(), **named}

@@ -150,6 +150,8 @@ def references(model):
     x_BTHP, b_BTKN, ids_BT = torch.randn(2, 5, 4, 3), torch.randn(2, 5, 2, 6), torch.tensor([[-1, 0, 0, 1, 1]] * 2)
     kernels.ssd_reference(x_BTHP, torch.rand(2, 5, 4), -torch.rand(4), b_BTKN, b_BTKN, torch.rand(4), ids_BT=ids_BT)
     kernels.causal_conv_reference(torch.randn(2, 5, 3), torch.randn(3, 4), torch.randn(3), ids_BT=ids_BT)
+    hidden_TD, weight_VD = torch.randn(5, 3, requires_grad=True), torch.randn(9, 3, requires_grad=True)
+    kernels.selected_logp(hidden_TD, weight_VD, torch.arange(5), (8,)).sum().backward()
 
 
 WORK = [training_step, sampling, scoring, rlp_step, ranking, elastic_step, extraction, references]
