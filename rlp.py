@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from config import RLPConfig
 from data import Tokenizer
-from generate import sample_thoughts, score_targets
+from generate import sample_thoughts, score_context
 from kernels import token_logp
 from model import HybridLM
 
@@ -167,9 +167,7 @@ class RLP:
             c.temperature,
             generator,
         )
-        with torch.no_grad():
-            hidden_BTD, cache = self.teacher(context_BT, ids_BT=ids_BT)
-            logp_teacher_B, _ = score_targets(self.teacher, hidden_BTD[:, -1], cache, target_BX, tags)
+        logp_teacher_B, _, _ = score_context(self.teacher, context_BT, ids_BT, target_BX, tags)
         gain_BG = information_gain(thoughts.logp_target_R.view(-1, c.group_size), logp_teacher_B)
         advantage_BG = group_advantages(gain_BG.clamp(min=c.reward_floor))
         prepared = {

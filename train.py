@@ -287,7 +287,7 @@ def train_base(config: Config, corpus: Corpus, model: HybridLM, start: checkpoin
     """Pretraining, into config.out."""
     run_dir = prepare_run_dir(config)
     fit(model, NextToken(), lambda step: pretrain_batch(corpus, config, step), config.pretrain, run_dir, config.seed,
-        run_meta(config), "pretrain", start)  # fmt: skip
+        run_meta(config, corpus), "pretrain", start)  # fmt: skip
 
 
 def run(config: Config) -> dict:
@@ -299,8 +299,9 @@ def run(config: Config) -> dict:
     start = resume_point(config, run_dir)
     if config.dry_run:
         return dry_run(config)
-    prepare_run_dir(config)
     corpus = Corpus.load(config.data)
+    check_text(start, corpus)
+    prepare_run_dir(config)
     model = build_model(config, corpus.tokenizer.n_vocab, device, config.seed)
     console.print(
         f"{config.mode}: {count_parameters(model):,} parameters, {config.model.pattern}, on {device}; "
@@ -318,7 +319,7 @@ def run(config: Config) -> dict:
         objective = RLP(config.rlp, corpus.tokenizer) if config.mode == "rlp" else NextToken()
         make_batch, settings = {"rlp": (rlp_batch, config.rlp), "cpt": (cpt_batch, config.cpt)}[config.mode]
         fit(model, objective, lambda step: make_batch(corpus, config, step), settings, run_dir, config.seed,
-            run_meta(config), config.mode, start)  # fmt: skip
+            run_meta(config, corpus), config.mode, start)  # fmt: skip
         results = {**base_facts, **evaluate_both(model, base, objective.networks().get("teacher"), corpus, config)}
         write_samples(model, base, corpus, config, run_dir)
     summary = {
@@ -405,7 +406,7 @@ def resume_point(config: Config, run_dir: Path) -> checkpoint.Checkpoint | None:
         return None
     require(found, f"resume: {run_dir} holds no checkpoint; leave --resume out to start")
     warn(found.warning)
-    theirs, ours = found.meta["config"], run_meta(config)["config"]
+    theirs, ours = found.meta["config"], shared_settings(config)
     different = [name for name in sorted(ours) if theirs.get(name) != ours[name]]
     require(
         not different,
@@ -416,8 +417,18 @@ def resume_point(config: Config, run_dir: Path) -> checkpoint.Checkpoint | None:
     return found
 
 
-def run_meta(config: Config) -> dict:
-    """What a checkpoint says of its run: the settings that a resumed run must share, flat, and the versions.
+def check_text(start: checkpoint.Checkpoint | None, corpus: Corpus) -> None:
+    """Raises ValueError if a run would go on with another text than it was started with."""
+    same = start is None or start.meta.get("corpus", corpus.key) == corpus.key  # older checkpoints do not say
+    require(
+        same,
+        "resume: the text is not what the run was started with (that of data.path, or what ships with this Python); "
+        "restore it, or choose another --out",
+    )
+
+
+def shared_settings(config: Config) -> dict:
+    """The settings that a resumed run must share, flat.
 
     Those of pretraining are among them unless the weights came from `init`: the run's base was made with them.
     """
@@ -429,7 +440,12 @@ def run_meta(config: Config) -> dict:
             flat |= {f"{name}.{k}": v for k, v in value.items() if k not in free}
         elif name in ("mode", "seed", "init"):
             flat[name] = value
-    return {"config": flat, "versions": versions()}
+    return flat
+
+
+def run_meta(config: Config, corpus: Corpus) -> dict:
+    """What a checkpoint says of its run: settings, text and versions."""
+    return {"config": shared_settings(config), "corpus": corpus.key, "versions": versions()}
 
 
 def prepare_run_dir(config: Config) -> Path:
