@@ -243,7 +243,7 @@ def test_every_setting_is_read_somewhere():
     assert not {f for f in fields if f.split(".")[1] not in read}
 
 
-# Each file may import from the rows above its own (../shared/design.md, with what its third column adds inside a layer).
+# Each file may import from the rows above its own.
 LAYERS = [
     {"config", "kernels", "parallel"},
     {"attention", "mamba", "data", "checkpoint"},

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import bench
 import kernels
 import rlp
 from config import RLPConfig
@@ -109,7 +110,16 @@ def references(model):
     kernels.causal_conv_reference(torch.randn(2, 5, 3), torch.randn(3, 4), torch.randn(3), ids_BT=ids_BT)
 
 
-@pytest.mark.parametrize("work", [training_step, sampling, scoring, rlp_step, references], ids=lambda f: f.__name__)
+def benchmarks(model):
+    """The contestants that are written out in bench.py."""
+    sizes = {"B": 2, "T": 8, "H": 4, "P": 3, "N": 6}
+    bench.check(bench.ssd_work(torch.device("cpu"), **sizes, K=2, chunk=4).contestants, 1e-4)
+    bench.check(bench.rlp_step_work(torch.device("cpu"), 2, 9, 3, 5, 20, model.config).contestants, 1e-4)
+
+
+@pytest.mark.parametrize(
+    "work", [training_step, sampling, scoring, rlp_step, references, benchmarks], ids=lambda f: f.__name__
+)
 def test_every_shape_suffix_is_true(make_model, work):
     model = make_model(pattern="M*-", rope_theta=1e4, qk_norm=True, ffn="swiglu")
     with traced() as found:
@@ -141,4 +151,4 @@ def test_false_names_are_found_and_true_ones_are_not(names, wrong):
 def test_the_tracer_sees_a_false_name_in_a_function_of_the_repo():
     with traced() as found:
         kernels.gated_norm(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), weight_E=torch.zeros(1), n_groups=2, eps=0.1)
-    assert list(found.values()) == ["E is 1 in weight_E but 4 in y_BTE"]
+    assert set(found.values()) == {"E is 1 in weight_E but 4 in y_BTE"}
