@@ -502,19 +502,18 @@ def measure(name: str, device: torch.device, repeats: int, **sizes) -> dict:
 
 def surroundings(device: torch.device) -> dict:
     """What a figure is worth only together with: the machine, the threads, the precision and the versions."""
-    cpuinfo = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    found = {name: sys.modules[name].__version__ for name in ("torch", "transformers") if name in sys.modules}
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
+    else:
+        cpuinfo = Path("/proc/cpuinfo")
+        named = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
+        machine = named[1] if named else platform.machine()
     return {
         "device": device.type,
-        "machine": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else named[1]
-        if named
-        else platform.machine(),
+        "machine": machine,
         "threads": torch.get_num_threads(),
         "precision": torch.get_float32_matmul_precision(),
-        "versions": found,
+        "versions": {name: sys.modules[name].__version__ for name in ("torch", "transformers") if name in sys.modules},
     }
 
 
