@@ -46,13 +46,37 @@ class Attention(nn.Module):
         if cached is None:
             k_BKSP, v_BKSP = k_BKTP, v_BKTP
         else:
-            k_BKSP = torch.cat([cached[0], k_BKTP], dim=2)
-            v_BKSP = torch.cat([cached[1], v_BKTP], dim=2)
+            k_BKSP, v_BKSP = append(cached[0], k_BKTP), append(cached[1], v_BKTP)
         causal = mask is None and x_BTD.shape[1] > 1  # no mask and one token: it sees everything
         y_BHTP = F.scaled_dot_product_attention(
             q_BHTP, k_BKSP, v_BKSP, attn_mask=mask, is_causal=causal, enable_gqa=self.n_heads != self.n_kv_heads
         )
         return self.o_proj(rearrange(y_BHTP, "b h t p -> b t (h p)")), (k_BKSP, v_BKSP)
+
+
+ROOM = 32  # positions
+
+
+def append(past_BKUP: Tensor, new_BKTP: Tensor) -> Tensor:
+    """The new positions behind those of the past, S = U + T of them. The past itself stays as it is.
+
+    Without gradients the result is the front of a longer buffer, and the next call writes into its room: decoding does not
+    copy its past for every token. The room is for whoever goes on first; a second continuation of the same past finds it
+    taken and copies.
+    """
+    U, S = past_BKUP.shape[2], past_BKUP.shape[2] + new_BKTP.shape[2]
+    if torch.is_grad_enabled():
+        return torch.cat([past_BKUP, new_BKTP], dim=2)
+    buffer_BKZP = getattr(past_BKUP, "buffer", None)
+    if buffer_BKZP is None or buffer_BKZP.n_taken != U or buffer_BKZP.shape[2] < S:
+        B, K, _, P = past_BKUP.shape
+        buffer_BKZP = past_BKUP.new_empty(B, K, S + ROOM, P)
+        buffer_BKZP[:, :, :U] = past_BKUP
+    buffer_BKZP[:, :, U:S] = new_BKTP
+    buffer_BKZP.n_taken = S
+    all_BKSP = buffer_BKZP[:, :, :S]
+    all_BKSP.buffer = buffer_BKZP
+    return all_BKSP
 
 
 def attention_mask(ids_BS: Tensor | None, n_tokens: int, n_cached: int, device: torch.device) -> Tensor | None:

@@ -28,6 +28,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tiktoken
@@ -567,19 +568,34 @@ def problem_tokens(tokenizer: Tokenizer, problem: Problem, thought: str | None =
     return prompt, [*tokenizer.encode(problem.answer), tokenizer.end]
 
 
+class Stage(NamedTuple):
+    """What a part of pretraining reads. All but the families are shares, from 0 to 1."""
+
+    families: list[str]
+    text: float  # of tokens that are ordinary text
+    think: float  # of problem documents with a thought
+    worked: float  # of those thoughts that are worked out
+    text_think: float | None  # of text windows with a filler thought; None draws no random number
+
+
+def stage_of(config: Config, step: int) -> Stage:
+    """Families enter one by one, worked out and without text; then all of them, still worked out; then the mixture."""
+    fit, families = config.pretrain, list(FAMILIES)
+    if step < fit.intro_share * fit.steps:
+        n = 1 + int(len(families) * step / (fit.intro_share * fit.steps))
+        return Stage(families[:n], text=0.0, think=1.0, worked=1.0, text_think=None)
+    if step < fit.clean_share * fit.steps:
+        return Stage(families, fit.clean_text_share, fit.clean_think, worked=1.0, text_think=None)
+    return Stage(families, config.data.text_share, fit.think, fit.worked, fit.text_think)
+
+
 def pretrain_batch(corpus: Corpus, config: Config, step: int, split: str = "train") -> dict[str, Tensor]:
     """Packed documents for next-token prediction: tokens_BT, targets_BT and ids_BT (the document of each token).
 
     Each document is text if the batch has less text so far than its share of the tokens, else a problem.
     A function of (seed, step) alone. Raises nothing: the settings were checked.
     """
-    fit = config.pretrain
-    intro, clean = step < fit.intro_share * fit.steps, step < fit.clean_share * fit.steps
-    share = 0.0 if intro else fit.clean_text_share if clean else config.data.text_share
-    families = list(FAMILIES)
-    if intro:
-        families = families[: 1 + int(len(families) * step / (fit.intro_share * fit.steps))]
-    think, worked = (1.0, 1.0) if intro else (fit.clean_think, 1.0) if clean else (fit.think, fit.worked)
+    fit, stage = config.pretrain, stage_of(config, step)
     n_text = n_all = 0
     rng = random.Random(f"pretrain-{config.seed}-{step}" + ("" if split == "train" else f"-{split}"))
     tokens_BT = np.zeros((fit.batch, fit.seq_len + 1), dtype=np.int64)
@@ -587,14 +603,14 @@ def pretrain_batch(corpus: Corpus, config: Config, step: int, split: str = "trai
     for row in range(fit.batch):
         n, i = 0, 0
         while n <= fit.seq_len:
-            is_text = n_text < share * (n_all + 1)  # with the token to come: a share of 1 begins with text
+            is_text = n_text < stage.text * (n_all + 1)  # with the token to come: a share of 1 begins with text
             if is_text:
                 document = corpus.text_window(rng, split, fit.seq_len).tolist()
-                if not clean and rng.random() < fit.text_think:
+                if stage.text_think is not None and rng.random() < stage.text_think:
                     document = with_thought(corpus.tokenizer, document, filler(rng), rng.randrange(1, len(document) + 1))
             else:
-                problem = draw_problem(rng, split, corpus.held_out_percent, rng.choice(families))
-                thought = thought_for(problem, rng, worked) if rng.random() < think else None
+                problem = draw_problem(rng, split, corpus.held_out_percent, rng.choice(stage.families))
+                thought = thought_for(problem, rng, stage.worked) if rng.random() < stage.think else None
                 prompt, answer = problem_tokens(corpus.tokenizer, problem, thought)
                 document = prompt + answer
             document = [*corpus.tokenizer.begin, *document][: fit.seq_len + 1 - n]

@@ -262,6 +262,6 @@ def kept_numbers(kind: str, shape: ModelConfig) -> float:
     if kind == "*":  # queries, keys, values and the output; RoPE and QK-norm keep what they read
         return 3 * D + (2 * H + 2 * K) * P + 1.5 * (H + K) * P * (shape.qk_norm + (shape.rope_theta > 0))
     H, K, N, Q = shape.mamba_heads, shape.mamba_groups, shape.d_state, shape.chunk
-    inner = H * shape.mamba_head_dim  # I; 9 I of x, z and y on their way, 2 I N / Q of chunk states, 2 H Q of decays
+    inner = H * shape.mamba_head_dim  # I; 7 I of x, z and y on their way, I N / Q of chunk states, 2 H Q of decays
     conv = inner + 2 * K * N
-    return 3 * D + 9 * inner + 3 * conv + 2 * inner * N / Q + 2 * H * Q + 8 * K * N + K * Q + 6 * H
+    return 3 * D + 7 * inner + 4 * conv + inner * N / Q + 2 * H * Q + K * Q + 7 * H

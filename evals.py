@@ -26,7 +26,7 @@ from torch import Tensor
 import elastic
 from config import Config
 from data import FAMILIES, Corpus, Problem, collate_contexts, held_out_problems, mixture, text_position
-from generate import sample_thoughts, score_targets
+from generate import sample_thoughts, score_context
 from kernels import token_logp
 from model import HybridLM, count_parameters, part_cache_bytes, part_flops, sum_of_parts
 
@@ -99,8 +99,7 @@ def plain_logp(
     for start in range(0, len(contexts), 4 * PROBLEMS_AT_ONCE):
         part = slice(start, start + 4 * PROBLEMS_AT_ONCE)
         batch = to_device(collate_contexts(tk, contexts[part], targets[part], config.rlp), model)
-        hidden_BTD, cache = model(batch["context_BT"], ids_BT=batch["ids_BT"])
-        logp_B, _ = score_targets(model, hidden_BTD[:, -1], cache, batch["target_BX"], tk.tags)
+        logp_B, _, _ = score_context(model, batch["context_BT"], batch["ids_BT"], batch["target_BX"], tk.tags)
         parts.append(logp_B.cpu())
     return torch.cat(parts)
 
@@ -133,8 +132,9 @@ def evaluate_problems(
     sampled = measure_thoughts(model, contexts, targets, corpus, config, config.rlp.temperature, config.eval.samples)
     greedy = measure_thoughts(model, contexts, targets, corpus, config, 0.0, 1)
     families = [p.family for p in problems]
+    gain_nats = gains(model, base, teacher, sampled, contexts, targets, corpus, config)
     out = {
-        "gain_nats": gains(model, base, teacher, sampled, contexts, targets, corpus, config),
+        "gain_nats": {name: interval(gain) for name, gain in gain_nats.items()},
         "accuracy": {
             "sampled": by_family(sampled["correct"], families),
             "greedy": by_family(greedy["correct"], families),
@@ -144,9 +144,7 @@ def evaluate_problems(
         "closed": by_family(sampled["closed"], families),
     }
     if base is not None:
-        out["gain_nats_by_family"] = by_family(
-            sampled["logp"] - plain_logp(base, contexts, targets, corpus, config), families
-        )
+        out["gain_nats_by_family"] = by_family(gain_nats["frozen_base"], families)
     return out
 
 
@@ -158,8 +156,9 @@ def evaluate_text(
     pairs = [text_position(corpus, config.rlp, split, rng) for _ in range(config.eval.text_positions)]
     contexts, targets = [c for c, _ in pairs], [t for _, t in pairs]
     sampled = measure_thoughts(model, contexts, targets, corpus, config, config.rlp.temperature, config.eval.samples)
+    gain_nats = gains(model, base, teacher, sampled, contexts, targets, corpus, config)
     return {
-        "gain_nats": gains(model, base, teacher, sampled, contexts, targets, corpus, config),
+        "gain_nats": {name: interval(gain) for name, gain in gain_nats.items()},
         "thought_tokens": {"all": interval(sampled["length"])},
         "closed": {"all": interval(sampled["closed"])},
     }
@@ -191,8 +190,8 @@ def gains(
     targets: list[list[int]],
     corpus: Corpus,
     config: Config,
-) -> dict[str, dict]:
-    """Information gain of the sampled thoughts, in nats, against each reference (see the module's docstring)."""
+) -> dict[str, Tensor]:
+    """Gain of the sampled thoughts in nats, a value a context, against each reference (see the module's docstring)."""
     plain = {
         "own_no_think": sampled["logp_plain"],
         "empty_thought": plain_logp(model, contexts, targets, corpus, config, True),
@@ -201,7 +200,7 @@ def gains(
         plain["frozen_base"] = plain_logp(base, contexts, targets, corpus, config)
     if teacher is not None:
         plain["ema"] = plain_logp(teacher, contexts, targets, corpus, config)
-    return {name: interval(sampled["logp"] - logp) for name, logp in plain.items()}
+    return {name: sampled["logp"] - logp for name, logp in plain.items()}
 
 
 def problem_contexts(problems: list[Problem], corpus: Corpus) -> tuple[list[list[int]], list[list[int]]]:

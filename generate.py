@@ -61,9 +61,7 @@ def sample_thoughts(
     B, X = target_BX.shape
     R, device = B * group_size, context_BT.device
     think, close = tags
-    hidden_BTD, cache = model(context_BT, ids_BT=ids_BT)
-    logp_plain_B, answer_plain_BX = score_targets(model, hidden_BTD[:, -1], cache, target_BX, tags)
-
+    logp_plain_B, answer_plain_BX, cache = score_context(model, context_BT, ids_BT, target_BX, tags)
     cache = cache.fork(group_size)
     tokens_RM = torch.full((R, thought_len), close, device=device)
     logp_RM = torch.zeros(R, thought_len, device=device)
@@ -109,6 +107,15 @@ def sample_thoughts(
     return Thoughts(
         tokens_RM[:, :M], logp_RM[:, :M], length_R, closed_R, logp_target_R, answer_RX, logp_plain_B, answer_plain_BX
     )
+
+
+@torch.no_grad()
+def score_context(
+    model: HybridLM, context_BT: Tensor, ids_BT: Tensor, target_BX: Tensor, tags: tuple[int, int]
+) -> tuple[Tensor, Tensor, Cache]:
+    """Run the contexts and score what follows them, without a thought: what `score_targets` returns, and the cache."""
+    hidden_BTD, cache = model(context_BT, ids_BT=ids_BT)
+    return *score_targets(model, hidden_BTD[:, -1], cache, target_BX, tags), cache
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ Not here: convolution and SiLU in one kernel, fp8, clusters or warp specialisati
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -108,62 +108,140 @@ def ssd_chunked(
 
     With l the running sum of dt a inside a chunk, token q receives from token s <= q of its chunk the weight
     (c_q . b_s) exp(l_q - l_s) dt_s, and from the state at the chunk's start exp(l_q) h c_q. Cost is linear in T.
-    c_q . b_s is computed once per group; the chunk state and its read-out are one matrix product per group.
+    c_q . b_s is computed once per group; the chunk state and its read-out are one matrix product per group. Half precision
+    is widened to fp32 first.
     """
     B, T, H, P = x_BTHP.shape
-    K, N = b_BTKN.shape[2:]
-    R, Q = H // K, min(chunk, T)
+    Q = min(chunk, T)
     C = -(-T // Q)
-    x_in = x_BTHP
     if ids_BT is not None:
         dt_BTH = dt_BTH * (ids_BT >= 0)[..., None]
+    x, dt, b, c = (_wide(t) for t in (x_BTHP, dt_BTH, b_BTKN, c_BTKN))
     if C * Q != T:  # padding with dt = 0 leaves the state as it is
-        pad = C * Q - T
-        x_BTHP, b_BTKN, c_BTKN = (F.pad(t, (0, 0, 0, 0, 0, pad)) for t in (x_BTHP, b_BTKN, c_BTKN))
-        dt_BTH = F.pad(dt_BTH, (0, 0, 0, pad))
-        if ids_BT is not None:
-            ids_BT = torch.cat([ids_BT, ids_BT[:, -1:].expand(B, pad)], dim=1)
+        x, dt, b, c = (F.pad(t, [0, 0] * (t.dim() - 2) + [0, C * Q - T]) for t in (x, dt, b, c))
 
     # l: log decay since the chunk's start. m = l - log dt: the step size of token s rides along in exp(l_q - m_s).
-    dt_BCHQ = rearrange(_wide(dt_BTH), "b (c q) h -> b c h q", q=Q)
+    dt_BCHQ = rearrange(dt, "b (c q) h -> b c h q", q=Q)
     l_BCHQ = (dt_BCHQ * a_H[:, None]).cumsum(-1)
     m_BCHQ = l_BCHQ - dt_BCHQ.clamp(min=1e-30).log()
-    x_BCHQP = rearrange(x_BTHP, "b (c q) h p -> b c h q p", q=Q)
-    b_BCKQN = rearrange(b_BTKN, "b (c q) k n -> b c k q n", q=Q)
-    c_BCKQN = rearrange(c_BTKN, "b (c q) k n -> b c k q n", q=Q)
-
-    # Inside a chunk. Masked before the exp: above the diagonal the difference is positive and would overflow.
-    hidden = torch.ones(Q, Q, dtype=torch.bool, device=x_BTHP.device).triu(1)
     to_end_BCHQ, from_start_BCHQ = torch.exp(l_BCHQ[..., -1:] - m_BCHQ), torch.exp(l_BCHQ)
     carry_BCH = from_start_BCHQ[..., -1]
+    seen = l_BCHQ.new_ones(Q, Q).tril()  # a token sees itself and those before it, of its own document
     if ids_BT is not None:
-        ids_BCQ = ids_BT.view(B, C, Q)
+        ids_BCQ = torch.cat([ids_BT, ids_BT[:, -1:].expand(B, C * Q - T)], dim=1).view(B, C, Q)
         last_BC = ids_BCQ[..., -1]
         before_BC = torch.cat([ids_BT[:, :1], last_BC[:, :-1]], dim=1)  # the document that a chunk's start state is of
-        hidden = hidden | (ids_BCQ[..., :, None] != ids_BCQ[..., None, :])[:, :, None]
+        seen = seen * (ids_BCQ[..., :, None] == ids_BCQ[..., None, :])[:, :, None]
         to_end_BCHQ = to_end_BCHQ * (ids_BCQ == last_BC[..., None])[:, :, None]
         from_start_BCHQ = from_start_BCHQ * (ids_BCQ == before_BC[..., None])[:, :, None]
         carry_BCH = carry_BCH * (last_BC == before_BC)[..., None]
-    decay_BCHQQ = torch.exp((l_BCHQ[..., :, None] - m_BCHQ[..., None, :]).masked_fill(hidden, float("-inf")))
-    scores_BCKQQ = c_BCKQN @ b_BCKQN.transpose(-1, -2)
-    weights = scores_BCKQQ[:, :, :, None] * decay_BCHQQ.view(B, C, K, R, Q, Q).to(scores_BCKQQ.dtype)
-    y_BCHQP = weights.view(B, C, H, Q, Q) @ x_BCHQP
 
-    # Between chunks: what each chunk adds to the state, then the recurrence over chunks, then the read-out.
-    xend_BCHQP = x_BCHQP * to_end_BCHQ[..., None].to(x_in.dtype)
-    xend = rearrange(xend_BCHQP, "b c (k r) q p -> b c k (r p) q", k=K)
-    added_BCHPN = rearrange(_wide(xend @ b_BCKQN), "b c k (r p) n -> b c (k r) p n", r=R)
-    state_BHPN = torch.zeros_like(added_BCHPN[:, 0]) if state_BHPN is None else state_BHPN.to(added_BCHPN.dtype)
-    starts = []
-    for i in range(C):
-        starts.append(state_BHPN)
-        state_BHPN = carry_BCH[:, i, :, None, None] * state_BHPN + added_BCHPN[:, i]
-    start = rearrange(torch.stack(starts, dim=1).to(c_BCKQN.dtype), "b c (k r) p n -> b c k n (r p)", k=K)
-    read = rearrange(c_BCKQN @ start, "b c k q (r p) -> b c (k r) q p", r=R)
-    y_BCHQP = torch.addcmul(y_BCHQP, read, from_start_BCHQ[..., None].to(read.dtype))
-    y = rearrange(y_BCHQP, "b c h q p -> b (c q) (h p)")[:, :T]
-    d_I = d_H.repeat_interleave(P).to(x_in.dtype)  # one long row: [H, 1] against [H, P] would not be vectorised
-    return torch.addcmul(y, x_in.reshape(B, T, H * P), d_I).view(B, T, H, P), state_BHPN
+    x_BCQHP = rearrange(x, "b (c q) h p -> b c q h p", q=Q)
+    b_BCKQN, c_BCKQN = (rearrange(t, "b (c q) k n -> b c k q n", q=Q) for t in (b, c))
+    state_BHPN = l_BCHQ.new_zeros(B, H, P, b.shape[-1]) if state_BHPN is None else state_BHPN.to(l_BCHQ.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        y_BCQHP, state_BHPN = ChunkProducts.apply(
+            x_BCQHP, b_BCKQN, c_BCKQN, l_BCHQ, m_BCHQ, seen, to_end_BCHQ, from_start_BCHQ, carry_BCH, d_H, state_BHPN
+        )
+    return y_BCQHP.flatten(1, 2)[:, :T].to(x_BTHP.dtype), state_BHPN
+
+
+class ChunkProducts(torch.autograd.Function):
+    """The heavy part of `ssd_chunked`: its matrix products, and the recurrence over chunks, with a backward pass.
+
+    Time goes into passes over large tensors as much as into the products. Autograd would make twice as many passes, most of
+    them into new memory. Two more traps of speed on CPU: the exp of -inf takes twice as long, so what is not seen is 0
+    before the exp (above the diagonal the difference is positive and could overflow) and multiplied by 0 after it; and an
+    exp that underflows takes ten to thirty times as long, so differences end at -80, where nothing is left.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        x_BCQHP: Tensor,
+        b_BCKQN: Tensor,
+        c_BCKQN: Tensor,
+        l_BCHQ: Tensor,
+        m_BCHQ: Tensor,
+        seen: Tensor,
+        to_end_BCHQ: Tensor,
+        from_start_BCHQ: Tensor,
+        carry_BCH: Tensor,
+        d_H: Tensor,
+        state_BHPN: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Args: seen: 1 or 0, of the shape [Q, Q] or [B, C, 1, Q, Q]. Returns y_BCQHP and the last state."""
+        B, C, K, Q, N = b_BCKQN.shape
+        to_end, from_start = (t.transpose(2, 3)[..., None] for t in (to_end_BCHQ, from_start_BCHQ))
+        # Inside a chunk.
+        scores = (c_BCKQN @ b_BCKQN.mT)[:, :, :, None]
+        decay_BCHQQ = (l_BCHQ[..., :, None] - m_BCHQ[..., None, :]).tril_().clamp_(min=-80).exp_().mul_(seen)
+        weights_BCHQQ = (scores * decay_BCHQQ.unflatten(2, (K, -1))).flatten(2, 3)
+        weights_BCHQQ.diagonal(dim1=-2, dim2=-1).add_(d_H[:, None])  # the skip: a token's weight in its own output
+        x_BCHQP = x_BCQHP.transpose(2, 3).contiguous()
+        inside_BCHQP = weights_BCHQQ @ x_BCHQP
+        # Between chunks: what each adds to the state, the recurrence, and what is read of the state. The R heads of a group
+        # share their matrices: they are one product.
+        xend = _by_group(x_BCQHP * to_end, K)
+        added_BCHPN = (xend.mT @ b_BCKQN).view(B, C, -1, x_BCQHP.shape[-1], N)
+        start_BCHPN, state_BHPN = _recur(added_BCHPN, carry_BCH, state_BHPN, range(C))
+        read_BCQHP = _by_head(c_BCKQN @ start_BCHPN.view(B, C, K, -1, N).mT, x_BCQHP)
+        y_BCQHP = torch.addcmul(inside_BCHQP.transpose(2, 3), read_BCQHP, from_start, out=torch.empty_like(x_BCQHP))
+        ctx.save_for_backward(x_BCQHP, x_BCHQP, b_BCKQN, c_BCKQN, scores, decay_BCHQQ, weights_BCHQQ, to_end, from_start,
+                              carry_BCH, xend, start_BCHPN, read_BCQHP)  # fmt: skip
+        return y_BCQHP, state_BHPN
+
+    @staticmethod
+    def backward(ctx, dy_BCQHP: Tensor, dstate_BHPN: Tensor) -> tuple[Tensor | None, ...]:
+        """The same steps in reverse. Gradients of l and m are row and column sums of one matrix: what cancels, cancels."""
+        (x_BCQHP, x_BCHQP, b_BCKQN, c_BCKQN, scores, decay_BCHQQ, weights_BCHQQ, to_end, from_start,
+         carry_BCH, xend, start_BCHPN, read_BCQHP) = ctx.saved_tensors  # fmt: skip
+        B, C, K, Q, N = b_BCKQN.shape
+        dread = _by_group(dy_BCQHP * from_start, K)
+        dfrom_start = (dy_BCQHP * read_BCQHP).sum(-1).transpose(2, 3)
+        dc_BCKQN = dread @ start_BCHPN.view(B, C, K, -1, N)
+        dstart_BCHPN = (dread.mT @ c_BCKQN).view(start_BCHPN.shape)
+        dadded_BCHPN, dstate_BHPN = _recur(dstart_BCHPN, carry_BCH, dstate_BHPN, reversed(range(C)))
+        dcarry_BCH = (dadded_BCHPN * start_BCHPN).sum((-2, -1))
+        dadded = dadded_BCHPN.view(B, C, K, -1, N)
+        db_BCKQN = xend @ dadded
+        dxend_BCQHP = _by_head(b_BCKQN @ dadded.mT, x_BCQHP)
+        dto_end = (dxend_BCQHP * x_BCQHP).sum(-1).transpose(2, 3)
+
+        dy_BCHQP = dy_BCQHP.transpose(2, 3).contiguous()
+        dx_BCQHP = dxend_BCQHP.mul_(to_end).add_((weights_BCHQQ.mT @ dy_BCHQP).transpose(2, 3))
+        dweights_BCHQQ = dy_BCHQP @ x_BCHQP.mT
+        dd_H = dweights_BCHQQ.diagonal(dim1=-2, dim2=-1).sum((0, 1, 3))
+        dweights = dweights_BCHQQ.mul_(decay_BCHQQ).unflatten(2, (K, -1))
+        dscores_BCKQQ = dweights.sum(3)
+        db_BCKQN += dscores_BCKQQ.mT @ c_BCKQN
+        dc_BCKQN += dscores_BCKQQ @ b_BCKQN
+        dlog_BCHQQ = dweights.mul_(scores).flatten(2, 3)
+        dl_BCHQ, dm_BCHQ = dlog_BCHQQ.sum(-1), dlog_BCHQQ.sum(-2).neg_()
+        return (dx_BCQHP, db_BCKQN, dc_BCKQN, dl_BCHQ, dm_BCHQ, None, dto_end, dfrom_start, dcarry_BCH, dd_H, dstate_BHPN)
+
+
+def _recur(added_BCHPN: Tensor, carry_BCH: Tensor, state_BHPN: Tensor, chunks: Iterable[int]) -> tuple[Tensor, Tensor]:
+    """The recurrence state <- carry state + added: the state before each chunk, and the one after all.
+
+    Walked from the last chunk to the first it is its own gradient: from those of the states before the chunks to those of
+    what the chunks add.
+    """
+    before_BCHPN, state_BHPN = torch.empty_like(added_BCHPN), state_BHPN.clone()
+    for i in chunks:
+        before_BCHPN[:, i] = state_BHPN
+        state_BHPN.mul_(carry_BCH[:, i, :, None, None]).add_(added_BCHPN[:, i])
+    return before_BCHPN, state_BHPN
+
+
+def _by_group(t_BCQHP: Tensor, K: int) -> Tensor:
+    """[B, C, K, Q, R P]: the channels of a group's R heads in a row."""
+    return t_BCQHP.unflatten(3, (K, -1)).flatten(4).transpose(2, 3)
+
+
+def _by_head(t: Tensor, like_BCQHP: Tensor) -> Tensor:
+    """From [B, C, K, Q, R P] back."""
+    return t.transpose(2, 3).reshape(like_BCQHP.shape)
 
 
 def ssd_step_reference(
@@ -180,15 +258,14 @@ def ssd_step_torch(
 ) -> tuple[Tensor, Tensor]:
     """`ssd_step_reference` with as few passes over the state as PyTorch allows."""
     B, H, P = x_BHP.shape
-    N, R = b_BKN.shape[-1], H // b_BKN.shape[1]
+    K, N = b_BKN.shape[1:]
     decay_BH = torch.exp(_wide(dt_BH) * a_H)
     xdt_BHP = _wide(x_BHP * dt_BH[..., None].to(x_BHP.dtype))
-    b_BHN = _wide(b_BKN).repeat_interleave(R, dim=1)
-    c_BHN = _wide(c_BKN).repeat_interleave(R, dim=1)
-    state = torch.baddbmm(
-        (state_BHPN * decay_BH[..., None, None]).view(B * H, P, N), xdt_BHP.reshape(B * H, P, 1), b_BHN.view(B * H, 1, N)
-    )
-    y_BHP = (state @ c_BHN.view(B * H, N, 1)).view(B, H, P).to(x_BHP.dtype)
+    # The R heads of a group are one matrix [R P, N]: B and C need no copy a head.
+    state = (state_BHPN * decay_BH[..., None, None]).view(B, K, -1, N)
+    state = torch.addcmul(state, xdt_BHP.view(B, K, -1, 1), _wide(b_BKN)[:, :, None])
+    y = _wide(c_BKN)[:, :, None] @ state.mT  # a row times a matrix; a matrix times a column takes eight times as long
+    y_BHP = y.view(B, H, P).to(x_BHP.dtype)
     return torch.addcmul(y_BHP, x_BHP, d_H[:, None].to(x_BHP.dtype)), state.view(B, H, P, N)
 
 
@@ -228,6 +305,8 @@ def causal_conv_torch(
     tail_BXE = x_BTE.new_zeros(B, W - 1, E) if tail_BXE is None else tail_BXE
     x_BUE, cuts = torch.cat([tail_BXE, x_BTE], dim=1), None
     tail_BXE = x_BUE[:, T:]
+    if T == 1 and ids_BT is None:  # a step of decoding is too small for W passes
+        return (x_BUE * weight_EW.t()).sum(dim=1, keepdim=True) + bias_E, tail_BXE
     if ids_BT is not None:
         ids_BU = torch.cat([ids_BT[:, :1].expand(B, W - 1), ids_BT], dim=1)
         cuts = [((ids_BU[:, j : j + T] != ids_BT) | (ids_BT < 0)).nonzero(as_tuple=True) for j in range(W)]
@@ -265,10 +344,11 @@ class ShiftedSum(torch.autograd.Function):
         """Gradients of the inputs, the weights and the bias."""
         x_BUE, weight_WE = ctx.saved_tensors
         T, dx_BUE, dw = grad_BTE.shape[1], torch.zeros_like(x_BUE), []
+        products_BTE = torch.empty_like(grad_BTE)
         for j in range(len(weight_WE)):
             tap_BTE = _cut(grad_BTE, ctx.cuts, j)
             dx_BUE[:, j : j + T].addcmul_(tap_BTE, weight_WE[j])
-            dw.append((tap_BTE * x_BUE[:, j : j + T]).sum(dim=(0, 1)))
+            dw.append(torch.mul(tap_BTE, x_BUE[:, j : j + T], out=products_BTE).sum(dim=(0, 1)))
         return dx_BUE, torch.stack(dw, dim=1), grad_BTE.sum(dim=(0, 1)), None
 
 
@@ -289,10 +369,38 @@ def gated_norm_reference(y_BTE: Tensor, z_BTE: Tensor, weight_E: Tensor, n_group
 
     The gate comes before the norm, as in NVIDIA's Nemotron-H. Statistics are taken in fp32 or wider.
     """
-    B, T, E = y_BTE.shape
-    g_BTE = _wide(y_BTE) * F.silu(_wide(z_BTE))
-    g_BTE = F.rms_norm(g_BTE.view(B, T, n_groups, E // n_groups), (E // n_groups,), eps=eps).view(B, T, E)
-    return (weight_E * g_BTE).to(y_BTE.dtype)
+    return GatedNorm.apply(_wide(y_BTE), _wide(z_BTE), weight_E, n_groups, eps).to(y_BTE.dtype)
+
+
+class GatedNorm(torch.autograd.Function):
+    """`gated_norm` in fp32 or wider, with half as many passes over large tensors as autograd makes, most of them in place.
+
+    With n = g / rms(g): dg = (dn - n mean(n dn)) / rms(g), the mean being over a group.
+    """
+
+    @staticmethod
+    def forward(ctx, y_BTE: Tensor, z_BTE: Tensor, weight_E: Tensor, n_groups: int, eps: float) -> Tensor:
+        """The gate, the norm, the weight."""
+        n_BTE = y_BTE * F.silu(z_BTE)
+        groups = n_BTE.unflatten(-1, (n_groups, -1))
+        scale = torch.rsqrt(torch.linalg.vector_norm(groups, dim=-1, keepdim=True).square() / groups.shape[-1] + eps)
+        groups.mul_(scale)
+        ctx.n_groups = n_groups
+        ctx.save_for_backward(y_BTE, z_BTE, weight_E, n_BTE, scale)
+        return weight_E * n_BTE
+
+    @staticmethod
+    def backward(ctx, grad_BTE: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        """Gradients of y, z and the weight. One buffer serves n grad, then n dn, then dn and at last dg."""
+        y_BTE, z_BTE, weight_E, n_BTE, scale = ctx.saved_tensors
+        buffer_BTE = grad_BTE * n_BTE
+        dweight_E = buffer_BTE.sum(dim=(0, 1))
+        groups, normed = (t.unflatten(-1, (ctx.n_groups, -1)) for t in (buffer_BTE.mul_(weight_E), n_BTE))
+        mean = groups.mean(-1, keepdim=True)
+        torch.mul(grad_BTE, weight_E, out=buffer_BTE)
+        groups.addcmul_(normed, mean, value=-1).mul_(scale)
+        dy_BTE = F.silu(z_BTE).mul_(buffer_BTE)
+        return dy_BTE, torch.ops.aten.silu_backward(buffer_BTE.mul_(y_BTE), z_BTE), dweight_E, None, None
 
 
 def token_logp(logits: Tensor, token: Tensor, banned: tuple[int, ...] = (), temperature: float = 1.0) -> Tensor:

@@ -23,6 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+BENCHES = ("ssd", "mixer", "decode", "rlp-step")  # of bench.py
 BLUE, ORANGE, GREY = "#2f6db3", "#e07b39", "#9a9a9a"
 
 
@@ -325,6 +326,32 @@ RIVALS = {
 }
 
 
+def bench_table(found: dict) -> str:
+    """README: one benchmark of bench.py, a row a contestant, and what it was measured on."""
+    rows = [[found["title"], "ms", "times ours", "thousand tokens/s", "peak MiB"]]
+    for row in found["rows"]:
+        cells = [row["note"], "", "", ""]
+        if "ms" in row:
+            times = f"{row['times_ours']:.2f}"
+            cells = [f"{row['ms']:.4g}", times, f"{row['tokens_per_s'] / 1e3:.3g}", f"{row['peak_bytes'] / 2**20:.3g}"]
+        rows.append([row["name"], *cells])
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    threads = "" if found["device"] == "cuda" else f", threads: {found['threads']}"
+    text = f"{markdown(rows)}\n\n{found['machine']}{threads}, fp32 ({found['precision']}), {versions}; medians."
+    return text + (f"\n\n{growth_table(found['growth'])}" if "growth" in found else "")
+
+
+def growth_table(growth: dict) -> str:
+    """README: cost by length, and how straight the line is."""
+    rows = [["tokens", *map(str, growth["tokens"])], ["ms", *(f"{ms:.4g}" for ms in growth["ms"])]]
+    rows.append(["peak MiB", *(f"{n / 2**20:.3g}" for n in growth["peak_bytes"])])
+    return (
+        f"{markdown(rows)}\n\nTime grows with the power {growth['exponent']:.2f} of the length. The line "
+        f"{growth['fixed_ms']:.2g} ms + {growth['ms_per_thousand_tokens']:.3g} ms per thousand tokens is within "
+        f"{100 * growth['largest_deviation']:.0f} % of every point."
+    )
+
+
 def total_minutes(summary: dict) -> float:
     """Minutes of the whole job: of the run, and of the base's training where the run found it in the cache."""
     return (summary["wall_s"] + summary["base_train_s"] * summary["base_was_cached"]) / 60
@@ -369,6 +396,9 @@ def tables(folder: Path) -> dict[str, str]:
     out["elastic-cpu-rivals"] = "\n\n".join(
         f"Seed {s['seed']}:\n\n{markdown(rival_rows(s))}" for s in summaries if s["baselines"]
     ) or "Not run."  # fmt: skip
+    for name in BENCHES:
+        files = sorted(folder.glob(f"bench-{name}-*.json"))
+        out[f"bench-{name}"] = "\n\n".join(bench_table(json.loads(f.read_text())) for f in files) or "Not run."
     shown = folder / "rlp-cpu-seed0.txt"
     out["samples"] = samples(shown) if shown.exists() else "Not run."
     return out

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import parallel
 from config import RLPConfig
 from data import Tokenizer
-from generate import sample_thoughts, score_targets
+from generate import sample_thoughts, score_context
 from kernels import token_logp
 from model import HybridLM
 from objective import Objective
@@ -165,10 +165,8 @@ class RLP(Objective):
             c.temperature,
             generator,
         )
-        with torch.no_grad():
-            teacher = parallel.whole(self.teacher)
-            hidden_BTD, cache = teacher(context_BT, ids_BT=ids_BT)
-            logp_teacher_B, _ = score_targets(teacher, hidden_BTD[:, -1], cache, target_BX, tags)
+        teacher = parallel.whole(self.teacher)
+        logp_teacher_B, _, _ = score_context(teacher, context_BT, ids_BT, target_BX, tags)
         gain_BG = information_gain(thoughts.logp_target_R.view(-1, c.group_size), logp_teacher_B)
         advantage_BG = group_advantages(gain_BG.clamp(min=c.reward_floor))
         prepared = {

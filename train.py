@@ -362,7 +362,7 @@ def train_base(config: Config, corpus: Corpus, model: HybridLM, start: checkpoin
     """Pretraining, into config.out."""
     run_dir = prepare_run_dir(config)
     fit(model, NextToken(), lambda step: pretrain_batch(corpus, config, step), config.pretrain, run_dir, config.seed,
-        run_meta(config), "pretrain", start)  # fmt: skip
+        run_meta(config, corpus), "pretrain", start)  # fmt: skip
 
 
 def run(config: Config) -> dict:
@@ -380,8 +380,9 @@ def run(config: Config) -> dict:
     start = resume_point(config, run_dir)
     if config.dry_run:
         return dry_run(config)
-    parallel.on_first(lambda: prepare_run_dir(config))
     corpus = parallel.in_turn(lambda: Corpus.load(config.data))
+    check_text(start, corpus)
+    parallel.on_first(lambda: prepare_run_dir(config))
     parallel.on_first(lambda: keep_tokenizer(corpus.tokenizer, run_dir, config))
     model = build_model(config, corpus.tokenizer.n_vocab, device, config.seed)
     console.print(
@@ -410,7 +411,7 @@ def run(config: Config) -> dict:
         objective = RLP(config.rlp, corpus.tokenizer) if config.mode == "rlp" else NextToken()
         make_batch, settings = {"rlp": (rlp_batch, config.rlp), "cpt": (cpt_batch, config.cpt)}[config.mode]
         fit(model, objective, lambda step: make_batch(corpus, config, step), settings, run_dir, config.seed,
-            run_meta(config), config.mode, start)  # fmt: skip
+            run_meta(config, corpus), config.mode, start)  # fmt: skip
         if not parallel.part():
             return {}
         results = {**base_facts, **evaluate_both(model, base, objective.networks().get("teacher"), corpus, config)}
@@ -531,8 +532,8 @@ def train_elastic(
     router = elastic.build_router(model.config, c, ranking.depth, next(model.parameters()).device)
     objective = elastic.Elastic(c, router, parent)
     run_dir.mkdir(parents=True, exist_ok=True)
-    fit(model, objective, lambda step: elastic_batch(corpus, config, step), c, run_dir, config.seed, run_meta(config),
-        "elastic", start)  # fmt: skip
+    fit(model, objective, lambda step: elastic_batch(corpus, config, step), c, run_dir, config.seed,
+        run_meta(config, corpus), "elastic", start)  # fmt: skip
     return objective
 
 
@@ -584,7 +585,7 @@ def train_alone(size: HybridLM, parent: HybridLM, name: str, corpus: Corpus, con
     objective = elastic.Distillation(config.elastic, parent)
     run_dir.mkdir(parents=True, exist_ok=True)
     fit(size, objective, lambda step: elastic_batch(corpus, config, step), config.elastic, run_dir, config.seed,
-        run_meta(config), "elastic", newest(run_dir) if config.resume else None)  # fmt: skip
+        run_meta(config, corpus), "elastic", newest(run_dir) if config.resume else None)  # fmt: skip
     return size.requires_grad_(False)
 
 
@@ -621,7 +622,7 @@ def resume_point(config: Config, run_dir: Path) -> checkpoint.Checkpoint | None:
         return None
     require(found, f"resume: {run_dir} holds no checkpoint; leave --resume out to start")
     warn(found.warning)
-    theirs, ours = found.meta["config"], run_meta(config)["config"]
+    theirs, ours = found.meta["config"], shared_settings(config)
     different = [name for name in sorted(ours) if theirs.get(name) != ours[name]]
     require(
         not different,
@@ -632,8 +633,18 @@ def resume_point(config: Config, run_dir: Path) -> checkpoint.Checkpoint | None:
     return found
 
 
-def run_meta(config: Config) -> dict:
-    """What a checkpoint says of its run: the settings that a resumed run must share, flat, and the versions.
+def check_text(start: checkpoint.Checkpoint | None, corpus: Corpus) -> None:
+    """Raises ValueError if a run would go on with another text than it was started with."""
+    same = start is None or start.meta.get("corpus", corpus.key) == corpus.key  # older checkpoints do not say
+    require(
+        same,
+        "resume: the text is not what the run was started with (that of data.path, or what ships with this Python); "
+        "restore it, or choose another --out",
+    )
+
+
+def shared_settings(config: Config) -> dict:
+    """The settings that a resumed run must share, flat.
 
     Those of pretraining are among them unless the weights came from `init`: the run's base was made with them.
     """
@@ -645,7 +656,12 @@ def run_meta(config: Config) -> dict:
             flat |= {f"{name}.{k}": v for k, v in value.items() if k not in free}
         elif name in ("mode", "seed", "init"):
             flat[name] = value
-    return {"config": flat, "versions": versions()}
+    return flat
+
+
+def run_meta(config: Config, corpus: Corpus) -> dict:
+    """What a checkpoint says of its run: settings, text and versions."""
+    return {"config": shared_settings(config), "corpus": corpus.key, "versions": versions()}
 
 
 def prepare_run_dir(config: Config) -> Path:

@@ -314,7 +314,7 @@ def test_the_key_of_the_base_leaves_out_widths_that_are_not_set(monkeypatch):
 
 
 def test_a_run_can_be_resumed_with_other_kernels():
-    assert train.run_meta(override(PRESETS["cpu"], kernels="triton")) == train.run_meta(PRESETS["cpu"])
+    assert train.shared_settings(override(PRESETS["cpu"], kernels="triton")) == train.shared_settings(PRESETS["cpu"])
 
 
 # ------------------------------------------------------------------------------------------------- rules of the house
@@ -338,7 +338,7 @@ def test_every_setting_is_read_somewhere():
     assert not {f for f in fields if f.split(".")[1] not in read}
 
 
-# Each file may import from the rows above its own (../shared/design.md, with what its third column adds inside a layer).
+# Each file may import from the rows above its own.
 LAYERS = [
     {"config", "kernels", "parallel"},
     {"attention", "mamba", "checkpoint", "widen", "presets", "shards"},

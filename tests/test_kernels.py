@@ -286,6 +286,23 @@ def test_gated_norm_gates_first_and_then_divides_by_each_groups_rms(n_groups):
     assert_close(kernels.gated_norm(y_BTE, z_BTE, weight_E, n_groups, eps=0.1), weight_E * torch.cat(parts, -1), **EXACT)
 
 
+def gated_norm_by_autograd(y_BTE, z_BTE, weight_E, n_groups):
+    g = (y_BTE * F.silu(z_BTE)).unflatten(-1, (n_groups, -1))
+    return weight_E * (g / (g.square().mean(-1, keepdim=True) + 0.1).sqrt()).flatten(-2)
+
+
+@pytest.mark.parametrize("n_groups", [1, 2, 3])
+def test_gated_norm_has_the_gradients_of_its_formula(n_groups):
+    """The gate is a slice of a wider tensor, as in the mixer."""
+    y_BTE, wide_BTE, weight_E, grad_BTE = (torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+                                           for shape in ((2, 5, 6), (2, 5, 8), (6,), (2, 5, 6)))  # fmt: skip
+    found, expected = (
+        torch.autograd.grad(norm(y_BTE, wide_BTE[..., 1:7], weight_E, n_groups), (y_BTE, wide_BTE, weight_E), grad_BTE)
+        for norm in (functools.partial(kernels.gated_norm, eps=0.1), gated_norm_by_autograd)
+    )
+    assert_close(found, expected, **EXACT)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
 @pytest.mark.parametrize("banned", [(), (2,), (0, 6)])
 def test_token_logp_is_the_log_softmax_over_the_ids_that_are_kept(banned, temperature):

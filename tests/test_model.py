@@ -12,7 +12,7 @@ import torch
 from torch.testing import assert_close
 
 import kernels
-from attention import rope
+from attention import append, rope
 from config import ModelConfig
 from model import Cache, HybridLM, count_parameters
 
@@ -175,6 +175,40 @@ def test_a_forward_pass_leaves_the_cache_given_as_it_is(model, T):
     before = copy.deepcopy(cache)
     model(random_tokens(2, T), cache)
     assert_close(vars(cache), vars(before), rtol=0, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("T", [1, 3])
+def test_continuations_of_one_cache_do_not_disturb_each_other(model, T):
+    """The first writes into the room behind the keys of the past; the others find it taken."""
+    context_BT, pieces = random_tokens(2, 5), [random_tokens(2, T, seed=seed) for seed in (1, 2, 3)]
+    _, cache = model(context_BT[:, :4])
+    _, cache = model(context_BT[:, 4:], cache)
+    caches = [model(piece_BT, cache)[1] for piece_BT in pieces]
+    for piece_BT, after in zip(pieces, caches, strict=True):
+        hidden_BTD, _ = model(piece_BT, after)
+        whole_BTD, _ = model(torch.cat([context_BT, piece_BT, piece_BT], dim=1))
+        assert_close(hidden_BTD, whole_BTD[:, 5 + T :], **EXACT)
+
+
+@torch.no_grad()
+def test_appending_copies_the_past_only_when_its_room_is_used_up():
+    """Five positions, then 80 one by one: a new buffer has room for 32 more, so one is needed at 6, 39 and 72."""
+    all_BKSP, buffers = torch.randn(2, 1, 5, 3), []
+    expected_BKSP = all_BKSP
+    for _ in range(80):
+        new_BKTP = torch.randn(2, 1, 1, 3)
+        all_BKSP, expected_BKSP = append(all_BKSP, new_BKTP), torch.cat([expected_BKSP, new_BKTP], dim=2)
+        buffers.append(all_BKSP.data_ptr())
+    assert torch.equal(all_BKSP, expected_BKSP)
+    assert [i + 6 for i in range(80) if i == 0 or buffers[i] != buffers[i - 1]] == [6, 39, 72]
+
+
+def test_appending_with_gradients_keeps_them():
+    past_BKSP, new_BKTP = torch.randn(1, 1, 2, 3, requires_grad=True), torch.randn(1, 1, 1, 3, requires_grad=True)
+    append(past_BKSP, new_BKTP).sum().backward()
+    assert (past_BKSP.grad == 1).all()
+    assert (new_BKTP.grad == 1).all()
 
 
 # ------------------------------------------------------------------------------------------------- layers by formula

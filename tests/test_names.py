@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import bench
 import elastic
 import evals
 import kernels
@@ -154,7 +155,14 @@ def references(model):
     kernels.selected_logp(hidden_TD, weight_VD, torch.arange(5), (8,)).sum().backward()
 
 
-WORK = [training_step, sampling, scoring, rlp_step, ranking, elastic_step, extraction, references]
+def benchmarks(model):
+    """The contestants that are written out in bench.py."""
+    sizes = {"B": 2, "T": 8, "H": 4, "P": 3, "N": 6}
+    bench.check(bench.ssd_work(torch.device("cpu"), **sizes, K=2, chunk=4).contestants, 1e-4)
+    bench.check(bench.rlp_step_work(torch.device("cpu"), 2, 9, 3, 5, 20, model.config).contestants, 1e-4)
+
+
+WORK = [training_step, sampling, scoring, rlp_step, ranking, elastic_step, extraction, references, benchmarks]
 
 
 @pytest.mark.parametrize("work", WORK, ids=lambda f: f.__name__)
@@ -189,4 +197,4 @@ def test_false_names_are_found_and_true_ones_are_not(names, wrong):
 def test_the_tracer_sees_a_false_name_in_a_function_of_the_repo():
     with traced() as found:
         kernels.gated_norm(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), weight_E=torch.zeros(1), n_groups=2, eps=0.1)
-    assert list(found.values()) == ["E is 1 in weight_E but 4 in y_BTE"]
+    assert set(found.values()) == {"E is 1 in weight_E but 4 in y_BTE"}

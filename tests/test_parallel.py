@@ -322,7 +322,7 @@ def test_means_weigh_the_parts_of_all_processes():
 def test_parallel_settings_do_not_make_another_base_or_another_run():
     plain, other = Config(), Config(parallel=ParallelConfig(mode="fsdp", dtype="bf16", compile=True))
     assert plain.base_fingerprint() == other.base_fingerprint()
-    assert train.run_meta(plain) == train.run_meta(other)
+    assert train.shared_settings(plain) == train.shared_settings(other)
 
 
 def test_errors_of_the_network_mean_a_lost_process_only_where_there_are_others(monkeypatch):

@@ -277,8 +277,13 @@ def gradients(model, loss):
 
 
 @pytest.mark.parametrize("n_buckets", [1, 2, 3])
-def test_thought_logp_and_all_its_gradients_equal_plain_passes(model, n_buckets):
-    """Two contexts, one padded; three thoughts each, of 1 to 4 tokens, in buckets of like length; any linear function."""
+@pytest.mark.parametrize("pattern", ["M-*", "M", "*", "*-M"])
+def test_thought_logp_and_all_its_gradients_equal_plain_passes(make_model, pattern, n_buckets):
+    """Two contexts, one padded; three thoughts each, of 1 to 4 tokens, in buckets of like length; any linear function.
+
+    The gradients reach the shared context through the states of Mamba layers and through keys and values.
+    """
+    model = make_model(vocab_size=6, pattern=pattern, tie_embeddings=False)
     thoughts = [[CLOSE], [0, 2, 1, CLOSE], [1, 1], [2, END], [0, 0, 0, 0], [1, 0, CLOSE]]
     length_R = torch.tensor([len(c) for c in thoughts])
     tokens_RM = torch.tensor([c + [CLOSE] * (4 - len(c)) for c in thoughts])
@@ -290,6 +295,19 @@ def test_thought_logp_and_all_its_gradients_equal_plain_passes(model, n_buckets)
     assert_close(found_RM, expected_RM, **EXACT)
     found, expected = (gradients(model, (weight_RM * logp_RM).sum()) for logp_RM in (found_RM, expected_RM))
     assert_close(found, expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("pattern", ["M", "*"])
+def test_gradients_of_a_thought_reach_the_shared_context(make_model, pattern):
+    """Token 2 stands in the first context only and in no thought: its embedding gets its gradient through the cache."""
+    model = make_model(vocab_size=6, pattern=pattern, tie_embeddings=False)
+    b = batch_of([[0, 2, 1, 0, 1], [1, 1, 0]])
+    tokens_RM, length_R = torch.tensor([[0, 1], [1, CLOSE]] * 2), torch.tensor([2] * 4)
+    logp_RM = thought_logp(model, b["context_BT"], b["ids_BT"], tokens_RM, length_R, THINK, 0.7)
+    plain = torch.stack([plain_logp(model, [0, 2, 1, 0, 1, THINK], c, (THINK,), 0.7) for c in ([0, 1], [1, CLOSE])])
+    found, expected = (gradients(model, logp.sum())["embed.weight"][2] for logp in (logp_RM, plain))
+    assert found.abs().max() > 1e-3
+    assert_close(found, expected, **EXACT)
 
 
 def test_policy_is_a_distribution_over_every_token_but_the_opening_tag(model):
@@ -447,7 +465,7 @@ def test_rewards_below_the_floor_are_raised_to_it_and_gains_are_reported_as_they
         return thoughts
 
     monkeypatch.setattr(rlp, "sample_thoughts", sampled)
-    monkeypatch.setattr(rlp, "score_targets", lambda *_: (f64(-1.0), None))
+    monkeypatch.setattr(rlp, "score_context", lambda *_: (f64(-1.0), None, None))
     objective = objective_of(group_size=2, reward_floor=floor)
     prepared = objective.prepare(model, batch_of([CONTEXTS[0]], [TARGETS[0]]), generator())
     assert prepared["gain_R"].tolist() == [-10.0, 0.0]

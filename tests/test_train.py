@@ -378,6 +378,22 @@ def test_resuming_with_other_settings_is_refused_by_name(program, finished, tmp_
     assert [*contents(run_dir).values()] == [*contents(finished).values()]
 
 
+def test_resuming_with_another_text_is_refused(program, text_file, tmp_path, monkeypatch, capsys):
+    """The settings are the same: only the file that data.path names has changed. With the old text it goes on."""
+    words = ("--mode", "pretrain", "--data.path", text_file, "--data.held-out-percent", 25)
+    before = text_file.read_text()
+    with monkeypatch.context() as patch:
+        disturb(patch, "pretrain_batch", 1, press_ctrl_c)
+        assert program(tmp_path / "run", *words) == 130
+    saved = contents(tmp_path / "run")
+    text_file.write_text("".join(paragraphs(20, seed=1)))
+    assert program(tmp_path / "run", *words, "--resume") == 2
+    assert "resume: the text is not what the run was started with" in capsys.readouterr().out
+    assert contents(tmp_path / "run") == saved
+    text_file.write_text(before)
+    assert program(tmp_path / "run", *words, "--resume") == 0
+
+
 def test_resuming_with_other_logging_and_measuring_is_allowed(program, finished, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         disturb(patch, "rlp_batch", 0, press_ctrl_c)

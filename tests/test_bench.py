@@ -1,0 +1,187 @@
+"""Every benchmark at tiny sizes: its contestants agree, and report.py shows what it returns. No time is asserted."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import bench
+import kernels
+import report
+from config import ModelConfig
+
+CPU = torch.device("cpu")
+TINY_MODEL = ModelConfig(pattern="M*-", d_model=16, d_ff=24, n_heads=2, n_kv_heads=1, attn_head_dim=8, mamba_heads=4,
+                         mamba_head_dim=4, d_state=6, chunk=4)  # fmt: skip
+TINY = {
+    "ssd": {"B": 2, "T": 16, "H": 4, "P": 3, "N": 5, "chunk": 4, "default": 8},
+    "mixer": {"B": 2, "T": 16, "D": 8, "H": 4, "P": 3, "N": 5, "chunk": 4, "lengths": (8, 16, 32)},
+    "decode": {"B": 2, "T": 6, "D": 8, "H": 4, "P": 3, "N": 5, "n_steps": 3},
+    "rlp-step": {"B": 2, "T": 9, "G": 3, "M": 5, "V": 20, "model": TINY_MODEL},
+}
+
+
+@pytest.fixture(scope="module", params=TINY)
+def found(request):
+    """What a benchmark returns."""
+    return bench.measure(request.param, CPU, repeats=1, **TINY[request.param])
+
+
+def test_every_contestant_that_can_run_here_has_the_result_of_ours(found):
+    """To 1e-4 of the largest value, in every output and gradient; those that cannot run say why."""
+    ours, *others = found["rows"]
+    assert ours["note"] == ""
+    assert any("difference" in row for row in others) or found["bench"] in ("mixer", "decode")  # all of them peers
+    for row in others:
+        assert row.get("difference", 0.0) < 1e-4
+        assert row["note"] == "" or row["note"].startswith(("not installed: pip install ", "needs a GPU"))
+
+
+def test_every_contestant_that_ran_has_a_time_a_ratio_and_a_memory(found):
+    for row in found["rows"]:
+        assert ("ms" in row) == (row["note"] == "")
+        if "ms" in row:
+            assert row["ms"] > 0
+            assert row["peak_bytes"] > 0
+            assert row["times_ours"] == pytest.approx(row["ms"] / found["rows"][0]["ms"])
+
+
+def test_what_a_benchmark_returns_is_what_report_shows(found):
+    """Through JSON, as in results/."""
+    table = report.bench_table(json.loads(json.dumps(found)))
+    assert all(f"| {row['name']} |" in table for row in found["rows"])
+    assert found["title"] in table
+    assert ("tokens | 8 | 16 | 32" in table) == ("growth" in found)
+
+
+def test_report_knows_every_benchmark_and_tests_run_each():
+    assert set(report.BENCHES) == set(bench.BENCHES) == set(TINY)
+
+
+# ------------------------------------------------------------------------------------------------------- the harness
+
+
+def contestants(*values):
+    return [bench.Contestant(f"number {i}", lambda v=v: [torch.tensor([v])]) for i, v in enumerate(values)]
+
+
+def test_a_contestant_with_another_result_is_not_timed():
+    """0.3 % off; a difference of 0.003 % passes; NaN does not."""
+    work = bench.Work("work", 1, contestants(1.0, 1.003, 1.00003, float("nan")))
+    rows = bench.compare(work, 1, CPU)["rows"]
+    assert [("ms" in row) for row in rows] == [True, False, True, False]
+    assert rows[1]["note"] == "not timed: differs from ours by 3.0e-03"
+
+
+def test_a_contestant_that_fails_is_reported_and_ours_must_not_fail():
+    def fail():
+        raise RuntimeError("no such kernel")
+
+    broken = bench.Contestant("broken", fail)
+    row = bench.compare(bench.Work("work", 1, [*contestants(1.0), broken]), 1, CPU)["rows"][1]
+    assert row["note"] == "fails: RuntimeError('no such kernel')"
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        bench.compare(bench.Work("work", 1, [broken]), 1, CPU)
+
+
+def test_a_peer_that_is_missing_is_named_with_the_way_to_install_it(monkeypatch):
+    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+    found = bench.measure("ssd", CPU, 1, **TINY["ssd"])
+    notes = [row["note"] for row in found["rows"] if row["note"]]
+    expected = {f"not installed: pip install {name}" for name in bench.PIP.values()}
+    assert set(notes) == expected
+    assert all(note in report.bench_table(found) for note in notes)
+
+
+def test_peak_memory_by_hand():
+    """1 MB; then 2 MB beside it; the first one is let go before 4 MB come: 1 + 2 at most, then 2 + 4."""
+
+    def run():
+        a = torch.ones(250_000)
+        b = torch.ones(500_000)
+        del a
+        return [b, torch.ones(1_000_000)]
+
+    assert bench.peak_bytes(run, CPU) == 6_000_000
+
+
+def test_turns_are_taken_in_rounds_and_one_that_takes_long_sits_out_after_three(monkeypatch):
+    monkeypatch.setattr(bench, "ENOUGH_S", 0.0)
+    order = []
+    runs = {name: lambda name=name: order.append(name) for name in "ab"}
+    seconds = bench.take_turns(runs, 5, CPU)
+    assert order == ["a", "b"] * 3
+    assert [len(s) for s in seconds.values()] == [3, 3]
+
+
+def test_growth_of_a_line_is_a_power_of_one(monkeypatch):
+    """3 ms and 2 ms a thousand tokens: exactly on the line; far from the origin the power is just below 1."""
+    tokens = (1000, 2000, 4000, 8000)
+    monkeypatch.setattr(bench, "take_turns", lambda runs, *_: {n: [3e-3 + 2e-6 * n] for n in runs})
+    found = bench.growth({n: lambda: [torch.ones(1)] for n in tokens}, 1, CPU)
+    assert found["fixed_ms"] == pytest.approx(3)
+    assert found["ms_per_thousand_tokens"] == pytest.approx(2)
+    assert found["largest_deviation"] < 1e-9
+    assert 0.5 < found["exponent"] < 1
+
+
+# ---------------------------------------------------------------------------------- contestants that are written here
+
+
+def test_the_papers_listing_equals_the_recurrence_in_fp64():
+    B, T, H, P, K, N = 2, 12, 4, 3, 2, 5
+    shapes = [(B, T, H, P), (B, T, H), (H,), (B, T, K, N), (B, T, K, N), (H,)]
+    x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN, d_H = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    inputs = x_BTHP, dt_BTH.exp(), -a_H.exp(), b_BTKN, c_BTKN, d_H
+    expected_BTHP, _ = kernels.ssd_reference(*inputs)
+    assert_close(bench.ssd_listing(*inputs, chunk=4), expected_BTHP, rtol=1e-9, atol=1e-9)
+
+
+def test_segment_sums_by_hand():
+    """Of (1, 2, 4): 2 from 0 to 1, 6 from 0 to 2, 4 from 1 to 2; nothing from a place to itself."""
+    inf = float("inf")
+    assert bench.segment_sums(torch.tensor([1.0, 2.0, 4.0])).tolist() == [[0, -inf, -inf], [2, 0, -inf], [6, 4, 0]]
+
+
+@pytest.mark.parametrize("pattern", ["M", "*", "M*-"])
+def test_the_plain_way_of_rlp_has_the_gradients_of_ours_in_fp64(pattern):
+    """A context that is run once for G thoughts gets the gradients of G copies, through Mamba states and through attention.
+
+    Rewards and the log-probabilities of sampling are kept in fp32, whose rounding is all that is left of a difference.
+    test_rlp.py holds the log-probabilities of thoughts and their gradients to 1e-9.
+    """
+    model = dataclasses.replace(TINY_MODEL, pattern=pattern)
+    work = bench.rlp_step_work(CPU, **TINY["rlp-step"] | {"model": model, "dtype": torch.float64})
+    ours, plain = (contestant.run() for contestant in work.contestants)
+    assert {t.dtype for t in ours[2:]} == {torch.float64}
+    assert min(t.abs().max() for t in ours[2:]) > 0
+    assert bench.difference(plain[2:], ours[2:]) < 1e-6
+
+
+# --------------------------------------------------------------------------------------------------------- the program
+
+
+def test_the_program_writes_what_report_reads(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "BENCHES", {"decode": lambda device: bench.decode_work(device, **TINY["decode"])})
+    assert bench.main(["decode", "--repeats", "1", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    assert "| ours |" in capsys.readouterr().out
+    assert [f.name for f in tmp_path.iterdir()] == ["bench-decode-cpu.json"]
+    tables = report.tables(tmp_path)
+    assert "| ours |" in tables["bench-decode"]
+    assert tables["bench-ssd"] == "Not run."
+
+
+def test_all_runs_every_benchmark_with_the_options_given(tmp_path, monkeypatch):
+    """Each in a process of its own."""
+    commands = []
+    monkeypatch.setattr(bench.subprocess, "run", lambda words, check: commands.append(words))
+    assert bench.main(["all", "--repeats", "3", "--out", str(tmp_path)]) == 0
+    assert [words[2] for words in commands] == list(bench.BENCHES)
+    assert all(words[3:5] == ["--repeats", "3"] and words[-2:] == ["--out", str(tmp_path)] for words in commands)
+
+
+def test_no_repeats_are_refused(capsys):
+    assert bench.main(["ssd", "--repeats", "0"]) == 2
+    assert "error: repeats (0) must be at least 1" in capsys.readouterr().err
