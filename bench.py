@@ -3,7 +3,9 @@
     python bench.py ssd              the scan, forward and backward
     python bench.py mixer            a whole Mamba-2 mixer, forward and backward, and how its cost grows with length
     python bench.py decode           one token after the other through the mixer
+    python bench.py logp             log-probabilities of given tokens, without logits of the whole vocabulary
     python bench.py rlp-step         a step of RLP, beside the plain way to take it
+    python bench.py elastic-step     a step of Elastic for a small budget: on slices, on masks, and the full model's
     python bench.py all
 
 A benchmark is a function of `BENCHES` that returns its `Work`: what is done, and by whom. Before a clock is started, each
@@ -43,6 +45,7 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+import elastic
 import kernels
 import report
 from config import PRESETS, ModelConfig, RLPConfig, require
@@ -70,6 +73,7 @@ class Contestant:
     name: str
     run: Callable[[], list[Tensor]] | None
     note: str = ""  # why it does not run
+    is_other_work: bool = False  # its results are not ours, and only its time is of interest
 
 
 @dataclass
@@ -106,7 +110,7 @@ def check(contestants: list[Contestant], limit: float) -> list[dict]:
     for contestant in contestants:
         row = {"name": contestant.name, "note": contestant.note}
         rows.append(row)
-        if contestant.run is None or contestant is contestants[0]:
+        if contestant.run is None or contestant is contestants[0] or contestant.is_other_work:
             continue
         try:
             row["difference"] = difference(contestant.run(), ours)
@@ -281,6 +285,33 @@ def decode_work(device: torch.device, B=16, T=64, D=256, H=8, P=64, N=64, n_step
     )
 
 
+def logp_work(device: torch.device, T=2048, D=128, V=8192, factor=8) -> Work:
+    """Log-probabilities of T tokens and the gradient of their hidden states, for a vocabulary and for a larger one."""
+    generator = torch.Generator().manual_seed(0)
+    hidden_TD = torch.randn(T, D, generator=generator).to(device).requires_grad_()
+    matrices = [torch.randn(n, D, generator=generator).to(device) / D**0.5 for n in (V, factor * V)]
+    token_T = torch.randint(V, (T,), generator=generator).to(device)
+
+    def contestant(logp: Callable, matrix: Tensor) -> Callable[[], list[Tensor]]:
+        return with_gradients(lambda: logp(hidden_TD, matrix, token_T), [hidden_TD])
+
+    small, large = matrices
+    return Work(
+        f"log-probabilities of {T} tokens and the gradient of hidden states, d{D}",
+        T,
+        [
+            Contestant(f"ours, V = {V}", contestant(kernels.selected_logp, small)),
+            Contestant(f"all logits at once, V = {V}", contestant(kernels.selected_logp_reference, small)),
+            Contestant(f"ours, V = {factor * V}", contestant(kernels.selected_logp, large), is_other_work=True),
+            Contestant(
+                f"all logits at once, V = {factor * V}",
+                contestant(kernels.selected_logp_reference, large),
+                is_other_work=True,
+            ),
+        ],
+    )
+
+
 def rlp_step_work(
     device: torch.device, B=4, T=256, G=8, M=32, V=1024, model=PRESETS["cpu"].model, dtype=torch.float32
 ) -> Work:
@@ -321,11 +352,55 @@ def rlp_step_work(
     )
 
 
+def elastic_step_work(device: torch.device, B=8, T=256, V=1024, budget=0.5, model=PRESETS["cpu"].model) -> Work:
+    """A step of Elastic for a budget, after the search: the teacher's pass, the loss, and the gradient of every weight."""
+    torch.manual_seed(0)
+    network, teacher = (HybridLM(dataclasses.replace(model, vocab_size=V)).to(device) for _ in range(2))
+    with torch.no_grad():
+        for p in [*network.parameters(), *teacher.parameters()]:  # at the start some matrices are zero
+            p.add_(0.02 * torch.randn_like(p))
+    settings = dataclasses.replace(PRESETS["cpu"].elastic, choose="fixed", budgets=(1.0, budget))
+    router = elastic.build_router(network.config, settings, list(range(len(model.pattern))), device)
+    objective = elastic.Elastic(settings, router, teacher.requires_grad_(False))
+    weights, masks = dict(network.named_parameters()), elastic.hard_masks(network.config, router.choose(budget))
+    batch = {
+        "tokens_BT": torch.randint(V, (B, T), device=device),
+        "targets_BT": torch.randint(V, (B, T), device=device),
+        "ids_BT": torch.zeros(B, T, dtype=torch.long, device=device),
+    }
+
+    def step(hidden_BTD: Tensor, head_VD: Tensor) -> list[Tensor]:
+        total, n_tokens = objective.task(hidden_BTD, head_VD, batch, [(settings.kl, teacher)], settings.ce)
+        found = torch.autograd.grad(total / n_tokens, list(weights.values()), allow_unused=True, materialize_grads=True)
+        return [total.detach() / n_tokens, *found]
+
+    def on_slices(budget: float) -> list[Tensor]:
+        return step(*objective.run(network, weights, None, budget, batch))
+
+    def on_masks() -> list[Tensor]:
+        masked = elastic.mask_weights(weights, network.config, masks)
+        skeleton = elastic.masked_skeleton(network.config, masks)
+        hidden_BTD, _ = torch.func.functional_call(skeleton, masked, (batch["tokens_BT"],), {"ids_BT": batch["ids_BT"]})
+        return step(hidden_BTD, masked.get("head.weight", masked["embed.weight"]))
+
+    return Work(
+        f"Elastic step, {B} sequences of {T} tokens, {model.pattern}, d{model.d_model}, V = {V}",
+        B * T,
+        [
+            Contestant(f"{100 * budget:g} % of the parameters, on slices", lambda: on_slices(budget)),
+            Contestant(f"{100 * budget:g} %, on masks (the paper's way)", on_masks),
+            Contestant("100 %", lambda: on_slices(1.0), is_other_work=True),
+        ],
+    )
+
+
 BENCHES: dict[str, Callable[..., Work]] = {
     "ssd": ssd_work,
     "mixer": mixer_work,
     "decode": decode_work,
+    "logp": logp_work,
     "rlp-step": rlp_step_work,
+    "elastic-step": elastic_step_work,
 }
 
 

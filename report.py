@@ -23,7 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-BENCHES = ("ssd", "mixer", "decode", "rlp-step")  # of bench.py
+BENCHES = ("ssd", "mixer", "decode", "logp", "rlp-step", "elastic-step")  # of bench.py
 BLUE, ORANGE, GREY = "#2f6db3", "#e07b39", "#9a9a9a"
 
 

@@ -31,7 +31,7 @@ import parallel
 from config import RLPConfig
 from data import Tokenizer
 from generate import sample_thoughts, score_context
-from kernels import token_logp
+from kernels import selected_logp
 from model import HybridLM
 from objective import Objective
 
@@ -108,8 +108,8 @@ def thought_logp(
 ) -> Tensor:
     """log pi(c_u | x_<t, <think>, c_<u) of every thought token, with gradients, the context being run once.
 
-    The G thoughts of a context go on from its cache: T + G M tokens are run instead of G (T + M), and the output matrix
-    only sees thought tokens. Thoughts are run in buckets of like length.
+    The G thoughts of a context go on from its cache: T + G M tokens are run instead of G (T + M). Logits are made of
+    thought tokens only, in parts of the vocabulary. Thoughts are run in buckets of like length.
     Args: tokens_RM, length_R: R = B G thoughts, those of a context in a row. Returns: logp_RM, 0 beyond each length.
     """
     R, M = tokens_RM.shape
@@ -122,7 +122,7 @@ def thought_logp(
         opening_r1 = torch.full_like(token_rM[:, :1], think)
         hidden, _ = model(torch.cat([opening_r1, token_rM[:, :-1]], dim=1), cache.select(rows // (R // len(context_BT))))
         inside = torch.arange(n, device=rows.device) < length_R[rows, None]
-        logp = token_logp(model.logits(hidden[inside]), token_rM[inside], (think,), temperature)
+        logp = selected_logp(hidden[inside], model.output_matrix, token_rM[inside], (think,), temperature)
         part = logp.new_zeros(len(rows), M)
         part[:, :n][inside] = logp
         parts.append(part)
