@@ -47,6 +47,7 @@ import checkpoint
 import parallel
 from config import WIDTH_FIELDS, Config, ElasticConfig, ModelConfig, exit_code, require
 from data import Corpus
+from kernels import selected_logp
 from model import Block, HybridLM, count_parameters, part_cache_bytes, part_flops, part_parameters, sum_of_parts
 from objective import Objective
 
@@ -828,7 +829,7 @@ class Distillation(Objective):
                 matrix_VD = teacher.output_matrix.detach()
                 total = total + weight * kl_divergence(wanted_XD, matrix_VD, hidden_Xd, head_Vd, self.c.kl_temperature)
         if ce:
-            total = total + ce * F.cross_entropy(F.linear(hidden_Xd, head_Vd), target[inside], reduction="sum")
+            total = total - ce * selected_logp(hidden_Xd, head_Vd, target[inside]).sum()
         return total, int(inside.sum())
 
 

@@ -11,8 +11,8 @@ scan add at length t), a backward pass is 2 f, so a training step costs 3 f per 
                     for every budget while routers search on masks
 
 A token that goes on from a cache of T tokens sees T more positions than one that begins; contexts and thoughts count at
-their full length, an upper bound. Not counted: optimizer, norms and activation functions, the logits that the divergence
-makes twice, and held-out evaluation.
+their full length, an upper bound. Not counted: optimizer, norms and activation functions, the logits that losses make
+twice, and held-out evaluation.
 
 Memory counts what stays between steps in fp32 (weights, gradients, optimizer, moving averages and frozen copies), divided
 among the GPUs, and what a step needs in bf16: layers that are gathered from the other GPUs, caches, and activations as the
@@ -28,6 +28,7 @@ import torch
 
 import elastic
 from config import Config, ElasticConfig, FitConfig, ModelConfig
+from kernels import VOCABULARY_TILE
 from model import matrix_parameters, part_cache_bytes, part_flops, part_parameters, sum_of_parts
 
 STATE_BYTES = 4  # of a weight, a gradient, each of AdamW's two moments, and an average
@@ -209,9 +210,7 @@ def memory(config: Config, n_gpus: int = 1, recompute: bool = False) -> dict[str
 def copies(config: Config) -> dict[str, int]:
     """How many frozen networks of the model's size a run keeps beside it."""
     if config.mode == "rlp":
-        return {"EMA teacher": 1, "starting weights": 1 + (config.rlp.kl > 0)}
-    if config.mode == "cpt":
-        return {"starting weights": 1}
+        return {"EMA teacher": 1, "starting weights": int(config.rlp.kl > 0)}
     if config.mode == "elastic":  # the parent, teacher and reference of the figures, and the end of stage 1
         return {"parent": 1, "end of stage 1": int(config.elastic.stage_1_steps() < config.elastic.steps)}
     return {}
@@ -220,6 +219,7 @@ def copies(config: Config) -> dict[str, int]:
 def step_bytes(config: Config, n_gpus: int, recompute: bool) -> tuple[float, float]:
     """Bytes of caches and of activations of one part of a step on one GPU: batch / (GPUs x accumulate) sequences."""
     shape, fit = config.model, getattr(config, config.mode)
+    n_ids = min(shape.vocab_size, VOCABULARY_TILE)  # logits that a token has at one time
 
     def rows(batch: int) -> int:
         return math.ceil(batch / (n_gpus * fit.accumulate))
@@ -229,14 +229,15 @@ def step_bytes(config: Config, n_gpus: int, recompute: bool) -> tuple[float, flo
         n_thoughts = b * c.group_size
         caches = n_thoughts * cache_bytes(shape, c.context_len + c.thought_len)
         n_tokens = b * c.context_len + n_thoughts * c.thought_len
-        return caches, activation_bytes(shape, n_tokens, n_thoughts * c.thought_len, recompute)
+        return caches, activation_bytes(shape, n_tokens, n_thoughts * c.thought_len * n_ids, recompute)
     if config.mode == "elastic":
         c = config.elastic
         n_tokens = max(rows(c.batch) * c.seq_len, rows(c.long_rows()) * c.long_len * (c.stage_1_steps() < c.steps))
-        n_logits = n_tokens if c.ce or c.full_ce else min(n_tokens, 2 * 2**24 // shape.vocab_size)  # see kl_divergence
+        divergence = min(n_tokens * shape.vocab_size, 2 * 2**24)  # see elastic.kl_divergence
+        n_logits = max(divergence, (c.ce + c.full_ce > 0) * n_tokens * n_ids)
         return 0.0, activation_bytes(shape, n_tokens, n_logits, recompute)
     n_tokens = rows(fit.batch) * config.pretrain.seq_len
-    return 0.0, activation_bytes(shape, n_tokens, n_tokens, recompute)
+    return 0.0, activation_bytes(shape, n_tokens, n_tokens * n_ids, recompute)
 
 
 def cache_bytes(shape: ModelConfig, n_tokens: int) -> float:
@@ -245,13 +246,13 @@ def cache_bytes(shape: ModelConfig, n_tokens: int) -> float:
 
 
 def activation_bytes(shape: ModelConfig, n_tokens: int, n_logits: int, recompute: bool) -> float:
-    """Bytes kept for the backward pass of n_tokens, of which n_logits have logits."""
+    """Bytes kept for the backward pass of n_tokens, and those of n_logits logits."""
     layers = [(kept_numbers(kind, own), n) for (kind, own), n in parts(shape).items()]
     if recompute:
         numbers = len(shape.pattern) * shape.d_model + max(kept for kept, _ in layers)
     else:
         numbers = sum(kept * n for kept, n in layers)
-    return COMPUTE_BYTES * n_tokens * numbers + LOGIT_BYTES * n_logits * shape.vocab_size
+    return COMPUTE_BYTES * n_tokens * numbers + LOGIT_BYTES * n_logits
 
 
 def kept_numbers(kind: str, shape: ModelConfig) -> float:

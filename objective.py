@@ -1,9 +1,9 @@
 """What `train.fit` asks of a training objective, and the plainest one: next-token prediction."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import selected_logp
 from model import HybridLM
 
 
@@ -46,6 +46,6 @@ class NextToken(Objective):
     def loss(self, model: HybridLM, batch: dict[str, Tensor]) -> tuple[Tensor, int, dict[str, Tensor]]:
         """Sum of the cross-entropies in nats, number of targets (those of -100 count for nothing), metrics."""
         hidden_BTD, _ = model(batch["tokens_BT"], ids_BT=batch["ids_BT"])
-        target = batch["targets_BT"].flatten()
-        loss = F.cross_entropy(model.logits(hidden_BTD).flatten(0, 1), target, ignore_index=-100, reduction="sum")
-        return loss, int((target != -100).sum()), {}
+        inside = batch["targets_BT"] != -100
+        logp = selected_logp(hidden_BTD[inside], model.output_matrix, batch["targets_BT"][inside])
+        return -logp.sum(), len(logp), {}

@@ -406,14 +406,14 @@ def run(config: Config) -> dict:
         results = {**base_facts, **found}
     else:
         base_facts = base_weights(config, corpus, model)
-        base = build_model(config, corpus.tokenizer.n_vocab, device, config.seed).requires_grad_(False)
-        base.load_state_dict(model.state_dict())
         objective = RLP(config.rlp, corpus.tokenizer) if config.mode == "rlp" else NextToken()
         make_batch, settings = {"rlp": (rlp_batch, config.rlp), "cpt": (cpt_batch, config.cpt)}[config.mode]
         fit(model, objective, lambda step: make_batch(corpus, config, step), settings, run_dir, config.seed,
             run_meta(config, corpus), config.mode, start)  # fmt: skip
         if not parallel.part():
             return {}
+        base = build_model(config, corpus.tokenizer.n_vocab, device, config.seed).requires_grad_(False)
+        base_weights(config, corpus, base)  # from disk: training had no room to spare for it
         results = {**base_facts, **evaluate_both(model, base, objective.networks().get("teacher"), corpus, config)}
         write_samples({"base": base, config.mode: model}, corpus, config, run_dir)
     summary = {
