@@ -278,7 +278,10 @@ class Ranking:
 
 @torch.no_grad()
 def rank(model: HybridLM, batches: list[dict[str, Tensor]], c: ElasticConfig, seed: int = 0) -> Ranking:
-    """Rank all units by the scores that the settings name, from forward passes over calibration batches."""
+    """Rank all units by the scores that the settings name, from forward passes over calibration batches.
+
+    Layers, which take a pass each, are ranked only where `depth_choices` can drop some.
+    """
     config, generator = model.config, torch.Generator().manual_seed(seed)
     sums = activation_sums(model, batches)
 
@@ -297,8 +300,10 @@ def rank(model: HybridLM, batches: list[dict[str, Tensor]], c: ElasticConfig, se
         else:
             heads, channels = mamba_scores(model, sums, i, c.score_mamba)
             layers.append({"H": order(heads, c.score_mamba, config.mamba_groups), "P": order(channels, c.score_mamba)})
-    stream = order(stream_scores(model, sums, c.score_d_model), c.score_d_model)
-    return Ranking(Units(stream, layers), rank_layers(model, batches, c.score_depth, generator))
+    units = Units(order(stream_scores(model, sums, c.score_d_model), c.score_d_model), layers)
+    n = len(layers)
+    is_elastic = any(depth < n for depth in c.depth_choices)
+    return Ranking(units, rank_layers(model, batches, c.score_depth, generator) if is_elastic else list(range(n)))
 
 
 @torch.no_grad()
@@ -966,6 +971,12 @@ def build_router(config: ModelConfig, c: ElasticConfig, depth_order: list[int], 
     return router
 
 
+def unmeasured_router(config: ModelConfig, c: ElasticConfig) -> Router:
+    """A router that knows no costs yet: to be loaded, or to be counted."""
+    space = Space(config, c)
+    return Router(space, c, Costs(space, lambda *_: 0.0), list(range(len(config.pattern))))
+
+
 def load_family(run_dir: Path) -> tuple[HybridLM, Router, Corpus, Config]:
     """An elastic run's model, router, corpus and settings. Raises ValueError for a run without a router."""
     from train import load_run
@@ -976,8 +987,7 @@ def load_family(run_dir: Path) -> tuple[HybridLM, Router, Corpus, Config]:
         "router" in found.networks(),
         f"{run_dir} has no router, so it holds one size only; give the folder of a run of --mode elastic",
     )
-    space = Space(model.config, config.elastic)
-    router = Router(space, config.elastic, Costs(space, lambda *_: 0.0), list(range(len(model.layers))))
+    router = unmeasured_router(model.config, config.elastic)
     checkpoint.load_weights(router, found.tensors("router"), found.path)
     return model, router, corpus, config
 

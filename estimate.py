@@ -20,6 +20,7 @@ reference forms of kernels.py keep them for the backward pass; fused kernels kee
 activations. Not counted: copies of weights under a mask (elastic, while routers search), what the allocator wastes.
 """
 
+import functools
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -157,6 +158,7 @@ def elastic_phases(config: Config) -> list[Phase]:
     return found
 
 
+@functools.cache
 def family(full: ModelConfig, c: ElasticConfig) -> list[ModelConfig]:
     """The shape of each budget, with widths by hand: what a router will choose costs the same, by its budget.
 
@@ -178,7 +180,7 @@ def parameters(shape: ModelConfig) -> int:
 
 def family_bytes(full: ModelConfig, c: ElasticConfig, n_bytes: int = 2) -> dict[str, float]:
     """Bytes of the weights of a family: in one checkpoint with its router, and in one for each size."""
-    router = elastic.build_router(full, c, list(range(len(full.pattern))), torch.device("cpu"))
+    router = elastic.unmeasured_router(full, c)
     return {
         "model": n_bytes * parameters(full),
         "router": n_bytes * sum(p.numel() for p in router.parameters()),

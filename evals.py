@@ -375,7 +375,8 @@ def score_table(model: HybridLM, corpus: Corpus, config: Config, n_random: int =
     def loss(axis: str, kind: str, seed: int) -> float:
         field = "score_" + {"mamba_heads": "mamba", "mamba_channels": "mamba", "attn_heads": "attn"}.get(axis, axis)
         ordered = copy.deepcopy(model)
-        ranking = elastic.rank(ordered, batches, dataclasses.replace(c, **{field: kind}), seed)
+        depths = (len(full.layers), len(full.layers) - 1) if axis == "depth" else ()
+        ranking = elastic.rank(ordered, batches, dataclasses.replace(c, depth_choices=depths, **{field: kind}), seed)
         elastic.order_weights(ordered, ranking)
         small = elastic.submodel(ordered, cut(axis, ranking.depth[0]))
         return float(torch.cat([_logp_and_loss(small, batch)[1] for batch in held_out]).mean())

@@ -300,11 +300,19 @@ def test_channels_of_all_heads_take_one_order_by_hand():
 def test_a_random_order_depends_on_the_seed_alone():
     model, batch = tiny_model(), [{"tokens_BT": TOKENS_BT, "ids_BT": None}]
     names = ("d_model", "ffn", "mamba", "attn", "depth")
-    c = ElasticConfig(**{f"score_{name}": "random" for name in names})
+    c = ElasticConfig(**{f"score_{name}": "random" for name in names}, depth_choices=(5, 4))
     first, again, other = (elastic.rank(model, batch, c, seed) for seed in (3, 3, 4))
     assert_close(first.units.d_model, again.units.d_model)
     assert first.depth == again.depth
     assert not torch.equal(first.units.d_model, other.units.d_model)
+
+
+def test_layers_are_ranked_only_where_some_can_go(monkeypatch):
+    """In the order of the model they stay elsewhere, without a pass for each."""
+    monkeypatch.setattr(elastic, "rank_layers", lambda *_: [4, 3, 2, 1, 0])
+    batches = [{"tokens_BT": TOKENS_BT, "ids_BT": None}]
+    for depths, order in (((), [0, 1, 2, 3, 4]), ((5,), [0, 1, 2, 3, 4]), ((5, 4), [4, 3, 2, 1, 0])):
+        assert elastic.rank(tiny_model(), batches, ElasticConfig(depth_choices=depths)).depth == order
 
 
 # ------------------------------------------------------------------------------------------------- order of the layers

@@ -122,7 +122,7 @@ def ranking(model):
     """With every score, then measured costs, by which routers may go too."""
     for kind, depth in (("paper", "paper"), ("output", "greedy")):
         scores = {f"score_{name}": kind for name in ("d_model", "ffn", "mamba", "attn")}
-        ranking = elastic.rank(model, [elastic_batch(0)], ElasticConfig(**scores, score_depth=depth))
+        ranking = elastic.rank(model, [elastic_batch(0)], ElasticConfig(**scores, score_depth=depth, depth_choices=(3, 2)))
         elastic.order_weights(model, ranking)
     elastic.part_latency_us("M", model.config, 2, torch.device("cpu"))
 
