@@ -839,7 +839,7 @@ class Distillation(Objective):
 
 
 class Elastic(Distillation):
-    """L = L_task(theta) + lambda L_router(psi) (eq. 17), each sequence at its own budget, as an objective for `train.fit`.
+    """L = L_task(theta) + lambda L_router(psi) (eq. 17), each sequence at its own budget, as an objective for `loop.fit`.
 
     In the first `search_share` of the steps routers and weights learn together, on masks; afterwards the routers' choices
     stay as they are, and each budget runs on its slice of the weights.

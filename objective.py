@@ -1,4 +1,4 @@
-"""What `train.fit` asks of a training objective, and the plainest one: next-token prediction."""
+"""What `loop.fit` asks of a training objective, and the plainest one: next-token prediction."""
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ class Objective:
         return batch
 
     def loss(self, model: HybridLM, batch: dict) -> tuple[Tensor, int, dict[str, Tensor]]:
-        """A sum, the count to divide it by, and means to log. `fit` divides by the count of the whole step."""
+        """A sum, the count to divide it by, and means to log. `loop.fit` divides by the count of the whole step."""
         raise NotImplementedError
 
     def after_step(self, model: HybridLM) -> None:

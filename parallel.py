@@ -8,7 +8,7 @@ environment, which only this file reads. A process that is alone takes the same 
     rollouts    sampled from unsharded weights, gathered once a step: ranks decode for different numbers of tokens, and
                 FSDP's own gathering would wait for the shortest for ever
 
-How to read: `start`, then `shard`, which gives `train.fit` the network that it trains. Two ways of sharing the work out:
+How to read: `start`, then `shard`, which gives `loop.fit` the network that it trains. Two ways of sharing the work out:
 
 * data: all weights on every process; `sum_gradients` adds up what the backward passes left.
 * fsdp: FSDP2 keeps 1/W of every matrix, of its optimizer state and of the EMA teacher on each process and gathers a block

@@ -130,7 +130,7 @@ def thought_logp(
 
 
 class RLP(Objective):
-    """Algorithm 1 of the paper, as an objective for `train.fit`: prepare, loss, and after each step the teacher."""
+    """Algorithm 1 of the paper, as an objective for `loop.fit`: prepare, loss, and after each step the teacher."""
 
     def __init__(self, config: RLPConfig, tokenizer: Tokenizer):
         self.config, self.tokenizer = config, tokenizer

@@ -346,7 +346,7 @@ LAYERS = [
     {"model", "huggingface"},
     {"generate", "objective"},
     {"elastic", "rlp"},
-    {"evals", "estimate"},
+    {"evals", "estimate", "loop"},
     {"report"},
     {"train"},
     {"bench"},

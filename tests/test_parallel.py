@@ -20,6 +20,7 @@ from two_processes import CPU, MODES, ROOT, TOKENIZER, launch, make_batch, optio
 
 import checkpoint
 import generate
+import loop
 import parallel
 import train
 from config import PRESETS, Config, ParallelConfig
@@ -298,7 +299,7 @@ def test_parts_of_a_batch_are_dealt_out_in_order(monkeypatch):
 
 def test_the_first_parts_noise_is_that_of_the_whole_step():
     """Runs with one part stay what they were; parts differ."""
-    draws = [torch.rand(3, generator=train.noise(CPU, 0, 5, "rlp", part)).tolist() for part in (0, 1, 2)]
+    draws = [torch.rand(3, generator=loop.noise(CPU, 0, 5, "rlp", part)).tolist() for part in (0, 1, 2)]
     seed = int(train.fingerprint([0, 5, "rlp"]), 16)
     assert draws[0] == torch.rand(3, generator=torch.Generator().manual_seed(seed)).tolist()
     assert len({tuple(d) for d in draws}) == 3
@@ -307,15 +308,15 @@ def test_the_first_parts_noise_is_that_of_the_whole_step():
 def test_a_batch_that_cannot_be_dealt_out_is_refused(monkeypatch):
     monkeypatch.setattr(parallel.team, "world", 3)
     with pytest.raises(ValueError, match=r"pretrain: 8 sequences .* 3 processes x pretrain.accumulate \(1\); nearest is 9"):
-        train.check_rows(PRESETS["cpu"].pretrain, "pretrain")
+        loop.check_rows(PRESETS["cpu"].pretrain, "pretrain")
     monkeypatch.setattr(parallel.team, "world", 8)
     with pytest.raises(ValueError, match="elastic: 4 sequences"):
-        train.check_rows(PRESETS["cpu"].elastic, "elastic")
+        loop.check_rows(PRESETS["cpu"].elastic, "elastic")
 
 
 def test_means_weigh_the_parts_of_all_processes():
     """Two processes, the second without text: loss (6 + 2) / (3 + 1), gain_text 5 / 2."""
-    means, count = train.total_means([{"loss": (6.0, 3), "gain_text": (5.0, 2)}, {"loss": (2.0, 1)}])
+    means, count = loop.total_means([{"loss": (6.0, 3), "gain_text": (5.0, 2)}, {"loss": (2.0, 1)}])
     assert (means, count) == ({"loss": 2.0, "gain_text": 2.5}, 4)
 
 

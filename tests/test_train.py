@@ -13,6 +13,7 @@ from conftest import contents, die, disturb, metrics_of, paragraphs, press_ctrl_
 
 import checkpoint
 import generate
+import loop
 import train
 from config import PRESETS, Config, FitConfig, PretrainConfig, from_dict
 from data import FAMILIES, pretrain_batch, rlp_batch
@@ -38,11 +39,11 @@ def finished(program, tmp_path_factory):
 )
 def test_schedule_by_hand(step, rate):
     """Ten steps: four of warm-up, then constant, then over the last four linear to what would be 0 at step 10."""
-    assert train.schedule(step, FitConfig(steps=10, warmup=4, decay=0.4)) == pytest.approx(rate)
+    assert loop.schedule(step, FitConfig(steps=10, warmup=4, decay=0.4)) == pytest.approx(rate)
 
 
 def test_without_warmup_and_decay_the_rate_is_constant():
-    assert {train.schedule(step, FitConfig(steps=10, warmup=0, decay=0.0)) for step in range(10)} == {1.0}
+    assert {loop.schedule(step, FitConfig(steps=10, warmup=0, decay=0.0)) for step in range(10)} == {1.0}
 
 
 # --------------------------------------------------------------------------------------------------------- the loop
@@ -59,7 +60,7 @@ def pretrain_on_counting(run_dir, dtype=torch.float32, objective=None, **changes
     settings = dataclasses.replace(PretrainConfig(steps=8, batch=4, warmup=2, lr=1e-2), **changes)
     run_dir.mkdir(exist_ok=True)
     model = train.build_model(PRESETS["smoke"], 16, CPU, seed=0).to(dtype)
-    train.fit(model, objective or train.NextToken(), counting_batch, settings, run_dir, 0, {}, "pretrain")
+    loop.fit(model, objective or train.NextToken(), counting_batch, settings, run_dir, 0, {}, "pretrain")
     return model
 
 
@@ -140,7 +141,7 @@ def fit(mode, corpus, run_dir, before_step=None, start=None):
             before_step(step)
         return make(step)
 
-    train.fit(model, objective, batch_of, settings, run_dir, 0, {}, mode, start)
+    loop.fit(model, objective, batch_of, settings, run_dir, 0, {}, mode, start)
 
 
 @pytest.fixture(scope="module", params=["pretrain", "rlp"])
@@ -199,7 +200,7 @@ def test_a_half_written_line_of_the_log_does_not_stop_a_resumed_run(tmp_path):
     """A crash may cut the last line anywhere."""
     log = tmp_path / "metrics.jsonl"
     log.write_text('{"step": 1}\n{"step": 2}\n{"ste')
-    train.trim_log(log, 1)
+    loop.trim_log(log, 1)
     assert log.read_text() == '{"step": 1}\n'
 
 

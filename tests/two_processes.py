@@ -18,6 +18,7 @@ import torch  # noqa: E402
 
 import checkpoint  # noqa: E402
 import elastic  # noqa: E402
+import loop  # noqa: E402
 import parallel  # noqa: E402
 import train  # noqa: E402
 from config import PRESETS, ParallelConfig  # noqa: E402
@@ -86,7 +87,7 @@ def run(mode, run_dir, accumulate=1, start=None, before_step=None, objective=Non
             before_step(step)
         return make_batch(mode, step)
 
-    train.fit(model, objective or train.NextToken(), batch_of, settings, run_dir, 0, {}, mode, start)
+    loop.fit(model, objective or train.NextToken(), batch_of, settings, run_dir, 0, {}, mode, start)
     return model, objective
 
 

@@ -1,0 +1,241 @@
+"""The one training loop: a batch, its preparation, updates, the log, checkpoints. What is learned is up to an `Objective`.
+
+The loss is divided by the total count of a step, so accumulation and the number of processes cannot change it. All
+randomness is a function of (seed, step): a resumed run repeats the uninterrupted one bit for bit.
+
+How to read: `fit`, then `update`.
+"""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+import checkpoint
+import parallel
+from config import FitConfig, fingerprint, require
+from model import HybridLM
+from objective import Objective
+
+console = Console(highlight=False)
+
+
+def fit(
+    model: HybridLM,
+    objective: Objective,
+    make_batch: Callable[[int], dict[str, Tensor]],
+    settings: FitConfig,
+    run_dir: Path,
+    seed: int,
+    meta: dict,
+    label: str,
+    start: checkpoint.Checkpoint | None = None,
+) -> None:
+    """The training loop of every mode: batch, prepare, update, log, save.
+
+    Args: make_batch: the batch of a step, of which each process runs its parts; meta: goes into every checkpoint; start:
+    where to go on from.
+    Raises KeyboardInterrupt after Ctrl-C or SIGTERM, once the step is finished and saved; FloatingPointError if a gradient
+    is not finite, with the weights before it saved; ValueError if the processes and parts do not divide the batch.
+    """
+    device, plain = next(model.parameters()).device, model
+    check_rows(settings, label)
+    parallel.barrier()  # what is written from here on, no process must take for the work of an earlier run
+    for network in objective.networks().values():
+        parallel.broadcast(network)
+    model = parallel.shard(model)
+    optimizers = build_optimizers(model, settings) + objective.optimizers()
+    for group in (g for optimizer in optimizers for g in optimizer.param_groups):
+        group["peak_lr"] = group["lr"]
+    step = 0
+    if start is not None:
+        step = start.meta["step"]
+        restore(start, model, objective, optimizers)
+    log_file = run_dir / "metrics.jsonl" if parallel.is_first() else Path(os.devnull)
+    if parallel.is_first():
+        trim_log(log_file, step)
+
+    def save() -> Path:
+        networks = {"model": model, **objective.networks()}
+        return checkpoint.save(run_dir, step, networks, [o.state_dict() for o in optimizers], meta)
+
+    columns = (
+        TextColumn(label),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+    )
+    with (
+        Interrupt() as interrupt,
+        Progress(*columns, console=console, disable=not parallel.is_first()) as progress,
+        open(log_file, "a") as log,
+    ):
+        task = progress.add_task(label, total=settings.steps, completed=step, note="")
+        began = time.perf_counter()
+        while step < settings.steps:
+            pieces = split_batch(make_batch(step), parallel.team.world * settings.accumulate)
+            parts = []
+            with parallel.gathering_once(), parallel.compute():
+                for i in parallel.parts_of(settings):
+                    part = {k: v.to(device, non_blocking=True) for k, v in pieces[i].items()}
+                    parts.append(objective.prepare(model, part, noise(device, seed, step, label, i)))
+            for _ in range(objective.n_updates):
+                metrics = update(model, objective, parts, optimizers, settings, step)
+                if not np.isfinite(metrics["grad_norm"]):
+                    raise FloatingPointError(
+                        f"step {step}: the gradient is not finite (loss {metrics['loss']}); the weights before it are in "
+                        f"{save()}; go on from there with a smaller {label}.lr or {label}.clip_norm"
+                    )
+                objective.after_step(model)
+            step += 1
+            if step % settings.log_every == 0:
+                log.write(json.dumps({"step": step, **metrics, "seconds": time.perf_counter() - began}) + "\n")
+                log.flush()
+                began = time.perf_counter()
+            shown = "gain_ema_nats" if "gain_ema_nats" in metrics else "loss"
+            progress.update(task, completed=step, note=f"{shown} {metrics[shown]:.3f}")
+            if any(parallel.everyone(interrupt.asked)):
+                raise KeyboardInterrupt(f"stopped after step {step}; saved in {save()}; go on with --resume")
+            if step % settings.checkpoint_every == 0 or step == settings.steps:
+                save()
+        if settings.steps == 0:
+            save()
+    parallel.collect(model, plain, objective)
+
+
+def check_rows(settings: FitConfig, label: str) -> None:
+    """Raises ValueError if a batch cannot be dealt out evenly."""
+    n, rows = parallel.team.world * settings.accumulate, settings.fewest_rows()
+    require(
+        rows % n == 0,
+        f"{label}: {rows} sequences (the largest divisor of all batches) cannot be dealt out to {parallel.team.world} "
+        f"processes x {label}.accumulate ({settings.accumulate}); nearest is {max(1, round(rows / n)) * n}",
+    )
+
+
+def noise(device: torch.device, seed: int, step: int, label: str, part: int) -> torch.Generator:
+    """Of a part of a step's batch, whichever process runs it: 1 process with 2 parts equals 2 processes with 1."""
+    return torch.Generator(device).manual_seed(int(fingerprint([seed, step, label] + [part] * (part > 0)), 16))
+
+
+def update(
+    model: HybridLM, objective: Objective, parts: list[dict], optimizers: list, settings: FitConfig, step: int
+) -> dict[str, float]:
+    """One optimizer step on the mean loss over all parts of all processes; skipped if the gradient is not finite.
+
+    Returns metrics: means over the parts that have them, each part with its count as weight.
+    """
+    sums = {"loss": (0.0, 0)}
+    runner = parallel.whole(model, trains=True) if objective.runs_whole else model
+    for part in parts:
+        with parallel.compute():
+            loss, count, metrics = objective.loss(runner, part)
+        loss.backward()
+        parallel.reshard(runner)
+        sums["loss"] = (sums["loss"][0] + float(loss.detach()), sums["loss"][1] + count)
+        for name, value in metrics.items():
+            if np.isfinite(float(value)):
+                total, weight = sums.get(name, (0.0, 0))
+                sums[name] = (total + float(value) * count, weight + count)
+    if runner is not model:
+        parallel.scatter_gradients(runner, model)
+    means, total_count = total_means(parallel.everyone(sums))
+    trained = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    parallel.sum_gradients(trained)
+    torch._foreach_div_([parallel.local(p.grad) for p in trained if p.grad is not None], total_count)
+    grad_norm = parallel.clip_gradients(list(model.parameters()), settings.clip_norm)
+    rate = schedule(step, settings)
+    if np.isfinite(grad_norm):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * rate
+            optimizer.step()
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    return {**means, "grad_norm": grad_norm, "lr": settings.lr * rate, "count": total_count}
+
+
+def total_means(by_process: list[dict[str, tuple[float, int]]]) -> tuple[dict[str, float], int]:
+    """Means over all processes from each one's (sum, weight) by name, and the weight of the loss: the global count."""
+    totals: dict[str, tuple[float, int]] = {}
+    for sums in by_process:
+        for name, (total, weight) in sums.items():
+            before = totals.get(name, (0.0, 0))
+            totals[name] = (before[0] + total, before[1] + weight)
+    return {name: total / weight for name, (total, weight) in totals.items()}, totals["loss"][1]
+
+
+def schedule(step: int, settings: FitConfig) -> float:
+    """Share of the peak rate at a step: linear warm-up, constant, linear to zero over the last `decay` of the steps."""
+    up = (step + 1) / max(1, settings.warmup)
+    down = (settings.steps - step) / max(1e-9, settings.decay * settings.steps)
+    return min(1.0, up, down)
+
+
+def build_optimizers(model: HybridLM, settings: FitConfig) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon for the matrices inside the layers where `muon_lr` is set."""
+    inner = {id(p): p for n, p in model.layers.named_parameters() if p.dim() == 2 and "conv" not in n}
+    muon = list(inner.values()) if settings.muon_lr > 0 else []
+    adam = [p for p in model.parameters() if not (muon and id(p) in inner)]
+    groups = [
+        {"params": [p for p in adam if p.dim() >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in adam if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)]
+    if muon:
+        optimizers.append(torch.optim.Muon(muon, lr=settings.muon_lr, weight_decay=settings.weight_decay))
+    return optimizers
+
+
+def split_batch(batch: dict[str, Tensor], n: int) -> list[dict[str, Tensor]]:
+    """n equal parts of a batch, by rows."""
+    pieces = {k: v.chunk(n) for k, v in batch.items()}
+    return [{k: v[i] for k, v in pieces.items()} for i in range(n)]
+
+
+def restore(start: checkpoint.Checkpoint, model: HybridLM, objective: Objective, optimizers: list) -> None:
+    """Networks and optimizers as they were when the checkpoint was written."""
+    start.fill(model, "model")
+    objective.expect(model, start.networks())
+    for name, network in objective.networks().items():
+        start.fill(network, name)
+    start.fill_optimizers(optimizers)
+
+
+def trim_log(file: Path, step: int) -> None:
+    """Drop the lines of metrics.jsonl that a resumed run will write again, and a last one that a crash cut short."""
+    if file.exists():
+        whole = file.read_text().split("\n")[:-1]
+        kept = [line for line in whole if json.loads(line)["step"] <= step]
+        file.write_text("".join(line + "\n" for line in kept))
+
+
+class Interrupt:
+    """Turns the first Ctrl-C, or SIGTERM as a batch system sends it, into a flag, so that a step is finished and saved;
+    the second one stops at once."""
+
+    asked = False
+
+    def __enter__(self) -> "Interrupt":
+        """Start listening."""
+        self.previous = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def ask(self, *_: object) -> None:
+        """The handler."""
+        self.asked = True
+        self.__exit__()
+
+    def __exit__(self, *_: object) -> None:
+        """Stop listening."""
+        for s, handler in self.previous.items():
+            signal.signal(s, handler)
