@@ -47,7 +47,9 @@ from torch.profiler import ProfilerActivity, profile
 
 import elastic
 import kernels
+import nested
 import report
+import routers
 from config import PRESETS, ModelConfig, RLPConfig, require
 from generate import Thoughts, sample, sample_thoughts
 from kernels import token_logp
@@ -360,9 +362,9 @@ def elastic_step_work(device: torch.device, B=8, T=256, V=1024, budget=0.5, mode
         for p in [*network.parameters(), *teacher.parameters()]:  # at the start some matrices are zero
             p.add_(0.02 * torch.randn_like(p))
     settings = dataclasses.replace(PRESETS["cpu"].elastic, choose="fixed", budgets=(1.0, budget))
-    router = elastic.build_router(network.config, settings, list(range(len(model.pattern))), device)
+    router = routers.build_router(network.config, settings, list(range(len(model.pattern))), device)
     objective = elastic.Elastic(settings, router, teacher.requires_grad_(False))
-    weights, masks = dict(network.named_parameters()), elastic.hard_masks(network.config, router.choose(budget))
+    weights, masks = dict(network.named_parameters()), nested.hard_masks(network.config, router.choose(budget))
     batch = {
         "tokens_BT": torch.randint(V, (B, T), device=device),
         "targets_BT": torch.randint(V, (B, T), device=device),
@@ -378,8 +380,8 @@ def elastic_step_work(device: torch.device, B=8, T=256, V=1024, budget=0.5, mode
         return step(*objective.run(network, weights, None, budget, batch))
 
     def on_masks() -> list[Tensor]:
-        masked = elastic.mask_weights(weights, network.config, masks)
-        skeleton = elastic.masked_skeleton(network.config, masks)
+        masked = nested.mask_weights(weights, network.config, masks)
+        skeleton = nested.masked_skeleton(network.config, masks)
         hidden_BTD, _ = torch.func.functional_call(skeleton, masked, (batch["tokens_BT"],), {"ids_BT": batch["ids_BT"]})
         return step(hidden_BTD, masked.get("head.weight", masked["embed.weight"]))
 

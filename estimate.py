@@ -27,7 +27,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-import elastic
+import nested
+import routers
 from config import Config, ElasticConfig, FitConfig, ModelConfig
 from kernels import VOCABULARY_TILE
 from model import matrix_parameters, part_cache_bytes, part_flops, part_parameters, sum_of_parts
@@ -166,8 +167,8 @@ def family(full: ModelConfig, c: ElasticConfig) -> list[ModelConfig]:
     """
     if c.cost == "latency":
         return [full] * len(c.budgets)
-    router = elastic.build_router(full, replace(c, choose="fixed"), list(range(len(full.pattern))), torch.device("cpu"))
-    return [elastic.shrink(full, router.choose(b)) for b in c.budgets]
+    router = routers.build_router(full, replace(c, choose="fixed"), list(range(len(full.pattern))), torch.device("cpu"))
+    return [nested.shrink(full, router.choose(b)) for b in c.budgets]
 
 
 # --------------------------------------------------------------------------------------------------------- memory
@@ -180,7 +181,7 @@ def parameters(shape: ModelConfig) -> int:
 
 def family_bytes(full: ModelConfig, c: ElasticConfig, n_bytes: int = 2) -> dict[str, float]:
     """Bytes of the weights of a family: in one checkpoint with its router, and in one for each size."""
-    router = elastic.unmeasured_router(full, c)
+    router = routers.unmeasured_router(full, c)
     return {
         "model": n_bytes * parameters(full),
         "router": n_bytes * sum(p.numel() for p in router.parameters()),

@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import elastic
+import nested
+import routers
 from config import Config
 from data import FAMILIES, Corpus, Problem, collate_contexts, held_out_problems, mixture, text_position
 from generate import sample_thoughts, score_context
@@ -356,13 +358,13 @@ def score_table(model: HybridLM, corpus: Corpus, config: Config, n_random: int =
     For depth: with one layer less. Ranked on training text, measured on the validation split. `random` is the mean over
     n_random orders.
     """
-    c, full = config.elastic, elastic.full_widths(model.config)
+    c, full = config.elastic, nested.full_widths(model.config)
     batches = [mixture(corpus, config, 10**6, c.calibration_rows, c.seq_len)]
     held_out = [mixture(corpus, config, i, 16, c.seq_len, "val") for i in range(6)]
     halves = {"ffn": {"-": (0.5,)}, "mamba_heads": {"M": (0.5, 1)}, "mamba_channels": {"M": (1, 0.5)},
               "attn_heads": {"*": (0.5,)}}  # fmt: skip
 
-    def cut(axis: str, first_to_go: int) -> elastic.Widths:
+    def cut(axis: str, first_to_go: int) -> nested.Widths:
         shares = halves.get(axis, {})
         layers = [
             tuple(int(w * s) for w, s in zip(own, shares.get(kind, (1, 1)), strict=False))
@@ -370,7 +372,7 @@ def score_table(model: HybridLM, corpus: Corpus, config: Config, n_random: int =
         ]
         if axis == "depth":
             layers[first_to_go] = ()
-        return elastic.Widths(full.d_model // (2 if axis == "d_model" else 1), tuple(layers))
+        return nested.Widths(full.d_model // (2 if axis == "d_model" else 1), tuple(layers))
 
     def loss(axis: str, kind: str, seed: int) -> float:
         field = "score_" + {"mamba_heads": "mamba", "mamba_channels": "mamba", "attn_heads": "attn"}.get(axis, axis)
@@ -378,11 +380,11 @@ def score_table(model: HybridLM, corpus: Corpus, config: Config, n_random: int =
         depths = (len(full.layers), len(full.layers) - 1) if axis == "depth" else ()
         ranking = elastic.rank(ordered, batches, dataclasses.replace(c, depth_choices=depths, **{field: kind}), seed)
         elastic.order_weights(ordered, ranking)
-        small = elastic.submodel(ordered, cut(axis, ranking.depth[0]))
+        small = nested.submodel(ordered, cut(axis, ranking.depth[0]))
         return float(torch.cat([_logp_and_loss(small, batch)[1] for batch in held_out]).mean())
 
     table = {}
-    for axis in elastic.AXES:
+    for axis in routers.AXES:
         kinds = ("paper", "greedy" if axis == "depth" else "output")
         table[axis] = {kind: loss(axis, kind, 0) for kind in kinds}
         table[axis]["random"] = sum(loss(axis, "random", seed) for seed in range(n_random)) / n_random

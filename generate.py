@@ -18,6 +18,7 @@ from config import exit_code, require
 from data import Tokenizer
 from kernels import mask_banned, token_logp
 from model import Cache, HybridLM
+from nested import submodel
 
 # Where a row stands: sampling; ended without a closing tag, its last token being fed; the tag being fed; scored.
 THINKING, CUT, CLOSING, DONE = range(4)
@@ -202,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
     """`python generate.py RUN PROMPT`: a thought and an answer. Returns 0, or 2 for an empty prompt or no run."""
     import tyro
 
-    from elastic import load_family, submodel
+    from elastic import load_family
     from train import load_model
 
     def talk(

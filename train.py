@@ -31,8 +31,10 @@ import estimate
 import evals
 import huggingface
 import kernels
+import nested
 import parallel
 import report
+import routers
 from config import PRESETS, Config, fingerprint, from_dict, require
 from data import (
     Corpus,
@@ -164,7 +166,7 @@ def run(config: Config) -> dict:
         f"results in {escape(str(run_dir))}"
     )
     if config.mode == "elastic":  # refuse choices and budgets that do not fit before the base is trained
-        elastic.build_router(model.config, config.elastic, list(range(len(model.layers))), device)
+        routers.build_router(model.config, config.elastic, list(range(len(model.layers))), device)
     if config.mode == "pretrain":
         if config.init:
             base_weights(config, corpus, model)
@@ -257,9 +259,9 @@ def run_elastic(
     objective = train_elastic(model, corpus, config, run_dir, start)
     parent, router = objective.teacher, objective.router
     widths = {b: router.choose(b) for b in c.budgets}
-    families = {"elastic": [elastic.submodel(model, w) for w in widths.values()]}
+    families = {"elastic": [nested.submodel(model, w) for w in widths.values()]}
     if objective.stage1 is not None:
-        families["stage1"] = [elastic.submodel(objective.stage1, w) for w in widths.values()]
+        families["stage1"] = [nested.submodel(objective.stage1, w) for w in widths.values()]
     for name in c.baseline:
         console.print(f"baseline {name}")
         families[name] = train_rival(name, parent, widths, corpus, config, run_dir / "baselines" / name)
@@ -272,12 +274,12 @@ def run_elastic(
     entries: dict[str, list[dict]] = {}
     for (name, b, size), found in zip(sizes, figures, strict=True):
         facts = {"budget": b, "fraction": router.fraction(b), "target": router.fraction(b) * router.full_cost}
-        facts["cost"] = elastic.total_cost(size.config, c, device)
-        facts["widths"] = dataclasses.asdict(widths[b] if name == "elastic" else elastic.full_widths(size.config))
+        facts["cost"] = routers.total_cost(size.config, c, device)
+        facts["widths"] = dataclasses.asdict(widths[b] if name == "elastic" else nested.full_widths(size.config))
         entries.setdefault(name, []).append({**facts, **evals.size_facts(size, config), **found})
     write_samples({f"{b:g}": m for b, m in zip(c.budgets, families["elastic"], strict=True)}, corpus, config, run_dir)
     return {
-        "teacher": {"pattern": parent.config.pattern, "widths": dataclasses.asdict(elastic.full_widths(parent.config)),
+        "teacher": {"pattern": parent.config.pattern, "widths": dataclasses.asdict(nested.full_widths(parent.config)),
                     **evals.size_facts(parent, config), **teacher},
         "budgets": entries.pop("elastic"),
         "stage1": entries.pop("stage1", []),
@@ -302,7 +304,7 @@ def train_elastic(
     c, parent = config.elastic, parallel.frozen_copy(model)
     ranking = order_parent(model, corpus, config)
     torch.manual_seed(config.seed)
-    router = elastic.build_router(model.config, c, ranking.depth, next(model.parameters()).device)
+    router = routers.build_router(model.config, c, ranking.depth, next(model.parameters()).device)
     objective = elastic.Elastic(c, router, parent)
     run_dir.mkdir(parents=True, exist_ok=True)
     fit(model, objective, lambda step: elastic_batch(corpus, config, step), c, run_dir, config.seed,
@@ -321,7 +323,7 @@ def order_parent(model: HybridLM, corpus: Corpus, config: Config) -> elastic.Ran
 
 
 def train_rival(
-    name: str, parent: HybridLM, widths: dict[float, elastic.Widths], corpus: Corpus, config: Config, run_dir: Path
+    name: str, parent: HybridLM, widths: dict[float, nested.Widths], corpus: Corpus, config: Config, run_dir: Path
 ) -> list[HybridLM]:
     """The models of a baseline (see `elastic.baseline`), one for each budget; where `resume` is set, from what is there."""
     c = config.elastic
@@ -335,7 +337,7 @@ def train_rival(
     if name in family:
         changed = dataclasses.replace(config, elastic=dataclasses.replace(c, **family[name]))
         objective = train_elastic(model, corpus, changed, run_dir, newest(run_dir) if config.resume else None)
-        return [elastic.submodel(model, objective.router.choose(b)) for b in c.budgets]
+        return [nested.submodel(model, objective.router.choose(b)) for b in c.budgets]
     order_parent(model, corpus, config)
     changed = {
         "steps": c.steps // len(c.budgets) if name == "separate" else c.steps,
@@ -345,7 +347,7 @@ def train_rival(
     if name == "scratch":
         changed |= {"kl": 0.0, "ce": 1.0}
     alone = dataclasses.replace(config, elastic=dataclasses.replace(c, **changed))
-    sizes = {b: elastic.submodel(model, w) for b, w in widths.items()}
+    sizes = {b: nested.submodel(model, w) for b, w in widths.items()}
     return [train_alone(size, parent, name, corpus, alone, run_dir / f"{b:g}") for b, size in sizes.items()]
 
 

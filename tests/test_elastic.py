@@ -24,9 +24,13 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 import elastic
+import nested
+import routers
 from config import PRESETS, ElasticConfig
-from elastic import Costs, Distillation, Elastic, Ranking, Router, Space, Units, Widths
+from elastic import Distillation, Elastic, Ranking
 from model import Block, HybridLM, count_parameters, part_cache_bytes, part_flops, part_parameters
+from nested import Units, Widths
+from routers import Costs, Router, Space
 
 CPU = torch.device("cpu")
 EXACT = {"rtol": 1e-9, "atol": 1e-10}
@@ -56,7 +60,7 @@ def settings(**changes):
 
 
 def make_router(model, depth_order=None, **changes) -> Router:
-    return elastic.build_router(model.config, settings(**changes), depth_order or list(range(len(model.layers))), CPU)
+    return routers.build_router(model.config, settings(**changes), depth_order or list(range(len(model.layers))), CPU)
 
 
 def random_weights(shape, seed=1):
@@ -70,15 +74,15 @@ def logits_of(network, weights, tokens_BT, ids_BT):
 
 def by_masks(model, widths, tokens_BT=TOKENS_BT, ids_BT=None):
     """Logits of the full-size model in which only some units are active."""
-    masks = elastic.hard_masks(model.config, widths)
-    weights = elastic.mask_weights(dict(model.named_parameters()), model.config, masks)
-    return logits_of(elastic.masked_skeleton(model.config, masks), weights, tokens_BT, ids_BT)
+    masks = nested.hard_masks(model.config, widths)
+    weights = nested.mask_weights(dict(model.named_parameters()), model.config, masks)
+    return logits_of(nested.masked_skeleton(model.config, masks), weights, tokens_BT, ids_BT)
 
 
 def by_slices(model, widths, tokens_BT=TOKENS_BT, ids_BT=None):
     """Logits of the small model, made of slices of the full one's weights."""
-    weights = elastic.take(dict(model.named_parameters()), model.config, elastic.kept_units(model.config, widths))
-    return logits_of(elastic.bare_model(elastic.shrink(model.config, widths)), weights, tokens_BT, ids_BT)
+    weights = nested.take(dict(model.named_parameters()), model.config, nested.kept_units(model.config, widths))
+    return logits_of(nested.bare_model(nested.shrink(model.config, widths)), weights, tokens_BT, ids_BT)
 
 
 def gradients(model, logits):
@@ -104,7 +108,7 @@ class Size:
     variant: str
     model: HybridLM
     space: Space
-    choice: elastic.Choice
+    choice: routers.Choice
     depth_order: list[int]
     ids_BT: torch.Tensor | None
 
@@ -135,7 +139,7 @@ def plain_model(**changes):
     for name, p in model.named_parameters():
         if name.endswith("norm.weight"):
             p.data.fill_(1.0)
-        elif name.endswith(elastic.WRITERS):
+        elif name.endswith(nested.WRITERS):
             p.data.zero_()
     model.embed.weight.data = f64([1, 1], [1, -1])
     return model
@@ -329,7 +333,7 @@ def test_a_layer_that_writes_nothing_goes_first_and_the_one_that_writes_most_las
     model = tiny_model(pattern="-M-*M")
     for i, scale in enumerate([0.01, 0.01, 0.0, 1.0, 0.01]):
         for name, p in model.layers[i].named_parameters():
-            p.data.mul_(scale if name in elastic.WRITERS else 1.0)
+            p.data.mul_(scale if name in nested.WRITERS else 1.0)
     order = rank_layers(model, kind)
     assert (order[0], order[-1]) == (2, 3)
     assert sorted(order) == [0, 1, 2, 3, 4]
@@ -338,7 +342,7 @@ def test_a_layer_that_writes_nothing_goes_first_and_the_one_that_writes_most_las
 def test_layers_are_sorted_by_equation_5_computed_with_masks():
     """s_j = sum (M - M_-j)^2 / sum M^2 on the logits, layer j removed by gamma_j = 0 instead of leaving it out."""
     model, distance = tiny_model(), []
-    full = elastic.full_widths(model.config)
+    full = nested.full_widths(model.config)
     whole = by_slices(model, full, ids_BT=PACKED_BT)
     for j in range(5):
         without = by_masks(model, replace(full, layers=(*full.layers[:j], (), *full.layers[j + 1 :])), ids_BT=PACKED_BT)
@@ -382,17 +386,17 @@ def test_masked_sliced_and_extracted_models_agree_in_logits_and_in_every_gradien
     of_masked, of_sliced = gradients(model, masked), gradients(model, sliced)
     assert_close(of_masked, of_sliced, **EXACT)
 
-    small = elastic.submodel(model, widths)
+    small = nested.submodel(model, widths)
     extracted = small.requires_grad_(True).logits(small(TOKENS_BT, ids_BT=size.ids_BT)[0])
     assert_close(extracted, sliced, **EXACT)
-    inside = elastic.take(of_sliced, model.config, elastic.kept_units(model.config, widths))
+    inside = nested.take(of_sliced, model.config, nested.kept_units(model.config, widths))
     assert_close(gradients(small, extracted), inside, **EXACT)
 
 
 @examples(max_examples=30)
 @given(sizes(), st.sampled_from([[1] * 11, [4, 1, 6], [1, 10]]))
 def test_a_submodel_goes_on_from_its_cache_as_in_one_pass(size, pieces):
-    small, cache, hidden = elastic.submodel(size.model, size.widths), None, []
+    small, cache, hidden = nested.submodel(size.model, size.widths), None, []
     for piece_BT in TOKENS_BT.split(pieces, dim=1):
         hidden_BTD, cache = small(piece_BT, cache)
         hidden.append(hidden_BTD)
@@ -407,15 +411,15 @@ def test_a_submodel_goes_on_from_its_cache_as_in_one_pass(size, pieces):
 def test_what_is_masked_would_show_without_the_scaled_epsilon(widths):
     """With an epsilon of 1 the norms of the masked model need it times the active share; as it is, the logits are wrong."""
     model = tiny_model(norm_eps=1.0)
-    weights = elastic.mask_weights(dict(model.named_parameters()), model.config, elastic.hard_masks(model.config, widths))
-    with_plain_epsilon = logits_of(elastic.bare_model(model.config), weights, TOKENS_BT, None)
+    weights = nested.mask_weights(dict(model.named_parameters()), model.config, nested.hard_masks(model.config, widths))
+    with_plain_epsilon = logits_of(nested.bare_model(model.config), weights, TOKENS_BT, None)
     assert_close(by_masks(model, widths), by_slices(model, widths), **EXACT)
     assert (with_plain_epsilon - by_slices(model, widths)).abs().max() > 0.01
 
 
 def test_full_widths_are_the_model_itself():
     model = tiny_model()
-    full = elastic.full_widths(model.config)
+    full = nested.full_widths(model.config)
     assert full == Widths(8, ((4, 3), (12,), (4, 3), (4,), (12,)))
     assert_close(by_slices(model, full), model.logits(model(TOKENS_BT)[0]), rtol=0, atol=0)
     assert_close(by_masks(model, full), model.logits(model(TOKENS_BT)[0]), **EXACT)
@@ -423,23 +427,23 @@ def test_full_widths_are_the_model_itself():
 
 def test_masked_hidden_states_are_zero_outside_of_the_stream_that_is_kept():
     model = tiny_model()
-    masks = elastic.hard_masks(model.config, Widths(5, ((2, 2), (7,), (4, 3), (2,), (12,))))
-    weights = elastic.mask_weights(dict(model.named_parameters()), model.config, masks)
-    hidden_BTD, _ = functional_call(elastic.masked_skeleton(model.config, masks), weights, (TOKENS_BT,))
+    masks = nested.hard_masks(model.config, Widths(5, ((2, 2), (7,), (4, 3), (2,), (12,))))
+    weights = nested.mask_weights(dict(model.named_parameters()), model.config, masks)
+    hidden_BTD, _ = functional_call(nested.masked_skeleton(model.config, masks), weights, (TOKENS_BT,))
     assert (hidden_BTD[..., 5:] == 0).all()
     assert (hidden_BTD[..., :5] != 0).all()
 
 
 def test_units_that_are_kept_by_hand():
     """Two of four heads in two groups are heads 0 and 2; two of their three channels; layers 1 and 3 are gone."""
-    units = elastic.kept_units(tiny_model().config, Widths(3, ((2, 2), (), (4, 1), (), (5,))))
+    units = nested.kept_units(tiny_model().config, Widths(3, ((2, 2), (), (4, 1), (), (5,))))
     assert units.d_model.tolist() == [0, 1, 2]
     assert [u and {a: index.tolist() for a, index in u.items()} for u in units.layers] == [
         {"H": [0, 2], "P": [0, 1]}, None, {"H": [0, 1, 2, 3], "P": [0]}, None, {"F": [0, 1, 2, 3, 4]}]  # fmt: skip
 
 
 def test_the_shape_of_a_small_model_by_hand():
-    small = elastic.shrink(tiny_model().config, Widths(3, ((2, 2), (), (4, 1), (2,), (5,))))
+    small = nested.shrink(tiny_model().config, Widths(3, ((2, 2), (), (4, 1), (2,), (5,))))
     assert (small.pattern, small.d_model, small.widths) == ("MM*-", 3, ((2, 2), (4, 1), (2,), (5,)))
     assert small.layer(0).mamba_heads == 2
     assert small.layer(3).d_ff == 5
@@ -452,7 +456,7 @@ def storages(model):
 def test_a_submodel_shares_memory_wherever_its_units_come_first():
     """All but the rows of Mamba's in_proj and convolution, whose z, x, B, C and dt lie apart."""
     model = tiny_model(**VARIANTS["one group"], tie_embeddings=False)
-    small = elastic.submodel(model, Widths(5, ((3, 3), (7,), (3, 3), (2,), (5,))))
+    small = nested.submodel(model, Widths(5, ((3, 3), (7,), (3, 3), (2,), (5,))))
     shared = {name for name, where in storages(small).items() if where == storages(model)[name]}
     assert storages(small).keys() - shared == {
         f"layers.{i}.mixer.{name}" for i in (0, 2) for name in ("in_proj.weight", "conv_weight", "conv_bias")
@@ -464,7 +468,7 @@ def test_a_submodel_shares_memory_wherever_its_units_come_first():
 
 def test_heads_of_several_groups_and_cut_channels_are_copies_of_their_own():
     model = tiny_model()
-    small = elastic.submodel(model, Widths(8, ((2, 2), (12,), (4, 3), (2,), (12,))))
+    small = nested.submodel(model, Widths(8, ((2, 2), (12,), (4, 3), (2,), (12,))))
     own = {name for name, where in storages(small).items() if where not in storages(model).values()}
     mamba = ("in_proj.weight", "conv_weight", "conv_bias", "A_log", "D", "dt_bias", "norm_weight", "out_proj.weight")
     assert own == {f"layers.0.mixer.{n}" for n in mamba} | {f"layers.3.mixer.{n}.weight" for n in ("q_proj", "o_proj")}
@@ -511,7 +515,7 @@ def test_choices_that_do_not_fit_are_refused_by_name(name, given_, message):
 
 
 def test_a_parent_that_was_itself_cut_out_is_refused():
-    small = elastic.shrink(tiny_model().config, Widths(8, ((2, 2), (), (4, 1), (2,), (5,))))
+    small = nested.shrink(tiny_model().config, Widths(8, ((2, 2), (), (4, 1), (2,), (5,))))
     with pytest.raises(ValueError, match=r"whose layers have widths of their own.*start from its parent"):
         Space(small, ElasticConfig())
 
@@ -554,8 +558,8 @@ def test_soft_masks_are_weighted_sums_of_the_masks_by_hand():
 
 def test_the_active_share_of_a_mask_by_hand():
     """Three of four channels are 3/4; a soft mask counts by its square, so (1, 1/2) has (1 + 1/4) / 2."""
-    assert_close(elastic.share(f64(1, 1, 1, 0)), f64(3 / 4)[0])
-    assert_close(elastic.share(f64(1, 0.5)), f64(5 / 8)[0])
+    assert_close(nested.share(f64(1, 1, 1, 0)), f64(3 / 4)[0])
+    assert_close(nested.share(f64(1, 0.5)), f64(5 / 8)[0])
 
 
 def one_hot(space, choice):
@@ -567,7 +571,7 @@ def one_hot(space, choice):
 def test_masks_of_a_certain_choice_are_those_of_its_widths(size):
     """But for what is inside a skipped layer, which gamma = 0 silences."""
     found = size.space.masks(one_hot(size.space, size.choice), size.depth_order)
-    expected = elastic.hard_masks(size.model.config, size.widths)
+    expected = nested.hard_masks(size.model.config, size.widths)
     assert_close((found.d_model, found.gamma), (expected.d_model, expected.gamma))
     kept = [i for i, w in enumerate(size.widths.layers) if w]
     assert kept
@@ -588,7 +592,7 @@ def tiny_family(cost="parameters", heterogeneous=AXES):
 def test_exact_cost_is_the_count_of_the_submodels_parameters(heterogeneous, data):
     router = tiny_family(heterogeneous=heterogeneous)
     choice = data.draw(choices(router.space))
-    small = elastic.submodel(tiny_model(), router.space.widths(choice, router.depth_order))
+    small = nested.submodel(tiny_model(), router.space.widths(choice, router.depth_order))
     assert router.costs.exact(choice, router.depth_order) == count_parameters(small)
 
 
@@ -598,8 +602,8 @@ def test_exact_cost_is_the_count_of_the_submodels_parameters(heterogeneous, data
 def test_exact_cost_is_the_cost_of_the_small_models_shape(cost, data):
     router = tiny_family(cost)
     choice = data.draw(choices(router.space))
-    shape = elastic.shrink(router.space.config, router.space.widths(choice, router.depth_order))
-    expected = elastic.total_cost(shape, router.settings, CPU)
+    shape = nested.shrink(router.space.config, router.space.widths(choice, router.depth_order))
+    expected = routers.total_cost(shape, router.settings, CPU)
     assert router.costs.exact(choice, router.depth_order) == pytest.approx(expected, rel=1e-12)
 
 
@@ -639,7 +643,7 @@ def test_memory_of_a_layer_by_hand():
     + 12 + 12 x 8 (out) + 8 = 672 weights; a state of 12 x 5 in four bytes and 3 x 32 taps in two:
     672 x 2 + 3 (240 + 192) = 2640. The FFN keeps nothing: (2 x 96 + 8) x 2 = 400.
     """
-    measure = elastic.cost_measure(settings(cost="memory", cost_batch=3, cost_len=10, cost_bytes=2), CPU)
+    measure = routers.cost_measure(settings(cost="memory", cost_batch=3, cost_len=10, cost_bytes=2), CPU)
     config = tiny_model().config
     assert [measure(kind, config) for kind in "*M-"] == [1744, 2640, 400]
     assert part_cache_bytes("", config, 10, 2) == 0
@@ -685,7 +689,7 @@ def test_costs_fall_with_every_width(cost):
 def test_latency_is_measured_for_every_shape():
     """Microseconds, positive; which of two tiny shapes is the faster is left to chance."""
     c = settings(cost="latency", cost_batch=1, d_model_choices=(8, 5), ffn_choices=(12, 7), mamba_channel_choices=(3, 1))
-    costs = Costs(Space(tiny_model().config, c), elastic.cost_measure(c, CPU))
+    costs = Costs(Space(tiny_model().config, c), routers.cost_measure(c, CPU))
     for table, shape in ((costs.outside, [2]), (costs.ffn, [2, 2]), (costs.attention, [2, 2]), (costs.mamba, [2, 2, 2])):
         assert list(table.shape) == shape
         assert ((table > 0) & (table < 1e6)).all()
@@ -704,7 +708,7 @@ def test_parts_add_up_to_the_parameters_of_the_model():
 def cpu_router() -> Router:
     """Of the cpu preset's shape with its 1024 tokens, made once."""
     preset = PRESETS["cpu"]
-    return elastic.build_router(replace(preset.model, vocab_size=1024), preset.elastic, [4, 0, 3, 1, 2, 5], CPU)
+    return routers.build_router(replace(preset.model, vocab_size=1024), preset.elastic, [4, 0, 3, 1, 2, 5], CPU)
 
 
 def test_routers_start_at_the_full_model():
@@ -789,7 +793,7 @@ def noise_like(space, seed):
 def test_probabilities_are_softmax_of_scaled_and_noisy_logits(scale, tau):
     router = tiny_family()
     logits, noise = router(0.5), noise_like(router.space, 0)
-    for axis, p in elastic.probabilities(logits, noise, scale, tau).items():
+    for axis, p in routers.probabilities(logits, noise, scale, tau).items():
         weight = torch.exp((scale * logits[axis] + noise[axis]).double() / tau)
         assert_close(p.double(), weight / weight.sum(-1, keepdim=True), rtol=1e-4, atol=1e-6)
         assert_close(p.sum(-1), torch.ones(len(p)))
@@ -805,7 +809,7 @@ def test_each_mode_weighs_the_masks_as_it_says():
     slopes = {"soft": w, "top1": f64(0, 5, 0), "straight-through": w}
     for mode, value in values.items():
         p = f64([0.2, 0.5, 0.3]).requires_grad_()
-        weighting = elastic.mask_weighting({"ffn": p}, mode)["ffn"]
+        weighting = routers.mask_weighting({"ffn": p}, mode)["ffn"]
         assert_close(weighting[0], value)
         (weighting[0] @ w).backward()
         assert_close(p.grad[0], slopes[mode])
@@ -815,10 +819,10 @@ def test_budget_loss_by_hand():
     """At the full model the cost is 1 / b of the budget: for one half it is off by 1, less the dead zone of 0.01."""
     router = tiny_family()
     full = one_hot(router.space, router.space.extreme())
-    assert_close(elastic.budget_loss(router, full, 0.5), f64(0.99)[0])
-    assert_close(elastic.budget_loss(router, full, 0.8), f64(0.24)[0])
+    assert_close(routers.budget_loss(router, full, 0.5), f64(0.99)[0])
+    assert_close(routers.budget_loss(router, full, 0.8), f64(0.24)[0])
     least = router.costs.exact(router.space.extreme(smallest=True), router.depth_order) / router.full_cost
-    assert_close(elastic.budget_loss(router, one_hot(router.space, router.space.extreme(smallest=True)), 0.5),
+    assert_close(routers.budget_loss(router, one_hot(router.space, router.space.extreme(smallest=True)), 0.5),
                  f64(1 - least / 0.5 - 0.01)[0])  # fmt: skip
 
 
@@ -828,7 +832,7 @@ def test_budget_loss_has_a_dead_zone_without_gradient(off, loss):
     router = tiny_family()
     p = {a: random_weights(v.shape).softmax(-1).requires_grad_() for a, v in router(0.5).items()}
     cost = float(router.costs.expected(p, router.depth_order).detach())
-    found = elastic.budget_loss(router, p, cost / (1 + off) / router.full_cost)
+    found = routers.budget_loss(router, p, cost / (1 + off) / router.full_cost)
     assert float(found.detach()) == pytest.approx(loss, abs=1e-9)
     found.backward()
     moved = max(float(v.grad.abs().max()) for v in p.values())
@@ -842,7 +846,7 @@ def test_repaired_choices_meet_every_budget_of_the_cpu_preset_within_a_per_cent(
         budget = per_cent / 100
         noise = 0 if seed is None else noise_like(router.space, seed)
         logp = {a: (v + (noise and 3 * noise[a])).log_softmax(-1).detach() for a, v in router(budget).items()}
-        choice = elastic.fit_to_budget(logp, router, budget)
+        choice = routers.fit_to_budget(logp, router, budget)
         assert router.costs.exact(choice, router.depth_order) / router.full_cost == pytest.approx(budget, rel=0.01)
 
 
@@ -853,7 +857,7 @@ def test_a_repair_never_goes_further_from_the_budget(seed, budget, heterogeneous
     generator = torch.Generator().manual_seed(seed)
     logp = {a: torch.randn(v.shape, generator=generator).log_softmax(-1) for a, v in router(0.5).items()}
     likeliest = {a: v.argmax(-1).tolist() for a, v in logp.items()}
-    repaired = elastic.fit_to_budget(logp, router, budget)
+    repaired = routers.fit_to_budget(logp, router, budget)
     before, after = (
         abs(router.costs.exact(c, router.depth_order) / router.full_cost - budget) for c in (likeliest, repaired)
     )
@@ -870,7 +874,7 @@ def test_a_repair_changes_what_costs_least_likelihood():
         v[:, 0] = 0.0
     logp["ffn"][1] = torch.tensor([-0.6, -0.8])
     without = router.full_cost - 11 * 16
-    choice = elastic.fit_to_budget(logp, router, without / router.full_cost)
+    choice = routers.fit_to_budget(logp, router, without / router.full_cost)
     assert choice == router.space.extreme() | {"ffn": [0, 1]}
 
 
@@ -883,7 +887,7 @@ def test_a_repair_changes_two_widths_where_one_comes_no_nearer():
     router = make_router(tiny_model(), **few)
     logp = {a: torch.zeros_like(v) for a, v in router(0.95).items()} | {"ffn": torch.tensor([[-3.0, 0, -2], [-2.0, 0, -2]])}
     target = router.full_cost - (5 + 5 - 2) * 16
-    choice = elastic.fit_to_budget(logp, router, target / router.full_cost)
+    choice = routers.fit_to_budget(logp, router, target / router.full_cost)
     assert choice["ffn"] == [2, 0]
     assert router.costs.exact(choice, router.depth_order) == target
 
@@ -892,21 +896,21 @@ def test_the_full_budget_is_the_full_model_whatever_the_router_says():
     router = make_router(tiny_model())
     for mlp in router.mlps.values():
         mlp[-1].bias.data.copy_(-mlp[-1].bias)
-    assert router.choose(1.0) == elastic.full_widths(tiny_model().config)
+    assert router.choose(1.0) == nested.full_widths(tiny_model().config)
 
 
 def test_by_hand_keeps_all_layers_and_cuts_every_axis_alike():
     """Within 1 per cent of the budget, and no width further than 0.3 of the full one from the mean of all."""
     router = cpu_router()
     for budget in (0.5, 0.6, 0.75, 0.9):
-        choice = elastic.by_hand(router, budget)
+        choice = routers.by_hand(router, budget)
         assert choice["depth"] == [0]
         assert router.costs.exact(choice, router.depth_order) / router.full_cost == pytest.approx(budget, rel=0.01)
         w = router.space.choices
         shares = torch.tensor([w[a][k] / w[a][0] for a, picked in choice.items() for k in picked if a != "depth"])
         assert (shares - shares.mean()).abs().max() < 0.3
     router = make_router(tiny_model(), choose="fixed")
-    choice = elastic.by_hand(router, 0.75)
+    choice = routers.by_hand(router, 0.75)
     assert router.choose(0.75) == router.space.widths(choice, router.depth_order)
 
 
@@ -922,7 +926,7 @@ def make_objective(model, n_search=0, teacher=None, **changes) -> Elastic:
             p.add_(0.3 * random_weights(p.shape, seed=i).to(p))
     torch.manual_seed(0)
     depth_order = [i for i in (3, 0, 1, 2, 4) if i < len(model.layers)]
-    return Elastic(c, elastic.build_router(model.config, c, depth_order, CPU), teacher)
+    return Elastic(c, routers.build_router(model.config, c, depth_order, CPU), teacher)
 
 
 def batch_of(budgets, step=0):
@@ -1014,7 +1018,7 @@ def test_routers_learn_to_meet_their_budgets():
         objective.step = step
         p = objective.choices(objective.prepare(None, {}, generator)["noise"])
         optimizer.zero_grad()
-        sum(elastic.budget_loss(router, p[b], b) for b in p).backward()
+        sum(routers.budget_loss(router, p[b], b) for b in p).backward()
         optimizer.step()
     for budget in (0.75, 0.5):
         likeliest = {a: v.argmax(-1).tolist() for a, v in router(budget).items()}
@@ -1028,7 +1032,7 @@ def test_the_loss_of_a_search_step_is_the_task_plus_the_budget_loss_of_all_budge
     plain, weighted = (loss_of(make_objective(model, 10, router_weight=w), model, batch) for w in (0.0, 3.0))
     objective = make_objective(model, 10)
     p = objective.choices(objective.prepare(model, batch, torch.Generator().manual_seed(0))["noise"])
-    off = sum(float(elastic.budget_loss(objective.router, p[b], b).detach()) for b in (0.75, 0.5))
+    off = sum(float(routers.budget_loss(objective.router, p[b], b).detach()) for b in (0.75, 0.5))
     assert plain[1] == weighted[1] == 20
     assert float(weighted[0].detach() - plain[0].detach()) == pytest.approx(3 * off * 20, rel=1e-6)
     assert float(weighted[2]["budget_loss"]) == pytest.approx(off / 2, rel=1e-6)
@@ -1168,7 +1172,7 @@ def test_the_full_model_does_not_run_again_to_teach_itself():
 def outside_of_slice(model, widths, gradient):
     """For every weight that is cut, its gradient outside of the slice; all must be 0 for the test to go on."""
     inside = {name: torch.zeros_like(p).requires_grad_() for name, p in model.named_parameters()}
-    kept = elastic.take(inside, model.config, elastic.kept_units(model.config, widths))
+    kept = nested.take(inside, model.config, nested.kept_units(model.config, widths))
     marks = torch.autograd.grad(sum(t.sum() for t in kept.values()), list(inside.values()), materialize_grads=True)
     cut = {name: mark == 0 for name, mark in zip(inside, marks, strict=True) if (mark == 0).any()}
     for name, where in cut.items():
@@ -1197,9 +1201,9 @@ def test_slices_have_the_gradients_of_masks(budgets):
     model.zero_grad()
     for row, n in enumerate(budgets):
         one = {k: v[row : row + 1] for k, v in batch.items()}
-        masks = elastic.hard_masks(model.config, objective.router.choose(objective.c.budgets[n]))
-        weights = elastic.mask_weights(dict(model.named_parameters()), model.config, masks)
-        network = elastic.masked_skeleton(model.config, masks)
+        masks = nested.hard_masks(model.config, objective.router.choose(objective.c.budgets[n]))
+        weights = nested.mask_weights(dict(model.named_parameters()), model.config, masks)
+        network = nested.masked_skeleton(model.config, masks)
         hidden_BTD, _ = functional_call(network, weights, (one["tokens_BT"],), {"ids_BT": one["ids_BT"]})
         objective.task(hidden_BTD, weights["embed.weight"], one, [(1.0, objective.teacher)], 0.5)[0].backward()
     masked = {name: p.grad for name, p in model.named_parameters()}

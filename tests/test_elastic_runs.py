@@ -24,12 +24,14 @@ import data
 import elastic
 import evals
 import generate
+import nested
 import report
+import routers
 import train
 from config import PRESETS, Config, from_dict
 from data import FAMILIES, elastic_batch
-from elastic import Widths
 from model import count_parameters, part_cache_bytes
+from nested import Widths
 
 CPU = torch.device("cpu")
 SMOKE = PRESETS["smoke"]
@@ -194,7 +196,7 @@ def test_choices_of_a_finished_run_are_those_it_trained(corpus, tmp_path):
     model, objective = fit(corpus, tmp_path)
     assert objective.widths.keys() == {0.75, 0.5}
     assert {b: objective.router.choose(b) for b in objective.widths} == objective.widths
-    other = elastic.build_router(model.config, objective.c, objective.router.depth_order[::-1], CPU)
+    other = routers.build_router(model.config, objective.c, objective.router.depth_order[::-1], CPU)
     checkpoint.load_weights(other, checkpoint.newest(tmp_path).tensors("router"), tmp_path)
     assert {b: other.choose(b) for b in objective.widths} == objective.widths
 
@@ -256,7 +258,7 @@ def test_a_baseline_that_is_a_family_differs_in_one_thing(corpus, monkeypatch, t
     ((model, objective, settings, _),) = fits
     assert settings == replace(SMOKE.elastic, baseline=(name,), **changed)
     assert [count_parameters(m) for m in sizes] == [
-        count_parameters(elastic.submodel(model, objective.router.choose(b))) for b in (1.0, 0.75, 0.5)
+        count_parameters(nested.submodel(model, objective.router.choose(b))) for b in (1.0, 0.75, 0.5)
     ]
     assert count_parameters(sizes[0]) == count_parameters(parent)
 
@@ -268,7 +270,7 @@ def test_a_baseline_of_single_sizes_has_their_shapes_and_its_share_of_the_steps(
     assert [str(folder) for *_, folder in fits] == [f"{name}/1", f"{name}/0.75", f"{name}/0.5"]
     assert {settings.steps for _, _, settings, _ in fits} == {steps}
     for (model, objective, settings, _), size, w in zip(fits, sizes, widths.values(), strict=True):
-        assert model.config == size.config == elastic.shrink(parent.config, w)
+        assert model.config == size.config == nested.shrink(parent.config, w)
         assert settings.budgets == (1.0,)
         assert (objective.c.kl, objective.c.ce) == ((0.0, 1.0) if name == "scratch" else (1.0, 0.0))
         assert not any(p.requires_grad for p in size.parameters())
@@ -316,7 +318,7 @@ def test_summary_holds_every_budget_with_its_figures(finished):
         assert entry["cost"] == entry["parameters"] == pytest.approx(entry["target"], rel=0.02)
         widths = Widths(entry["widths"]["d_model"], tuple(map(tuple, entry["widths"]["layers"])))
         assert widths == router.choose(budget)
-        assert entry["parameters"] == count_parameters(elastic.submodel(model, widths))
+        assert entry["parameters"] == count_parameters(nested.submodel(model, widths))
         assert entry["bytes"] == 4 * entry["parameters"]
         for name in ("loss_nats", "kl_nats", "top1", "loss_change", "long_loss_nats"):
             assert entry[name].keys() == LEAF
@@ -416,7 +418,7 @@ def extracted(finished, tmp_path_factory):
 def test_an_extracted_model_is_the_submodel_of_its_family(finished, extracted):
     small, *_ = train.load_run(extracted)
     model, router, *_ = elastic.load_family(finished)
-    inside = elastic.submodel(model, router.choose(0.6))
+    inside = nested.submodel(model, router.choose(0.6))
     tokens_BT = torch.arange(40).view(2, 20)
     assert small.config == inside.config
     assert_close(small(tokens_BT)[0], inside(tokens_BT)[0], rtol=0, atol=0)
@@ -614,7 +616,7 @@ def test_scores_of_every_axis_are_compared_on_a_trained_model(finished, capsys):
     """`elastic.py scores BASE`: a row an axis, a loss near ln V for each score of the hardly trained smoke base."""
     assert elastic.main(["scores", summary_of(finished)["base_dir"]]) == 0
     shown = capsys.readouterr().out
-    for axis in elastic.AXES:
+    for axis in routers.AXES:
         (line,) = [line for line in shown.splitlines() if axis in line.split()]
         losses = [float(x) for x in re.findall(r"\d\.\d+", line)]
         assert len(losses) == 3
@@ -641,7 +643,7 @@ def test_no_text_is_long_enough_for_a_long_loss(corpus):
 def test_facts_of_a_size_by_another_count(corpus):
     model = noisy_model(SMOKE, corpus)
     facts = evals.size_facts(model, SMOKE)
-    flops = elastic.total_cost(model.config, replace(SMOKE.elastic, cost="flops"), CPU)
+    flops = routers.total_cost(model.config, replace(SMOKE.elastic, cost="flops"), CPU)
     assert facts["parameters"] == count_parameters(model)
     assert facts["bytes"] == 4 * facts["parameters"]
     assert facts["flops_per_token"] == pytest.approx(flops)

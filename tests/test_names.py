@@ -19,7 +19,9 @@ import bench
 import elastic
 import evals
 import kernels
+import nested
 import rlp
+import routers
 from config import PRESETS, ElasticConfig, RLPConfig
 from generate import sample_thoughts
 
@@ -124,12 +126,12 @@ def ranking(model):
         scores = {f"score_{name}": kind for name in ("d_model", "ffn", "mamba", "attn")}
         ranking = elastic.rank(model, [elastic_batch(0)], ElasticConfig(**scores, score_depth=depth, depth_choices=(3, 2)))
         elastic.order_weights(model, ranking)
-    elastic.part_latency_us("M", model.config, 2, torch.device("cpu"))
+    routers.part_latency_us("M", model.config, 2, torch.device("cpu"))
 
 
 def elastic_step(model):
     """In the search, in each mode, and on slices."""
-    router = elastic.build_router(model.config, ELASTIC, [0, 1, 2], torch.device("cpu"))
+    router = routers.build_router(model.config, ELASTIC, [0, 1, 2], torch.device("cpu"))
     for mask, step in (("soft", 0), ("top1", 0), ("straight-through", 0), ("soft", 3)):
         objective = elastic.Elastic(dataclasses.replace(ELASTIC, mask=mask), router, model)
         objective.loss(model, objective.prepare(model, elastic_batch(step), GENERATOR.manual_seed(0)))[0].backward()
@@ -138,8 +140,8 @@ def elastic_step(model):
 
 def extraction(model):
     """A small model, its figures beside the parent's, and one step of distilling it alone."""
-    router = elastic.build_router(model.config, ELASTIC, [0, 1, 2], torch.device("cpu"))
-    small = elastic.submodel(model, router.choose(0.6))
+    router = routers.build_router(model.config, ELASTIC, [0, 1, 2], torch.device("cpu"))
+    small = nested.submodel(model, router.choose(0.6))
     small(torch.tensor([[1], [2]]), small(elastic_batch(0)["tokens_BT"][:2])[1])
     evals._logp_and_loss(small, elastic_batch(0))
     evals.size_facts(small, PRESETS["smoke"])

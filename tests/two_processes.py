@@ -20,6 +20,7 @@ import checkpoint  # noqa: E402
 import elastic  # noqa: E402
 import loop  # noqa: E402
 import parallel  # noqa: E402
+import routers  # noqa: E402
 import train  # noqa: E402
 from config import PRESETS, ParallelConfig  # noqa: E402
 from rlp import RLP  # noqa: E402
@@ -76,7 +77,7 @@ def run(mode, run_dir, accumulate=1, start=None, before_step=None, objective=Non
         objective = RLP(settings, TOKENIZER)
     elif mode == "elastic":
         parent = parallel.frozen_copy(model)
-        router = elastic.build_router(model.config, settings, [2, 0, 1], CPU)
+        router = routers.build_router(model.config, settings, [2, 0, 1], CPU)
         if parallel.team.settings.dtype == "fp32":
             router = router.double()
         objective = elastic.Elastic(settings, router, parent)
