@@ -357,7 +357,9 @@ def corpus_tokenizer(ranks: dict[str, int]) -> Tokenizer:
 
 
 def named_tokenizer(name: str) -> Tokenizer:
-    """tiktoken's own vocabulary of that name. Raises ValueError if it is unknown or cannot be fetched."""
+    """The tokenizer.json of a folder, or tiktoken's own vocabulary. Raises ValueError if there is none of that name."""
+    if Path(name).is_dir():
+        return FileTokenizer(Path(name))
     known = tiktoken.list_encoding_names()
     require(
         name in known,
@@ -390,11 +392,10 @@ def shard_tokenizer(name: str, vocab_size: int, texts: Iterable[str], out: Path)
         out.mkdir(parents=True, exist_ok=True)
         (out / "ranks.json").write_text(json.dumps(ranks))
         tokenizer = corpus_tokenizer(ranks)
-    elif Path(name).is_dir():
-        tokenizer = FileTokenizer(Path(name))
-        tokenizer.save(out / "hf")
     else:
         tokenizer = named_tokenizer(name)
+        if isinstance(tokenizer, FileTokenizer):
+            tokenizer.save(out / "hf")
     return tokenizer, {"source": name, "n_vocab": tokenizer.n_vocab, "fingerprint": tokenizer.fingerprint}
 
 
@@ -402,7 +403,7 @@ def tokenizer_of_shards(found: ShardSet, name: str) -> Tokenizer:
     """The tokenizer that data.tokenizer names for shards; "corpus" is their own. Raises ValueError if it is another one."""
     source, kept = found.tokenizer["source"], found.folder / "hf"
     if name != "corpus":
-        tokenizer = FileTokenizer(Path(name)) if Path(name).is_dir() else named_tokenizer(name)
+        tokenizer = named_tokenizer(name)
     elif kept.is_dir():
         tokenizer = FileTokenizer(kept)
     elif source == "corpus":
@@ -455,15 +456,13 @@ class Corpus:
             f"data.path ({config.path}) holds {n_characters} characters; at least 20000 are needed to train and hold out",
         )
         examples = _example_problems(config.held_out_percent)
-        is_folder = config.tokenizer != "corpus" and Path(config.tokenizer).is_dir()
-        from_file = FileTokenizer(Path(config.tokenizer)) if is_folder else None
-        source = [from_file.json, from_file.end] if from_file else config.tokenizer  # content: a folder may change
+        tokenizer = None if config.tokenizer == "corpus" else named_tokenizer(config.tokenizer)
+        is_file = isinstance(tokenizer, FileTokenizer)
+        source = [tokenizer.json, tokenizer.end] if is_file else config.tokenizer  # content: a folder may change
         key = fingerprint([named, examples, source, config.vocab_size, config.held_out_percent, TOKEN_PATTERN])
         file = Path(config.cache_dir) / f"corpus-{key}.npz"
         cached = _load_arrays(file)
-        if config.tokenizer != "corpus":
-            tokenizer = from_file or named_tokenizer(config.tokenizer)
-        else:
+        if tokenizer is None:
             if cached is None:
                 train_texts = [text for name, text in named if split_of(name, config.held_out_percent) == "train"]
                 ranks = train_tokenizer(train_texts + examples, config.vocab_size)

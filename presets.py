@@ -31,7 +31,7 @@ QWEN3_1_7B = ModelConfig(
 )
 # Nemotron-Nano-12B-v2 and its base: 12,310,001,152 parameters.
 NEMOTRON_12B = ModelConfig(
-    pattern="M-M-M-M*-" + "M-M-M-M*-" * 5 + "M-M-M-M-",
+    pattern="M-M-M-M*-" * 6 + "M-M-M-M-",
     vocab_size=131072,
     d_model=5120,
     d_ff=20480,

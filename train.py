@@ -472,9 +472,7 @@ def dry_run(config: Config) -> dict:
     if n_vocab == 0 and name == "corpus" and config.data.path and is_shards(Path(config.data.path)):
         n_vocab = ShardSet(Path(config.data.path)).tokenizer["n_vocab"]
     elif n_vocab == 0:
-        is_folder = name != "corpus" and Path(name).is_dir()
-        tokenizer = FileTokenizer(Path(name)) if is_folder else None if name == "corpus" else named_tokenizer(name)
-        n_vocab = config.data.vocab_size if tokenizer is None else tokenizer.n_vocab
+        n_vocab = config.data.vocab_size if name == "corpus" else named_tokenizer(name).n_vocab
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=n_vocab))
     if config.init and not Path(config.init).is_dir():
         warn(f"init ({config.init}) is not here: the shape is that of model.*")
