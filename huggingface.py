@@ -11,7 +11,7 @@ trained; bf16 values survive the way in and out bit for bit.
     python huggingface.py export RUN --out DIR       write what a run has trained, for transformers, vLLM and others
 
 How to read: the tables, `names`, then `load_hf` and `save_hf`. The formats know one width for all layers; a model whose
-layers have widths of their own is brought to that by widen.py.
+layers have widths of their own is brought to that by widen.py, or its widths are written as lists, which we read again.
 
 Step sizes of Mamba-2 are not clamped here, nor in Megatron's training. transformers 5.23 raises them to config.json's
 time_step_min when it reads a prompt and not when it decodes; what is written here says a time_step_min that does nothing.
@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import checkpoint
-from config import ModelConfig, exit_code, from_dict, require
+from config import WIDTH_FIELDS, ModelConfig, exit_code, from_dict, require
 from widen import homogeneous
 
 FAMILIES = {"nemotron_h": "NemotronHForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
@@ -198,10 +198,12 @@ def read_config(folder: Path) -> tuple[ModelConfig, str]:
         hf.setdefault("head_dim", _number(hf, "hidden_size", file) // _number(hf, "num_attention_heads", file))
     hf.setdefault("head_dim", hf.get("attention_head_dim", 128))
     rotary = family != "nemotron_h"
-    shape = {ours: _number(hf, theirs, file) for ours, *columns in FIELDS if (theirs := columns[rotary])}
+    pattern = "*-" * _number(hf, "num_hidden_layers", file) if rotary else _pattern(hf, file)
+    hf, widths = _widths(hf, pattern, rotary, file)
     config = ModelConfig(
-        **shape,
-        pattern="*-" * _number(hf, "num_hidden_layers", file) if rotary else _pattern(hf, file),
+        **{ours: _number(hf, theirs, file) for ours, *columns in FIELDS if (theirs := columns[rotary])},
+        pattern=pattern,
+        widths=widths,
         ffn="swiglu" if rotary else "relu2",
         rope_theta=_rope_theta(hf, file) if rotary else 0.0,
         qk_norm=family == "qwen3",
@@ -218,6 +220,28 @@ def _pattern(hf: dict[str, Any], file: Path) -> str:
     pattern = "".join(LAYER_TYPES.get(kind, kind) for kind in types)
     require("E" not in pattern, f"{file}: layer {pattern.find('E')} is a mixture of experts, which is not supported")
     return pattern
+
+
+def _widths(hf: dict[str, Any], pattern: str, rotary: bool, file: Path) -> tuple[dict[str, Any], tuple]:
+    """config.json with the largest width where it lists those of the layers of a kind, and all layers' widths, or ()."""
+    keys = {ours: columns[rotary] for ours, *columns in FIELDS}
+    lists = {}
+    for kind, fields in WIDTH_FIELDS.items():
+        for field in fields:
+            given, n = hf.get(keys[field]), pattern.count(kind)
+            if isinstance(given, list):
+                require(
+                    len(given) == n > 0 and all(isinstance(width, int) for width in given),
+                    f"{file}: {keys[field]} ({given}) must be a number, or list one for each of {n} layers",
+                )
+                lists[field], hf = given, hf | {keys[field]: max(given)}
+    if not lists:
+        return hf, ()
+
+    def width(i: int, field: str) -> int:
+        return lists[field][pattern[:i].count(pattern[i])] if field in lists else hf[keys[field]]
+
+    return hf, tuple(tuple(width(i, field) for field in WIDTH_FIELDS[kind]) for i, kind in enumerate(pattern))
 
 
 def _rope_theta(hf: dict[str, Any], file: Path) -> float:
@@ -295,13 +319,15 @@ def save_hf(
     prefix: str = "",
     more: dict[str, Any] | None = None,
     shard_bytes: int = 5 * 10**9,
+    listed: bool = False,
 ) -> None:
     """Write a model as a Hugging Face directory of the one family that it can be (see `family_of`).
 
-    Layers with widths of their own are filled up with zeros to the widest (see widen.py).
+    Layers with widths of their own are filled up with zeros to the widest (see widen.py), unless they are to be listed.
 
     Args: dtype: of the weights; prefix: of their names, instead of the hub's; more: what config.json shall say beside the
-    shape, such as eos_token_id; shard_bytes: size over which the weights are split.
+    shape, such as eos_token_id; shard_bytes: size over which the weights are split; listed: the layers stay as wide as
+    they are, and config.json lists their widths, in the order of the layers of a kind.
     Raises ValueError if no family has such a model, if the weights are not of that shape, or if the folder is in use.
     """
     require(not (folder / "config.json").exists(), f"out ({folder}) already holds a model; choose another --out")
@@ -309,7 +335,7 @@ def save_hf(
     config = dataclasses.replace(config, vocab_size=len(tensors["embed.weight"]))
     shapes = {ours: _our_shape(shape) for ours, (_, shape) in names(config, family).items()}
     checkpoint.check_shapes(tensors, shapes, folder, "give the settings that the weights were made with")
-    if config.widths:
+    if config.widths and not listed:
         config, tensors = homogeneous(config, tensors)
     if family == "nemotron_h" and config.tie_embeddings:  # that family has no tied embeddings
         config = dataclasses.replace(config, tie_embeddings=False)
@@ -323,7 +349,7 @@ def save_hf(
         "architectures": [FAMILIES[family]],
         "model_type": family,
         "torch_dtype": str(dtype).removeprefix("torch."),
-        **{theirs: getattr(config, ours) for ours, *columns in FIELDS if (theirs := columns[rotary])},
+        **{theirs: _one_or_all(config, ours) for ours, *columns in FIELDS if (theirs := columns[rotary])},
         "num_hidden_layers": len(config.pattern) // (1 + rotary),
         "tie_word_embeddings": config.tie_embeddings,
         **NEEDS[family],
@@ -342,6 +368,12 @@ def save_hf(
         hf |= {"hybrid_override_pattern": config.pattern, "layers_block_type": [kinds[kind] for kind in config.pattern]}
         hf["time_step_min"] = 1e-12
     (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+
+
+def _one_or_all(config: ModelConfig, field: str) -> Any:
+    """A setting; where layers have widths of their own, those of all layers that have it."""
+    of = [i for i, kind in enumerate(config.pattern) if config.widths and field in WIDTH_FIELDS[kind]]
+    return [getattr(config.layer(i), field) for i in of] or getattr(config, field)
 
 
 def family_of(config: ModelConfig) -> str:
@@ -385,13 +417,20 @@ def _write_tensors(folder: Path, tensors: dict[str, Tensor], shard_bytes: int) -
 # ------------------------------------------------------------------------------------------------------------ program
 
 
-def export(run: tyro.conf.Positional[Path], out: Path, dtype: Literal["float32", "bfloat16"] = "float32") -> None:
+def export(
+    run: tyro.conf.Positional[Path],
+    out: Path,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    widths: Literal["padded", "listed"] = "padded",
+) -> None:
     """Write what a run has trained as a Hugging Face directory.
 
     Args:
         run: Folder of a run, such as runs/rlp-cpu-seed0.
         out: Folder to write; it must not hold a model yet.
         dtype: Of the weights.
+        widths: Layers of different widths are padded with zeros to one, which all programs read; or they stay as they
+            are, and config.json lists their widths, as vLLM reads intermediate_size; transformers reads no lists.
     """
     found = checkpoint.newest(run)
     require(found, f"{run} holds no checkpoint; give the folder of a run, such as runs/rlp-cpu-seed0")
@@ -399,7 +438,7 @@ def export(run: tyro.conf.Positional[Path], out: Path, dtype: Literal["float32",
     source, kept = run / "hf", ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
     theirs = _read_json(source / "config.json") if source.is_dir() else {}
     more = {key: theirs[key] for key in kept if key in theirs}
-    save_hf(out, config, found.tensors("model"), getattr(torch, dtype), more=more)
+    save_hf(out, config, found.tensors("model"), getattr(torch, dtype), more=more, listed=widths == "listed")
     if source.is_dir():
         shutil.copyfile(source / "tokenizer.json", out / "tokenizer.json")
     print(f"wrote {out} ({family_of(config)})")

@@ -200,6 +200,29 @@ def test_transformers_computes_the_same_from_an_export_of_our_own_models(make_mo
     assert_close(theirs_BTV, our_logits(model, tokens_BT), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "changes", "lists"),
+    [
+        ("M-*-M", {"widths": ((4, 3), (7,), (2,), (11,), (2, 5)), "tie_embeddings": False},
+         {"intermediate_size": [7, 11], "num_attention_heads": [2], "mamba_num_heads": [4, 2], "mamba_head_dim": [3, 5]}),
+        ("*-*-", {"widths": ((4,), (7,), (2,), (11,)), "ffn": "swiglu", "rope_theta": 9.0, "qk_norm": True},
+         {"intermediate_size": [7, 11], "num_attention_heads": [4, 2]}),
+    ],
+)  # fmt: skip
+def test_widths_can_be_listed_instead_of_padded(make_model, tmp_path, pattern, changes, lists):
+    """Bit for bit, and no weight more than there was; a width that all layers share is a list too."""
+    model = make_model(pattern=pattern, **changes)
+    save_hf(tmp_path / "out", model.config, model.state_dict(), torch.float64, listed=True)
+    hf = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {key: hf[key] for key in lists} == lists
+    config, tensors = load_hf(tmp_path / "out", torch.float64)
+    assert (config.pattern, config.widths) == (pattern, changes["widths"])
+    assert_close(tensors, dict(model.state_dict()), **EXACT)
+    again = HybridLM(config).double()
+    again.load_state_dict(tensors)
+    assert_close(our_logits(again, tokens(2, 11) % 12), our_logits(model, tokens(2, 11) % 12), **EXACT)
+
+
 # ------------------------------------------------------------------------------------------------------------- config
 
 
@@ -295,7 +318,8 @@ REFUSED = [  # family, what config.json says, what the message must say
     ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, r"layer_types \['sliding_attention'\] are not"),
     ("qwen3", {"quantization_config": {"bits": 4}}, r"quantization_config \(\{'bits': 4\}\) is not supported"),
     ("qwen3", {"hidden_size": None}, r"hidden_size is None, and must be a number"),
-    ("nemotron_h", {"intermediate_size": [23, 11]}, r"intermediate_size is \[23, 11\], and must be a number; every layer"),
+    ("nemotron_h", {"intermediate_size": [23, 9, 5]}, r"intermediate_size \(\[23, 9, 5\]\) must be a number, or list"),
+    ("nemotron_h", {"hidden_size": [23, 11]}, r"hidden_size is \[23, 11\], and must be a number; every layer"),
     ("nemotron_h", {"num_attention_heads": 5}, r"model.n_heads \(5\) must be a multiple of model.n_kv_heads \(2\)"),
     ("nemotron_h", {"layers_block_type": None, "hybrid_override_pattern": "MEM*"}, "layer 1 is a mixture of experts"),
     ("nemotron_h", {"layers_block_type": ["mamba", "moe"]}, "layer 1 is a mixture of experts"),
