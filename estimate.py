@@ -15,9 +15,11 @@ their full length, an upper bound. Not counted: optimizer, norms and activation 
 twice, and held-out evaluation.
 
 Memory counts what stays between steps in fp32 (weights, gradients, optimizer, moving averages and frozen copies), divided
-among the GPUs, and what a step needs in bf16: layers that are gathered from the other GPUs, caches, and activations as the
-reference forms of kernels.py keep them for the backward pass; fused kernels keep less. A run in fp32 takes twice the
-activations. Not counted: copies of weights under a mask (elastic, while routers search), what the allocator wastes.
+among the GPUs but for elastic's parent, and what a step needs: whole weights, layers that are gathered from the other
+GPUs, caches, and activations as the reference forms of kernels.py keep them for the backward pass (fused kernels keep
+less). That is in bf16, but for the whole weights and gradients on which Elastic works. A step of RLP needs its rollouts'
+part or its update's, whichever is larger. A run in fp32 takes twice the activations. Not counted: copies of weights under a
+mask (elastic, while routers search), what the allocator wastes.
 """
 
 import functools
@@ -190,7 +192,7 @@ def family_bytes(full: ModelConfig, c: ElasticConfig, n_bytes: int = 2) -> dict[
 
 
 def memory(config: Config, n_gpus: int = 1, recompute: bool = False) -> dict[str, float]:
-    """Bytes on one of n_gpus by part, at the largest step of the run's own mode (the base fits where RLP does).
+    """Bytes on one of n_gpus by part, and at the peak of the largest step of the run's own mode (a base fits where RLP does).
 
     recompute: only the input of each layer is kept for the backward pass, and one layer's activations are there at a time.
     """
@@ -199,15 +201,19 @@ def memory(config: Config, n_gpus: int = 1, recompute: bool = False) -> dict[str
     largest = max(part_parameters(kind, own) for kind, own in parts(config.model))
     gathered = part_parameters("", config.model) + 2 * largest if n_gpus > 1 else 0
     caches, activations = step_bytes(config, n_gpus, recompute)
-    return {
+    states = {
         "weights": STATE_BYTES * n / n_gpus,
         "gradients": STATE_BYTES * n / n_gpus,
         "optimizer": STATE_BYTES * (2 * n - muon) / n_gpus,  # AdamW keeps two moments, Muon one
-        **{name: STATE_BYTES * k * n / n_gpus for name, k in copies(config).items()},
-        "gathered layers": COMPUTE_BYTES * gathered,
-        "caches": caches,
-        "activations": activations,
+        **{name: STATE_BYTES * k * n / (1 if name == "parent" else n_gpus) for name, k in copies(config).items()},
     }
+    rollouts, update = {}, {"gathered layers": COMPUTE_BYTES * gathered, "activations": activations}
+    if config.mode == "rlp":
+        rollouts = {"whole weights": COMPUTE_BYTES * (1 + sum(copies(config).values())) * n, "caches": caches}
+    elif config.mode == "elastic":
+        update = {"whole weights": (n_gpus > 1) * 2 * STATE_BYTES * n, "activations": activations}
+    at_once = sum(states.values()) + max(sum(rollouts.values()), sum(update.values()))
+    return {**states, **rollouts, **update, "at the peak": at_once}
 
 
 def copies(config: Config) -> dict[str, int]:

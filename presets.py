@@ -75,7 +75,7 @@ PAPERS: dict[str, Config] = {
     # Hardware:  32 H100-80GB (the paper's).
     # Cost:      0.29 EFLOP a step, 48 EFLOP in all: 33 GPU hours. (The paper's 12.47 s a step make 18: its thoughts end
     #            earlier.)
-    # Memory:    79 GB a GPU with layers recomputed, 60 GB of it logits; 171 GB without.
+    # Memory:    15 GB a GPU with layers recomputed, 105 GB without.
     # Expected:  the paper's average over its benchmarks goes from 30.32 to 36.03 %.
     # Source:    arXiv 2510.01265, setup and results on Qwen3-1.7B-Base.
     "qwen3-1.7b-rlp": Config(
@@ -93,8 +93,7 @@ PAPERS: dict[str, Config] = {
     #            python train.py --preset nemotron-12b-rlp
     # Hardware:  32 H100-80GB.
     # Cost:      1.7 EFLOP a step, 408 EFLOP in all: 287 GPU hours.
-    # Memory:    105 GB a GPU with layers recomputed, 52 GB of it logits: more than an H100 has, so an H200, or logits in
-    #            pieces.
+    # Memory:    61 GB a GPU with layers recomputed, 53 of them while thoughts are sampled; 487 GB without.
     # Expected:  the paper's average over its benchmarks goes from 42.81 to 61.32 %.
     # Source:    arXiv 2510.01265, results on Nemotron-Nano-12B-v2; batch, lengths and rate as for Qwen3.
     "nemotron-12b-rlp": Config(
@@ -113,9 +112,10 @@ PAPERS: dict[str, Config] = {
     # Command:   python shards.py build TEXTS --out data/shards --tokenizer models/NVIDIA-Nemotron-Nano-12B-v2
     #            python train.py --preset nemotron-12b-elastic
     #            python elastic.py extract runs/elastic-nemotron-12b-elastic-seed0 --budget 9e9 --out runs/9b
-    # Hardware:  256 H100-80GB (ours; two long sequences each).
+    # Hardware:  256 GPUs (ours; two long sequences each).
     # Cost:      1.0 to 2.3 EFLOP a step, 9,609 EFLOP in all: 6,750 GPU hours.
-    # Memory:    57 GB a GPU with layers recomputed; 748 GB without.
+    # Memory:    198 GB a GPU with layers recomputed: updates run on whole fp32 weights beside a whole parent, 148 GB. An
+    #            H100 would need layers that are split over GPUs, which are not here.
     # Expected:  the paper's averages are 77.41, 75.95 and 70.61 % for 12B, 9B and 6B.
     # Source:    arXiv 2511.16664, recipe and results.
     "nemotron-12b-elastic": Config(

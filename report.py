@@ -197,9 +197,7 @@ def print_estimate(facts: dict, console: Console) -> None:
     for part in kept["all kept"]:
         if any(memory[part] for memory in kept.values()):
             table.add_row(part, *(f"{memory[part] / 1e9:,.3g}" for memory in kept.values()))
-    table.add_row("[bold]together[/bold]", *(f"{sum(memory.values()) / 1e9:,.4g}" for memory in kept.values()))
     console.print(table)
-    console.print("states in fp32, shared out evenly; caches, activations and gathered layers in bf16")
     if "family" in facts:
         model, router, separate = (facts["family"][name] / 1e9 for name in ("model", "router", "separate"))
         console.print(f"all sizes in bf16: {model + router:,.3g} GB as one checkpoint ({100 * router / model:.2g} % is the "

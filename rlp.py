@@ -165,7 +165,7 @@ class RLP(Objective):
             c.temperature,
             generator,
         )
-        teacher = parallel.whole(self.teacher)
+        teacher = parallel.whole(self.teacher, for_sampling=True)
         logp_teacher_B, _, _ = score_context(teacher, context_BT, ids_BT, target_BX, tags)
         gain_BG = information_gain(thoughts.logp_target_R.view(-1, c.group_size), logp_teacher_B)
         advantage_BG = group_advantages(gain_BG.clamp(min=c.reward_floor))
@@ -182,7 +182,7 @@ class RLP(Objective):
         }
         if self.reference is not None:
             with torch.no_grad():
-                prepared["reference_logp_RM"] = self._logp(parallel.whole(self.reference), prepared)
+                prepared["reference_logp_RM"] = self._logp(parallel.whole(self.reference, for_sampling=True), prepared)
         return prepared
 
     def loss(self, model: HybridLM, batch: dict[str, Tensor]) -> tuple[Tensor, int, dict[str, Tensor]]:

@@ -188,7 +188,27 @@ def test_more_gpus_share_the_states_and_the_batch_and_recomputing_keeps_less():
     one, two = (estimate.memory(config, n) for n in (128, 256))
     assert two["weights"] == one["weights"] / 2
     assert two["activations"] == pytest.approx(one["activations"] / 2, rel=0.05)
-    assert sum(estimate.memory(config, 256, recompute=True).values()) < 80e9 < sum(two.values())
+    assert two["parent"] == one["parent"]
+    assert estimate.memory(config, 256, recompute=True)["at the peak"] < two["at the peak"]
+
+
+def test_the_peak_of_rlp_is_that_of_rollouts_or_of_the_update():
+    """12.31 billion weights in fp32, a fifth part for each of five states; whole, in bf16, twice for the rollouts."""
+    config, n = PAPERS["nemotron-12b-rlp"], 12_310_001_152
+    kept = estimate.memory(config, 32, recompute=True)
+    assert kept["whole weights"] == 2 * 2 * n
+    rollouts, update = kept["whole weights"] + kept["caches"], kept["gathered layers"] + kept["activations"]
+    assert rollouts > update
+    assert kept["at the peak"] == pytest.approx(5 * 4 * n / 32 + rollouts)
+    alone = estimate.memory(config, 32)
+    assert alone["at the peak"] == pytest.approx(5 * 4 * n / 32 + alone["gathered layers"] + alone["activations"])
+
+
+def test_elastic_works_on_whole_weights_in_fp32():
+    """49.2 GB each of weights, gradients and parent on every GPU, whatever their number."""
+    kept = estimate.memory(PAPERS["nemotron-12b-elastic"], 256, recompute=True)
+    assert kept["whole weights"] == 2 * kept["parent"] == 8 * 12_310_001_152
+    assert estimate.memory(PAPERS["nemotron-12b-elastic"], 1)["whole weights"] == 0
 
 
 # ------------------------------------------------------------------------------------------------- presets, a dry run
