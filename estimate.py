@@ -192,7 +192,7 @@ def family_bytes(full: ModelConfig, c: ElasticConfig, n_bytes: int = 2) -> dict[
 
 
 def memory(config: Config, n_gpus: int = 1, recompute: bool = False) -> dict[str, float]:
-    """Bytes on one of n_gpus by part, and at the peak of the largest step of the run's own mode (a base fits where RLP does).
+    """Bytes on one of n_gpus by part, and at the peak, of the largest step of the run's own mode (its base takes no more).
 
     recompute: only the input of each layer is kept for the backward pass, and one layer's activations are there at a time.
     """
