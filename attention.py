@@ -26,8 +26,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.d_model, self.n_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.d_model, self.n_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.n_heads * self.head_dim, config.d_model, bias=False)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = HeadNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(
         self, x_BTD: Tensor, cached: tuple[Tensor, Tensor] | None, mask: Tensor | None
@@ -52,6 +52,14 @@ class Attention(nn.Module):
             q_BHTP, k_BKSP, v_BKSP, attn_mask=mask, is_causal=causal, enable_gqa=self.n_heads != self.n_kv_heads
         )
         return self.o_proj(rearrange(y_BHTP, "b h t p -> b t (h p)")), (k_BKSP, v_BKSP)
+
+
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm over the channels of a head, in the dtype of its weights; its result has that of its input, for the cache."""
+
+    def forward(self, x_BHTP: Tensor) -> Tensor:
+        """x / rms(x) * weight."""
+        return super().forward(x_BHTP.to(self.weight.dtype)).to(x_BHTP.dtype)
 
 
 ROOM = 32  # positions

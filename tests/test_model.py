@@ -6,6 +6,7 @@ hidden states, for every weight.
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -336,3 +337,12 @@ def test_a_shape_that_cannot_be_built_is_refused_with_field_value_and_remedy(cha
     with pytest.raises(ValueError, match="model") as error:
         HybridLM(ModelConfig(**changes))
     assert all(part in str(error.value) for part in (field, value, remedy))
+
+
+def test_keys_stay_in_the_dtype_of_the_products_under_autocast(make_model):
+    """bf16 keys beside bf16 values in the cache, although the norm of the heads works in fp32; and no warning."""
+    model = make_model(pattern="*", qk_norm=True, rope_theta=100.0).float()
+    with warnings.catch_warnings(), torch.autocast("cpu", torch.bfloat16):
+        warnings.simplefilter("error")
+        _, cache = model(torch.tensor([[1, 2, 3]]))
+    assert [t.dtype for t in cache.layers[0]] == [torch.bfloat16, torch.bfloat16]
