@@ -114,19 +114,21 @@ def thought_logp(
     """
     R, M = tokens_RM.shape
     _, cache = model(context_BT, ids_BT=ids_BT)
-    order = length_R.argsort()
-    parts = []
-    for rows in order.chunk(n_buckets):
+    hidden, places = [], []
+    for rows in length_R.argsort().chunk(n_buckets):
         n = int(length_R[rows].max())
         token_rM = tokens_RM[rows, :n]
         opening_r1 = torch.full_like(token_rM[:, :1], think)
-        hidden, _ = model(torch.cat([opening_r1, token_rM[:, :-1]], dim=1), cache.select(rows // (R // len(context_BT))))
-        inside = torch.arange(n, device=rows.device) < length_R[rows, None]
-        logp = selected_logp(hidden[inside], model.output_matrix, token_rM[inside], (think,), temperature)
-        part = logp.new_zeros(len(rows), M)
-        part[:, :n][inside] = logp
-        parts.append(part)
-    return torch.cat(parts)[order.argsort()]
+        hidden_rMD, _ = model(
+            torch.cat([opening_r1, token_rM[:, :-1]], dim=1), cache.select(rows // (R // len(context_BT)))
+        )
+        place_1M = torch.arange(n, device=rows.device)[None]
+        inside_rM = place_1M < length_R[rows, None]
+        hidden.append(hidden_rMD[inside_rM])
+        places.append((rows[:, None] * M + place_1M)[inside_rM])
+    place = torch.cat(places)
+    logp = selected_logp(torch.cat(hidden), model.output_matrix, tokens_RM.flatten()[place], (think,), temperature)
+    return logp.new_zeros(R * M).index_copy(0, place, logp).view(R, M)
 
 
 class RLP(Objective):
