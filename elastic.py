@@ -224,8 +224,11 @@ class Distillation(Objective):
             if weight:
                 with torch.no_grad():
                     wanted_XD = teacher(batch["tokens_BT"], ids_BT=batch["ids_BT"])[0].flatten(0, 1)[inside]
-                matrix_VD = teacher.output_matrix.detach()
-                total = total + weight * kl_divergence(wanted_XD, matrix_VD, hidden_Xd, head_Vd, self.c.kl_temperature)
+                matrix_VD, token_X = teacher.output_matrix.detach(), target[inside] if ce else None
+                total = total + weight * kl_divergence(
+                    wanted_XD, matrix_VD, hidden_Xd, head_Vd, self.c.kl_temperature, token_X, ce / weight
+                )
+                ce = 0.0  # it came along with the first divergence: logits are made once
         if ce:
             total = total - ce * selected_logp(hidden_Xd, head_Vd, target[inside]).sum()
         return total, int(inside.sum())
@@ -333,24 +336,39 @@ class Elastic(Distillation):
 
 
 def kl_divergence(
-    teacher_XD: Tensor, teacher_VD: Tensor, student_Xd: Tensor, student_Vd: Tensor, temperature: float, at_once: int = 2**24
+    teacher_XD: Tensor,
+    teacher_VD: Tensor,
+    student_Xd: Tensor,
+    student_Vd: Tensor,
+    temperature: float,
+    token_X: Tensor | None = None,
+    ce: float = 0.0,
+    at_once: int = 2**24,
 ) -> Tensor:
-    """Sum over positions of KL(teacher || student), both softmax(logits / temperature), in nats (eq. 14).
+    """Sum over positions of KL(teacher || student), both softmax(logits / temperature), in nats (eq. 14), plus ce times the
+    cross-entropy of the tokens given, at temperature 1.
 
     Takes hidden states and output matrices: logits are made for at most `at_once` numbers at a time, and made again in
     the backward pass if that takes more than one piece.
     """
+    if token_X is None:
+        token_X = torch.zeros(len(teacher_XD), dtype=torch.long, device=teacher_XD.device)
 
-    def piece(teacher_xD: Tensor, student_xd: Tensor) -> Tensor:
+    def piece(teacher_xD: Tensor, student_xd: Tensor, token_x: Tensor) -> Tensor:
+        logits_xV = F.linear(student_xd, student_Vd)
         wanted = F.log_softmax(F.linear(teacher_xD, teacher_VD) / temperature, dim=-1)
-        given = F.log_softmax(F.linear(student_xd, student_Vd) / temperature, dim=-1)
-        return F.kl_div(given, wanted, reduction="sum", log_target=True)
+        given = F.log_softmax(logits_xV / temperature, dim=-1)
+        total = F.kl_div(given, wanted, reduction="sum", log_target=True)
+        if ce:
+            plain = given if temperature == 1 else F.log_softmax(logits_xV, dim=-1)
+            total = total - ce * plain.gather(1, token_x[:, None]).sum()
+        return total
 
     n = max(1, math.ceil(len(teacher_XD) * len(teacher_VD) / at_once))
     if n == 1:
-        return piece(teacher_XD, student_Xd)
-    pairs = zip(teacher_XD.chunk(n), student_Xd.chunk(n), strict=True)
-    return sum(recompute(piece, t, s, use_reentrant=False) for t, s in pairs)
+        return piece(teacher_XD, student_Xd, token_X)
+    pieces = zip(teacher_XD.chunk(n), student_Xd.chunk(n), token_X.chunk(n), strict=True)
+    return sum(recompute(piece, *each, use_reentrant=False) for each in pieces)
 
 
 # ------------------------------------------------------------------------------------------------------ deployment

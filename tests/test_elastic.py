@@ -1102,11 +1102,22 @@ def test_a_divergence_in_pieces_equals_the_whole_with_its_gradients(at_once):
     """Seven positions, five tokens: 35 numbers, in 35, 4, 4, 2 pieces and in one."""
     teacher_XD, teacher_VD = random_weights((7, 3)), random_weights((5, 3), 2)
     student_Xd, student_Vd = random_weights((7, 2), 3).requires_grad_(), random_weights((5, 2), 4).requires_grad_()
-    results = []
+    results, token_X = [], torch.arange(7) % 5
     for n in (10**6, at_once):
-        loss = elastic.kl_divergence(teacher_XD, teacher_VD, student_Xd, student_Vd, 1.3, n)
+        loss = elastic.kl_divergence(teacher_XD, teacher_VD, student_Xd, student_Vd, 1.3, token_X, 0.7, at_once=n)
         results.append((loss, *torch.autograd.grad(loss, [student_Xd, student_Vd])))
     assert_close(*results, **EXACT)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.3])
+def test_the_cross_entropy_that_comes_along_with_a_divergence_is_that_of_the_logits(temperature):
+    """At temperature 1, whatever that of the divergence."""
+    teacher_XD, teacher_VD, student_VD = random_weights((7, 3)), random_weights((5, 3), 2), random_weights((5, 3), 4)
+    token_X = torch.arange(7) % 5
+    both = elastic.kl_divergence(teacher_XD, teacher_VD, teacher_XD, student_VD, temperature, token_X, 0.7)
+    alone = elastic.kl_divergence(teacher_XD, teacher_VD, teacher_XD, student_VD, temperature)
+    expected = F.cross_entropy(F.linear(teacher_XD, student_VD), token_X, reduction="sum")
+    assert_close(both, alone + 0.7 * expected, **EXACT)
 
 
 def test_divergence_of_no_positions_is_zero():
