@@ -424,7 +424,8 @@ def shared_settings(config: Config) -> dict:
     Those of pretraining are among them unless the weights came from `init`: the run's base was made with them.
     """
     groups = ["model", "data", config.mode] + ([] if config.init else ["pretrain"])
-    free = ("cache_dir", "checkpoint_every", "log_every", "accumulate")  # the last: on fewer processes it makes up for them
+    # accumulate: on fewer processes it makes up for them; baseline: rivals can be added to a run that is there
+    free = ("cache_dir", "checkpoint_every", "log_every", "accumulate", "baseline")
     flat = {}
     for name, value in json.loads(json.dumps(config.to_dict())).items():
         if name in groups:

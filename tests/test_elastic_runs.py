@@ -548,6 +548,16 @@ def test_resuming_with_other_elastic_settings_is_refused_by_name(program, finish
     assert "elastic.mask was soft, now top1" in capsys.readouterr().out
 
 
+def test_a_rival_can_be_added_to_a_finished_run(program, finished, tmp_path):
+    """The family is measured again, and not trained."""
+    run_dir = shutil.copytree(finished, tmp_path / "run")
+    assert program(run_dir, "--mode", "elastic", "--elastic.baseline", "uniform", "--resume") == 0
+    ours, theirs = summary_of(run_dir), summary_of(finished)
+    assert set(ours["baselines"]) == {"uniform"}
+    assert [b["loss_nats"] for b in ours["budgets"]] == [b["loss_nats"] for b in theirs["budgets"]]
+    assert metrics_of(run_dir) == metrics_of(finished)
+
+
 # ------------------------------------------------------------------------------------------------------ measuring sizes
 
 
