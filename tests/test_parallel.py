@@ -310,7 +310,7 @@ def test_a_batch_that_cannot_be_dealt_out_is_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"pretrain: 8 sequences .* 3 processes x pretrain.accumulate \(1\); nearest is 9"):
         loop.check_rows(PRESETS["cpu"].pretrain, "pretrain")
     monkeypatch.setattr(parallel.team, "world", 8)
-    with pytest.raises(ValueError, match="elastic: 2 sequences"):
+    with pytest.raises(ValueError, match="elastic: 4 sequences"):
         loop.check_rows(PRESETS["cpu"].elastic, "elastic")
 
 
