@@ -9,6 +9,7 @@ How to read: `Space`, what can be chosen; `Costs`; `Router`; `probabilities`, `m
 the search.
 """
 
+import functools
 import itertools
 import time
 from collections.abc import Callable
@@ -201,6 +202,7 @@ def total_cost(config: ModelConfig, c: ElasticConfig, device: torch.device) -> f
     return sum_of_parts(cost_measure(c, device), config)
 
 
+@functools.cache  # a run builds its router twice: to refuse choices early, and to train it
 @torch.no_grad()
 def part_latency_us(kind: str, shape: ModelConfig, n_rows: int, device: torch.device, n_tokens: int = 64) -> float:
     """Measured microseconds a token of a forward pass of a layer (kind "": of the output matrix); median of seven."""
