@@ -323,8 +323,10 @@ class ElasticConfig(FitConfig):
     router_weight: float = 5.0
     # Relative distance from the budget that costs nothing.
     dead_zone: float = 0.01
-    # Order of the residual stream's channels: paper is equation 1, output weighs it by what reads the channel.
-    score_d_model: Literal["paper", "output", "random"] = "output"
+    # Channels of the residual stream: pca turns the stream onto its principal axes, the parent's function unchanged, and
+    # the first channels hold most of it. The others only put them in order: paper is equation 1, output weighs that by what
+    # reads the channel.
+    score_d_model: Literal["pca", "paper", "output", "random"] = "pca"
     # Order of FFN neurons: paper is equation 2 (before the activation), output what a neuron adds to the stream.
     score_ffn: Literal["paper", "output", "random"] = "output"
     # Order of Mamba heads and channels: paper is equations 3 and 4, output what they add to the stream.

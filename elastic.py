@@ -4,7 +4,8 @@ A trained parent becomes elastic in four steps:
 
 1. Axes (nested.py): one table says which units each weight belongs to. Permuting, cutting and masking follow from it.
 2. Importance (eq. 1 to 5). Units are ranked once, and the weights permuted: the parent computes the same function as
-   before, and the best w units of an axis are its first w, so every smaller model is a slice of the parent.
+   before, and the best w units of an axis are its first w, so every smaller model is a slice of the parent. The channels
+   of the residual stream are turned onto its principal axes, for no channel of it is unimportant.
 3. Routers (routers.py, eq. 6 to 12). For a budget they choose the widths of every layer, on masks that carry gradients.
 4. Distillation (eq. 13 to 19). Each sequence has a budget. The chosen model learns from the frozen parent,
    KL(parent || chosen), or from the full model, or from the text. First short sequences and all budgets alike; then long
@@ -12,11 +13,11 @@ A trained parent becomes elastic in four steps:
 
 `extract` then cuts a model for any budget out of one checkpoint; nothing is trained again.
 
-Where it differs from the paper: masks multiply weights instead of activations (the same function, for fewer
-multiplications); once the routers have settled (`elastic.search_share`) their choice is fixed and budgets run on slices,
-which costs in proportion to their size; the budget loss is relative, with a dead zone; the routers begin at the full model;
-mode 1 multiplies by the likeliest choice's probability, since its logit is NaN-prone; the full budget is always the
-full model; keys and values have no elastic heads under grouped queries.
+Where it differs from the paper: the stream is turned, not only put in order; masks multiply weights instead of activations
+(the same function, for fewer multiplications); once the routers have settled (`elastic.search_share`) their choice is fixed
+and budgets run on slices, which costs in proportion to their size; the budget loss is relative, with a dead zone; the
+routers begin at the full model; mode 1 multiplies by the likeliest choice's probability, since its logit is NaN-prone; the
+full budget is always the full model; keys and values have no elastic heads under grouped queries.
 """
 
 import json
@@ -39,7 +40,19 @@ from config import Config, ElasticConfig, exit_code, require
 from data import Corpus
 from kernels import selected_logp
 from model import HybridLM, count_parameters
-from nested import Units, Widths, bare_model, kept_units, mask_weights, masked_skeleton, named_dims, shrink, submodel, take
+from nested import (
+    Units,
+    Widths,
+    bare_model,
+    kept_units,
+    mask_weights,
+    masked_skeleton,
+    named_dims,
+    rotate,
+    shrink,
+    submodel,
+    take,
+)
 from objective import Objective
 from routers import Router, budget_loss, mask_weighting, probabilities, unmeasured_router
 
@@ -48,10 +61,14 @@ from routers import Router, budget_loss, mask_weighting, probabilities, unmeasur
 
 @dataclass
 class Ranking:
-    """Units of every axis, the most important first (heads within their groups), and layers, the least important first."""
+    """Units of every axis, the most important first (heads within their groups), and layers, the least important first.
+
+    axes_DD: an orthonormal basis to turn the residual stream to (its columns), None to leave it.
+    """
 
     units: Units
     depth: list[int]
+    axes_DD: Tensor | None = None
 
 
 @torch.no_grad()
@@ -78,15 +95,21 @@ def rank(model: HybridLM, batches: list[dict[str, Tensor]], c: ElasticConfig, se
         else:
             heads, channels = mamba_scores(model, sums, i, c.score_mamba)
             layers.append({"H": order(heads, c.score_mamba, config.mamba_groups), "P": order(channels, c.score_mamba)})
-    units = Units(order(stream_scores(model, sums, c.score_d_model), c.score_d_model), layers)
+    if c.score_d_model == "pca":
+        stream, axes_DD = torch.arange(config.d_model), principal_axes(model, batches)
+    else:
+        stream, axes_DD = order(stream_scores(model, sums, c.score_d_model), c.score_d_model), None
     n = len(layers)
     is_elastic = any(depth < n for depth in c.depth_choices)
-    return Ranking(units, rank_layers(model, batches, c.score_depth, generator) if is_elastic else list(range(n)))
+    depth = rank_layers(model, batches, c.score_depth, generator) if is_elastic else list(range(n))
+    return Ranking(Units(stream, layers), depth, axes_DD)
 
 
 @torch.no_grad()
 def order_weights(model: HybridLM, ranking: Ranking) -> None:
-    """Permute the weights of a model, in place, so that the best units come first. Its function does not change."""
+    """Turn and permute the weights of a model, in place: the best units come first, and its function does not change."""
+    if ranking.axes_DD is not None:
+        model.load_state_dict(rotate(model.state_dict(), model.config, ranking.axes_DD))
     model.load_state_dict(take(model.state_dict(), model.config, ranking.units))
 
 
@@ -114,6 +137,29 @@ def activation_sums(model: HybridLM, batches: list[dict[str, Tensor]]) -> dict[s
     for hook in hooks:
         hook.remove()
     return sums
+
+
+def principal_axes(model: HybridLM, batches: list[dict[str, Tensor]]) -> Tensor:
+    """Eigenvectors of sum x x^T over all tokens and all norms, x = what the norm reads / its rms; the largest value first.
+
+    Of all the bases, each prefix of this one keeps most of what the layers read (as in SliceGPT, arXiv 2401.15024, which
+    turns the stream anew for every layer; with one basis for all of them the residual connections stay as they are).
+    """
+    D = model.config.d_model
+    total_DD = torch.zeros(D, D, dtype=torch.float64)
+
+    def add(module: nn.Module, args: tuple[Tensor]) -> None:
+        x_XD = F.rms_norm(args[0].flatten(0, 1).double(), (D,), eps=module.eps)
+        total_DD.add_((x_XD.T @ x_XD).cpu())
+
+    hooks = [
+        module.register_forward_pre_hook(add) for name, module in model.named_modules() if name.split(".")[-1] == "norm"
+    ]
+    for batch in batches:
+        model(batch["tokens_BT"], ids_BT=batch["ids_BT"])
+    for hook in hooks:
+        hook.remove()
+    return torch.linalg.eigh(total_DD).eigenvectors.flip(1)
 
 
 def stream_scores(model: HybridLM, sums: dict[str, Tensor], kind: str) -> Tensor:

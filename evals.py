@@ -386,6 +386,8 @@ def score_table(model: HybridLM, corpus: Corpus, config: Config, n_random: int =
     table = {}
     for axis in routers.AXES:
         kinds = ("paper", "greedy" if axis == "depth" else "output")
+        if axis == "d_model" and not model.config.tie_embeddings:
+            kinds = ("pca", *kinds)
         table[axis] = {kind: loss(axis, kind, 0) for kind in kinds}
         table[axis]["random"] = sum(loss(axis, "random", seed) for seed in range(n_random)) / n_random
     return table

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from config import WIDTH_FIELDS, ModelConfig
+from config import WIDTH_FIELDS, ModelConfig, require
 from model import HybridLM
 
 # The axis of every dimension of every weight ("." has none); a mask multiplies the dimensions with a star. Derived axes:
@@ -133,6 +133,39 @@ def take(weights: dict[str, Tensor], config: ModelConfig, units: Units) -> dict[
                 t = _pick(t, dim, index[axis[0]])
         out[name if i is None else f"layers.{place[i]}.{rest}"] = t
     return out
+
+
+def rotate(weights: dict[str, Tensor], config: ModelConfig, axes_DD: Tensor) -> dict[str, Tensor]:
+    """The weights of the same function with a residual stream x Q in place of x, Q orthonormal (the columns of axes_DD).
+
+    The mean square of a row is that of any turn of it, so norms stay, once their weights have gone into the matrices that
+    read them: W' = W diag(w) Q. What writes to the stream becomes Q^T W. Raises ValueError for tied embeddings, for one
+    matrix cannot be turned as what writes and as what reads the last norm.
+    """
+    require_untied(config)
+    out = {}
+    for name, i, _, dims in named_dims(list(weights), config.pattern):
+        norm = weights["norm.weight" if i is None else f"layers.{i}.norm.weight"].double()
+        Q_DD, t = axes_DD.to(norm), weights[name].double()
+        if dims == ["D*"]:
+            t = torch.ones_like(t)
+        elif dims[0] == "D*":
+            t = Q_DD.T @ t
+        elif dims[1:] == ["D"]:
+            t = t * norm @ Q_DD
+        elif dims[1:] == ["D*"]:
+            t = t @ Q_DD
+        out[name] = t.to(weights[name])
+    return out
+
+
+def require_untied(config: ModelConfig) -> None:
+    """Raises ValueError for a model whose stream cannot be turned."""
+    require(
+        not config.tie_embeddings,
+        "elastic.score_d_model (pca) turns the residual stream, which a model with tied embeddings cannot follow; "
+        "choose paper or output",
+    )
 
 
 def _pick(t: Tensor, dim: int, index: Tensor) -> Tensor:

@@ -167,6 +167,8 @@ def run(config: Config) -> dict:
     )
     if config.mode == "elastic":  # refuse choices and budgets that do not fit before the base is trained
         routers.build_router(model.config, config.elastic, list(range(len(model.layers))), device)
+        if config.elastic.score_d_model == "pca":
+            nested.require_untied(model.config)
     if config.mode == "pretrain":
         if config.init:
             base_weights(config, corpus, model)
@@ -317,7 +319,7 @@ def order_parent(model: HybridLM, corpus: Corpus, config: Config) -> elastic.Ran
     c = config.elastic
     batch = evals.to_device(mixture(corpus, config, 10**6, c.calibration_rows, c.seq_len), model)
     calibration = split_batch(batch, -(-c.calibration_rows // 8))  # in pieces: memory does not grow with their number
-    ranking = elastic.rank(model, calibration, c, config.seed)
+    ranking = parallel.on_first(lambda: elastic.rank(model, calibration, c, config.seed))  # axes may differ in their signs
     elastic.order_weights(model, ranking)
     return ranking
 

@@ -261,6 +261,53 @@ def test_ordering_permutes_the_weights_and_leaves_the_logits(variant, kind):
     assert_close(*logits, **EXACT)
 
 
+def ranked_by_axes(model):
+    """The default ranking: the stream turned onto its principal axes."""
+    return elastic.rank(model, [{"tokens_BT": TOKENS_BT, "ids_BT": PACKED_BT}], ElasticConfig())
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "tied"])
+def test_principal_axes_turn_the_stream_and_leave_the_logits(variant):
+    """Over all that norms read, each token at length 1, the turned stream's channels are uncorrelated and fall in size."""
+    model = tiny_model(**VARIANTS[variant] | {"tie_embeddings": False})
+    turned, seen = copy.deepcopy(model), []
+    elastic.order_weights(turned, ranked_by_axes(model))
+    for norm in [*(block.norm for block in turned.layers), turned.norm]:
+        assert_close(norm.weight, torch.ones_like(norm.weight), rtol=0, atol=0)
+        norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
+    logits = [m.logits(m(TOKENS_BT, ids_BT=PACKED_BT)[0]) for m in (model, turned)]
+    assert_close(*logits, **EXACT)
+    x_XD = torch.cat(seen)
+    x_XD = x_XD / (x_XD.square().mean(1, keepdim=True) + model.config.norm_eps).sqrt()
+    together_DD = x_XD.T @ x_XD
+    sizes = together_DD.diagonal()
+    assert (sizes.diff() <= 1e-9).all()
+    assert sizes[0] > 2 * sizes[-1]
+    assert_close(together_DD, torch.diag(sizes), **EXACT)
+
+
+def test_a_stream_of_two_dimensions_is_in_the_first_two_channels():
+    """Layers that write nothing, and embeddings in a plane of the eight dimensions: two turned channels say it all. Their
+    mean square is four times that of all eight, so the norm gives half as much."""
+    model = tiny_model(tie_embeddings=False, norm_eps=1e-30)
+    for block in model.layers:
+        for name, p in block.mixer.named_parameters():
+            if f"mixer.{name}" in nested.WRITERS:
+                p.data.zero_()
+    plane = torch.randn(2, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    model.embed.weight.data = model.embed.weight[:, :2] @ plane
+    wanted = model.logits(model(TOKENS_BT)[0])
+    elastic.order_weights(model, ranked_by_axes(model))
+    small = nested.submodel(model, replace(nested.full_widths(model.config), d_model=2))
+    assert_close(2 * small.logits(small(TOKENS_BT)[0]), wanted, **EXACT)
+
+
+def test_tied_embeddings_cannot_be_turned():
+    model = tiny_model()
+    with pytest.raises(ValueError, match=r"score_d_model \(pca\) .* tied embeddings .* choose paper or output"):
+        elastic.order_weights(model, ranked_by_axes(model))
+
+
 @pytest.mark.parametrize("kind", ["paper", "output"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_an_ordered_model_is_ranked_as_it_stands(variant, kind):

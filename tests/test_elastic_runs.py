@@ -527,6 +527,7 @@ def test_an_extracted_model_is_refused_as_a_parent(program, extracted, tmp_path,
         ("attn-head-choices 4 3", "elastic.attn_head_choices (3) must be a multiple of the number of groups (2), "
                                   "so that all groups keep the same count; nearest is 4"),
         ("mamba-head-choices 4 1", "elastic.mamba_head_choices (1) must be a multiple of the number of groups (2)"),
+        ("score-d-model pca", "elastic.score_d_model (pca) turns the residual stream, which a model with tied embeddings"),
     ],
     ids=lambda v: v if v[0] != "e" else "",
 )  # fmt: skip
@@ -536,6 +537,8 @@ def test_unusable_settings_are_refused_before_a_base_is_trained(program, tmp_pat
     options = {"--elastic.budgets": (1, 0.5), "--elastic.long-weights": (1, 1)} | {f"--elastic.{name}": values}
     if "head-choices" in name:  # groups of two
         options |= {"--model.n-heads": [4], "--model.n-kv-heads": [2], "--model.mamba-groups": [2]}
+    if "score" in name:
+        options |= {"--model.tie-embeddings": []}
     assert program(tmp_path / "run", "--mode", "elastic", *(w for k, v in options.items() for w in (k, *v))) == 2
     assert message in " ".join(capsys.readouterr().out.split())
     assert not (tmp_path / "run" / "checkpoint").exists()
@@ -629,7 +632,7 @@ def test_scores_of_every_axis_are_compared_on_a_trained_model(finished, capsys):
     for axis in routers.AXES:
         (line,) = [line for line in shown.splitlines() if axis in line.split()]
         losses = [float(x) for x in re.findall(r"\d\.\d+", line)]
-        assert len(losses) == 3
+        assert len(losses) == (4 if axis == "d_model" else 3)
         assert all(abs(loss - math.log(512)) < 0.5 for loss in losses)
 
 
