@@ -265,19 +265,18 @@ class Distillation(Objective):
         """Sum over tokens of the weighted divergences from the teachers and of the cross-entropy; number of targets."""
         target = batch["targets_BT"].flatten()
         inside = target != -100
-        hidden_Xd, total = hidden_BTd.flatten(0, 1)[inside], hidden_BTd.new_zeros(())
-        for weight, teacher in teachers:
-            if weight:
-                with torch.no_grad():
-                    wanted_XD = teacher(batch["tokens_BT"], ids_BT=batch["ids_BT"])[0].flatten(0, 1)[inside]
-                matrix_VD, token_X = teacher.output_matrix.detach(), target[inside] if ce else None
-                total = total + weight * kl_divergence(
-                    wanted_XD, matrix_VD, hidden_Xd, head_Vd, self.c.kl_temperature, token_X, ce / weight
-                )
-                ce = 0.0  # it came along with the first divergence: logits are made once
-        if ce:
-            total = total - ce * selected_logp(hidden_Xd, head_Vd, target[inside]).sum()
-        return total, int(inside.sum())
+        hidden_Xd, token_X = hidden_BTd.flatten(0, 1)[inside], target[inside]
+        with torch.no_grad():
+            wanted = [
+                (weight, t(batch["tokens_BT"], ids_BT=batch["ids_BT"])[0].flatten(0, 1)[inside], t.output_matrix)
+                for weight, t in teachers
+                if weight
+            ]
+        if wanted:
+            total = distillation_loss(wanted, hidden_Xd, head_Vd, token_X, ce, self.c.kl_temperature)
+        else:
+            total = -ce * selected_logp(hidden_Xd, head_Vd, token_X).sum()
+        return total, len(token_X)
 
 
 class Elastic(Distillation):
@@ -381,39 +380,43 @@ class Elastic(Distillation):
             self.stage1 = parallel.frozen_copy(model)
 
 
-def kl_divergence(
-    teacher_XD: Tensor,
-    teacher_VD: Tensor,
+def distillation_loss(
+    teachers: list[tuple[float, Tensor, Tensor]],
     student_Xd: Tensor,
     student_Vd: Tensor,
+    token_X: Tensor,
+    ce: float,
     temperature: float,
-    token_X: Tensor | None = None,
-    ce: float = 0.0,
     at_once: int = 2**24,
 ) -> Tensor:
-    """Sum over positions of KL(teacher || student), both softmax(logits / temperature), in nats (eq. 14), plus ce times the
-    cross-entropy of the tokens given, at temperature 1.
+    """sum_X (sum_i w_i KL(p_i || q) - ce log q(token)), in nats (eq. 13 to 16).
 
-    Takes hidden states and output matrices: logits are made for at most `at_once` numbers at a time, and made again in
-    the backward pass if that takes more than one piece.
+    p_i and q are softmax(logits / temperature), q(token) is at temperature 1. Each teacher is (w_i, its hidden states
+    [X, D], its output matrix [V, D]), and learns nothing here. All of them and the token share one softmax of the student,
+    and its gradient, as one mixed target: sum_i w_i KL(p_i || q) is sum_i w_i p_i log p_i - (sum_i w_i p_i) log q. Logits
+    are made for at most `at_once` numbers at a time, and made again in the backward pass if that takes more than one piece.
     """
-    if token_X is None:
-        token_X = torch.zeros(len(teacher_XD), dtype=torch.long, device=teacher_XD.device)
 
-    def piece(teacher_xD: Tensor, student_xd: Tensor, token_x: Tensor) -> Tensor:
+    def piece(student_xd: Tensor, token_x: Tensor, *teacher_xD: Tensor) -> Tensor:
         logits_xV = F.linear(student_xd, student_Vd)
-        wanted = F.log_softmax(F.linear(teacher_xD, teacher_VD) / temperature, dim=-1)
-        given = F.log_softmax(logits_xV / temperature, dim=-1)
-        total = F.kl_div(given, wanted, reduction="sum", log_target=True)
-        if ce:
-            plain = given if temperature == 1 else F.log_softmax(logits_xV, dim=-1)
-            total = total - ce * plain.gather(1, token_x[:, None]).sum()
-        return total
+        total, wanted_xV = logits_xV.new_zeros(()), 0.0
+        with torch.no_grad():
+            for (weight, _, matrix_VD), hidden_xD in zip(teachers, teacher_xD, strict=True):
+                logp_xV = F.log_softmax(F.linear(hidden_xD, matrix_VD) / temperature, dim=-1)
+                p_xV = logp_xV.exp()
+                total = total + weight * logp_xV.mul_(p_xV).sum()
+                wanted_xV = p_xV.mul_(weight).add_(wanted_xV)
+            if temperature == 1:
+                wanted_xV.scatter_add_(1, token_x[:, None], torch.full_like(token_x[:, None], ce, dtype=p_xV.dtype))
+        if ce and temperature != 1:
+            total = total - ce * F.log_softmax(logits_xV, dim=-1).gather(1, token_x[:, None]).sum()
+        return total - (wanted_xV * F.log_softmax(logits_xV / temperature, dim=-1)).sum()
 
-    n = max(1, math.ceil(len(teacher_XD) * len(teacher_VD) / at_once))
+    n = max(1, math.ceil(len(student_Xd) * len(student_Vd) / at_once))
+    hidden = [hidden_XD for _, hidden_XD, _ in teachers]
     if n == 1:
-        return piece(teacher_XD, student_Xd, token_X)
-    pieces = zip(teacher_XD.chunk(n), student_Xd.chunk(n), token_X.chunk(n), strict=True)
+        return piece(student_Xd, token_X, *hidden)
+    pieces = zip(*(t.chunk(n) for t in (student_Xd, token_X, *hidden)), strict=True)
     return sum(recompute(piece, *each, use_reentrant=False) for each in pieces)
 
 

@@ -242,7 +242,7 @@ def step_bytes(config: Config, n_gpus: int, recompute: bool) -> tuple[float, flo
     if config.mode == "elastic":
         c = config.elastic
         n_tokens = max(rows(c.batch) * c.seq_len, rows(c.long_rows()) * c.long_len * (c.stage_1_steps() < c.steps))
-        divergence = min(n_tokens * shape.vocab_size, 2 * 2**24)  # see elastic.kl_divergence
+        divergence = min(n_tokens * shape.vocab_size, 2 * 2**24)  # see elastic.distillation_loss
         n_logits = max(divergence, (c.ce + c.full_ce > 0) * n_tokens * n_ids)
         return 0.0, activation_bytes(shape, n_tokens, n_logits, recompute)
     n_tokens = rows(fit.batch) * config.pretrain.seq_len

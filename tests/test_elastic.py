@@ -1139,7 +1139,9 @@ def test_divergence_by_hand():
     for temperature, logit in ((1.0, math.log(3)), (2.0, math.log(9))):
         teacher_XD, student_XD = f64([logit], [logit]), f64([0.0], [0.0])
         matrix_VD = f64([1.0], [0.0])
-        found = elastic.kl_divergence(teacher_XD, matrix_VD, student_XD, matrix_VD, temperature)
+        found = elastic.distillation_loss(
+            [(1.0, teacher_XD, matrix_VD)], student_XD, matrix_VD, torch.tensor([0, 1]), 0.0, temperature
+        )
         assert float(found) == pytest.approx(2 * (0.75 * math.log(1.5) + 0.25 * math.log(0.5)), rel=1e-12)
     assert float(found) == pytest.approx(2 * 0.13081, abs=1e-5)
 
@@ -1147,29 +1149,35 @@ def test_divergence_by_hand():
 @pytest.mark.parametrize("at_once", [1, 10, 11, 34, 35])
 def test_a_divergence_in_pieces_equals_the_whole_with_its_gradients(at_once):
     """Seven positions, five tokens: 35 numbers, in 35, 4, 4, 2 pieces and in one."""
-    teacher_XD, teacher_VD = random_weights((7, 3)), random_weights((5, 3), 2)
+    teachers = [(w, random_weights((7, d), d), random_weights((5, d), d + 2)) for w, d in ((0.3, 3), (1.1, 1))]
     student_Xd, student_Vd = random_weights((7, 2), 3).requires_grad_(), random_weights((5, 2), 4).requires_grad_()
     results, token_X = [], torch.arange(7) % 5
     for n in (10**6, at_once):
-        loss = elastic.kl_divergence(teacher_XD, teacher_VD, student_Xd, student_Vd, 1.3, token_X, 0.7, at_once=n)
+        loss = elastic.distillation_loss(teachers, student_Xd, student_Vd, token_X, 0.7, 1.3, at_once=n)
         results.append((loss, *torch.autograd.grad(loss, [student_Xd, student_Vd])))
     assert_close(*results, **EXACT)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.3])
-def test_the_cross_entropy_that_comes_along_with_a_divergence_is_that_of_the_logits(temperature):
-    """At temperature 1, whatever that of the divergence."""
-    teacher_XD, teacher_VD, student_VD = random_weights((7, 3)), random_weights((5, 3), 2), random_weights((5, 3), 4)
-    token_X = torch.arange(7) % 5
-    both = elastic.kl_divergence(teacher_XD, teacher_VD, teacher_XD, student_VD, temperature, token_X, 0.7)
-    alone = elastic.kl_divergence(teacher_XD, teacher_VD, teacher_XD, student_VD, temperature)
-    expected = F.cross_entropy(F.linear(teacher_XD, student_VD), token_X, reduction="sum")
-    assert_close(both, alone + 0.7 * expected, **EXACT)
+@pytest.mark.parametrize("n_teachers", [1, 2])
+@pytest.mark.parametrize("ce", [0.0, 0.7])
+def test_one_mixed_target_is_the_sum_of_divergences_and_cross_entropy(temperature, n_teachers, ce):
+    """With its gradients; the cross-entropy is at temperature 1, whatever that of the divergences."""
+    teachers = [(0.5 + i, random_weights((7, 3), i), random_weights((5, 3), 2 + i)) for i in range(n_teachers)]
+    student_Xd, student_Vd = random_weights((7, 2), 5).requires_grad_(), random_weights((5, 2), 6).requires_grad_()
+    token_X, logits_XV = torch.arange(7) % 5, F.linear(student_Xd, student_Vd)
+    expected = ce * F.cross_entropy(logits_XV, token_X, reduction="sum")
+    for weight, hidden_XD, matrix_VD in teachers:
+        p, q = ((t / temperature).softmax(-1) for t in (F.linear(hidden_XD, matrix_VD), logits_XV))
+        expected = expected + weight * (p * (p / q).log()).sum()
+    found = elastic.distillation_loss(teachers, student_Xd, student_Vd, token_X, ce, temperature)
+    assert_close(found, expected, **EXACT)
+    assert_close(*(torch.autograd.grad(loss, [student_Xd, student_Vd]) for loss in (found, expected)), **EXACT)
 
 
-def test_divergence_of_no_positions_is_zero():
-    nothing = torch.zeros(0, 3)
-    assert float(elastic.kl_divergence(nothing, torch.ones(5, 3), nothing, torch.ones(5, 3), 1.0)) == 0.0
+def test_the_loss_of_no_positions_is_zero():
+    nothing, ones, none = torch.zeros(0, 3), torch.ones(5, 3), torch.zeros(0, dtype=torch.long)
+    assert float(elastic.distillation_loss([(1.0, nothing, ones)], nothing, ones, none, 1.0, 1.0)) == 0.0
 
 
 def test_a_student_that_equals_its_teacher_has_no_loss_and_no_gradient():
