@@ -357,7 +357,8 @@ def rlp_step_work(
 def elastic_step_work(device: torch.device, B=8, T=256, V=1024, budget=0.5, model=PRESETS["cpu"].model) -> Work:
     """A step of Elastic for a budget, after the search: the teacher's pass, the loss, and the gradient of every weight.
 
-    The teacher is the full model whatever the budget; a step on the text alone shows what the budget itself saves.
+    The teacher is the full model whatever the budget; a step on the text alone shows what the budget itself saves. In the
+    preset the full model that trains is a second teacher of the smaller ones.
     """
     torch.manual_seed(0)
     network, teacher = (HybridLM(dataclasses.replace(model, vocab_size=V)).to(device) for _ in range(2))
@@ -374,8 +375,9 @@ def elastic_step_work(device: torch.device, B=8, T=256, V=1024, budget=0.5, mode
         "ids_BT": torch.zeros(B, T, dtype=torch.long, device=device),
     }
 
-    def step(hidden_BTD: Tensor, head_VD: Tensor, kl: float = settings.kl) -> list[Tensor]:
-        total, n_tokens = objective.task(hidden_BTD, head_VD, batch, [(kl, teacher)], settings.ce)
+    def step(hidden_BTD: Tensor, head_VD: Tensor, kl: float = settings.kl, self_kl: float = 0.0) -> list[Tensor]:
+        teachers = [(kl, teacher), (self_kl, network)]
+        total, n_tokens = objective.task(hidden_BTD, head_VD, batch, teachers, settings.ce)
         found = torch.autograd.grad(total / n_tokens, list(weights.values()), allow_unused=True, materialize_grads=True)
         return [total.detach() / n_tokens, *found]
 
@@ -395,6 +397,7 @@ def elastic_step_work(device: torch.device, B=8, T=256, V=1024, budget=0.5, mode
             Contestant(f"{100 * budget:g} % of the parameters, on slices", lambda: on_slices(budget)),
             Contestant(f"{100 * budget:g} %, on masks (the paper's way)", on_masks),
             Contestant("100 %", lambda: on_slices(1.0), is_other_work=True),
+            Contestant(f"{100 * budget:g} %, two teachers", lambda: on_slices(budget, self_kl=1.0), is_other_work=True),
             Contestant(f"{100 * budget:g} %, on the text alone", lambda: on_slices(budget, kl=0.0), is_other_work=True),
             Contestant("100 %, on the text alone", lambda: on_slices(1.0, kl=0.0), is_other_work=True),
         ],

@@ -550,7 +550,9 @@ PRESETS: dict[str, Config] = {
         pretrain=PretrainConfig(steps=3000, batch=8, lr=3e-3, muon_lr=0.02, decay=0.4, checkpoint_every=500),
         rlp=RLPConfig(steps=150, batch=32, lr=2e-4, decay=0.5),
         cpt=CPTConfig(steps=900, batch=8, lr=1.5e-3, muon_lr=0.01, decay=1.0),
-        elastic=ElasticConfig(steps=700, batch=8, lr=1.5e-3, muon_lr=0.01, decay=1.0, router_width=64, ce=1.0),
+        elastic=ElasticConfig(
+            steps=2100, batch=8, lr=3e-3, muon_lr=0.04, decay=1.0, search_share=0.15, router_width=64, ce=1.0, self_kl=1.0
+        ),
     ),
     # Seconds instead of minutes: every part runs, nothing is learned. For tests and for a first look at the code.
     "smoke": Config(
