@@ -7,8 +7,8 @@ scan add at length t), a backward pass is 2 f, so a training step costs 3 f per 
     rlp             rollout: the context once and G thoughts of M tokens from its cache, 1 f each
                     scoring: the teacher on the context, and the closing tag and the targets after every thought, 1 f
                     policy:  the context once and the G thoughts from its cache, 3 f, for every inner epoch
-    elastic         teachers 1 f; student 3 f of the model of each budget, weighted by how often it is drawn; the full model
-                    for every budget while routers search on masks
+    elastic         the parent 1 f, the full model as a teacher of smaller budgets 1 f; student 3 f of the model of each
+                    budget, weighted by how often it is drawn; the full model for every budget while routers search on masks
 
 A token that goes on from a cache of T tokens sees T more positions than one that begins; contexts and thoughts count at
 their full length, an upper bound. Not counted: optimizer, norms and activation functions, the logits that losses make
@@ -144,7 +144,6 @@ def elastic_phases(config: Config) -> list[Phase]:
     sizes = family(full, c)
     search, stage_1 = round(c.search_share * c.steps) if c.choose == "router" else 0, c.stage_1_steps()
     alike, drawn = [1 / len(sizes)] * len(sizes), [w / sum(c.long_weights) for w in c.long_weights]
-    n_teachers = (c.kl > 0) + (c.self_kl > 0)
     found = []
     for name, begin, end, searching, n_rows, seq_len, weights in (
         ("stage 1, search", 0, min(search, stage_1), True, c.batch, c.seq_len, alike),
@@ -156,6 +155,7 @@ def elastic_phases(config: Config) -> list[Phase]:
             whole = forward_flops(full, n_rows, seq_len)
             costs = [whole if searching else forward_flops(size, n_rows, seq_len) for size in sizes]
             student = 3 * sum(w * f for w, f in zip(weights, costs, strict=True))
+            n_teachers = (c.kl > 0) + (c.self_kl > 0) * sum(w for w, b in zip(weights, c.budgets, strict=True) if b != 1)
             flops = {"teacher": n_teachers * whole, "student": student}
             found.append(Phase(name, end - begin, n_rows * seq_len, {k: v for k, v in flops.items() if v}))
     return found

@@ -118,6 +118,8 @@ def test_flops_of_elastic_are_those_of_the_teacher_and_of_the_budgets_as_they_ar
     assert [p.flops["teacher"] for p in (search, short, long)] == [f, f, f]
     students = [p.flops["student"] for p in (search, short, long)]
     assert students == pytest.approx([3 * f, 1.5 * (f + g), 3 * (0.9 * f + 0.1 * g)])
+    with_self = estimate.phases(run_of("elastic", elastic=dataclasses.replace(c, self_kl=0.5)))
+    assert [p.flops["teacher"] for p in with_self] == pytest.approx([1.5 * f, 1.5 * f, 1.1 * f])  # not for the full budget
 
 
 def test_a_base_that_init_does_not_bring_is_counted():
