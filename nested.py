@@ -8,7 +8,7 @@ A masked model equals the sliced one exactly: masked channels are zero in the re
 RMSNorm is taken over the active ones. With a share s of the channels active that is the same as the norm over all of them
 with weight sqrt(s) w and epsilon s eps, so masks touch weights only, and the model's code does not know of them.
 
-How to read: `DIMS`; `take`, which permutes and cuts; `mask_weights`.
+How to read: `DIMS`; `take`, which permutes and cuts; `rotate`, which turns the stream; `mask_weights`.
 """
 
 from collections.abc import Iterator
