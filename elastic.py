@@ -78,7 +78,8 @@ def rank(model: HybridLM, batches: list[dict[str, Tensor]], c: ElasticConfig, se
     Layers, which take a pass each, are ranked only where `depth_choices` can drop some.
     """
     config, generator = model.config, torch.Generator().manual_seed(seed)
-    sums = activation_sums(model, batches)
+    is_turned = c.score_d_model == "pca"
+    sums = activation_sums(model, batches, with_stream=is_turned)
 
     def order(scores: Tensor, kind: str, n_groups: int = 1) -> Tensor:
         if kind == "random":
@@ -95,8 +96,8 @@ def rank(model: HybridLM, batches: list[dict[str, Tensor]], c: ElasticConfig, se
         else:
             heads, channels = mamba_scores(model, sums, i, c.score_mamba)
             layers.append({"H": order(heads, c.score_mamba, config.mamba_groups), "P": order(channels, c.score_mamba)})
-    if c.score_d_model == "pca":
-        stream, axes_DD = torch.arange(config.d_model), principal_axes(model, batches)
+    if is_turned:
+        stream, axes_DD = torch.arange(config.d_model), principal_axes(sums)
     else:
         stream, axes_DD = order(stream_scores(model, sums, c.score_d_model), c.score_d_model), None
     n = len(layers)
@@ -108,15 +109,17 @@ def rank(model: HybridLM, batches: list[dict[str, Tensor]], c: ElasticConfig, se
 @torch.no_grad()
 def order_weights(model: HybridLM, ranking: Ranking) -> None:
     """Turn and permute the weights of a model, in place: the best units come first, and its function does not change."""
+    weights = model.state_dict()
     if ranking.axes_DD is not None:
-        model.load_state_dict(rotate(model.state_dict(), model.config, ranking.axes_DD))
-    model.load_state_dict(take(model.state_dict(), model.config, ranking.units))
+        weights = rotate(weights, model.config, ranking.axes_DD)
+    model.load_state_dict(take(weights, model.config, ranking.units))
 
 
-def activation_sums(model: HybridLM, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def activation_sums(model: HybridLM, batches: list[dict[str, Tensor]], with_stream: bool = False) -> dict[str, Tensor]:
     """Over all tokens, for each channel: sums of |x| of what the norms give, and of x^2 of what matrices read and give.
 
-    Keys: `layers.I.norm` and `norm`; `layers.I.mixer.NAME.in` and `.out` for each matrix of a mixer; `....abs` for |x|.
+    Keys: `layers.I.norm` and `norm`; `layers.I.mixer.NAME.in` and `.out` for each matrix of a mixer; `....abs` for |x|. If
+    asked for, `stream`: sum of x x^T over all norms, x = what the norm reads / its rms, [D, D].
     """
     sums: dict[str, Tensor] = {}
 
@@ -125,6 +128,10 @@ def activation_sums(model: HybridLM, batches: list[dict[str, Tensor]]) -> dict[s
         for name, value in ((key, x.square().sum(0)), (f"{key}.abs", x.abs().sum(0))):
             sums[name] = sums.get(name, 0) + value.cpu()
 
+    def add_stream(norm: nn.RMSNorm, args: tuple[Tensor]) -> None:
+        x_XD = F.rms_norm(args[0].flatten(0, 1).double(), norm.normalized_shape, eps=norm.eps)
+        sums["stream"] = sums.get("stream", 0) + (x_XD.T @ x_XD).cpu()
+
     hooks = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name.startswith("layers."):
@@ -132,6 +139,8 @@ def activation_sums(model: HybridLM, batches: list[dict[str, Tensor]]) -> dict[s
             hooks.append(module.register_forward_hook(lambda _, args, out, n=name: add(f"{n}.out", out)))
         elif name.split(".")[-1] == "norm":
             hooks.append(module.register_forward_hook(lambda _, args, out, n=name: add(n, out)))
+            if with_stream:
+                hooks.append(module.register_forward_pre_hook(add_stream))
     for batch in batches:
         model(batch["tokens_BT"], ids_BT=batch["ids_BT"])
     for hook in hooks:
@@ -139,27 +148,13 @@ def activation_sums(model: HybridLM, batches: list[dict[str, Tensor]]) -> dict[s
     return sums
 
 
-def principal_axes(model: HybridLM, batches: list[dict[str, Tensor]]) -> Tensor:
-    """Eigenvectors of sum x x^T over all tokens and all norms, x = what the norm reads / its rms; the largest value first.
+def principal_axes(sums: dict[str, Tensor]) -> Tensor:
+    """Eigenvectors of the stream's sum of x x^T, as columns, the largest value first.
 
     Of all the bases, each prefix of this one keeps most of what the layers read (as in SliceGPT, arXiv 2401.15024, which
     turns the stream anew for every layer; with one basis for all of them the residual connections stay as they are).
     """
-    D = model.config.d_model
-    total_DD = torch.zeros(D, D, dtype=torch.float64)
-
-    def add(module: nn.Module, args: tuple[Tensor]) -> None:
-        x_XD = F.rms_norm(args[0].flatten(0, 1).double(), (D,), eps=module.eps)
-        total_DD.add_((x_XD.T @ x_XD).cpu())
-
-    hooks = [
-        module.register_forward_pre_hook(add) for name, module in model.named_modules() if name.split(".")[-1] == "norm"
-    ]
-    for batch in batches:
-        model(batch["tokens_BT"], ids_BT=batch["ids_BT"])
-    for hook in hooks:
-        hook.remove()
-    return torch.linalg.eigh(total_DD).eigenvectors.flip(1)
+    return torch.linalg.eigh(sums["stream"]).eigenvectors.flip(1)
 
 
 def stream_scores(model: HybridLM, sums: dict[str, Tensor], kind: str) -> Tensor:
@@ -407,7 +402,7 @@ def distillation_loss(
                 total = total + weight * logp_xV.mul_(p_xV).sum()
                 wanted_xV = p_xV.mul_(weight).add_(wanted_xV)
             if temperature == 1:
-                wanted_xV.scatter_add_(1, token_x[:, None], torch.full_like(token_x[:, None], ce, dtype=p_xV.dtype))
+                wanted_xV.scatter_(1, token_x[:, None], ce, reduce="add")
         if ce and temperature != 1:
             total = total - ce * F.log_softmax(logits_xV, dim=-1).gather(1, token_x[:, None]).sum()
         return total - (wanted_xV * F.log_softmax(logits_xV / temperature, dim=-1)).sum()

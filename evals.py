@@ -378,7 +378,9 @@ def score_table(model: HybridLM, corpus: Corpus, config: Config, n_random: int =
         field = "score_" + {"mamba_heads": "mamba", "mamba_channels": "mamba", "attn_heads": "attn"}.get(axis, axis)
         ordered = copy.deepcopy(model)
         depths = (len(full.layers), len(full.layers) - 1) if axis == "depth" else ()
-        ranking = elastic.rank(ordered, batches, dataclasses.replace(c, depth_choices=depths, **{field: kind}), seed)
+        # pca is not for all models, and the other axes do not depend on it
+        scores = {"score_d_model": "paper", field: kind}
+        ranking = elastic.rank(ordered, batches, dataclasses.replace(c, depth_choices=depths, **scores), seed)
         elastic.order_weights(ordered, ranking)
         small = nested.submodel(ordered, cut(axis, ranking.depth[0]))
         return float(torch.cat([_logp_and_loss(small, batch)[1] for batch in held_out]).mean())

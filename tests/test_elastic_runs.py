@@ -636,6 +636,13 @@ def test_scores_of_every_axis_are_compared_on_a_trained_model(finished, capsys):
         assert all(abs(loss - math.log(512)) < 0.5 for loss in losses)
 
 
+def test_scores_of_a_model_with_tied_embeddings_leave_out_the_one_that_it_cannot_have(corpus):
+    tied = replace(SMOKE, model=replace(SMOKE.model, tie_embeddings=True))
+    table = evals.score_table(noisy_model(tied, corpus), corpus, tied, n_random=1)
+    assert list(table["d_model"]) == ["paper", "output", "random"]
+    assert set(table) == set(routers.AXES)
+
+
 def test_long_losses_are_of_what_follows_the_first_part(corpus):
     """Texts of 64 tokens after whose first 32 the loss counts; a model that knows nothing has ln V everywhere."""
     model = noisy_model(SMOKE, corpus)
