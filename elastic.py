@@ -102,7 +102,12 @@ def rank(model: HybridLM, batches: list[dict[str, Tensor]], c: ElasticConfig, se
         stream, axes_DD = order(stream_scores(model, sums, c.score_d_model), c.score_d_model), None
     n = len(layers)
     is_elastic = any(depth < n for depth in c.depth_choices)
-    depth = rank_layers(model, batches, c.score_depth, generator) if is_elastic else list(range(n))
+    depth = list(range(n))
+    if is_elastic:
+        depth = rank_layers(model, batches, c.score_depth, generator)
+        # The last to go is one that mixes tokens: without any a model could not read its context.
+        last = [i for i in depth if config.pattern[i] != "-"][-1]
+        depth = [i for i in depth if i != last] + [last]
     return Ranking(Units(stream, layers), depth, axes_DD)
 
 

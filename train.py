@@ -157,18 +157,18 @@ def run(config: Config) -> dict:
         return dry_run(config)
     corpus = parallel.in_turn(lambda: Corpus.load(config.data))
     check_text(start, corpus)
+    model = build_model(config, corpus.tokenizer.n_vocab, device, config.seed)
+    if config.mode == "elastic":  # refuse choices and budgets that do not fit before anything is written or trained
+        routers.build_router(model.config, config.elastic, list(range(len(model.layers))), device)
+        if config.elastic.score_d_model == "pca":
+            nested.require_untied(model.config)
     parallel.on_first(lambda: prepare_run_dir(config))
     parallel.on_first(lambda: keep_tokenizer(corpus.tokenizer, run_dir, config))
-    model = build_model(config, corpus.tokenizer.n_vocab, device, config.seed)
     console.print(
         f"{config.mode}: {count_parameters(model):,} parameters, {config.model.pattern}, on {device}"
         f"{f' and {parallel.team.world - 1} more' if parallel.team.world > 1 else ''}; "
         f"results in {escape(str(run_dir))}"
     )
-    if config.mode == "elastic":  # refuse choices and budgets that do not fit before the base is trained
-        routers.build_router(model.config, config.elastic, list(range(len(model.layers))), device)
-        if config.elastic.score_d_model == "pca":
-            nested.require_untied(model.config)
     if config.mode == "pretrain":
         if config.init:
             base_weights(config, corpus, model)

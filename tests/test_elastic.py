@@ -366,6 +366,16 @@ def test_layers_are_ranked_only_where_some_can_go(monkeypatch):
         assert elastic.rank(tiny_model(), batches, ElasticConfig(depth_choices=depths)).depth == order
 
 
+@pytest.mark.parametrize("ranked", [[0, 1, 2, 3], [2, 0, 1, 3], [1, 3, 2, 0], [1, 3, 0, 2]])
+def test_the_last_layer_to_go_mixes_tokens(monkeypatch, ranked):
+    """A model of feed-forward layers alone could not read its context; the rest of the order stays."""
+    monkeypatch.setattr(elastic, "rank_layers", lambda *_: ranked)
+    model, batches = tiny_model(pattern="M-*-"), [{"tokens_BT": TOKENS_BT, "ids_BT": None}]
+    depth = elastic.rank(model, batches, ElasticConfig(depth_choices=(4, 1))).depth
+    best = max((0, 2), key=ranked.index)
+    assert depth == [i for i in ranked if i != best] + [best]
+
+
 # ------------------------------------------------------------------------------------------------- order of the layers
 
 

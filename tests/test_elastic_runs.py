@@ -505,6 +505,7 @@ def test_init_goes_on_from_an_extracted_model_in_its_own_shape(program, extracte
 def test_an_extracted_model_is_refused_as_a_parent(program, extracted, tmp_path, capsys):
     assert program(tmp_path / "run", "--mode", "elastic", "--init", extracted) == 2
     assert "layers have widths of their own" in " ".join(capsys.readouterr().out.split())
+    assert not (tmp_path / "run").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------- refusals
@@ -541,7 +542,7 @@ def test_unusable_settings_are_refused_before_a_base_is_trained(program, tmp_pat
         options |= {"--model.tie-embeddings": []}
     assert program(tmp_path / "run", "--mode", "elastic", *(w for k, v in options.items() for w in (k, *v))) == 2
     assert message in " ".join(capsys.readouterr().out.split())
-    assert not (tmp_path / "run" / "checkpoint").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_resuming_with_other_elastic_settings_is_refused_by_name(program, finished, tmp_path, capsys):
