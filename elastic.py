@@ -398,19 +398,19 @@ def distillation_loss(
     """
 
     def piece(student_xd: Tensor, token_x: Tensor, *teacher_xD: Tensor) -> Tensor:
-        logits_xV = F.linear(student_xd, student_Vd)
-        total, wanted_xV = logits_xV.new_zeros(()), 0.0
+        logits_xV = F.linear(student_xd / temperature, student_Vd)
+        total, wanted_xV = logits_xV.new_zeros(()), None
         with torch.no_grad():
             for (weight, _, matrix_VD), hidden_xD in zip(teachers, teacher_xD, strict=True):
-                logp_xV = F.log_softmax(F.linear(hidden_xD, matrix_VD) / temperature, dim=-1)
+                logp_xV = F.log_softmax(F.linear(hidden_xD / temperature, matrix_VD), dim=-1)
                 p_xV = logp_xV.exp()
                 total = total + weight * logp_xV.mul_(p_xV).sum()
-                wanted_xV = p_xV.mul_(weight).add_(wanted_xV)
+                wanted_xV = p_xV.mul_(weight) if wanted_xV is None else wanted_xV.add_(p_xV, alpha=weight)
             if temperature == 1:
                 wanted_xV.scatter_(1, token_x[:, None], ce, reduce="add")
         if ce and temperature != 1:
-            total = total - ce * F.log_softmax(logits_xV, dim=-1).gather(1, token_x[:, None]).sum()
-        return total - (wanted_xV * F.log_softmax(logits_xV / temperature, dim=-1)).sum()
+            total = total - ce * F.log_softmax(logits_xV * temperature, dim=-1).gather(1, token_x[:, None]).sum()
+        return total - (wanted_xV * F.log_softmax(logits_xV, dim=-1)).sum()
 
     n = max(1, math.ceil(len(student_Xd) * len(student_Vd) / at_once))
     hidden = [hidden_XD for _, hidden_XD, _ in teachers]
