@@ -279,7 +279,7 @@ class ElasticConfig(FitConfig):
 
     # Budgets, as fractions of the full model's cost, or (above 1) as absolute costs in the unit of `cost`.
     budgets: tuple[float, ...] = (1.0, 0.75, 0.5)
-    # What a budget limits: parameters, memory (bytes of weights and caches), flops (a token), latency (measured, us/token).
+    # What a budget limits: parameters, memory (bytes of weights and caches), flops (a token), latency (measured, ns/token).
     cost: Literal["parameters", "memory", "flops", "latency"] = "parameters"
     # Sequences that are served at once, for memory and latency.
     cost_batch: int = 8
@@ -295,7 +295,8 @@ class ElasticConfig(FitConfig):
     mamba_head_choices: tuple[int, ...] = ()
     # Numbers of channels of a Mamba head; empty: all, three quarters, half.
     mamba_channel_choices: tuple[int, ...] = ()
-    # Numbers of query heads, multiples of model.n_kv_heads; empty: every multiple down to half.
+    # Numbers of query heads, multiples of model.n_kv_heads; empty: every multiple down to half (with as many key-value
+    # heads as query heads there is no choice).
     attn_head_choices: tuple[int, ...] = ()
     # Numbers of layers that are kept; empty: all of them, no layer is skipped.
     depth_choices: tuple[int, ...] = ()
@@ -313,7 +314,7 @@ class ElasticConfig(FitConfig):
     router_width: int = 256
     # Learning rate of the routers; the paper's.
     router_lr: float = 1e-2
-    # Head start of the largest choices, in logits, so that training begins at the full model.
+    # Head start of the largest choices, in logits: training begins above the smaller budgets.
     router_bias: float = 1.0
     # Gumbel-softmax temperature at the first and at the last step of the search, exponential in between.
     gumbel_tau: tuple[float, float] = (1.0, 0.05)
@@ -330,7 +331,7 @@ class ElasticConfig(FitConfig):
     # Order of FFN neurons: paper is equation 2 (before the activation), output what a neuron adds to the stream.
     score_ffn: Literal["paper", "output", "random"] = "output"
     # Order of Mamba heads and channels: paper is equations 3 and 4, output what they add to the stream.
-    score_mamba: Literal["paper", "output", "random"] = "paper"
+    score_mamba: Literal["paper", "output", "random"] = "output"
     # Order of query heads: paper is the size of the queries, output what a head adds to the stream.
     score_attn: Literal["paper", "output", "random"] = "paper"
     # Order of layers: paper is equation 5, greedy scores the rest again after each removal.
@@ -400,7 +401,6 @@ class ElasticConfig(FitConfig):
             self.kl + self.ce > 0 or not set(self.baseline) & {"separate", "minitron"},
             "elastic.baseline: separate and minitron learn by elastic.kl and elastic.ce, and both are 0; give one a weight",
         )
-        require(self.self_kl == 0 or self.budgets[0] == 1, "elastic.self_kl needs the budget 1.0 among elastic.budgets")
         for name in ("gumbel_tau", "logit_scale"):
             require(min(getattr(self, name)) > 0, f"elastic.{name} {getattr(self, name)} must be positive")
         require(self.kl_temperature > 0, f"elastic.kl_temperature ({self.kl_temperature}) must be positive")
@@ -603,6 +603,24 @@ def from_dict(cls: type, values: dict[str, Any]) -> Any:
     return replace(default, **kept)
 
 
+def saved_config(run_dir: Path) -> Config:
+    """The settings in a run's config.json. Raises ValueError if they cannot be read."""
+    file = run_dir / "config.json"
+    content = read_json(file)
+    require("config" in content, f"{file} holds no settings of a run; copy it again from the run")
+    return from_dict(Config, content["config"])
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError if it cannot be read."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read as JSON ({error}); copy it again") from error
+    require(isinstance(content, dict), f"{file} holds no JSON object; copy it again")
+    return content
+
+
 def _tuples(value: Any) -> Any:
     """Lists, as JSON has them, to tuples, at every depth."""
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
@@ -615,11 +633,14 @@ def require(condition: Any, message: str) -> None:
 
 
 def exit_code(program: Callable[[], Any]) -> int:
-    """Run a command line: 0, or 2 and the message of a ValueError, which a user can cause, on stderr."""
+    """Run a command line: 0, or 2 and a message on stderr for what a user can cause: a ValueError, a path of no use."""
     try:
         program()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}; give another path, or mend this one", file=sys.stderr)
         return 2
     return 0
 

@@ -15,9 +15,9 @@ A trained parent becomes elastic in four steps:
 
 Where it differs from the paper: the stream is turned, not only put in order; masks multiply weights instead of activations
 (the same function, for fewer multiplications); once the routers have settled (`elastic.search_share`) their choice is fixed
-and budgets run on slices, which costs in proportion to their size; the budget loss is relative, with a dead zone; the
-routers begin at the full model; mode 1 multiplies by the likeliest choice's probability, since its logit is NaN-prone; the
-full budget is always the full model; keys and values have no elastic heads under grouped queries.
+and budgets run on slices, which cost less the smaller they are; the budget loss is relative, with a dead zone; the routers
+begin with a head start for the largest widths; mode 1 multiplies by the likeliest choice's probability, since its logit is
+NaN-prone; the full budget is always the full model; keys and values have no elastic heads under grouped queries.
 """
 
 import json
@@ -425,16 +425,18 @@ def distillation_loss(
 
 def load_family(run_dir: Path) -> tuple[HybridLM, Router, Corpus, Config]:
     """An elastic run's model, router, corpus and settings. Raises ValueError for a run without a router."""
-    from train import load_run
+    from train import load_run, warn
 
     model, corpus, config = load_run(run_dir)
     found = checkpoint.newest(run_dir)
+    step, steps = found.meta["step"], config.elastic.steps
     require(
         "router" in found.networks(),
         f"{run_dir} has no router, so it holds one size only; give the folder of a run of --mode elastic",
     )
     router = unmeasured_router(model.config, config.elastic)
     checkpoint.load_weights(router, found.tensors("router"), found.path)
+    warn(f"{run_dir} has made {step} of its {steps} steps; --resume goes on with it" if step < steps else "")
     return model, router, corpus, config
 
 

@@ -169,7 +169,7 @@ def family(full: ModelConfig, c: ElasticConfig) -> list[ModelConfig]:
     """
     if c.cost == "latency":
         return [full] * len(c.budgets)
-    router = routers.build_router(full, replace(c, choose="fixed"), list(range(len(full.pattern))), torch.device("cpu"))
+    router = routers.build_router(full, replace(c, choose="fixed"), None, torch.device("cpu"))
     return [nested.shrink(full, router.choose(b)) for b in c.budgets]
 
 

@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import checkpoint
-from config import WIDTH_FIELDS, ModelConfig, exit_code, from_dict, require
+from config import WIDTH_FIELDS, ModelConfig, exit_code, read_json, require, saved_config
 from widen import homogeneous
 
 FAMILIES = {"nemotron_h": "NemotronHForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
@@ -155,7 +155,7 @@ def _sizes(config: ModelConfig) -> dict[str, int]:
 
 def is_hf(folder: Path) -> bool:
     """Whether a folder is a Hugging Face directory: it holds a config.json, and that is not a run's."""
-    return (folder / "config.json").is_file() and "config" not in _read_json(folder / "config.json")
+    return (folder / "config.json").is_file() and "config" not in read_json(folder / "config.json")
 
 
 # ----------------------------------------------------------------------------------------------------------------- in
@@ -185,7 +185,7 @@ def load_hf(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[ModelConf
 def read_config(folder: Path) -> tuple[ModelConfig, str]:
     """The shape and the family that config.json tells. Raises ValueError for what is missing or model.py cannot be."""
     file = folder / "config.json"
-    hf = {key: value for key, value in _read_json(file).items() if value is not None}
+    hf = {key: value for key, value in read_json(file).items() if value is not None}
     family = hf.get("model_type")
     require(family in FAMILIES, f"{file}: model_type ({family!r}) is not supported; choose one of {', '.join(FAMILIES)}")
     for key, needed in [*NEEDS[family].items(), ("quantization_config", None)]:
@@ -268,7 +268,7 @@ def _number(hf: dict[str, Any], key: str, file: Path) -> Any:
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of model.safetensors, or of the shards that its index lists. Raises ValueError for a damaged file."""
     index = folder / "model.safetensors.index.json"
-    shards = sorted(set(_read_json(index).get("weight_map", {}).values())) if index.is_file() else ["model.safetensors"]
+    shards = sorted(set(read_json(index).get("weight_map", {}).values())) if index.is_file() else ["model.safetensors"]
     tensors: dict[str, Tensor] = {}
     for shard in shards:
         require((folder / shard).is_file(), f"{folder / shard} does not exist; weights must be safetensors files")
@@ -277,15 +277,6 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise ValueError(f"{folder / shard} cannot be read ({error}); copy it again") from error
     return tensors
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read as JSON ({error}); copy it again") from error
-    require(isinstance(content, dict), f"{file} holds no JSON object; copy it again")
-    return content
 
 
 def _our_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -434,9 +425,9 @@ def export(
     """
     found = checkpoint.newest(run)
     require(found, f"{run} holds no checkpoint; give the folder of a run, such as runs/rlp-cpu-seed0")
-    config = from_dict(ModelConfig, _read_json(run / "config.json")["config"]["model"])
+    config = saved_config(run).model
     source, kept = run / "hf", ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
-    theirs = _read_json(source / "config.json") if source.is_dir() else {}
+    theirs = read_json(source / "config.json") if source.is_dir() else {}
     more = {key: theirs[key] for key in kept if key in theirs}
     save_hf(out, config, found.tensors("model"), getattr(torch, dtype), more=more, listed=widths == "listed")
     if source.is_dir():

@@ -336,7 +336,19 @@ def bench_table(found: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     threads = "" if found["device"] == "cuda" else f", threads: {found['threads']}"
     text = f"{markdown(rows)}\n\n{found['machine']}{threads}, fp32 ({found['precision']}), {versions}; medians."
-    return text + (f"\n\n{growth_table(found['growth'])}" if "growth" in found else "")
+    text += f"\n\n{growth_table(found['growth'])}" if "growth" in found else ""
+    return text + (f"\n\n{step_shares(found['rows'])}" if found["title"].startswith("Elastic step") else "")
+
+
+def step_shares(rows: list[dict]) -> str:
+    """README: what a step of the smaller budget takes of the full model's."""
+    ms = {row["name"]: row["ms"] for row in rows}
+    shares = [ms[half] / ms[full] for half, full in (
+        ("50 %, on the text alone", "100 %, on the text alone"), ("50 % of the parameters, on slices", "100 %"))]  # fmt: skip
+    return (
+        f"A step at 50 % takes {shares[0]:.2f} of one at 100 % on the text alone, and {shares[1]:.2f} with the pass of the "
+        "parent, which is the full model for every budget."
+    )
 
 
 def growth_table(growth: dict) -> str:

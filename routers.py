@@ -143,11 +143,17 @@ class Costs(nn.Module):
             for at in torch.cartesian_prod(*(torch.arange(n) for n in shape)).view(-1, len(shape)).tolist():
                 own = {WIDTH_FIELDS[kind][j]: space.choices[a][at[1 + j]] for j, a in enumerate(axes)}
                 table[tuple(at)] = measure(kind, replace(config, d_model=streams[at[0]], **own))
+            for axis in range(len(shape)):  # a wider part costs no less, whatever the clock says
+                table = table.flip(axis).cummax(axis).values.flip(axis)
             self.register_buffer(TABLES[kind], table)
 
     def table(self, i: int) -> Tensor:
         """Of layer i."""
         return getattr(self, TABLES[self.space.config.pattern[i]])
+
+    def dearest_first(self) -> list[int]:
+        """Layers, the one first whose smallest form costs most: the order in which the smallest models are cheapest."""
+        return sorted(range(len(self.space.config.pattern)), key=lambda i: -float(self.table(i).min()))
 
     def expected(self, p: dict[str, Tensor], depth_order: list[int]) -> Tensor:
         """Expected cost under probabilities [decisions, widths] of every axis."""
@@ -184,7 +190,7 @@ class Costs(nn.Module):
 
 
 def cost_measure(c: ElasticConfig, device: torch.device) -> Callable[[str, ModelConfig], float]:
-    """Cost of a part of the model in the unit of `elastic.cost`: parameters, bytes, FLOPs a token, microseconds a token."""
+    """Cost of a part of the model in the unit of `elastic.cost`: parameters, bytes, FLOPs a token, nanoseconds a token."""
     if c.cost == "parameters":
         return lambda kind, shape: float(part_parameters(kind, shape))
     if c.cost == "flops":
@@ -194,7 +200,7 @@ def cost_measure(c: ElasticConfig, device: torch.device) -> Callable[[str, Model
             part_parameters(kind, shape) * c.cost_bytes
             + c.cost_batch * part_cache_bytes(kind, shape, c.cost_len, c.cost_bytes)
         )
-    return lambda kind, shape: part_latency_us(kind, shape, c.cost_batch, device)
+    return lambda kind, shape: part_latency_ns(kind, shape, c.cost_batch, device)
 
 
 def total_cost(config: ModelConfig, c: ElasticConfig, device: torch.device) -> float:
@@ -204,8 +210,8 @@ def total_cost(config: ModelConfig, c: ElasticConfig, device: torch.device) -> f
 
 @functools.cache  # a run builds its router twice: to refuse choices early, and to train it
 @torch.no_grad()
-def part_latency_us(kind: str, shape: ModelConfig, n_rows: int, device: torch.device, n_tokens: int = 64) -> float:
-    """Measured microseconds a token of a forward pass of a layer (kind "": of the output matrix); median of seven."""
+def part_latency_ns(kind: str, shape: ModelConfig, n_rows: int, device: torch.device, n_tokens: int = 64) -> float:
+    """Measured nanoseconds a token of a forward pass of a layer (kind "": of the output matrix); median of seven."""
     part = Block(kind, shape) if kind else nn.Linear(shape.d_model, shape.vocab_size, bias=False)
     part, x_BTD = part.to(device), torch.randn(n_rows, n_tokens, shape.d_model, device=device)
     times = []
@@ -215,7 +221,7 @@ def part_latency_us(kind: str, shape: ModelConfig, n_rows: int, device: torch.de
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
-    return sorted(times[1:])[3] * 1e6 / (n_rows * n_tokens)
+    return sorted(times[1:])[3] * 1e9 / (n_rows * n_tokens)
 
 
 class Router(nn.Module):
@@ -277,8 +283,12 @@ class Router(nn.Module):
         """Cost of the full model."""
         return self.costs.exact(self.space.extreme(), self.depth_order)
 
-    def check_budgets(self) -> None:
-        """Raises ValueError for a budget above the full model, or below the smallest that can be reached."""
+    def check_budgets(self, is_ranked: bool) -> None:
+        """Raises ValueError for a budget above the full model or out of reach, and where the full one must be among them.
+
+        is_ranked: whether the order is known in which layers go; if not, only the least that any order makes counts.
+        """
+        kl, largest = self.settings.self_kl, self.settings.budgets[0]
         full, least = self.full_cost, self.costs.exact(self.space.extreme(smallest=True), self.depth_order)
         for b in self.settings.budgets:
             require(
@@ -291,6 +301,15 @@ class Router(nn.Module):
                 f"{self.settings.cost}, {least / full:.3f} of the full model (above 1 a budget is an absolute cost); "
                 "raise it, or give smaller choices",
             )
+            if is_ranked and not self.is_full(b):
+                indifferent = {a: torch.zeros(self.space.n_decisions(a), len(w)) for a, w in self.space.choices.items()}
+                self.check_met(fit_to_budget(indifferent, self, b), b)
+        require(
+            kl == 0 or self.is_full(largest),
+            f"elastic.self_kl ({kl:g}) makes the full model a teacher, so it must be trained, and the largest of "
+            f"elastic.budgets is {largest:g}; begin them with {1 if largest <= 1 else full:.15g}, or set "
+            "elastic.self_kl to 0",
+        )
 
     def is_full(self, budget: float) -> bool:
         """Whether a budget is that of the full model, which needs no router."""
@@ -309,7 +328,17 @@ class Router(nn.Module):
             choice = by_hand(self, budget)
         else:
             choice = fit_to_budget({a: v.log_softmax(-1) for a, v in self(budget).items()}, self, budget)
+        self.check_met(choice, budget)
         return self.space.widths(choice, self.depth_order)
+
+    def check_met(self, choice: Choice, budget: float, within: float = 0.02) -> None:
+        """Raises ValueError for a choice that costs something else than its budget says."""
+        wanted, reached = self.fraction(budget), self.costs.exact(choice, self.depth_order) / self.full_cost
+        require(
+            abs(reached / wanted - 1) <= within,
+            f"budget ({budget:g}) cannot be met within {100 * within:g} %: the nearest model that the choices make has "
+            f"{reached:.4f} of the full {self.settings.cost}; ask for that, or train with finer elastic.*_choices",
+        )
 
 
 def fit_to_budget(logp: dict[str, Tensor], router: Router, budget: float, tolerance: float = 0.005) -> Choice:
@@ -407,11 +436,15 @@ def budget_loss(router: Router, p: dict[str, Tensor], budget: float) -> Tensor:
     return F.relu((ratio - 1).abs() - router.settings.dead_zone)
 
 
-def build_router(config: ModelConfig, c: ElasticConfig, depth_order: list[int], device: torch.device) -> Router:
-    """A router over the choices of a model. Raises ValueError for choices or budgets that do not fit."""
+def build_router(config: ModelConfig, c: ElasticConfig, depth_order: list[int] | None, device: torch.device) -> Router:
+    """A router over the choices of a model. Raises ValueError for choices or budgets that do not fit.
+
+    depth_order: layers, the first to go first; None where they are not ranked yet: only what no order can reach is refused.
+    """
     space = Space(config, c)
-    router = Router(space, c, Costs(space, cost_measure(c, device)), depth_order).to(device)
-    router.check_budgets()
+    costs = Costs(space, cost_measure(c, device))
+    router = Router(space, c, costs, depth_order or costs.dearest_first()).to(device)
+    router.check_budgets(is_ranked=depth_order is not None or len(space.choices["depth"]) == 1)
     return router
 
 

@@ -35,7 +35,7 @@ import nested
 import parallel
 import report
 import routers
-from config import PRESETS, Config, fingerprint, from_dict, require
+from config import PRESETS, Config, fingerprint, require, saved_config
 from data import (
     Corpus,
     FileTokenizer,
@@ -159,7 +159,7 @@ def run(config: Config) -> dict:
     check_text(start, corpus)
     model = build_model(config, corpus.tokenizer.n_vocab, device, config.seed)
     if config.mode == "elastic":  # refuse choices and budgets that do not fit before anything is written or trained
-        routers.build_router(model.config, config.elastic, list(range(len(model.layers))), device)
+        routers.build_router(model.config, config.elastic, None, device)
         if config.elastic.score_d_model == "pca":
             nested.require_untied(model.config)
     parallel.on_first(lambda: prepare_run_dir(config))
@@ -264,7 +264,10 @@ def run_elastic(
     families = {"elastic": [nested.submodel(model, w) for w in widths.values()]}
     if objective.stage1 is not None:
         families["stage1"] = [nested.submodel(objective.stage1, w) for w in widths.values()]
-    for name in c.baseline:
+    earlier = run_dir / "summary.json"  # a resumed run keeps the rivals that it had
+    had = json.loads(earlier.read_text())["baselines"] if config.resume and earlier.exists() else {}
+    rivals = list(dict.fromkeys([*had, *c.baseline]))
+    for name in rivals:
         console.print(f"baseline {name}")
         families[name] = train_rival(name, parent, widths, corpus, config, run_dir / "baselines" / name)
     if not parallel.part():
@@ -287,7 +290,7 @@ def run_elastic(
         "stage1": entries.pop("stage1", []),
         "baselines": entries,
         "train_s": {name: logged_seconds(run_dir / ("" if name == "elastic" else f"baselines/{name}"))
-                    for name in ("elastic", *c.baseline)},
+                    for name in ("elastic", *rivals)},
         "memory": evals.family_bytes(model, router, families["elastic"]),
         "n_tokens": c.n_tokens(),
     }  # fmt: skip
@@ -534,11 +537,6 @@ def load_run(run_dir: Path) -> tuple[HybridLM, Corpus, Config]:
     model = build_model(config, corpus.tokenizer.n_vocab, pick_device(config), config.seed)
     checkpoint.load_weights(model, found.tensors("model"), found.path)
     return model, corpus, config
-
-
-def saved_config(run_dir: Path) -> Config:
-    """The settings in a run's config.json."""
-    return from_dict(Config, json.loads((run_dir / "config.json").read_text())["config"])
 
 
 def load_model(folder: Path) -> tuple[HybridLM, Tokenizer, str]:

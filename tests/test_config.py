@@ -146,7 +146,6 @@ def test_a_value_that_cannot_work_is_refused_with_its_name_and_the_rule(name, va
             "the sequences of stage 2 (3) must be a multiple of elastic.accumulate (2); nearest is 4",
         ),
         ({"elastic__self_kl": 1.0, "elastic__kl": 0.0}, "elastic.self_kl needs elastic.full_ce, elastic.ce or elastic.kl"),
-        ({"elastic__self_kl": 1.0, "elastic__budgets": (0.9, 0.75, 0.5)}, "elastic.self_kl needs the budget 1.0 among"),
         (
             {"elastic__self_kl": 1.0, "elastic__full_ce": 1.0, "elastic__kl": 0.0, "elastic__baseline": ("separate",)},
             "elastic.baseline: separate and minitron learn by elastic.kl and elastic.ce, and both are 0",

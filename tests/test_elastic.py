@@ -744,12 +744,28 @@ def test_costs_fall_with_every_width(cost):
 
 
 def test_latency_is_measured_for_every_shape():
-    """Microseconds, positive; which of two tiny shapes is the faster is left to chance."""
+    """Nanoseconds, positive."""
     c = settings(cost="latency", cost_batch=1, d_model_choices=(8, 5), ffn_choices=(12, 7), mamba_channel_choices=(3, 1))
     costs = Costs(Space(tiny_model().config, c), routers.cost_measure(c, CPU))
     for table, shape in ((costs.outside, [2]), (costs.ffn, [2, 2]), (costs.attention, [2, 2]), (costs.mamba, [2, 2, 2])):
         assert list(table.shape) == shape
-        assert ((table > 0) & (table < 1e6)).all()
+        assert ((table > 0) & (table < 1e9)).all()
+
+
+def test_a_wider_part_never_costs_less_whatever_the_clock_says():
+    """The measure below gives every narrower part a longer time; each then costs as much as the dearest that it holds."""
+    c = settings(d_model_choices=(8, 5), ffn_choices=(12, 7), mamba_channel_choices=(3, 1))
+    costs = Costs(Space(tiny_model().config, c), lambda kind, shape: 1e6 / (shape.d_model * shape.d_ff))
+    assert_close(costs.ffn, torch.full_like(costs.ffn, 1e6 / (5 * 7)))
+
+
+def test_the_narrowest_order_drops_the_dearest_layers_first():
+    """Of the pattern M-M*- at its smallest choices: no order that keeps three layers has a cheaper smallest model."""
+    model = tiny_model()
+    costs = routers.build_router(model.config, settings(), None, CPU).costs
+    choice = costs.space.extreme(smallest=True)
+    orders = itertools.permutations(range(5))
+    assert costs.exact(choice, costs.dearest_first()) == min(costs.exact(choice, list(order)) for order in orders)
 
 
 def test_parts_add_up_to_the_parameters_of_the_model():
@@ -838,6 +854,35 @@ def test_absolute_budgets_are_fractions_of_the_full_cost():
 def test_budgets_out_of_reach_are_refused(budgets, message):
     with pytest.raises(ValueError, match=message):
         make_router(tiny_model(), budgets=budgets, long_weights=(1, 1))
+
+
+COARSE = {"d_model_choices": (8, 4), "depth_choices": (5,), "ffn_choices": (12,), "mamba_head_choices": (4,),
+          "mamba_channel_choices": (3,), "attn_head_choices": (4,)}  # fmt: skip
+
+
+def test_a_budget_that_no_choice_comes_near_is_refused_with_the_nearest():
+    """With the stream as the only axis a model has all or about half of the parameters."""
+    half = make_router(tiny_model(), **COARSE, budgets=(1.0,), long_weights=(1,))
+    cost = half.costs.exact(half.space.extreme(smallest=True), half.depth_order) / half.full_cost
+    router = make_router(tiny_model(), **COARSE, budgets=(1.0, cost), long_weights=(1, 1))
+    assert router.choose(cost).d_model == 4
+    for choose in ("router", "fixed"):
+        router.settings = replace(router.settings, choose=choose)
+        with pytest.raises(
+            ValueError, match=rf"budget \(0.8\) cannot be met within 2 %: .* has (1.0000|{cost:.4f}) of the full"
+        ):
+            router.choose(0.8)
+    with pytest.raises(ValueError, match=r"budget \(0.8\) cannot be met"):
+        make_router(tiny_model(), **COARSE, budgets=(1.0, 0.8), long_weights=(1, 1))
+
+
+def test_the_full_model_must_train_where_it_teaches():
+    """An absolute budget may say so too."""
+    full = float(count_parameters(tiny_model()))
+    make_router(tiny_model(), self_kl=1.0, budgets=(full, 0.5 * full), long_weights=(1, 1))
+    for budgets, remedy in (((0.9, 0.5), "begin them with 1,"), ((0.9 * full, 0.5 * full), f"begin them with {full:.0f},")):
+        with pytest.raises(ValueError, match=r"elastic.self_kl \(0.5\) makes the full model a teacher.*" + remedy):
+            make_router(tiny_model(), self_kl=0.5, budgets=budgets, long_weights=(1, 1))
 
 
 @functools.cache
@@ -1199,10 +1244,11 @@ def test_a_student_that_equals_its_teacher_has_no_loss_and_no_gradient():
     assert max(float(p.grad.abs().max()) for p in model.parameters()) < 1e-12
 
 
-def test_the_task_is_the_weighted_sum_of_its_parts():
+@pytest.mark.parametrize("weight", [0.7, 0.0], ids=["both", "text alone"])
+def test_the_task_is_the_weighted_sum_of_its_parts(weight):
     """0.7 KL + 0.3 CE, each computed here from whole logits, over the 20 positions that have a target."""
     model, batch = tiny_model(), batch_of([0, 0])
-    objective = make_objective(model, kl=0.7, ce=0.3, full_ce=0.5, kl_temperature=2.0)
+    objective = make_objective(model, kl=weight, ce=0.3, full_ce=0.5, kl_temperature=2.0)
     wanted, given_ = (m.logits(m(batch["tokens_BT"], ids_BT=batch["ids_BT"])[0]) for m in (objective.teacher, model))
     inside = batch["targets_BT"] != -100
     wanted, given_, target = (t[inside] for t in (wanted, given_, batch["targets_BT"]))
@@ -1210,10 +1256,10 @@ def test_the_task_is_the_weighted_sum_of_its_parts():
     kl, ce = (p * (p / q).log()).sum(), -given_.log_softmax(-1).gather(-1, target[:, None]).sum()
     alone = Distillation(objective.c, objective.teacher).loss(model, batch)
     assert (alone[1], alone[2]) == (20, {})
-    assert_close(alone[0], 0.7 * kl + 0.3 * ce, **EXACT)
+    assert_close(alone[0], weight * kl + 0.3 * ce, **EXACT)
     total, count, metrics = loss_of(objective, model, batch)
     assert count == 20
-    assert_close(total, 0.7 * kl + (0.3 + 0.5) * ce, **EXACT)
+    assert_close(total, weight * kl + (0.3 + 0.5) * ce, **EXACT)
     assert_close(metrics["loss_1"], total.detach() / 20, **EXACT)
 
 

@@ -491,6 +491,33 @@ def test_an_extraction_into_a_folder_in_use_is_refused_and_leaves_it(finished, e
     assert contents(extracted) == before
 
 
+def test_paths_of_no_use_are_refused_by_name(finished, tmp_path, capsys):
+    """An out folder that is a file, and a run whose settings are gone or are not settings."""
+    (tmp_path / "file").touch()
+    for out in ("file", "file/out"):
+        assert elastic.main(["extract", str(finished), "--budget", "0.5", "--out", str(tmp_path / out)]) == 2
+        assert f"error: {tmp_path / out}: " in capsys.readouterr().err
+    run_dir = shutil.copytree(finished, tmp_path / "run")
+    for text, message in (("{}", "holds no settings of a run"), ("{", "cannot be read as JSON"), (None, "No such file")):
+        (run_dir / "config.json").unlink() if text is None else (run_dir / "config.json").write_text(text)
+        assert elastic.main(["extract", str(run_dir), "--budget", "0.5", "--out", str(tmp_path / "out")]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_stopped_early_says_so_when_it_is_cut(finished, tmp_path, capsys):
+    """Its routers may not have settled."""
+    run_dir = shutil.copytree(finished, tmp_path / "run")
+    elastic.load_family(run_dir)
+    assert "warning" not in capsys.readouterr().out
+    saved = json.loads((run_dir / "config.json").read_text())
+    saved["config"]["elastic"]["steps"] += 3
+    (run_dir / "config.json").write_text(json.dumps(saved))
+    elastic.load_family(run_dir)
+    n = saved["config"]["elastic"]["steps"]
+    assert f"has made {n - 3} of its {n} steps; --resume goes on with it" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize("mode", ["pretrain", "rlp"])
 def test_init_goes_on_from_an_extracted_model_in_its_own_shape(program, extracted, tmp_path, mode):
     assert program(tmp_path / "run", "--mode", mode, "--init", extracted, f"--{mode}.steps", 1) == 0
@@ -557,7 +584,9 @@ def test_a_rival_can_be_added_to_a_finished_run(program, finished, tmp_path):
     run_dir = shutil.copytree(finished, tmp_path / "run")
     assert program(run_dir, "--mode", "elastic", "--elastic.baseline", "uniform", "--resume") == 0
     ours, theirs = summary_of(run_dir), summary_of(finished)
-    assert set(ours["baselines"]) == {"uniform"}
+    assert list(ours["baselines"]) == [*theirs["baselines"], "uniform"]
+    for name, entries in theirs["baselines"].items():  # those that it had are measured again too
+        assert [b["loss_nats"] for b in ours["baselines"][name]] == [b["loss_nats"] for b in entries]
     assert [b["loss_nats"] for b in ours["budgets"]] == [b["loss_nats"] for b in theirs["budgets"]]
     assert metrics_of(run_dir) == metrics_of(finished)
 

@@ -126,7 +126,7 @@ def ranking(model):
         scores = {f"score_{name}": kind for name in ("d_model", "ffn", "mamba", "attn")}
         ranking = elastic.rank(model, [elastic_batch(0)], ElasticConfig(**scores, score_depth=depth, depth_choices=(3, 2)))
         elastic.order_weights(model, ranking)
-    routers.part_latency_us("M", model.config, 2, torch.device("cpu"))
+    routers.part_latency_ns("M", model.config, 2, torch.device("cpu"))
 
 
 def elastic_step(model):
@@ -141,7 +141,7 @@ def elastic_step(model):
 def extraction(model):
     """A small model, its figures beside the parent's, and one step of distilling it alone."""
     router = routers.build_router(model.config, ELASTIC, [0, 1, 2], torch.device("cpu"))
-    small = nested.submodel(model, router.choose(0.6))
+    small = nested.submodel(model, router.choose(0.5))
     small(torch.tensor([[1], [2]]), small(elastic_batch(0)["tokens_BT"][:2])[1])
     evals._logp_and_loss(small, elastic_batch(0))
     evals.size_facts(small, PRESETS["smoke"])

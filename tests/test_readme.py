@@ -1,5 +1,6 @@
 """README is true: its commands run, its tables are what report.py writes, its first command comes early."""
 
+import dataclasses
 import re
 import shlex
 import subprocess
@@ -7,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import report
+import routers
 import shards
 import train
 
@@ -35,7 +38,12 @@ def test_generated_parts_are_what_report_writes():
 
 @pytest.mark.parametrize("words", [c for c in commands() if c[1] == "train.py" and "--help" not in c], ids=" ".join)
 def test_every_training_command_is_valid(words):
-    assert train.parse(words[2:]).check().mode in ("pretrain", "rlp", "cpt", "elastic")
+    """An elastic one asks for budgets that its choices can meet."""
+    config = train.parse(words[2:]).check()
+    assert config.mode in ("pretrain", "rlp", "cpt", "elastic")
+    if config.mode == "elastic":
+        shape = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or config.data.vocab_size)
+        assert routers.build_router(shape, config.elastic, None, torch.device("cpu"))
 
 
 def test_every_file_of_the_reading_order_exists():
