@@ -6,11 +6,13 @@ One smoke run with three baselines (`finished`) serves most tests. What a step c
 import collections
 import copy
 import dataclasses
+import gc
 import io
 import json
 import math
 import re
 import shutil
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -458,6 +460,21 @@ def test_a_size_of_the_family_says_what_its_extracted_model_says(finished, extra
     alone = capsys.readouterr().out
     assert generate.main([str(finished), *words, "--budget", "0.6"]) == 0
     assert capsys.readouterr().out == f"[0.6] {alone}"
+
+
+def test_sizes_take_turns_in_constant_memory(finished, monkeypatch):
+    """One smaller model is there at a time."""
+    alive, counts = weakref.WeakSet(), []
+
+    def show(model, *_, **__):
+        alive.add(model)
+        gc.collect()
+        counts.append(len(alive))
+        return [""]
+
+    monkeypatch.setattr(generate, "show_thoughts", show)
+    assert generate.main([str(finished), PROMPT, "--budget", "1", "0.5", "0.75", "0.5"]) == 0
+    assert counts == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("budget", ["0.49", "0.3", "-1", "1e9"])
