@@ -346,8 +346,8 @@ def step_shares(rows: list[dict]) -> str:
     alone = ms["50 %, on the text alone"] / ms["100 %, on the text alone"]
     taught = ms["50 % of the parameters, on slices"] / ms["100 %"]
     return (
-        f"A step at 50 % takes {alone:.2f} of one at 100 % on the text alone, and {taught:.2f} with the pass of the parent, which "
-        "is the full model for every budget."
+        f"A step at 50 % takes {alone:.2f} of one at 100 % on the text alone, and {taught:.2f} with the pass of the "
+        "parent, which is the full model for every budget."
     )
 
 
