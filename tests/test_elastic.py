@@ -784,7 +784,7 @@ def cpu_router() -> Router:
     return routers.build_router(replace(preset.model, vocab_size=1024), preset.elastic, [4, 0, 3, 1, 2, 5], CPU)
 
 
-def test_routers_start_at_the_full_model():
+def test_routers_start_with_a_head_start_for_the_largest_widths():
     """With a head start of b logits, of n widths the largest has e^b / (e^b + n - 1)."""
     start = math.exp(PRESETS["cpu"].elastic.router_bias)
     assert start > 1
