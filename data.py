@@ -33,6 +33,13 @@ from typing import NamedTuple
 import numpy as np
 import tiktoken
 import torch
+from tokenizers import AddedToken, Regex
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel, Split
+from tokenizers.pre_tokenizers import Sequence as PreTokenizers
+from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 
 from config import Config, DataConfig, RLPConfig, fingerprint, require
@@ -236,6 +243,8 @@ class Tokenizer:
 
     begin: tuple[int, ...] = ()  # what stands before every document
     new_ids: tuple[int, ...] = ()  # tokens that the vocabulary's own model does not know
+    json: str = ""  # its tokenizer.json, where it has one
+    settings: dict = {}  # and the config.json beside it
 
     def __init__(self, base: tiktoken.Encoding):
         ranks = base._mergeable_ranks
@@ -249,6 +258,8 @@ class Tokenizer:
     @property
     def fingerprint(self) -> str:
         """Equal exactly where the same text becomes the same tokens, as far as the vocabulary says."""
+        if self.json:
+            return fingerprint([json.loads(self.json), self.end])
         e = self.encoding
         return fingerprint([e._pat_str, {k.hex(): rank for k, rank in e._mergeable_ranks.items()}, e._special_tokens])
 
@@ -265,6 +276,12 @@ class Tokenizer:
         """Text of token ids, special tokens included; bytes that are no UTF-8 become the replacement character."""
         return self.encoding.decode([int(t) for t in tokens])
 
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json, with the tags, and the config.json beside it: what FileTokenizer reads, and an export."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "tokenizer.json").write_text(self.json, encoding="utf-8")
+        (folder / "config.json").write_text(json.dumps(self.settings, indent=1) + "\n", encoding="utf-8")
+
 
 class FileTokenizer(Tokenizer):
     """The tokenizer.json of a Hugging Face directory, as `Tokenizer`.
@@ -275,9 +292,6 @@ class FileTokenizer(Tokenizer):
     """
 
     def __init__(self, folder: Path):
-        from tokenizers import AddedToken
-        from tokenizers import Tokenizer as File
-
         file, beside = folder / "tokenizer.json", folder / "config.json"
         require(
             file.is_file(), f"{file} does not exist; a model of Hugging Face needs the tokenizer that it was trained with"
@@ -285,7 +299,7 @@ class FileTokenizer(Tokenizer):
         self.json = file.read_text(encoding="utf-8")
         try:
             self.settings = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
-            base = File.from_str(self.json)
+            base = HFTokenizer.from_str(self.json)
         except Exception as error:  # the library raises nothing narrower
             raise ValueError(f"{file} or {beside} cannot be read ({error}); copy it again") from error
         missing = [text for text in (THINK, CLOSE) if base.token_to_id(text) is None]
@@ -304,15 +318,10 @@ class FileTokenizer(Tokenizer):
         content = json.loads(self.json)
         for token in content["added_tokens"]:  # what `encode` shall read as text where a text spells it
             token["special"] = token["special"] or token["content"] in (END, THINK, CLOSE)
-        self.file = File.from_str(json.dumps(content))
+        self.file = HFTokenizer.from_str(json.dumps(content))
         self.file.encode_special_tokens = True
         framed, plain = self.file.encode("a").ids, self.encode("a")
         self.begin = tuple(framed[: framed.index(plain[0])])
-
-    @property
-    def fingerprint(self) -> str:
-        """As of `Tokenizer`."""
-        return fingerprint([json.loads(self.json), self.end])
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text; a special token written out in the text is plain text too."""
@@ -322,38 +331,44 @@ class FileTokenizer(Tokenizer):
         """Text of token ids, special tokens included; ids beyond the vocabulary are left out."""
         return self.file.decode([int(t) for t in tokens], skip_special_tokens=False)
 
-    def save(self, folder: Path) -> None:
-        """Write tokenizer.json, with the tags, and the config.json beside it: what FileTokenizer reads, and an export."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.json").write_text(self.json, encoding="utf-8")
-        (folder / "config.json").write_text(json.dumps(self.settings, indent=1) + "\n", encoding="utf-8")
+
+# The `tokenizers` library writes a byte as a printable character: the printable ones as themselves, others from U+0100 on.
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+CHARACTER = {b: chr(b) for b in PRINTABLE}
+CHARACTER |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in PRINTABLE)}
+
+
+def byte_pairs(model: BPE) -> HFTokenizer:
+    """The library's tokenizer on bytes, split by TOKEN_PATTERN."""
+    made = HFTokenizer(model)
+    split = Split(Regex(TOKEN_PATTERN), behavior="isolated")
+    made.pre_tokenizer = PreTokenizers([split, ByteLevel(add_prefix_space=False, use_regex=False)])
+    made.decoder = ByteLevelDecoder()
+    return made
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> dict[str, int]:
     """Byte-pair ranks {hexadecimal bytes: rank} for tiktoken, trained by the `tokenizers` library."""
-    from tokenizers import Regex
-    from tokenizers import Tokenizer as Trainable
-    from tokenizers.models import BPE
-    from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
-    from tokenizers.trainers import BpeTrainer
-
-    trainable = Trainable(BPE())
-    split = Split(Regex(TOKEN_PATTERN), behavior="isolated")
-    trainable.pre_tokenizer = Sequence([split, ByteLevel(add_prefix_space=False, use_regex=False)])
+    trainable, byte_of = byte_pairs(BPE()), {c: b for b, c in CHARACTER.items()}
     trainer = BpeTrainer(vocab_size=vocab_size - 3, initial_alphabet=ByteLevel.alphabet(), show_progress=False)
     trainable.train_from_iterator(texts, trainer)
-    # ByteLevel writes each byte as a printable character: the printable ones as themselves, the others from U+0100 on.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
     by_id = sorted(trainable.get_vocab().items(), key=lambda item: item[1])
     return {bytes(byte_of[c] for c in token).hex(): rank for token, rank in by_id}
 
 
-def corpus_tokenizer(ranks: dict[str, int]) -> Tokenizer:
-    """The tokenizer of what `train_tokenizer` gave."""
-    merges = {bytes.fromhex(k): rank for k, rank in ranks.items()}
-    return Tokenizer(tiktoken.Encoding("corpus", pat_str=TOKEN_PATTERN, mergeable_ranks=merges, special_tokens={}))
+class CorpusTokenizer(Tokenizer):
+    """What `train_tokenizer` gave, run by tiktoken. Its tokenizer.json makes the same tokens, and goes with every run."""
+
+    def __init__(self, ranks: dict[str, int]):
+        merges = {bytes.fromhex(k): rank for k, rank in ranks.items()}
+        super().__init__(tiktoken.Encoding("corpus", pat_str=TOKEN_PATTERN, mergeable_ranks=merges, special_tokens={}))
+        # tiktoken joins any two neighbours that make a token, the lowest rank first: all of them are merges.
+        word = {token: "".join(CHARACTER[b] for b in token) for token in merges}
+        pairs = [(t[:i], t[i:]) for t in sorted(merges, key=merges.get) for i in range(1, len(t))]
+        pairs = [(word[left], word[right]) for left, right in pairs if left in merges and right in merges]
+        file = byte_pairs(BPE({word[t]: rank for t, rank in merges.items()}, pairs, ignore_merges=True))
+        file.add_special_tokens([AddedToken(text, normalized=False) for text in (END, THINK, CLOSE)])
+        self.json, self.settings = file.to_str(pretty=True), {"eos_token_id": self.end}
 
 
 def named_tokenizer(name: str) -> Tokenizer:
@@ -389,13 +404,11 @@ def shard_tokenizer(name: str, vocab_size: int, texts: Iterable[str], out: Path)
                 sample.append(text)
                 n += len(text)
         ranks = train_tokenizer(sample + _example_problems(5), vocab_size)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "ranks.json").write_text(json.dumps(ranks))
-        tokenizer = corpus_tokenizer(ranks)
+        tokenizer = CorpusTokenizer(ranks)
     else:
         tokenizer = named_tokenizer(name)
-        if isinstance(tokenizer, FileTokenizer):
-            tokenizer.save(out / "hf")
+    if tokenizer.json:
+        tokenizer.save(out / "hf")
     return tokenizer, {"source": name, "n_vocab": tokenizer.n_vocab, "fingerprint": tokenizer.fingerprint}
 
 
@@ -404,15 +417,8 @@ def tokenizer_of_shards(found: ShardSet, name: str) -> Tokenizer:
     source, kept = found.tokenizer["source"], found.folder / "hf"
     if name != "corpus":
         tokenizer = named_tokenizer(name)
-    elif kept.is_dir():
+    elif kept.is_dir() or source == "corpus":
         tokenizer = FileTokenizer(kept)
-    elif source == "corpus":
-        try:
-            tokenizer = corpus_tokenizer(json.loads((found.folder / "ranks.json").read_text()))
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"{found.folder / 'ranks.json'} cannot be read ({error}); copy it again, or build again"
-            ) from error
     else:
         tokenizer = named_tokenizer(source)
     theirs, folder = found.tokenizer["fingerprint"], found.folder
@@ -468,7 +474,7 @@ class Corpus:
                 ranks = train_tokenizer(train_texts + examples, config.vocab_size)
             else:
                 ranks = dict(zip(cached["ranks"].tolist(), range(len(cached["ranks"])), strict=True))
-            tokenizer = corpus_tokenizer(ranks)
+            tokenizer = CorpusTokenizer(ranks)
         if cached is None:
             arrays = {"ranks": np.array(list(ranks) if config.tokenizer == "corpus" else [])}
             for split in SPLITS:

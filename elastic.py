@@ -37,7 +37,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 import checkpoint
 import parallel
 from config import Config, ElasticConfig, exit_code, require
-from data import Corpus
+from data import Corpus, Tokenizer
 from kernels import selected_logp
 from model import HybridLM, count_parameters
 from nested import (
@@ -423,11 +423,11 @@ def distillation_loss(
 # ------------------------------------------------------------------------------------------------------ deployment
 
 
-def load_family(run_dir: Path) -> tuple[HybridLM, Router, Corpus, Config]:
-    """An elastic run's model, router, corpus and settings. Raises ValueError for a run without a router."""
+def load_family(run_dir: Path) -> tuple[HybridLM, Router, Tokenizer, Config]:
+    """An elastic run's model, router, tokenizer and settings. Raises ValueError for a run without a router."""
     from train import load_run, warn
 
-    model, corpus, config = load_run(run_dir)
+    model, tokenizer, config = load_run(run_dir)
     found = checkpoint.newest(run_dir)
     step, steps = found.meta["step"], config.elastic.steps
     require(
@@ -437,7 +437,7 @@ def load_family(run_dir: Path) -> tuple[HybridLM, Router, Corpus, Config]:
     router = unmeasured_router(model.config, config.elastic)
     checkpoint.load_weights(router, found.tensors("router"), found.path)
     warn(f"{run_dir} has made {step} of its {steps} steps; --resume goes on with it" if step < steps else "")
-    return model, router, corpus, config
+    return model, router, tokenizer, config
 
 
 def extract(run_dir: Path, budget: float, out: Path) -> dict:
@@ -482,7 +482,8 @@ def main(argv: list[str] | None = None) -> int:
         from evals import score_table
         from train import load_run
 
-        for axis, losses in score_table(*load_run(run)).items():
+        model, _, config = load_run(run)
+        for axis, losses in score_table(model, Corpus.load(config.data), config).items():
             print(f"{axis:>15}  " + "  ".join(f"{kind} {loss:.3f}" for kind, loss in losses.items()))
 
     commands = {"extract": run_extract, "scores": run_scores}

@@ -233,10 +233,10 @@ def main(argv: list[str] | None = None) -> int:
             (text,) = show_thoughts(model, tokenizer, [prompt], thought_len, temperature, seed, before=before)
             print(prompt + text)
             return
-        family, router, corpus, config = load_family(run)
+        family, router, tokenizer, config = load_family(run)
         for b, widths in [(b, router.choose(b)) for b in budget]:
             small = submodel(family, widths)  # replaces the one before: memory does not grow with the number of budgets
-            (answer,) = show_thoughts(small, corpus.tokenizer, [prompt], thought_len, temperature, seed,
+            (answer,) = show_thoughts(small, tokenizer, [prompt], thought_len, temperature, seed,
                                       before=config.rlp.prompt)  # fmt: skip
             print(f"[{b:g}] {prompt}{answer}")
 

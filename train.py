@@ -135,7 +135,7 @@ def resolve(config: Config) -> Config:
 
 def train_base(config: Config, corpus: Corpus, model: HybridLM, start: checkpoint.Checkpoint | None) -> None:
     """Pretraining, into config.out."""
-    run_dir = prepare_run_dir(config)
+    run_dir = parallel.on_first(lambda: prepare_run_dir(config, corpus.tokenizer))
     fit(model, NextToken(), lambda step: pretrain_batch(corpus, config, step), config.pretrain, run_dir, config.seed,
         run_meta(config, corpus), "pretrain", start)  # fmt: skip
 
@@ -162,8 +162,8 @@ def run(config: Config) -> dict:
         routers.build_router(model.config, config.elastic, None, device)
         if config.elastic.score_d_model == "pca":
             nested.require_untied(model.config)
-    parallel.on_first(lambda: prepare_run_dir(config))
-    parallel.on_first(lambda: keep_tokenizer(corpus.tokenizer, run_dir, config))
+    parallel.on_first(lambda: prepare_run_dir(config, corpus.tokenizer))
+    warn_of_answers(corpus.tokenizer, config)
     console.print(
         f"{config.mode}: {count_parameters(model):,} parameters, {config.model.pattern}, on {device}"
         f"{f' and {parallel.team.world - 1} more' if parallel.team.world > 1 else ''}; "
@@ -445,22 +445,25 @@ def run_meta(config: Config, corpus: Corpus) -> dict:
     return {"config": shared_settings(config), "corpus": corpus.key, "versions": versions()}
 
 
-def prepare_run_dir(config: Config) -> Path:
-    """Make the run folder and write config.json. Raises ValueError if it cannot be written to."""
+def prepare_run_dir(config: Config, tokenizer: Tokenizer) -> Path:
+    """Make the run folder; write config.json, and the tokenizer if it comes from files or from the text, which may change.
+
+    Raises ValueError if it cannot be written to.
+    """
     run_dir = config.run_dir()
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         text = {"command": " ".join(sys.argv), "versions": versions(), "config": config.to_dict()}
         (run_dir / "config.json").write_text(json.dumps(text, indent=1) + "\n")
+        if tokenizer.json:
+            tokenizer.save(run_dir / "hf")
     except OSError as error:
         raise ValueError(f"out ({run_dir}) cannot be written to: {error.strerror}; choose another --out") from error
     return run_dir
 
 
-def keep_tokenizer(tokenizer: Tokenizer, run_dir: Path, config: Config) -> None:
-    """Keep a tokenizer that came from a file with the run, and say where it does not suit the problems."""
-    if isinstance(tokenizer, FileTokenizer):
-        tokenizer.save(run_dir / "hf")
+def warn_of_answers(tokenizer: Tokenizer, config: Config) -> None:
+    """Say where a tokenizer does not suit the problems."""
     problems = held_out_problems("train", 4, config.seed, config.data.held_out_percent)
     longest = max(len(problem_tokens(tokenizer, p)[1]) for p in problems) - 1
     if longest > config.rlp.horizon:
@@ -526,24 +529,28 @@ def parse(argv: list[str]) -> Config:
     return tyro.cli(Config, default=known[name], args=argv, prog="train.py", description=__doc__)
 
 
-def load_run(run_dir: Path) -> tuple[HybridLM, Corpus, Config]:
-    """The model, corpus and settings of a finished or interrupted run. Raises ValueError if there is none."""
+def load_run(run_dir: Path) -> tuple[HybridLM, Tokenizer, Config]:
+    """The model, tokenizer and settings of a finished or interrupted run. Raises ValueError if there is none."""
     found = newest(run_dir)
     require(found, f"{run_dir} holds no checkpoint; give the folder of a run, such as runs/rlp-cpu-seed0")
     config = saved_config(run_dir)
     if (run_dir / "hf").is_dir():
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(run_dir / "hf")))
-    corpus = Corpus.load(config.data)
-    model = build_model(config, corpus.tokenizer.n_vocab, pick_device(config), config.seed)
+    require(
+        config.data.tokenizer != "corpus",
+        f"{run_dir / 'hf'}, the run's tokenizer, is missing; copy it from where the run was made, or train again",
+    )
+    tokenizer = named_tokenizer(config.data.tokenizer)
+    model = build_model(config, tokenizer.n_vocab, pick_device(config), config.seed)
     checkpoint.load_weights(model, found.tensors("model"), found.path)
-    return model, corpus, config
+    return model, tokenizer, config
 
 
 def load_model(folder: Path) -> tuple[HybridLM, Tokenizer, str]:
     """Model, tokenizer and `rlp.prompt` of a run or of a Hugging Face directory. Raises ValueError if it is neither."""
     if not huggingface.is_hf(folder):
-        model, corpus, config = load_run(folder)
-        return model, corpus.tokenizer, config.rlp.prompt
+        model, tokenizer, config = load_run(folder)
+        return model, tokenizer, config.rlp.prompt
     config, tokenizer = resolve(Config(init=str(folder))), FileTokenizer(folder)
     model = build_model(config, tokenizer.n_vocab, pick_device(config), config.seed)
     load_hf_weights(model, folder, tokenizer)

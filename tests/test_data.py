@@ -4,9 +4,12 @@ The solver reads a question as a person would: it knows nothing of how problems 
 """
 
 import dataclasses
+import functools
 import itertools
 import random
 import re
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -205,6 +208,14 @@ def test_special_tokens_are_decoded_as_written(corpus):
     assert tk.n_vocab == 512 == len({tk.think, tk.close, tk.end} | set(range(509)))
 
 
+@functools.cache
+def reread(json):
+    """What FileTokenizer makes of a tokenizer.json."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "tokenizer.json").write_text(json, encoding="utf-8")
+        return data.FileTokenizer(Path(folder))
+
+
 @given(st.integers(0, 10**9))
 def test_digits_stay_single_tokens(corpus, number):
     tk = corpus.tokenizer
@@ -215,6 +226,25 @@ def test_answers_are_one_token(corpus):
     names = {f" {name}" for name in data.NAMES}
     for answer in names | {f" {digit}" for digit in range(10)}:
         assert len(corpus.tokenizer.encode(answer)) == 1, answer
+
+
+@given(st.text(alphabet=st.one_of(st.characters(codec="utf-8"), st.sampled_from("ab e\n\t12é漢😀<>|think.,'s"))))
+def test_the_tokenizer_json_of_a_corpus_makes_the_same_tokens(corpus, text):
+    """And the same text of them, and it has the same special tokens."""
+    tk = corpus.tokenizer
+    again = reread(tk.json)
+    assert (again.end, again.think, again.close, again.n_vocab) == (tk.end, tk.think, tk.close, tk.n_vocab)
+    assert again.begin == again.new_ids == ()
+    assert again.fingerprint == tk.fingerprint
+    for each in (text, THINK + text + END):
+        assert again.encode(each) == tk.encode(each)
+        assert again.decode([tk.think, *tk.encode(each)]) == tk.decode([tk.think, *tk.encode(each)])
+
+
+def test_the_tokenizer_json_of_a_corpus_makes_the_tokens_of_real_text(corpus):
+    tk = corpus.tokenizer
+    texts = [tk.decode(document.tolist()[:-1]) for document in corpus.documents["test"][:5]]
+    assert [reread(tk.json).encode(text) for text in texts] == [tk.encode(text) for text in texts]
 
 
 def test_tiktokens_own_vocabularies_get_the_think_tags_after_their_last_id():

@@ -66,7 +66,7 @@ def test_the_smoke_run_a_talk_with_it_and_its_export_work_as_written(tmp_path):
     assert (tmp_path / "runs/smoke/summary.json").exists()
     assert re.search(r"Answer:<think>.*</think>", outputs[1], flags=re.S)
     assert outputs[2] == "wrote exported (nemotron_h)\n"
-    assert {p.name for p in (tmp_path / "exported").iterdir()} == {"config.json", "model.safetensors"}
+    assert {p.name for p in (tmp_path / "exported").iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
 
 
 def test_shards_are_built_and_checked_as_written(tmp_path, monkeypatch):

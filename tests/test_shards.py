@@ -14,7 +14,7 @@ from conftest import paragraphs
 import shards
 import train
 from config import PRESETS, DataConfig
-from data import SPLITS, Corpus, pretrain_batch, rlp_batch
+from data import SPLITS, Corpus, FileTokenizer, pretrain_batch, rlp_batch
 from shards import HEADER_BYTES, LIST, Documents, ShardSet, bucket_of, build, read_documents
 
 TOKENIZER = {"source": "x", "n_vocab": 300, "fingerprint": "abc"}
@@ -280,12 +280,14 @@ def test_another_tokenizer_is_refused_and_a_damaged_one_too(program, tmp_path, m
     monkeypatch.setattr("data.named_tokenizer", lambda name: other)
     with pytest.raises(ValueError, match=r"data.tokenizer \(gpt2\) is not the one that .*set was built with \(corpus, "):
         load(program, tmp_path, tokenizer="gpt2")
-    ranks = (program / "ranks.json").read_text()
-    for damaged, problem in (("{", r"ranks.json cannot be read"), ('{"00": 0}', r"the tokenizer in .*set is not the one")):
-        (program / "ranks.json").write_text(damaged)
-        with pytest.raises(ValueError, match=problem):
-            load(program, tmp_path)
-    (program / "ranks.json").write_text(ranks)
+    own = FileTokenizer(program / "hf")
+    (program / "hf" / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer.json .*cannot be read"):
+        load(program, tmp_path)
+    other.save(program / "hf")
+    with pytest.raises(ValueError, match=r"the tokenizer in .*set is not the one"):
+        load(program, tmp_path)
+    own.save(program / "hf")
 
 
 def test_too_few_documents_are_refused(tmp_path, program):
@@ -302,5 +304,5 @@ def test_a_run_on_shards_trains_measures_resumes_and_is_found_again(program, tmp
     assert not (tmp_path / "run").exists()
     assert train.main(words) == 0
     assert train.main([*words, "--resume"]) == 0
-    model, corpus, _ = train.load_run(tmp_path / "run")
-    assert model.config.vocab_size == corpus.tokenizer.n_vocab == 512
+    model, tokenizer, _ = train.load_run(tmp_path / "run")
+    assert model.config.vocab_size == tokenizer.n_vocab == 512

@@ -12,11 +12,12 @@ import torch
 from conftest import contents, die, disturb, metrics_of, paragraphs, press_ctrl_c, summary_of, weights_of
 
 import checkpoint
+import data
 import generate
 import loop
 import train
 from config import PRESETS, Config, FitConfig, PretrainConfig, from_dict
-from data import FAMILIES, pretrain_batch, rlp_batch
+from data import FAMILIES, THINK, pretrain_batch, rlp_batch
 from rlp import RLP
 
 CPU = torch.device("cpu")
@@ -210,10 +211,28 @@ def test_a_half_written_line_of_the_log_does_not_stop_a_resumed_run(tmp_path):
 def test_a_run_leaves_settings_metrics_figures_samples_plots_and_a_checkpoint(finished):
     names = {p.name for p in finished.iterdir()}
     plots = {"gain.png", "accuracy.png", "thoughts.png"}
-    assert names == {"config.json", "metrics.jsonl", "summary.json", "samples.txt", "checkpoint"} | plots
+    assert names == {"config.json", "metrics.jsonl", "summary.json", "samples.txt", "checkpoint", "hf"} | plots
     assert all((finished / plot).read_bytes().startswith(b"\x89PNG") for plot in plots)
     assert checkpoint.newest(finished).meta["step"] == 3
     assert [line["step"] for line in metrics_of(finished)] == [1, 2, 3]
+
+
+def test_a_run_keeps_its_tokenizer_whatever_becomes_of_the_text(finished, corpus, text_file, monkeypatch):
+    """To talk to it no text is needed, and a run that begins with its weights reads other text with its tokens."""
+    monkeypatch.setattr(data, "python_documents", lambda: pytest.fail("text was read"))
+    _, tokenizer, _ = train.load_run(finished)
+    text = "How many apples has Tom?" + THINK
+    assert tokenizer.encode(text) == corpus.tokenizer.encode(text)
+    config = PRESETS["smoke"]
+    other = dataclasses.replace(config, init=str(finished), data=dataclasses.replace(config.data, path=str(text_file)))
+    assert train.resolve(other).data.tokenizer == str(finished / "hf")
+
+
+def test_a_run_without_its_tokenizer_is_refused(finished, tmp_path):
+    run_dir = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(run_dir / "hf")
+    with pytest.raises(ValueError, match=r"run/hf, the run's tokenizer, is missing; copy it"):
+        train.load_run(run_dir)
 
 
 def test_config_json_holds_the_resolved_settings(finished, cache_dir):
