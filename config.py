@@ -261,12 +261,13 @@ class RLPConfig(FitConfig):
         require(0 <= self.eps_low <= 1, f"rlp.eps_low ({self.eps_low}) must lie in [0, 1]")
         require(self.eps_high >= 0, f"rlp.eps_high ({self.eps_high}) must be 0 or more")
         require(self.kl >= 0, f"rlp.kl ({self.kl}) must be 0 or more")
+        require(self.reward_floor <= 0, f"rlp.reward_floor ({self.reward_floor}) must be 0 or less: it would hide gains")
         require(self.inner_epochs >= 1, f"rlp.inner_epochs ({self.inner_epochs}) must be at least 1")
 
 
 @dataclass(frozen=True)
 class CPTConfig(FitConfig):
-    """Continued pretraining of the base on its own last mixture: the rival that RLP has to beat at equal time."""
+    """Continued pretraining of the base on its own last mixture: the rival that RLP has to beat at about equal time."""
 
     def check(self) -> None:
         """Raises ValueError for settings that cannot work."""
@@ -450,8 +451,8 @@ class EvalConfig:
     def check(self) -> None:
         """Raises ValueError for settings that cannot work."""
         for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            require(value >= 2, f"eval.{f.name} ({value}) must be at least 2 to give an interval")
+            value, least = getattr(self, f.name), 1 if f.name == "samples" else 2
+            require(value >= least, f"eval.{f.name} ({value}) must be at least {least} to give an interval")
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ Problems: four generated families whose answers need several steps in a row, eac
 A document is a question, sometimes a thought between the think tags, and the answer. `pretrain_batch` mixes worked
 thoughts with useless ones, so that the base thinks badly, as a real base does. RLP never sees a written thought.
 
-Held out: documents and problems are dealt to train, val and test by a checksum of their name or question, so no
-problem and no document can be on two sides. Every batch is a function of (seed, step): resuming needs no state.
+Held out: documents and problems are dealt to train, val and test by a checksum of their name or question, so no problem
+and no document can be on two sides; files of your own are cut into documents of about 2,000 characters. Every batch is
+a function of (seed, step): resuming needs no state.
 """
 
 import ast

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from config import exit_code, require
+from config import RLPConfig, exit_code, require
 from data import Tokenizer
 from kernels import mask_banned, token_logp
 from model import Cache, HybridLM
@@ -209,9 +209,9 @@ def main(argv: list[str] | None = None) -> int:
     def talk(
         run: tyro.conf.Positional[Path],
         prompt: tyro.conf.Positional[str],
-        temperature: float = 1.0,
+        temperature: float | None = None,
         seed: int = 0,
-        thought_len: int = 40,
+        thought_len: int | None = None,
         budget: tuple[float, ...] = (),
     ) -> None:
         """Talk to a trained model and see its thought.
@@ -219,26 +219,30 @@ def main(argv: list[str] | None = None) -> int:
         Args:
             run: Folder of a run, such as runs/rlp-cpu-seed0, or a Hugging Face directory.
             prompt: Text to go on from; for a problem, end it with 'Answer:'.
-            temperature: Of the thought; 0 is greedy.
+            temperature: Of the thought; 0 is greedy. The run's own, if left out.
             seed: Of the sampling.
-            thought_len: Longest thought, in tokens.
+            thought_len: Longest thought, in tokens. The run's own, if left out.
             budget: Sizes of an elastic run to answer with, one after the other, such as 1 0.5; none means the whole model.
         """
         require(prompt, f"prompt ({prompt!r}) is empty, and a thought needs at least one token before it; give some text")
         require(
-            thought_len >= 1, f"thought-len ({thought_len}) must be at least 1: the closing tag is a token of the thought"
+            thought_len is None or thought_len >= 1,
+            f"thought-len ({thought_len}) must be at least 1: the closing tag is a token of the thought",
         )
+        require(temperature is None or temperature >= 0, f"temperature ({temperature}) must be 0 (greedy) or more")
+
+        def answer(model: HybridLM, tokenizer: Tokenizer, c: RLPConfig) -> str:
+            heat = c.temperature if temperature is None else temperature
+            (text,) = show_thoughts(model, tokenizer, [prompt], thought_len or c.thought_len, heat, seed, before=c.prompt)
+            return prompt + text
+
         if not budget:
-            model, tokenizer, before = load_model(run)
-            (text,) = show_thoughts(model, tokenizer, [prompt], thought_len, temperature, seed, before=before)
-            print(prompt + text)
+            print(answer(*load_model(run)))
             return
         family, router, tokenizer, config = load_family(run)
         for b, widths in [(b, router.choose(b)) for b in budget]:
             small = submodel(family, widths)  # replaces the one before: memory does not grow with the number of budgets
-            (answer,) = show_thoughts(small, tokenizer, [prompt], thought_len, temperature, seed,
-                                      before=config.rlp.prompt)  # fmt: skip
-            print(f"[{b:g}] {prompt}{answer}")
+            print(f"[{b:g}] {answer(small, tokenizer, config.rlp)}")
 
     return exit_code(lambda: tyro.cli(talk, args=argv, prog="generate.py"))
 

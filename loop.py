@@ -93,7 +93,8 @@ def fit(
                 if not np.isfinite(metrics["grad_norm"]):
                     raise FloatingPointError(
                         f"step {step}: the gradient is not finite (loss {metrics['loss']}); the weights before it are in "
-                        f"{save()}; go on from there with a smaller {label}.lr or {label}.clip_norm"
+                        f"{save()}; begin a run from them with --init and --out, and a smaller {label}.lr or "
+                        f"{label}.clip_norm"
                     )
                 objective.after_step(model)
             step += 1

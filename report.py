@@ -40,7 +40,7 @@ def plot_run(run_dir: Path) -> None:
     if summary["mode"] != "rlp":
         _plot_series(run_dir / "loss.png", lines, {"loss": ""}, "training loss (nats a token)")
         return
-    gains = {"gain_problems_nats": "at answers of problems", "gain_text_nats": "in ordinary text"}
+    gains = {"gain_problems_nats": "in problems", "gain_text_nats": "in ordinary text"}
     _plot_series(run_dir / "gain.png", lines, gains, "information gain (nats)")
     _plot_series(run_dir / "thoughts.png", lines, {"thought_tokens": ""}, "sampled thought (tokens)")
     plot_accuracy([summary], run_dir / "accuracy.png")
@@ -236,9 +236,14 @@ def main_table(summaries: list[dict]) -> str:
 
 
 def rival_table(rlp: dict, cpt: dict) -> str:
-    """README: the base, RLP, and the same base pretrained on its own mixture for as long as RLP took."""
+    """README: the base, RLP, and the same base pretrained on its own mixture for about as long."""
     rows = [
-        ["n = " + str(rlp["gain_nats"]["frozen_base"]["n"]) + f", seed {rlp['seed']}", "base", "RLP", "CPT, equal time"]
+        [
+            "n = " + str(rlp["gain_nats"]["frozen_base"]["n"]) + f", seed {rlp['seed']}",
+            "base",
+            "RLP",
+            "CPT, about equal time",
+        ]
     ]
     for kind, label in (("sampled", "sampled thoughts"), ("greedy", "greedy thought"), ("no_think", "without a thought")):
         leaves = rlp["accuracy"][kind]["all"], cpt["accuracy"][kind]["all"]
@@ -390,7 +395,8 @@ def collect(run_dir: Path, folder: Path) -> None:
     """Copy what results/ keeps of a run: NAME.json from its summary, NAME.txt from its samples."""
     folder.mkdir(exist_ok=True)
     shutil.copyfile(run_dir / "summary.json", folder / f"{run_dir.name}.json")
-    shutil.copyfile(run_dir / "samples.txt", folder / f"{run_dir.name}.txt")
+    if (run_dir / "samples.txt").exists():  # pretraining has none
+        shutil.copyfile(run_dir / "samples.txt", folder / f"{run_dir.name}.txt")
 
 
 def tables(folder: Path) -> dict[str, str]:

@@ -21,7 +21,8 @@ knowing, each held by a test:
 
 Where it differs from the paper: both scorers leave the think tags out of their softmax (else a base that likes to open a
 thought seems to predict badly, and the gain is inflated); rewards may be floored (`rlp.reward_floor`, off in the paper);
-targets may be placed at answers (`rlp.positions`, the paper's is `random`).
+targets may be placed at answers (`rlp.positions`, the paper's is `random`); an instruction (`rlp.prompt`), if there is one,
+stands before what both scorers read.
 """
 
 import torch

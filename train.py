@@ -3,7 +3,7 @@
     python train.py --mode rlp                       train a small base, run RLP on it, measure it (CPU, minutes)
     python train.py --mode pretrain                  the base alone
     python train.py --mode elastic                   make the base elastic: one model that holds smaller ones
-    python train.py --mode cpt                       the rival: the base's own pretraining goes on for as long as RLP takes
+    python train.py --mode cpt                       the rival: the base's own pretraining goes on, about as long as RLP
     python train.py --mode rlp --preset smoke        every part in seconds
     python train.py --mode rlp --rlp.positions random --out runs/random
     python train.py --mode rlp --init Qwen3-1.7B-Base --rlp.horizon 2        from a Hugging Face directory
@@ -12,12 +12,16 @@
 How to read: `main`, then `run`. The training loop is `loop.fit`; what an objective gives to it is in objective.py.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import json
+import os
 import platform
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +39,7 @@ import nested
 import parallel
 import report
 import routers
-from config import PRESETS, Config, fingerprint, require, saved_config
+from config import PRESETS, Config, RLPConfig, fingerprint, require, saved_config
 from data import (
     Corpus,
     FileTokenizer,
@@ -90,15 +94,40 @@ def base_weights(config: Config, corpus: Corpus, model: HybridLM) -> dict:
     else:
         key = fingerprint([config.base_fingerprint(), corpus.key])
         folder = Path(config.data.cache_dir) / f"base-{key}"
-        found = newest(folder)
-        if found is None or found.meta["step"] < config.pretrain.steps:
-            was_cached = False
-            console.print(f"training the base once; it is kept in {escape(str(folder))}")
-            train_base(dataclasses.replace(config, mode="pretrain", out=str(folder)), corpus, model, found)
+
+        def trained() -> checkpoint.Checkpoint | None:
             found = newest(folder)
+            return found if found and found.meta["step"] >= config.pretrain.steps else None
+
+        if not trained():
+            with alone_in(folder):
+                if not trained():
+                    was_cached = False
+                    console.print(f"training the base once; it is kept in {escape(str(folder))}")
+                    of_base = dataclasses.replace(config, mode="pretrain", out=str(folder))
+                    train_base(of_base, corpus, model, newest(folder))
+        found = trained()
     warn(found.warning)
     checkpoint.load_weights(model, found.tensors("model"), found.path)
     return {"base_dir": str(folder), "base_was_cached": was_cached, "base_train_s": logged_seconds(folder)}
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other program is inside, and keep others out. The lock ends with the process, if not before."""
+    held = []
+
+    def take() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        held.append(os.open(folder / "lock", os.O_CREAT | os.O_RDWR))
+        fcntl.flock(held[0], fcntl.LOCK_EX)
+
+    parallel.on_first(take)
+    try:
+        yield
+    finally:
+        for file in held:
+            os.close(file)
 
 
 def load_hf_weights(model: HybridLM, folder: Path, tokenizer: Tokenizer) -> None:
@@ -116,6 +145,7 @@ def resolve(config: Config) -> Config:
     of a Hugging Face directory, or of a run that began with one. Raises ValueError for a file that cannot be used.
     """
     if config.rlp.prompt_file:
+        require(not config.rlp.prompt, "rlp.prompt and rlp.prompt_file are both given; leave one out")
         try:
             text = Path(config.rlp.prompt_file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -147,14 +177,14 @@ def run(config: Config) -> dict:
     """
     began = time.perf_counter()
     config = resolve(config.check())
+    if config.dry_run:
+        return dry_run(config)
     kernels.use(config.kernels)
     device = parallel.start(config.parallel, pick_device(config))
     console.quiet = not parallel.is_first()
     check_rows(getattr(config, config.mode), config.mode)
     run_dir = config.run_dir()
     start = resume_point(config, run_dir)
-    if config.dry_run:
-        return dry_run(config)
     corpus = parallel.in_turn(lambda: Corpus.load(config.data))
     check_text(start, corpus)
     model = build_model(config, corpus.tokenizer.n_vocab, device, config.seed)
@@ -206,7 +236,8 @@ def run(config: Config) -> dict:
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     report.plot_run(run_dir)
     report.print_summary(summary, console)
-    console.print(f"wrote {escape(str(run_dir))}/summary.json, metrics.jsonl, samples.txt, checkpoint/ and plots")
+    samples = "samples.txt, " if (run_dir / "samples.txt").exists() else ""
+    console.print(f"wrote {escape(str(run_dir))}/summary.json, metrics.jsonl, {samples}checkpoint/ and plots")
     return summary
 
 
@@ -426,9 +457,10 @@ def check_text(start: checkpoint.Checkpoint | None, corpus: Corpus) -> None:
 def shared_settings(config: Config) -> dict:
     """The settings that a resumed run must share, flat.
 
-    Those of pretraining are among them unless the weights came from `init`: the run's base was made with them.
+    Those of pretraining are among them: the run's base was made with them, and they say what cpt and elastic read. An RLP
+    run that began with weights from `init` has nothing of them.
     """
-    groups = ["model", "data", config.mode] + ([] if config.init else ["pretrain"])
+    groups = ["model", "data", config.mode] + ([] if config.init and config.mode == "rlp" else ["pretrain"])
     # accumulate: on fewer processes it makes up for them; baseline: rivals can be added to a run that is there
     free = ("cache_dir", "checkpoint_every", "log_every", "accumulate", "baseline")
     flat = {}
@@ -546,15 +578,15 @@ def load_run(run_dir: Path) -> tuple[HybridLM, Tokenizer, Config]:
     return model, tokenizer, config
 
 
-def load_model(folder: Path) -> tuple[HybridLM, Tokenizer, str]:
-    """Model, tokenizer and `rlp.prompt` of a run or of a Hugging Face directory. Raises ValueError if it is neither."""
+def load_model(folder: Path) -> tuple[HybridLM, Tokenizer, RLPConfig]:
+    """Model, tokenizer and how it thinks, of a run or of a Hugging Face directory. Raises ValueError if it is neither."""
     if not huggingface.is_hf(folder):
         model, tokenizer, config = load_run(folder)
-        return model, tokenizer, config.rlp.prompt
+        return model, tokenizer, config.rlp
     config, tokenizer = resolve(Config(init=str(folder))), FileTokenizer(folder)
     model = build_model(config, tokenizer.n_vocab, pick_device(config), config.seed)
     load_hf_weights(model, folder, tokenizer)
-    return model, tokenizer, ""
+    return model, tokenizer, config.rlp
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -569,6 +601,12 @@ def main(argv: list[str] | None = None) -> int:
     except (KeyboardInterrupt, FloatingPointError) as stop:
         console.print(f"[yellow]{escape(str(stop)) or 'stopped'}[/yellow]", soft_wrap=True)
         return 130 if isinstance(stop, KeyboardInterrupt) else 1
+    except OSError as error:
+        console.quiet = False
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        console.print(f"[red]error:[/red] {escape(what)}; mend that, or give another path; what was saved goes on "
+                      "with --resume", soft_wrap=True)  # fmt: skip
+        return parallel.leave(1)
     except (RuntimeError, MemoryError) as error:
         message = config and broke_off(error, config)
         if not message:

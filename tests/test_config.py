@@ -114,7 +114,8 @@ REFUSED = [  # setting, value, the rule that the message must give
         for name in ("search_share", "long_share")
         for value in (-0.1, 1.5)
     ),
-    *((f"eval__{f.name}", 1, "must be at least 2 to give an interval") for f in dataclasses.fields(config.EvalConfig)),
+    *((f"eval__{f.name}", 1 - (f.name == "samples"), "to give an interval") for f in dataclasses.fields(config.EvalConfig)),
+    ("rlp__reward_floor", 0.5, "must be 0 or less"),
 ]
 
 

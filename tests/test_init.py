@@ -352,8 +352,8 @@ def test_the_instruction_is_read_from_its_file_and_kept_with_the_run(program, wo
     file = tmp_path / "instruction.txt"
     file.write_text("Think first.\n")
     assert program("run", "--mode", "rlp", "--rlp.steps", 1, "--pretrain.steps", 1, "--rlp.prompt-file", file) == 0
-    _, _, before = train.load_model(tmp_path / "run")
-    assert before == "Think first.\n"
+    _, _, thinking = train.load_model(tmp_path / "run")
+    assert thinking.prompt == "Think first.\n"
     file.write_text("Do not.\n")
     assert (
         program("run", "--mode", "rlp", "--rlp.steps", 1, "--pretrain.steps", 1, "--rlp.prompt-file", file, "--resume") == 2

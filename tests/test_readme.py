@@ -22,7 +22,7 @@ BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.S)
 
 def commands() -> list[list[str]]:
     """Every python command of README, as words. A quoted argument may span lines; comments are dropped."""
-    text = re.sub(r"\s#.*", "", "\n".join(BLOCKS)).replace(" && ", "\n")
+    text = re.sub(r"\s#.*", "", "\n".join(BLOCKS)).replace(" && ", "\n").replace("\\\n", " ")
     found = re.findall(r'^python (?:[^"\n]|"[^"]*")*', text, flags=re.M)
     return [shlex.split(command) for command in found]
 
@@ -44,6 +44,16 @@ def test_every_training_command_is_valid(words):
     if config.mode == "elastic":
         shape = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or config.data.vocab_size)
         assert routers.build_router(shape, config.elastic, None, torch.device("cpu"))
+
+
+def test_training_commands_in_a_row_do_not_meet_in_a_folder():
+    """In the order of README each begins in a folder of its own, or goes on with --resume where one has been."""
+    begun = set()
+    for words in commands():
+        if words[1] == "train.py" and not {"--help", "--dry-run"} & set(words):
+            config = train.parse(words[2:])
+            assert (config.run_dir() in begun) == config.resume, words
+            begun.add(config.run_dir())
 
 
 def test_every_file_of_the_reading_order_exists():

@@ -5,6 +5,8 @@ import functools
 import json
 import shutil
 import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ import data
 import generate
 import loop
 import train
-from config import PRESETS, Config, FitConfig, PretrainConfig, from_dict
+from config import PRESETS, Config, DataConfig, FitConfig, PretrainConfig, fingerprint, from_dict
 from data import FAMILIES, THINK, pretrain_batch, rlp_batch
 from rlp import RLP
 
@@ -226,6 +228,34 @@ def test_a_run_keeps_its_tokenizer_whatever_becomes_of_the_text(finished, corpus
     config = PRESETS["smoke"]
     other = dataclasses.replace(config, init=str(finished), data=dataclasses.replace(config.data, path=str(text_file)))
     assert train.resolve(other).data.tokenizer == str(finished / "hf")
+
+
+def test_a_second_program_waits_for_the_base_that_another_one_trains(program, corpus, tmp_path, monkeypatch):
+    """While another holds the folder's lock nothing is trained; once it is free the base is, once."""
+    config = dataclasses.replace(PRESETS["smoke"], data=DataConfig(cache_dir=str(tmp_path)))
+    model = train.build_model(config, corpus.tokenizer.n_vocab, torch.device("cpu"), 0)
+    folder = tmp_path / f"base-{fingerprint([config.base_fingerprint(), corpus.key])}"
+    events, train_base, inside = [], train.train_base, threading.Event()
+    monkeypatch.setattr(train, "train_base", lambda *a: (events.append("trained"), train_base(*a)))
+
+    def another() -> None:
+        with train.alone_in(folder):
+            inside.set()
+            time.sleep(0.5)
+            events.append("left")
+
+    threading.Thread(target=another).start()
+    assert inside.wait(10)
+    assert not train.base_weights(config, corpus, model)["base_was_cached"]
+    assert train.base_weights(config, corpus, model)["base_was_cached"]
+    assert events == ["left", "trained"]
+
+
+def test_a_base_that_broke_off_keeps_nobody_out(tmp_path):
+    with pytest.raises(ZeroDivisionError), train.alone_in(tmp_path / "base"):
+        _ = 1 / 0
+    with train.alone_in(tmp_path / "base"):
+        assert (tmp_path / "base" / "lock").exists()
 
 
 def test_a_run_without_its_tokenizer_is_refused(finished, tmp_path):
