@@ -32,7 +32,13 @@ from generate import sample_thoughts, score_context
 from kernels import token_logp
 from model import HybridLM, count_parameters, part_cache_bytes, part_flops, sum_of_parts
 
-PROBLEMS_AT_ONCE = 64
+PROBLEMS_AT_ONCE = 64  # or fewer, for their caches hold no more tokens than this:
+TOKENS_AT_ONCE = 2**17
+
+
+def at_once(most: int, n_tokens: int) -> int:
+    """How many contexts to work on together, each of which takes n_tokens with its thoughts."""
+    return max(1, min(most, TOKENS_AT_ONCE // n_tokens))
 
 
 def interval(values: Tensor) -> dict[str, float | int]:
@@ -62,8 +68,9 @@ def measure_thoughts(
     tk, c = corpus.tokenizer, config.rlp
     generator = torch.Generator(next(model.parameters()).device).manual_seed(config.seed + 10_000)
     found: dict[str, list[Tensor]] = {}
-    for start in range(0, len(contexts), PROBLEMS_AT_ONCE):
-        part = slice(start, start + PROBLEMS_AT_ONCE)
+    n = at_once(PROBLEMS_AT_ONCE, samples * (c.context_len + c.thought_len))
+    for start in range(0, len(contexts), n):
+        part = slice(start, start + n)
         batch = to_device(collate_contexts(tk, contexts[part], targets[part], c), model)
         begin = None
         if forced is not None:
@@ -98,8 +105,9 @@ def plain_logp(
     tk, parts = corpus.tokenizer, []
     if empty_thought:
         contexts = [[*c, tk.think, tk.close] for c in contexts]
-    for start in range(0, len(contexts), 4 * PROBLEMS_AT_ONCE):
-        part = slice(start, start + 4 * PROBLEMS_AT_ONCE)
+    n = at_once(4 * PROBLEMS_AT_ONCE, config.rlp.context_len)
+    for start in range(0, len(contexts), n):
+        part = slice(start, start + n)
         batch = to_device(collate_contexts(tk, contexts[part], targets[part], config.rlp), model)
         logp_B, _, _ = score_context(model, batch["context_BT"], batch["ids_BT"], batch["target_BX"], tk.tags)
         parts.append(logp_B.cpu())

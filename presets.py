@@ -93,7 +93,9 @@ PAPERS: dict[str, Config] = {
     #            python train.py --preset nemotron-12b-rlp
     # Hardware:  32 H100-80GB.
     # Cost:      1.7 EFLOP a step, 408 EFLOP in all: 287 GPU hours.
-    # Memory:    61 GB a GPU with layers recomputed, 53 of them while thoughts are sampled; 487 GB without.
+    # Memory:    61 GB a GPU with layers recomputed, 53 of them while thoughts are sampled; 487 GB without. The figures at
+    #            the end need more than an H100 has: model, teacher and base whole and in fp32, 148 GB. They come after the
+    #            last step is saved, which huggingface.py exports.
     # Expected:  the paper's average over its benchmarks goes from 42.81 to 61.32 %.
     # Source:    arXiv 2510.01265, results on Nemotron-Nano-12B-v2; batch, lengths and rate as for Qwen3.
     "nemotron-12b-rlp": Config(
