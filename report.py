@@ -47,7 +47,10 @@ def plot_run(run_dir: Path) -> None:
 
 
 def plot_accuracy(summaries: list[dict], file: Path) -> None:
-    """Held-out accuracy by family, before and after RLP, with 95 % intervals; runs with several seeds are averaged."""
+    """Held-out accuracy by family, before and after RLP, with 95 % intervals over problems.
+
+    Of runs with several seeds the bars are means, and a dot is a seed.
+    """
     families = [k for k in summaries[0]["accuracy"]["sampled"] if k != "all"] + ["all"]
     kinds = (("no_think", "base", GREY, "base, no thought"), ("sampled", "base", BLUE, "base, its own thoughts"),
              ("sampled", "rlp", ORANGE, "after RLP, sampled thoughts"))  # fmt: skip
@@ -56,7 +59,11 @@ def plot_accuracy(summaries: list[dict], file: Path) -> None:
         cells = [[s["accuracy"][kind][f][who] for s in summaries] for f in families]
         means = [np.mean([c["mean"] for c in cell]) for cell in cells]
         half = [np.mean([c["high"] - c["mean"] for c in cell]) / len(cell) ** 0.5 for cell in cells]
-        axis.bar(np.arange(len(families)) + 0.27 * (i - 1), means, 0.25, yerr=half, color=color, label=label, capsize=2)
+        at = np.arange(len(families)) + 0.27 * (i - 1)
+        axis.bar(at, means, 0.25, yerr=half, color=color, label=label, capsize=2)
+        if len(summaries) > 1:
+            for k, x in enumerate(np.linspace(-0.06, 0.06, len(summaries))):
+                axis.plot(at + x, [cell[k]["mean"] for cell in cells], ".", color="black", markersize=3)
     axis.set_xticks(range(len(families)), families)
     axis.set_ylim(0, 1.02)
     axis.set_ylabel("accuracy on held-out problems")

@@ -628,9 +628,9 @@ def broke_off(error: Exception, config: Config) -> str:
     go_on = f"what was saved in {config.run_dir()} stays usable" if is_saved else "no step of this run was saved yet"
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: can't allocate" in str(error):
         return (
-            f"{who}out of memory ({first_line}); {go_on}; go on {how} and a larger --{config.mode}.accumulate, more "
-            f"processes, or --parallel.activation-checkpointing; a smaller --{config.mode}.batch is another run, with "
-            "another --out"
+            f"{who}out of memory ({first_line}); {go_on}; go on {how} and a larger --{config.mode}.accumulate (while the "
+            "base trains: --pretrain.accumulate), more processes, or --parallel.activation-checkpointing; a smaller "
+            f"--{config.mode}.batch is another run, with another --out"
         )
     if parallel.is_lost(error):
         return f"{who}another process was lost ({first_line}); {go_on}; go on {how}, on any number of processes"
