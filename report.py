@@ -417,7 +417,8 @@ def tables(folder: Path) -> dict[str, str]:
     summaries = load_results(folder, "elastic-cpu")
     out["elastic-cpu"] = markdown(budget_rows(summaries[0])) if summaries else "Not run."
     out["elastic-cpu-rivals"] = "\n\n".join(
-        f"Seed {s['seed']}:\n\n{markdown(rival_rows(s))}" for s in summaries if s["baselines"]
+        f"Seed {s['seed']}, whose family trained for {s['train_s']['elastic']:.0f} s:\n\n{markdown(rival_rows(s))}"
+        for s in summaries if s["baselines"]
     ) or "Not run."  # fmt: skip
     for name in BENCHES:
         files = sorted(folder.glob(f"bench-{name}-*.json"))
