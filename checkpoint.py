@@ -80,7 +80,7 @@ class Checkpoint:
 
     def optimizer(self) -> Any:
         """What was given to `save` as optimizer state; without the tensors, if they are sharded."""
-        return torch.load(self.path / "optimizer.pt", weights_only=True)
+        return torch.load(self.path / "optimizer.pt", weights_only=True, map_location="cpu")
 
     def fill(self, network: nn.Module, name: str) -> None:
         """Copy a network's weights into one of its shape, sharded or not. Raises ValueError if the shapes differ."""

@@ -29,14 +29,14 @@ import routers
 from config import Config
 from data import FAMILIES, Corpus, Problem, collate_contexts, held_out_problems, mixture, text_position
 from generate import sample_thoughts, score_context
-from kernels import token_logp
+from kernels import selected_logp, token_logp
 from model import HybridLM, count_parameters, part_cache_bytes, part_flops, sum_of_parts
 
 PROBLEMS_AT_ONCE = 64  # or fewer, for their caches hold no more tokens than this:
 TOKENS_AT_ONCE = 2**17
 
 
-def at_once(most: int, n_tokens: int) -> int:
+def together(most: int, n_tokens: int) -> int:
     """How many contexts to work on together, each of which takes n_tokens with its thoughts."""
     return max(1, min(most, TOKENS_AT_ONCE // n_tokens))
 
@@ -68,7 +68,7 @@ def measure_thoughts(
     tk, c = corpus.tokenizer, config.rlp
     generator = torch.Generator(next(model.parameters()).device).manual_seed(config.seed + 10_000)
     found: dict[str, list[Tensor]] = {}
-    n = at_once(PROBLEMS_AT_ONCE, samples * (c.context_len + c.thought_len))
+    n = together(PROBLEMS_AT_ONCE, samples * (c.context_len + c.thought_len))
     for start in range(0, len(contexts), n):
         part = slice(start, start + n)
         batch = to_device(collate_contexts(tk, contexts[part], targets[part], c), model)
@@ -105,7 +105,7 @@ def plain_logp(
     tk, parts = corpus.tokenizer, []
     if empty_thought:
         contexts = [[*c, tk.think, tk.close] for c in contexts]
-    n = at_once(4 * PROBLEMS_AT_ONCE, config.rlp.context_len)
+    n = together(4 * PROBLEMS_AT_ONCE, config.rlp.context_len)
     for start in range(0, len(contexts), n):
         part = slice(start, start + n)
         batch = to_device(collate_contexts(tk, contexts[part], targets[part], config.rlp), model)
@@ -248,7 +248,8 @@ def evaluate_sizes(
     sequence); loss_change (against the parent, relative, paired); kl_nats (KL from the parent); top1 (share of tokens
     where both find the same one likeliest); long_loss_nats (of text, at the positions that stage 1 never had).
     """
-    at_once, n_rows = 16, config.eval.elastic_rows // 2
+    n_rows, n_logits = config.eval.elastic_rows // 2, config.elastic.seq_len * models[0].config.vocab_size
+    at_once = max(1, min(16, 2**28 // n_logits))
     found: list[dict[str, dict[str, Tensor]]] = [{"text": {}, "problem": {}} for _ in models]
     for kind, text_share in (("text", 1.0), ("problem", 0.0)):
         alone = dataclasses.replace(config, data=dataclasses.replace(config.data, text_share=text_share))
@@ -312,7 +313,7 @@ def long_losses(model: HybridLM, corpus: Corpus, config: Config, split: str) -> 
     for start in range(0, len(texts), 4):
         tokens_BT = torch.stack([torch.from_numpy(t).long() for t in texts[start : start + 4]]).to(device)
         hidden_BTD, _ = model(tokens_BT[:, :-1])
-        logp_BT = token_logp(model.logits(hidden_BTD[:, c.seq_len - 1 :]), tokens_BT[:, c.seq_len :])
+        logp_BT = selected_logp(hidden_BTD[:, c.seq_len - 1 :], model.output_matrix, tokens_BT[:, c.seq_len :])
         losses.append(-logp_BT.mean(1).cpu())
     return torch.cat(losses) if losses else torch.full((2,), math.nan)
 
@@ -367,8 +368,8 @@ def score_table(model: HybridLM, corpus: Corpus, config: Config, n_random: int =
     n_random orders.
     """
     c, full = config.elastic, nested.full_widths(model.config)
-    batches = [mixture(corpus, config, 10**6, c.calibration_rows, c.seq_len)]
-    held_out = [mixture(corpus, config, i, 16, c.seq_len, "val") for i in range(6)]
+    batches = [to_device(mixture(corpus, config, 10**6, c.calibration_rows, c.seq_len), model)]
+    held_out = [to_device(mixture(corpus, config, i, 16, c.seq_len, "val"), model) for i in range(6)]
     halves = {"ffn": {"-": (0.5,)}, "mamba_heads": {"M": (0.5, 1)}, "mamba_channels": {"M": (1, 0.5)},
               "attn_heads": {"*": (0.5,)}}  # fmt: skip
 

@@ -1,7 +1,7 @@
 """The one training loop: a batch, its preparation, updates, the log, checkpoints. What is learned is up to an `Objective`.
 
 The loss is divided by the total count of a step, so accumulation and the number of processes cannot change it. All
-randomness is a function of (seed, step): a resumed run repeats the uninterrupted one bit for bit.
+randomness is a function of (seed, step): a resumed run repeats the uninterrupted one, on a CPU bit for bit.
 
 How to read: `fit`, then `update`.
 """

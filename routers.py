@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import parallel
 from config import WIDTH_FIELDS, ElasticConfig, ModelConfig, require
 from model import Block, part_cache_bytes, part_flops, part_parameters, sum_of_parts
 from nested import Masks, Widths, full_widths, in_groups
@@ -200,7 +201,7 @@ def cost_measure(c: ElasticConfig, device: torch.device) -> Callable[[str, Model
             part_parameters(kind, shape) * c.cost_bytes
             + c.cost_batch * part_cache_bytes(kind, shape, c.cost_len, c.cost_bytes)
         )
-    return lambda kind, shape: part_latency_ns(kind, shape, c.cost_batch, device)
+    return lambda kind, shape: parallel.on_first(lambda: part_latency_ns(kind, shape, c.cost_batch, device))
 
 
 def total_cost(config: ModelConfig, c: ElasticConfig, device: torch.device) -> float:

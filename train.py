@@ -21,6 +21,7 @@ import platform
 import resource
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -527,7 +528,7 @@ def pick_device(config: Config) -> torch.device:
     """The device asked for, or CUDA where there is one. Raises ValueError if CUDA is asked for and missing."""
     has_cuda = torch.cuda.is_available()
     require(config.device != "cuda" or has_cuda, "device (cuda) is not available on this machine; use --device cpu or auto")
-    return torch.device("cuda" if has_cuda and config.device != "cpu" else "cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if has_cuda and config.device != "cpu" else torch.device("cpu")
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -609,8 +610,9 @@ def main(argv: list[str] | None = None) -> int:
         return parallel.leave(1)
     except (RuntimeError, MemoryError) as error:
         message = config and broke_off(error, config)
-        if not message:
+        if not message and parallel.team.world == 1:
             raise
+        message = message or traceback.format_exc()  # the others may wait for this process: no clean-up
         console.quiet = False  # any process may be the one that knows
         console.print(f"[red]{escape(message)}[/red]", soft_wrap=True)
         return parallel.leave(1)

@@ -34,7 +34,7 @@ def test_every_reference_is_run_once(corpus, networks, monkeypatch):
 @pytest.mark.parametrize(("most", "n_tokens", "n"), [(64, 4 * 168, 64), (64, 4 * 4096, 8), (256, 2048, 64), (64, 10**9, 1)])
 def test_long_contexts_are_measured_a_few_at_once(most, n_tokens, n):
     """At most 131,072 tokens in their caches, at least one context."""
-    assert evals.at_once(most, n_tokens) == n
+    assert evals.together(most, n_tokens) == n
 
 
 def test_how_many_are_measured_at_once_changes_no_figure(corpus, networks, monkeypatch):

@@ -14,10 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_kernels import conv_inputs, run
 from test_names import traced
 from torch import nn
+from torch.testing import assert_close
 
+import attention
 import kernels
 from config import ModelConfig
 from mamba import Mamba2
@@ -173,6 +176,26 @@ def operation():
 
 def gpu_tensor(dtype=torch.float32):
     return torch.zeros(1, dtype=dtype).as_subclass(OnCuda)
+
+
+@pytest.mark.parametrize(("dtype", "masked", "grouped"), [
+    (torch.float32, False, False), (torch.bfloat16, True, False), (torch.bfloat16, False, True)])  # fmt: skip
+def test_attention_on_a_gpu_asks_for_groups_only_where_flash_attention_takes_them(monkeypatch, dtype, masked, grouped):
+    """Elsewhere keys and values are repeated for their heads, and the result is the same."""
+    torch.manual_seed(0)
+    layer = attention.Attention(ModelConfig(d_model=16, n_heads=4, n_kv_heads=2, attn_head_dim=4)).to(dtype)
+    x_BTD, sdpa, asked = torch.randn(2, 5, 16, dtype=dtype), F.scaled_dot_product_attention, []
+    mask = torch.ones(5, 5, dtype=torch.bool).tril() if masked else None
+    expected = layer(x_BTD, None, mask)[0]
+
+    def recorded(q, k, v, **options):
+        asked.append((k.shape[1], options["enable_gqa"]))
+        return sdpa(*(t.as_subclass(torch.Tensor) for t in (q, k, v)), **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
+    found = layer(x_BTD.as_subclass(OnCuda), None, mask)[0].as_subclass(torch.Tensor)
+    assert asked == [(2 if grouped else 4, grouped)]
+    assert_close(found, expected)
 
 
 @needs_triton
@@ -349,3 +372,17 @@ def test_values_and_gradients_on_a_gpu_equal_the_reference(name, dtype):
     tolerance = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-4}[dtype]
     for key, t in run(route, inputs, **options).items():
         assert (t.double() - expected[key]).norm() <= tolerance * expected[key].norm(), key
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", ["pretrain", "rlp", "cpt", "elastic"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_whole_runs_on_a_gpu_end_resume_and_can_be_used(mode, dtype, tmp_path):
+    run_dir = str(tmp_path / "run")
+    words = ("train.py", "--preset", "smoke", "--mode", mode, "--device", "cuda", "--out", run_dir, "--data.cache-dir",
+             str(tmp_path), "--parallel.dtype", dtype)  # fmt: skip
+    talk = ("generate.py", run_dir, "Value of q?") + (("--budget", "1", "0.5") if mode == "elastic" else ())
+    for command in (words, (*words, "--resume"), talk, ("elastic.py", "scores", run_dir)):
+        status, shown = python(*command)
+        assert status == 0, shown
