@@ -48,14 +48,12 @@ class Attention(nn.Module):
         else:
             k_BKSP, v_BKSP = append(cached[0], k_BKTP), append(cached[1], v_BKTP)
         causal = mask is None and x_BTD.shape[1] > 1  # no mask and one token: it sees everything
-        grouped, k_BHSP, v_BHSP = self.n_heads != self.n_kv_heads, k_BKSP, v_BKSP
+        grouped, keys, values = self.n_heads != self.n_kv_heads, k_BKSP, v_BKSP
         if grouped and q_BHTP.is_cuda and (mask is not None or q_BHTP.dtype == torch.float32):
             # Flash attention takes neither masks nor fp32 there, and the other kernel without all scores takes no groups.
             grouped = False
-            k_BHSP, v_BHSP = (t.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1) for t in (k_BKSP, v_BKSP))
-        y_BHTP = F.scaled_dot_product_attention(
-            q_BHTP, k_BHSP, v_BHSP, attn_mask=mask, is_causal=causal, enable_gqa=grouped
-        )
+            keys, values = (t.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1) for t in (k_BKSP, v_BKSP))
+        y_BHTP = F.scaled_dot_product_attention(q_BHTP, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
         return self.o_proj(rearrange(y_BHTP, "b h t p -> b t (h p)")), (k_BKSP, v_BKSP)
 
 

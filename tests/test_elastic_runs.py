@@ -807,7 +807,7 @@ def test_the_closing_tables_show_budgets_and_rivals(made_up):
 
 def test_readme_tables_are_made_of_elastic_results(made_up, tmp_path):
     assert report.tables(tmp_path)["elastic-cpu"] == report.tables(tmp_path)["elastic-cpu-rivals"] == "Not run."
-    (tmp_path / "elastic-cpu-seed3.json").write_text(json.dumps(made_up))
+    (tmp_path / "elastic-cpu-seed3.json").write_text(json.dumps(made_up | {"train_s": {"elastic": 700.4}}))
     made = report.tables(tmp_path)
     assert made["elastic-cpu"] == report.markdown(report.budget_rows(made_up))
-    assert made["elastic-cpu-rivals"] == "Seed 3:\n\n" + report.markdown(report.rival_rows(made_up))
+    assert made["elastic-cpu-rivals"] == "Seed 3, whose family trained for 700 s:\n\n" + report.markdown(report.rival_rows(made_up))
