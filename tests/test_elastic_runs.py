@@ -810,4 +810,5 @@ def test_readme_tables_are_made_of_elastic_results(made_up, tmp_path):
     (tmp_path / "elastic-cpu-seed3.json").write_text(json.dumps(made_up | {"train_s": {"elastic": 700.4}}))
     made = report.tables(tmp_path)
     assert made["elastic-cpu"] == report.markdown(report.budget_rows(made_up))
-    assert made["elastic-cpu-rivals"] == "Seed 3, whose family trained for 700 s:\n\n" + report.markdown(report.rival_rows(made_up))
+    head = "Seed 3, whose family trained for 700 s:\n\n"
+    assert made["elastic-cpu-rivals"] == head + report.markdown(report.rival_rows(made_up))
