@@ -95,7 +95,7 @@ def plot_widths(summary: dict, file: Path) -> None:
 
 def plot_sizes(summary: dict, file: Path) -> None:
     """Held-out loss against size, for the elastic family and every baseline, with 95 % intervals."""
-    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
     teacher = summary["teacher"]["loss_nats"]["mean"]
     axis.axhline(teacher, color=GREY, linewidth=0.8, linestyle=":", label="parent")
     families = {"elastic": summary["budgets"], **summary["baselines"]}
@@ -115,7 +115,7 @@ def plot_sizes(summary: dict, file: Path) -> None:
         )
     axis.set_xlabel("parameters (millions)")
     axis.set_ylabel("held-out loss (nats a token)")
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     _finish(figure, axis, file)
 
 
