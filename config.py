@@ -641,9 +641,14 @@ def exit_code(program: Callable[[], Any]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}; give another path, or mend this one", file=sys.stderr)
+        print(f"error: {path_and_reason(error)}; give another path, or mend this one", file=sys.stderr)
         return 2
     return 0
+
+
+def path_and_reason(error: OSError) -> str:
+    """`FILE: reason` of an error that names its file, else its own text."""
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error)
 
 
 def _divides(name: str, value: int, by_name: str, by: int) -> None:

@@ -464,7 +464,7 @@ class Corpus:
         )
         examples = _example_problems(config.held_out_percent)
         tokenizer = None if config.tokenizer == "corpus" else named_tokenizer(config.tokenizer)
-        is_file = isinstance(tokenizer, FileTokenizer)
+        is_file = tokenizer is not None and tokenizer.json
         source = [tokenizer.json, tokenizer.end] if is_file else config.tokenizer  # content: a folder may change
         key = fingerprint([named, examples, source, config.vocab_size, config.held_out_percent, TOKEN_PATTERN])
         file = Path(config.cache_dir) / f"corpus-{key}.npz"

@@ -40,7 +40,7 @@ import nested
 import parallel
 import report
 import routers
-from config import PRESETS, Config, RLPConfig, fingerprint, require, saved_config
+from config import PRESETS, Config, RLPConfig, fingerprint, path_and_reason, require, saved_config
 from data import (
     Corpus,
     FileTokenizer,
@@ -96,18 +96,18 @@ def base_weights(config: Config, corpus: Corpus, model: HybridLM) -> dict:
         key = fingerprint([config.base_fingerprint(), corpus.key])
         folder = Path(config.data.cache_dir) / f"base-{key}"
 
-        def trained() -> checkpoint.Checkpoint | None:
-            found = newest(folder)
-            return found if found and found.meta["step"] >= config.pretrain.steps else None
+        def is_trained(found: checkpoint.Checkpoint | None) -> bool:
+            return found is not None and found.meta["step"] >= config.pretrain.steps
 
-        if not trained():
+        found = newest(folder)
+        if not is_trained(found):
             with alone_in(folder):
-                if not trained():
+                found = newest(folder)  # another program may have trained it meanwhile
+                if not is_trained(found):
                     was_cached = False
                     console.print(f"training the base once; it is kept in {escape(str(folder))}")
-                    of_base = dataclasses.replace(config, mode="pretrain", out=str(folder))
-                    train_base(of_base, corpus, model, newest(folder))
-        found = trained()
+                    train_base(dataclasses.replace(config, mode="pretrain", out=str(folder)), corpus, model, found)
+                    found = newest(folder)
     warn(found.warning)
     checkpoint.load_weights(model, found.tensors("model"), found.path)
     return {"base_dir": str(folder), "base_was_cached": was_cached, "base_train_s": logged_seconds(folder)}
@@ -604,9 +604,8 @@ def main(argv: list[str] | None = None) -> int:
         return 130 if isinstance(stop, KeyboardInterrupt) else 1
     except OSError as error:
         console.quiet = False
-        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        console.print(f"[red]error:[/red] {escape(what)}; mend that, or give another path; what was saved goes on "
-                      "with --resume", soft_wrap=True)  # fmt: skip
+        console.print(f"[red]error:[/red] {escape(path_and_reason(error))}; mend that, or give another path; what was "
+                      "saved goes on with --resume", soft_wrap=True)  # fmt: skip
         return parallel.leave(1)
     except (RuntimeError, MemoryError) as error:
         message = config and broke_off(error, config)
