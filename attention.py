@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from config import ModelConfig
+from system.config import ModelConfig
 
 
 class Attention(nn.Module):

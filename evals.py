@@ -23,16 +23,62 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import elastic
+import importance
 import nested
 import routers
-from config import Config
-from data import FAMILIES, Corpus, Problem, collate_contexts, held_out_problems, mixture, text_position
-from generate import sample_thoughts, score_context
 from kernels import selected_logp, token_logp
-from model import HybridLM, count_parameters, part_cache_bytes, part_flops, sum_of_parts
+from model import HybridLM
+from system.config import Config
+from system.costs import count_parameters, part_cache_bytes, part_flops, sum_of_parts
+from text.batches import collate_contexts, mixture, text_position
+from text.corpus import Corpus
+from text.problems import FAMILIES, Problem, held_out_problems
+from thoughts import sample_thoughts, score_context
+
+
+def evaluate_base(model: HybridLM, corpus: Corpus, config: Config) -> dict:
+    """Held-out figures of a pretrained model."""
+    problems = evaluate_problems(model, None, None, corpus, config)
+    text = text_losses(model, corpus, config)
+    return {
+        "accuracy": {kind: {k: {"base": v} for k, v in fams.items()} for kind, fams in problems["accuracy"].items()},
+        "gain_nats": problems["gain_nats"],
+        "forced_style": evaluate_forced_style(model, corpus, config),
+        "loss_nats": {"no_think_text": {"base": interval(text)}},
+    }
+
+
+def evaluate_both(model: HybridLM, base: HybridLM, teacher: HybridLM | None, corpus: Corpus, config: Config) -> dict:
+    """Held-out figures before (`base`) and after (named by the mode, `rlp` or `cpt`)."""
+
+    def side_by_side(before: dict, after: dict) -> dict:
+        return {key: {"base": before[key], config.mode: after[key]} for key in after}
+
+    after = evaluate_problems(model, base, teacher, corpus, config)
+    before = evaluate_problems(base, base, None, corpus, config)
+    loss_before, loss_after = (text_losses(m, corpus, config) for m in (base, model))
+    return {
+        "gain_nats": after["gain_nats"],
+        "gain_nats_by_family": after["gain_nats_by_family"],
+        "gain_nats_before": before["gain_nats"],
+        "accuracy": {kind: side_by_side(before["accuracy"][kind], after["accuracy"][kind]) for kind in after["accuracy"]},
+        "thought_tokens": side_by_side(before["thought_tokens"], after["thought_tokens"]),
+        "closed": side_by_side(before["closed"], after["closed"]),
+        "forced_style_base": evaluate_forced_style(base, corpus, config),
+        "loss_nats": {
+            "no_think_text": {"base": interval(loss_before), config.mode: interval(loss_after)},
+            "no_think_text_change": interval((loss_after - loss_before) / loss_before.mean()),
+        },
+        "text_positions": {
+            config.mode: evaluate_text(model, base, teacher, corpus, config),
+            "base": evaluate_text(base, base, None, corpus, config),
+        },
+    }
+
 
 PROBLEMS_AT_ONCE = 64  # or fewer, for their caches hold no more tokens than this:
+
+
 TOKENS_AT_ONCE = 2**17
 
 
@@ -389,8 +435,8 @@ def score_table(model: HybridLM, corpus: Corpus, config: Config, n_random: int =
         depths = (len(full.layers), len(full.layers) - 1) if axis == "depth" else ()
         # pca is not for all models, and the other axes do not depend on it
         scores = {"score_d_model": "paper", field: kind}
-        ranking = elastic.rank(ordered, batches, dataclasses.replace(c, depth_choices=depths, **scores), seed)
-        elastic.order_weights(ordered, ranking)
+        ranking = importance.rank(ordered, batches, dataclasses.replace(c, depth_choices=depths, **scores), seed)
+        importance.order_weights(ordered, ranking)
         small = nested.submodel(ordered, cut(axis, ranking.depth[0]))
         return float(torch.cat([_logp_and_loss(small, batch)[1] for batch in held_out]).mean())
 

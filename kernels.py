@@ -53,6 +53,7 @@ except ImportError:
         """Leaves the kernels below plain functions, which nobody calls."""
         return function
 
+
 # ------------------------------------------------------------------------------------------------------------ SSD
 
 
@@ -524,8 +525,14 @@ def _wide(t: Tensor) -> Tensor:
 # and no autotuning: a result does not depend on timing.
 
 TILE = 64  # tokens of a chunk
+
+
 DBC_TILE = 32  # entries of the state that `ssd_dbc_kernel` holds; with more, or more than 256 bytes of x, registers spill
+
+
 CONV_TILE = 64, 64  # tokens and channels
+
+
 NORM_ROWS = 32  # tokens whose part of a weight gradient is summed in registers
 
 
@@ -1131,7 +1138,15 @@ def _operation(reference: Callable, fast: Callable, fused: Callable) -> Callable
 
 
 ssd = _operation(ssd_reference, ssd_chunked, ssd_triton)
+
+
 ssd_step = _operation(ssd_step_reference, ssd_step_torch, ssd_step_triton)
+
+
 causal_conv = _operation(causal_conv_reference, causal_conv_torch, causal_conv_triton)
+
+
 gated_norm = _operation(gated_norm_reference, gated_norm_reference, gated_norm_triton)
+
+
 selected_logp = _operation(selected_logp_reference, selected_logp_torch, selected_logp_triton)

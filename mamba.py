@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from config import ModelConfig
+from system.config import ModelConfig
 
 
 class Mamba2(nn.Module):

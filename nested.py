@@ -17,13 +17,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from config import WIDTH_FIELDS, ModelConfig, require
 from model import HybridLM
+from system.config import WIDTH_FIELDS, ModelConfig, require
 
 # The axis of every dimension of every weight ("." has none); a mask multiplies the dimensions with a star. Derived axes:
 # I, the heads' channels (H x P); E, the convolution's (I and B, C); X, the rows of in_proj (z and x over I, B and C, dt
 # over H); Q, the query heads' channels. Norms take the square root of the active share besides.
 OUTER = {"embed.weight": ". D*", "norm.weight": "D*", "head.weight": ". D"}
+
+
 DIMS = {
     "-": {
         "norm.weight": "D*", "mixer.up_proj.weight": "F D", "mixer.gate_proj.weight": "F D",
@@ -38,7 +40,11 @@ DIMS = {
         "mixer.A_log": "H", "mixer.D": "H", "mixer.dt_bias": "H", "mixer.norm_weight": "I", "mixer.out_proj.weight": "D* I",
     },
 }  # fmt: skip
+
+
 NORMS = {"norm.weight": "D", "mixer.norm_weight": "I"}
+
+
 WRITERS = ("mixer.down_proj.weight", "mixer.o_proj.weight", "mixer.out_proj.weight")
 
 

@@ -28,13 +28,13 @@ stands before what both scorers read.
 import torch
 from torch import Tensor, nn
 
-import parallel
-from config import RLPConfig
-from data import Tokenizer
-from generate import sample_thoughts, score_context
 from kernels import selected_logp
 from model import HybridLM
-from objective import Objective
+from system import parallel
+from system.config import RLPConfig
+from system.objective import Objective
+from text.tokenizer import Tokenizer
+from thoughts import sample_thoughts, score_context
 
 
 def information_gain(logp_thought_BG: Tensor, logp_plain_B: Tensor) -> Tensor:

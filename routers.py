@@ -19,14 +19,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import parallel
-from config import WIDTH_FIELDS, ElasticConfig, ModelConfig, require
-from model import Block, part_cache_bytes, part_flops, part_parameters, sum_of_parts
+from model import Block
 from nested import Masks, Widths, full_widths, in_groups
+from system import parallel
+from system.config import WIDTH_FIELDS, ElasticConfig, ModelConfig, require
+from system.costs import part_cache_bytes, part_flops, part_parameters, sum_of_parts
 
 AXES = ("d_model", "depth", "ffn", "mamba_heads", "mamba_channels", "attn_heads")
+
+
 KIND_OF = {"ffn": "-", "mamba_heads": "M", "mamba_channels": "M", "attn_heads": "*"}
+
+
 TABLES = {"-": "ffn", "*": "attention", "M": "mamba"}
+
+
 Choice = dict[str, list[int]]  # for each axis the index of the width chosen, one for all layers or one for each of its kind
 
 

@@ -12,68 +12,55 @@
 How to read: `main`, then `run`. The training loop is `loop.fit`; what an objective gives to it is in objective.py.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import json
-import os
-import platform
 import resource
 import sys
 import time
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 import tyro
 from rich.markup import escape
 
-import checkpoint
 import elastic
-import estimate
 import evals
-import huggingface
+import importance
 import kernels
 import nested
-import parallel
-import report
 import routers
-from config import PRESETS, Config, RLPConfig, fingerprint, path_and_reason, require, saved_config
-from data import (
-    Corpus,
-    FileTokenizer,
-    Tokenizer,
-    cpt_batch,
-    elastic_batch,
-    held_out_problems,
-    mixture,
-    named_tokenizer,
-    pretrain_batch,
-    problem_tokens,
-    rlp_batch,
-)
-from generate import show_thoughts
-from loop import check_rows, console, fit, split_batch
-from model import HybridLM, count_parameters
-from objective import NextToken
-from presets import PAPERS
+from evals import evaluate_base, evaluate_both
+from model import HybridLM
 from rlp import RLP
-from shards import ShardSet, is_shards
-
-# --------------------------------------------------------------------------------------------------------- a run
-
-
-def build_model(config: Config, n_vocab: int, device: torch.device, seed: int) -> HybridLM:
-    """A freshly initialised model. Raises ValueError if model.vocab_size is too small for the tokenizer."""
-    shape = config.model
-    require(
-        shape.vocab_size == 0 or shape.vocab_size >= n_vocab,
-        f"model.vocab_size ({shape.vocab_size}) is smaller than the tokenizer's {n_vocab}; use 0 for the tokenizer's",
-    )
-    torch.manual_seed(seed)
-    return HybridLM(dataclasses.replace(shape, vocab_size=shape.vocab_size or n_vocab)).to(device)
+from system import checkpoint, huggingface, parallel
+from system.config import Config, fingerprint, path_and_reason, require
+from system.costs import count_parameters
+from system.loop import check_rows, console, fit, split_batch
+from system.objective import NextToken
+from system.presets import PAPERS, PRESETS
+from system.rundir import (
+    alone_in,
+    build_model,
+    check_text,
+    load_hf_weights,
+    logged_seconds,
+    newest,
+    pick_device,
+    prepare_run_dir,
+    resolve,
+    resume_point,
+    run_meta,
+    versions,
+    warn,
+)
+from text.batches import cpt_batch, elastic_batch, mixture, pretrain_batch, problem_tokens, rlp_batch
+from text.corpus import Corpus
+from text.problems import held_out_problems
+from text.shards import ShardSet, is_shards
+from text.tokenizer import Tokenizer, named_tokenizer
+from thoughts import show_thoughts
+from views import estimate, plots, tables
 
 
 def base_weights(config: Config, corpus: Corpus, model: HybridLM) -> dict:
@@ -111,57 +98,6 @@ def base_weights(config: Config, corpus: Corpus, model: HybridLM) -> dict:
     warn(found.warning)
     checkpoint.load_weights(model, found.tensors("model"), found.path)
     return {"base_dir": str(folder), "base_was_cached": was_cached, "base_train_s": logged_seconds(folder)}
-
-
-@contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Wait until no other program is inside, and keep others out. The lock ends with the process, if not before."""
-    held = []
-
-    def take() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        held.append(os.open(folder / "lock", os.O_CREAT | os.O_RDWR))
-        fcntl.flock(held[0], fcntl.LOCK_EX)
-
-    parallel.on_first(take)
-    try:
-        yield
-    finally:
-        for file in held:
-            os.close(file)
-
-
-def load_hf_weights(model: HybridLM, folder: Path, tokenizer: Tokenizer) -> None:
-    """Load a Hugging Face directory into a model, which may have rows for more tokens than it (see `resolve`)."""
-    _, tensors = huggingface.load_hf(folder)
-    n_known = len(tensors["embed.weight"])
-    beyond = [i for i in range(n_known, model.config.vocab_size) if i not in tokenizer.new_ids]
-    checkpoint.load_weights(model, huggingface.add_rows(tensors, sorted([*tokenizer.new_ids, *beyond])), folder)
-
-
-def resolve(config: Config) -> Config:
-    """The settings with what files say of them: the text of rlp.prompt_file, and the shape and the tokenizer of `init`.
-
-    What lies in `init` has the only shape that its weights fit, so model.* is replaced by it; so is data.tokenizer by that
-    of a Hugging Face directory, or of a run that began with one. Raises ValueError for a file that cannot be used.
-    """
-    if config.rlp.prompt_file:
-        require(not config.rlp.prompt, "rlp.prompt and rlp.prompt_file are both given; leave one out")
-        try:
-            text = Path(config.rlp.prompt_file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"rlp.prompt_file ({config.rlp.prompt_file}) cannot be read as UTF-8 text: {error}") from error
-        config = dataclasses.replace(config, rlp=dataclasses.replace(config.rlp, prompt=text))
-    folder = Path(config.init)
-    if not config.init or not (folder / "config.json").is_file():
-        return config
-    is_hf = huggingface.is_hf(folder)
-    shape = huggingface.read_config(folder)[0] if is_hf else saved_config(folder).model
-    tokenizer = folder if is_hf else folder / "hf"
-    if tokenizer.is_dir():
-        shape = dataclasses.replace(shape, vocab_size=max(shape.vocab_size, FileTokenizer(tokenizer).n_vocab))
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(tokenizer)))
-    return dataclasses.replace(config, model=shape)
 
 
 def train_base(config: Config, corpus: Corpus, model: HybridLM, start: checkpoint.Checkpoint | None) -> None:
@@ -235,51 +171,11 @@ def run(config: Config) -> dict:
         "versions": versions(),
     }
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    report.plot_run(run_dir)
-    report.print_summary(summary, console)
+    plots.plot_run(run_dir)
+    tables.print_summary(summary, console)
     samples = "samples.txt, " if (run_dir / "samples.txt").exists() else ""
     console.print(f"wrote {escape(str(run_dir))}/summary.json, metrics.jsonl, {samples}checkpoint/ and plots")
     return summary
-
-
-def evaluate_base(model: HybridLM, corpus: Corpus, config: Config) -> dict:
-    """Held-out figures of a pretrained model."""
-    problems = evals.evaluate_problems(model, None, None, corpus, config)
-    text = evals.text_losses(model, corpus, config)
-    return {
-        "accuracy": {kind: {k: {"base": v} for k, v in fams.items()} for kind, fams in problems["accuracy"].items()},
-        "gain_nats": problems["gain_nats"],
-        "forced_style": evals.evaluate_forced_style(model, corpus, config),
-        "loss_nats": {"no_think_text": {"base": evals.interval(text)}},
-    }
-
-
-def evaluate_both(model: HybridLM, base: HybridLM, teacher: HybridLM | None, corpus: Corpus, config: Config) -> dict:
-    """Held-out figures before (`base`) and after (named by the mode, `rlp` or `cpt`)."""
-
-    def side_by_side(before: dict, after: dict) -> dict:
-        return {key: {"base": before[key], config.mode: after[key]} for key in after}
-
-    after = evals.evaluate_problems(model, base, teacher, corpus, config)
-    before = evals.evaluate_problems(base, base, None, corpus, config)
-    loss_before, loss_after = (evals.text_losses(m, corpus, config) for m in (base, model))
-    return {
-        "gain_nats": after["gain_nats"],
-        "gain_nats_by_family": after["gain_nats_by_family"],
-        "gain_nats_before": before["gain_nats"],
-        "accuracy": {kind: side_by_side(before["accuracy"][kind], after["accuracy"][kind]) for kind in after["accuracy"]},
-        "thought_tokens": side_by_side(before["thought_tokens"], after["thought_tokens"]),
-        "closed": side_by_side(before["closed"], after["closed"]),
-        "forced_style_base": evals.evaluate_forced_style(base, corpus, config),
-        "loss_nats": {
-            "no_think_text": {"base": evals.interval(loss_before), config.mode: evals.interval(loss_after)},
-            "no_think_text_change": evals.interval((loss_after - loss_before) / loss_before.mean()),
-        },
-        "text_positions": {
-            config.mode: evals.evaluate_text(model, base, teacher, corpus, config),
-            "base": evals.evaluate_text(base, base, None, corpus, config),
-        },
-    }
 
 
 def run_elastic(
@@ -328,12 +224,6 @@ def run_elastic(
     }  # fmt: skip
 
 
-def logged_seconds(run_dir: Path) -> float:
-    """Seconds of training in the log of a run, or of the runs one folder below; 0 for a model that was only cut out."""
-    logs = [run_dir / "metrics.jsonl"] if (run_dir / "metrics.jsonl").exists() else run_dir.glob("*/metrics.jsonl")
-    return sum(json.loads(line)["seconds"] for log in logs for line in log.read_text().splitlines())
-
-
 def train_elastic(
     model: HybridLM, corpus: Corpus, config: Config, run_dir: Path, start: checkpoint.Checkpoint | None
 ) -> elastic.Elastic:
@@ -349,13 +239,15 @@ def train_elastic(
     return objective
 
 
-def order_parent(model: HybridLM, corpus: Corpus, config: Config) -> elastic.Ranking:
+def order_parent(model: HybridLM, corpus: Corpus, config: Config) -> importance.Ranking:
     """Rank the parent's units on training sequences that no step will see, and order its weights, in place."""
     c = config.elastic
     batch = evals.to_device(mixture(corpus, config, 10**6, c.calibration_rows, c.seq_len), model)
     calibration = split_batch(batch, -(-c.calibration_rows // 8))  # in pieces: memory does not grow with their number
-    ranking = parallel.on_first(lambda: elastic.rank(model, calibration, c, config.seed))  # axes may differ in their signs
-    elastic.order_weights(model, ranking)
+    ranking = parallel.on_first(
+        lambda: importance.rank(model, calibration, c, config.seed)
+    )  # axes may differ in their signs
+    importance.order_weights(model, ranking)
     return ranking
 
 
@@ -415,86 +307,6 @@ def write_samples(networks: dict[str, HybridLM], corpus: Corpus, config: Config,
     (run_dir / "samples.txt").write_text("\n".join(lines) + "\n")
 
 
-def newest(folder: Path) -> checkpoint.Checkpoint | None:
-    """The newest checkpoint in a folder that may not exist: looked for by the first process, for all."""
-    return parallel.on_first(lambda: checkpoint.newest(folder) if folder.is_dir() else None)
-
-
-def resume_point(config: Config, run_dir: Path) -> checkpoint.Checkpoint | None:
-    """The checkpoint to go on from, None to start anew.
-
-    Raises ValueError if the folder holds a run and resume was not asked for (nothing saved is overwritten), if there is
-    nothing to resume, or if the checkpoint was made with other settings.
-    """
-    found = newest(run_dir)
-    if not config.resume:
-        require(
-            found is None, f"out ({run_dir}) already holds a run; add --resume to go on with it, or choose another --out"
-        )
-        return None
-    require(found, f"resume: {run_dir} holds no checkpoint; leave --resume out to start")
-    warn(found.warning)
-    theirs, ours = found.meta["config"], shared_settings(config)
-    different = [name for name in sorted(ours) if theirs.get(name) != ours[name]]
-    require(
-        not different,
-        f"resume: {found.path} was made with other settings: "
-        + "; ".join(f"{name} was {theirs.get(name)}, now {ours[name]}" for name in different[:5])
-        + "; use its settings, or choose another --out",
-    )
-    return found
-
-
-def check_text(start: checkpoint.Checkpoint | None, corpus: Corpus) -> None:
-    """Raises ValueError if a run would go on with another text than it was started with."""
-    same = start is None or start.meta.get("corpus", corpus.key) == corpus.key  # older checkpoints do not say
-    require(
-        same,
-        "resume: the text is not what the run was started with (that of data.path, or what ships with this Python); "
-        "restore it, or choose another --out",
-    )
-
-
-def shared_settings(config: Config) -> dict:
-    """The settings that a resumed run must share, flat.
-
-    Those of pretraining are among them: the run's base was made with them, and they say what cpt and elastic read. An RLP
-    run that began with weights from `init` has nothing of them.
-    """
-    groups = ["model", "data", config.mode] + ([] if config.init and config.mode == "rlp" else ["pretrain"])
-    # accumulate: on fewer processes it makes up for them; baseline: rivals can be added to a run that is there
-    free = ("cache_dir", "checkpoint_every", "log_every", "accumulate", "baseline")
-    flat = {}
-    for name, value in json.loads(json.dumps(config.to_dict())).items():
-        if name in groups:
-            flat |= {f"{name}.{k}": v for k, v in value.items() if k not in free}
-        elif name in ("mode", "seed", "init"):
-            flat[name] = value
-    return flat
-
-
-def run_meta(config: Config, corpus: Corpus) -> dict:
-    """What a checkpoint says of its run: settings, text and versions."""
-    return {"config": shared_settings(config), "corpus": corpus.key, "versions": versions()}
-
-
-def prepare_run_dir(config: Config, tokenizer: Tokenizer) -> Path:
-    """Make the run folder; write config.json, and the tokenizer if it comes from files or from the text, which may change.
-
-    Raises ValueError if it cannot be written to.
-    """
-    run_dir = config.run_dir()
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        text = {"command": " ".join(sys.argv), "versions": versions(), "config": config.to_dict()}
-        (run_dir / "config.json").write_text(json.dumps(text, indent=1) + "\n")
-        if tokenizer.json:
-            tokenizer.save(run_dir / "hf")
-    except OSError as error:
-        raise ValueError(f"out ({run_dir}) cannot be written to: {error.strerror}; choose another --out") from error
-    return run_dir
-
-
 def warn_of_answers(tokenizer: Tokenizer, config: Config) -> None:
     """Say where a tokenizer does not suit the problems."""
     problems = held_out_problems("train", 4, config.seed, config.data.held_out_percent)
@@ -520,15 +332,8 @@ def dry_run(config: Config) -> dict:
         warn(f"init ({config.init}) is not here: the shape is that of model.*")
     console.print_json(json.dumps(config.to_dict()))
     facts = estimate.facts(config)
-    report.print_estimate(facts, console)
+    tables.print_estimate(facts, console)
     return facts
-
-
-def pick_device(config: Config) -> torch.device:
-    """The device asked for, or CUDA where there is one. Raises ValueError if CUDA is asked for and missing."""
-    has_cuda = torch.cuda.is_available()
-    require(config.device != "cuda" or has_cuda, "device (cuda) is not available on this machine; use --device cpu or auto")
-    return torch.device("cuda", torch.cuda.current_device()) if has_cuda and config.device != "cpu" else torch.device("cpu")
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -536,17 +341,6 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-def versions() -> dict[str, str]:
-    """Of Python and the libraries that results may depend on."""
-    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-
-
-def warn(message: str) -> None:
-    """Print a warning, if there is one."""
-    if message:
-        console.print(f"[yellow]warning:[/yellow] {escape(message)}")
 
 
 def parse(argv: list[str]) -> Config:
@@ -560,34 +354,6 @@ def parse(argv: list[str]) -> Config:
     known = PRESETS | PAPERS
     require(name in known, f"preset ({name!r}) is unknown; choose one of {', '.join(known)}")
     return tyro.cli(Config, default=known[name], args=argv, prog="train.py", description=__doc__)
-
-
-def load_run(run_dir: Path) -> tuple[HybridLM, Tokenizer, Config]:
-    """The model, tokenizer and settings of a finished or interrupted run. Raises ValueError if there is none."""
-    found = newest(run_dir)
-    require(found, f"{run_dir} holds no checkpoint; give the folder of a run, such as runs/rlp-cpu-seed0")
-    config = saved_config(run_dir)
-    if (run_dir / "hf").is_dir():
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(run_dir / "hf")))
-    require(
-        config.data.tokenizer != "corpus",
-        f"{run_dir / 'hf'}, the run's tokenizer, is missing; copy it from where the run was made, or train again",
-    )
-    tokenizer = named_tokenizer(config.data.tokenizer)
-    model = build_model(config, tokenizer.n_vocab, pick_device(config), config.seed)
-    checkpoint.load_weights(model, found.tensors("model"), found.path)
-    return model, tokenizer, config
-
-
-def load_model(folder: Path) -> tuple[HybridLM, Tokenizer, RLPConfig]:
-    """Model, tokenizer and how it thinks, of a run or of a Hugging Face directory. Raises ValueError if it is neither."""
-    if not huggingface.is_hf(folder):
-        model, tokenizer, config = load_run(folder)
-        return model, tokenizer, config.rlp
-    config, tokenizer = resolve(Config(init=str(folder))), FileTokenizer(folder)
-    model = build_model(config, tokenizer.n_vocab, pick_device(config), config.seed)
-    load_hf_weights(model, folder, tokenizer)
-    return model, tokenizer, config.rlp
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import settings
 
-import checkpoint
 import train
-from config import DataConfig, ModelConfig
-from data import Corpus
 from model import HybridLM
+from system import checkpoint
+from system.config import DataConfig, ModelConfig
+from text.corpus import Corpus
 
 torch.set_num_threads(1)
 

@@ -1,4 +1,4 @@
-"""Every benchmark at tiny sizes: its contestants agree, and report.py shows what it returns. No time is asserted."""
+"""Every benchmark at tiny sizes: its contestants agree, and tools/report.py shows what it returns. No time is asserted."""
 
 import dataclasses
 import json
@@ -7,10 +7,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-import bench
 import kernels
-import report
-from config import ModelConfig
+from system.config import ModelConfig
+from tools import bench, report
 
 CPU = torch.device("cpu")
 TINY_MODEL = ModelConfig(pattern="M*-", d_model=16, d_ff=24, n_heads=2, n_kv_heads=1, attn_head_dim=8, mamba_heads=4,
@@ -183,8 +182,8 @@ def test_all_runs_every_benchmark_with_the_options_given(tmp_path, monkeypatch):
     commands = []
     monkeypatch.setattr(bench.subprocess, "run", lambda words, check: commands.append(words))
     assert bench.main(["all", "--repeats", "3", "--out", str(tmp_path)]) == 0
-    assert [words[2] for words in commands] == list(bench.BENCHES)
-    assert all(words[3:5] == ["--repeats", "3"] and words[-2:] == ["--out", str(tmp_path)] for words in commands)
+    assert [words[3] for words in commands] == list(bench.BENCHES)
+    assert all(words[4:6] == ["--repeats", "3"] and words[-2:] == ["--out", str(tmp_path)] for words in commands)
 
 
 def test_no_repeats_are_refused(capsys):

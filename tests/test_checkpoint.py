@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-import checkpoint
-from checkpoint import KEEP, load_weights, newest, save
+from system import checkpoint
+from system.checkpoint import KEEP, load_weights, newest, save
 
 
 def network(seed=0, width=3):

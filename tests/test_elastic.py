@@ -24,13 +24,17 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 import elastic
+import importance
 import nested
 import routers
-from config import PRESETS, ElasticConfig
-from elastic import Distillation, Elastic, Ranking
-from model import Block, HybridLM, count_parameters, part_cache_bytes, part_flops, part_parameters
+from elastic import Distillation, Elastic
+from importance import Ranking
+from model import Block, HybridLM
 from nested import Units, Widths
 from routers import Costs, Router, Space
+from system.config import ElasticConfig
+from system.costs import count_parameters, part_cache_bytes, part_flops, part_parameters
+from system.presets import PRESETS
 
 CPU = torch.device("cpu")
 EXACT = {"rtol": 1e-9, "atol": 1e-10}
@@ -146,8 +150,8 @@ def plain_model(**changes):
 
 
 def scores(model, score, *args):
-    sums = elastic.activation_sums(model, [{"tokens_BT": torch.tensor([[0, 1]]), "ids_BT": None}])
-    return getattr(elastic, f"{score}_scores")(model, sums, *args)
+    sums = importance.activation_sums(model, [{"tokens_BT": torch.tensor([[0, 1]]), "ids_BT": None}])
+    return getattr(importance, f"{score}_scores")(model, sums, *args)
 
 
 def test_scores_of_the_stream_by_hand():
@@ -211,7 +215,7 @@ def test_output_scores_are_the_size_of_what_each_unit_adds_to_the_stream(i, matr
     writer = getattr(model.layers[i].mixer, matrix)
     hook = writer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     batch = {"tokens_BT": TOKENS_BT, "ids_BT": PACKED_BT}
-    found = getattr(elastic, f"{score}_scores")(model, elastic.activation_sums(model, [batch]), i, "output")
+    found = getattr(importance, f"{score}_scores")(model, importance.activation_sums(model, [batch]), i, "output")
     hook.remove()
     square = torch.einsum("bti,di->btid", seen[0], writer.weight).square().sum((0, 1, 3))
     if score == "ffn":
@@ -231,20 +235,20 @@ def test_units_with_the_largest_scores_come_first():
     model.layers[1].mixer.down_proj.weight.data = f64([3, 0, 0], [4, 1, 0.5])
     batch = [{"tokens_BT": torch.tensor([[0, 1]]), "ids_BT": None}]
     for kind, order in (("paper", [2, 0, 1]), ("output", [0, 1, 2])):
-        assert elastic.rank(model, batch, ElasticConfig(score_ffn=kind)).units.layers[1]["F"].tolist() == order
+        assert importance.rank(model, batch, ElasticConfig(score_ffn=kind)).units.layers[1]["F"].tolist() == order
 
 
 def test_scores_add_up_over_batches():
     model = tiny_model()
     batches = [{"tokens_BT": TOKENS_BT[i : i + 1], "ids_BT": PACKED_BT[i : i + 1]} for i in range(2)]
-    whole = elastic.activation_sums(model, [{"tokens_BT": TOKENS_BT, "ids_BT": PACKED_BT}])
-    assert_close(elastic.activation_sums(model, batches), whole, **EXACT)
+    whole = importance.activation_sums(model, [{"tokens_BT": TOKENS_BT, "ids_BT": PACKED_BT}])
+    assert_close(importance.activation_sums(model, batches), whole, **EXACT)
 
 
 def ranked(model, kind):
     """A ranking with every score of that kind."""
     c = ElasticConfig(**{f"score_{name}": kind for name in ("d_model", "ffn", "mamba", "attn")})
-    return elastic.rank(model, [{"tokens_BT": TOKENS_BT, "ids_BT": PACKED_BT}], c)
+    return importance.rank(model, [{"tokens_BT": TOKENS_BT, "ids_BT": PACKED_BT}], c)
 
 
 @pytest.mark.parametrize("kind", ["paper", "output", "random"])
@@ -252,7 +256,7 @@ def ranked(model, kind):
 def test_ordering_permutes_the_weights_and_leaves_the_logits(variant, kind):
     model = tiny_model(**VARIANTS[variant])
     ordered = copy.deepcopy(model)
-    elastic.order_weights(ordered, ranked(model, kind))
+    importance.order_weights(ordered, ranked(model, kind))
     for (name, before), after in zip(model.named_parameters(), ordered.parameters(), strict=True):
         assert_close(after.flatten().sort()[0], before.flatten().sort()[0], rtol=0, atol=0)
         if name.endswith(("in_proj.weight", "up_proj.weight", "q_proj.weight", "embed.weight")):
@@ -263,7 +267,7 @@ def test_ordering_permutes_the_weights_and_leaves_the_logits(variant, kind):
 
 def ranked_by_axes(model):
     """The default ranking: the stream turned onto its principal axes."""
-    return elastic.rank(model, [{"tokens_BT": TOKENS_BT, "ids_BT": PACKED_BT}], ElasticConfig())
+    return importance.rank(model, [{"tokens_BT": TOKENS_BT, "ids_BT": PACKED_BT}], ElasticConfig())
 
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "tied"])
@@ -271,7 +275,7 @@ def test_principal_axes_turn_the_stream_and_leave_the_logits(variant):
     """Over all that norms read, each token at length 1, the turned stream's channels are uncorrelated and fall in size."""
     model = tiny_model(**VARIANTS[variant] | {"tie_embeddings": False})
     turned, seen = copy.deepcopy(model), []
-    elastic.order_weights(turned, ranked_by_axes(model))
+    importance.order_weights(turned, ranked_by_axes(model))
     for norm in [*(block.norm for block in turned.layers), turned.norm]:
         assert_close(norm.weight, torch.ones_like(norm.weight), rtol=0, atol=0)
         norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
@@ -297,7 +301,7 @@ def test_a_stream_of_two_dimensions_is_in_the_first_two_channels():
     plane = torch.randn(2, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     model.embed.weight.data = model.embed.weight[:, :2] @ plane
     wanted = model.logits(model(TOKENS_BT)[0])
-    elastic.order_weights(model, ranked_by_axes(model))
+    importance.order_weights(model, ranked_by_axes(model))
     small = nested.submodel(model, replace(nested.full_widths(model.config), d_model=2))
     assert_close(2 * small.logits(small(TOKENS_BT)[0]), wanted, **EXACT)
 
@@ -305,7 +309,7 @@ def test_a_stream_of_two_dimensions_is_in_the_first_two_channels():
 def test_tied_embeddings_cannot_be_turned():
     model = tiny_model()
     with pytest.raises(ValueError, match=r"score_d_model \(pca\) .* tied embeddings .* choose paper or output"):
-        elastic.order_weights(model, ranked_by_axes(model))
+        importance.order_weights(model, ranked_by_axes(model))
 
 
 @pytest.mark.parametrize("kind", ["paper", "output"])
@@ -313,7 +317,7 @@ def test_tied_embeddings_cannot_be_turned():
 def test_an_ordered_model_is_ranked_as_it_stands(variant, kind):
     """The best unit of every axis is the first one, of every group for heads: so every prefix holds the best."""
     model = tiny_model(**VARIANTS[variant])
-    elastic.order_weights(model, ranked(model, kind))
+    importance.order_weights(model, ranked(model, kind))
     units = ranked(model, kind).units
     for index in [units.d_model, *(index for layer in units.layers for index in layer.values())]:
         assert index.tolist() == list(range(len(index)))
@@ -339,7 +343,7 @@ def test_channels_of_all_heads_take_one_order_by_hand():
     before = copy.deepcopy(model)
     stream, i = torch.tensor([1, 0, *range(2, 8)]), torch.tensor([5, 3, 4, 2, 0, 1])
     units = Units(stream, [{"H": torch.tensor([1, 0]), "P": torch.tensor([2, 0, 1])}])
-    elastic.order_weights(model, Ranking(units, [0]))
+    importance.order_weights(model, Ranking(units, [0]))
     rows = torch.cat([i, 6 + i, torch.arange(12, 22), torch.tensor([23, 22])])
     old, new = before.layers[0].mixer, model.layers[0].mixer
     assert_close(new.in_proj.weight, old.in_proj.weight[rows][:, stream], rtol=0, atol=0)
@@ -352,7 +356,7 @@ def test_a_random_order_depends_on_the_seed_alone():
     model, batch = tiny_model(), [{"tokens_BT": TOKENS_BT, "ids_BT": None}]
     names = ("d_model", "ffn", "mamba", "attn", "depth")
     c = ElasticConfig(**{f"score_{name}": "random" for name in names}, depth_choices=(5, 4))
-    first, again, other = (elastic.rank(model, batch, c, seed) for seed in (3, 3, 4))
+    first, again, other = (importance.rank(model, batch, c, seed) for seed in (3, 3, 4))
     assert_close(first.units.d_model, again.units.d_model)
     assert first.depth == again.depth
     assert not torch.equal(first.units.d_model, other.units.d_model)
@@ -360,18 +364,18 @@ def test_a_random_order_depends_on_the_seed_alone():
 
 def test_layers_are_ranked_only_where_some_can_go(monkeypatch):
     """In the order of the model they stay elsewhere, without a pass for each."""
-    monkeypatch.setattr(elastic, "rank_layers", lambda *_: [4, 3, 2, 1, 0])
+    monkeypatch.setattr(importance, "rank_layers", lambda *_: [4, 3, 2, 1, 0])
     batches = [{"tokens_BT": TOKENS_BT, "ids_BT": None}]
     for depths, order in (((), [0, 1, 2, 3, 4]), ((5,), [0, 1, 2, 3, 4]), ((5, 4), [4, 3, 2, 1, 0])):
-        assert elastic.rank(tiny_model(), batches, ElasticConfig(depth_choices=depths)).depth == order
+        assert importance.rank(tiny_model(), batches, ElasticConfig(depth_choices=depths)).depth == order
 
 
 @pytest.mark.parametrize("ranked", [[0, 1, 2, 3], [2, 0, 1, 3], [1, 3, 2, 0], [1, 3, 0, 2]])
 def test_the_last_layer_to_go_mixes_tokens(monkeypatch, ranked):
     """A model of feed-forward layers alone could not read its context; the rest of the order stays."""
-    monkeypatch.setattr(elastic, "rank_layers", lambda *_: ranked)
+    monkeypatch.setattr(importance, "rank_layers", lambda *_: ranked)
     model, batches = tiny_model(pattern="M-*-"), [{"tokens_BT": TOKENS_BT, "ids_BT": None}]
-    depth = elastic.rank(model, batches, ElasticConfig(depth_choices=(4, 1))).depth
+    depth = importance.rank(model, batches, ElasticConfig(depth_choices=(4, 1))).depth
     best = max((0, 2), key=ranked.index)
     assert depth == [i for i in ranked if i != best] + [best]
 
@@ -381,7 +385,7 @@ def test_the_last_layer_to_go_mixes_tokens(monkeypatch, ranked):
 
 def rank_layers(model, kind):
     with torch.no_grad():
-        return elastic.rank_layers(model, [{"tokens_BT": TOKENS_BT, "ids_BT": PACKED_BT}], kind, torch.Generator())
+        return importance.rank_layers(model, [{"tokens_BT": TOKENS_BT, "ids_BT": PACKED_BT}], kind, torch.Generator())
 
 
 @pytest.mark.parametrize("kind", ["paper", "greedy"])

@@ -21,19 +21,22 @@ from conftest import contents, die, disturb, metrics_of, press_ctrl_c, summary_o
 from rich.console import Console
 from torch.testing import assert_close
 
-import checkpoint
-import data
 import elastic
 import evals
 import generate
 import nested
-import report
 import routers
 import train
-from config import PRESETS, Config, from_dict
-from data import FAMILIES, elastic_batch
-from model import count_parameters, part_cache_bytes
 from nested import Widths
+from system import checkpoint, rundir
+from system.config import Config, from_dict
+from system.costs import count_parameters, part_cache_bytes
+from system.presets import PRESETS
+from text import batches
+from text.batches import elastic_batch
+from text.problems import FAMILIES
+from tools import extract, report, scores
+from views import plots, tables
 
 CPU = torch.device("cpu")
 SMOKE = PRESETS["smoke"]
@@ -76,14 +79,14 @@ def test_a_batch_is_a_function_of_seed_and_step(corpus):
 def test_documents_go_on_where_the_base_stopped(corpus):
     """The base had four steps, so the first elastic batch is the mixture of step 4."""
     fit = replace(SMOKE.pretrain, seq_len=32)
-    expected = data.pretrain_batch(corpus, replace(SMOKE, pretrain=fit), 4)
+    expected = batches.pretrain_batch(corpus, replace(SMOKE, pretrain=fit), 4)
     found = elastic_batch(corpus, SMOKE, 0)
     assert_close({k: found[k] for k in expected}, expected, rtol=0, atol=0)
 
 
 def test_budgets_are_drawn_alike_in_stage_1_and_by_weight_in_stage_2(corpus, monkeypatch):
     """2000 steps of 8 or 4 sequences: shares within 2 per cent (four standard errors) of 1/3 each, then of 5 : 3 : 2."""
-    monkeypatch.setattr(data, "mixture", lambda _, __, ___, n_rows, *a: {"tokens_BT": torch.zeros(n_rows, 1)})
+    monkeypatch.setattr(batches, "mixture", lambda _, __, ___, n_rows, *a: {"tokens_BT": torch.zeros(n_rows, 1)})
     config = with_elastic(steps=4000, batch=8, long_share=0.5, long_weights=(5, 3, 2))
     for steps, weights in ((range(2000), (1 / 3, 1 / 3, 1 / 3)), (range(2000, 4000), (0.5, 0.3, 0.2))):
         drawn = collections.Counter()
@@ -113,7 +116,7 @@ NINE = {"steps": 9, "search_share": 0.34, "long_share": 0.34, "checkpoint_every"
 
 def noisy_model(config, corpus):
     """Of the smoke shape; layers that write nothing, as new ones do, would hide much."""
-    model = train.build_model(config, corpus.tokenizer.n_vocab, CPU, seed=1)
+    model = rundir.build_model(config, corpus.tokenizer.n_vocab, CPU, seed=1)
     torch.manual_seed(1)
     for p in model.parameters():
         p.data.add_(0.1 * torch.randn_like(p))
@@ -413,12 +416,12 @@ def test_a_family_without_the_full_budget_is_measured_and_drawn(program, tmp_pat
 def extracted(finished, tmp_path_factory):
     """The folder of the model of a budget between two trained ones."""
     out = tmp_path_factory.mktemp("runs") / "small"
-    assert elastic.main(["extract", str(finished), "--budget", "0.6", "--out", str(out)]) == 0
+    assert extract.main([str(finished), "--budget", "0.6", "--out", str(out)]) == 0
     return out
 
 
 def test_an_extracted_model_is_the_submodel_of_its_family(finished, extracted):
-    small, *_ = train.load_run(extracted)
+    small, *_ = rundir.load_run(extracted)
     model, router, *_ = elastic.load_family(finished)
     inside = nested.submodel(model, router.choose(0.6))
     tokens_BT = torch.arange(40).view(2, 20)
@@ -430,7 +433,7 @@ def test_an_extracted_model_is_the_submodel_of_its_family(finished, extracted):
 
 def test_an_extracted_run_says_where_it_comes_from(finished, extracted):
     facts = json.loads((extracted / "config.json").read_text())
-    small, *_ = train.load_run(extracted)
+    small, *_ = rundir.load_run(extracted)
     assert (facts["extracted_from"], facts["budget"]) == (str(finished), 0.6)
     assert facts["parameters"] == count_parameters(small)
     assert facts["widths"]["d_model"] == small.config.d_model
@@ -438,7 +441,7 @@ def test_an_extracted_run_says_where_it_comes_from(finished, extracted):
 
 
 def test_extraction_prints_size_time_and_widths(finished, tmp_path, capsys):
-    assert elastic.main(["extract", str(finished), "--budget", "0.5", "--out", str(tmp_path / "out")]) == 0
+    assert extract.main([str(finished), "--budget", "0.5", "--out", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
     size = summary_of(finished)["budgets"][2]
     assert f"{tmp_path / 'out'}: {size['parameters']:,} parameters in " in shown
@@ -480,7 +483,7 @@ def test_sizes_take_turns_in_constant_memory(finished, monkeypatch):
 @pytest.mark.parametrize("budget", ["0.49", "0.3", "-1", "1e9"])
 def test_an_unknown_budget_is_refused_before_anything_is_written_or_said(finished, tmp_path, capsys, budget):
     known = "is unknown: this model was trained for 1, 0.75, 0.5 of the full parameters"
-    assert elastic.main(["extract", str(finished), "--budget", budget, "--out", str(tmp_path / "out")]) == 2
+    assert extract.main([str(finished), "--budget", budget, "--out", str(tmp_path / "out")]) == 2
     assert known in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert generate.main([str(finished), PROMPT, "--budget", "1", budget]) == 2
@@ -492,18 +495,18 @@ def test_an_unknown_budget_is_refused_before_anything_is_written_or_said(finishe
 def test_a_run_without_a_router_is_refused(finished, extracted, tmp_path, capsys):
     """An extracted one, and the base."""
     for folder in (str(extracted), summary_of(finished)["base_dir"]):
-        assert elastic.main(["extract", folder, "--budget", "0.5", "--out", str(tmp_path / "out")]) == 2
+        assert extract.main([folder, "--budget", "0.5", "--out", str(tmp_path / "out")]) == 2
         assert f"error: {folder} has no router, so it holds one size only" in capsys.readouterr().err
         assert generate.main([folder, PROMPT, "--budget", "0.5"]) == 2
         assert "give the folder of a run of --mode elastic" in capsys.readouterr().err
-    assert elastic.main(["extract", str(tmp_path), "--budget", "0.5", "--out", str(tmp_path / "out")]) == 2
+    assert extract.main([str(tmp_path), "--budget", "0.5", "--out", str(tmp_path / "out")]) == 2
     assert f"{tmp_path} holds no checkpoint" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_an_extraction_into_a_folder_in_use_is_refused_and_leaves_it(finished, extracted, capsys):
     before = contents(extracted)
-    assert elastic.main(["extract", str(finished), "--budget", "0.5", "--out", str(extracted)]) == 2
+    assert extract.main([str(finished), "--budget", "0.5", "--out", str(extracted)]) == 2
     assert f"error: out ({extracted}) already holds a run; choose another --out" in capsys.readouterr().err
     assert contents(extracted) == before
 
@@ -512,12 +515,12 @@ def test_paths_of_no_use_are_refused_by_name(finished, tmp_path, capsys):
     """An out folder that is a file, and a run whose settings are gone or are not settings."""
     (tmp_path / "file").touch()
     for out in ("file", "file/out"):
-        assert elastic.main(["extract", str(finished), "--budget", "0.5", "--out", str(tmp_path / out)]) == 2
+        assert extract.main([str(finished), "--budget", "0.5", "--out", str(tmp_path / out)]) == 2
         assert f"error: {tmp_path / out}: " in capsys.readouterr().err
     run_dir = shutil.copytree(finished, tmp_path / "run")
     for text, message in (("{}", "holds no settings of a run"), ("{", "cannot be read as JSON"), (None, "No such file")):
         (run_dir / "config.json").unlink() if text is None else (run_dir / "config.json").write_text(text)
-        assert elastic.main(["extract", str(run_dir), "--budget", "0.5", "--out", str(tmp_path / "out")]) == 2
+        assert extract.main([str(run_dir), "--budget", "0.5", "--out", str(tmp_path / "out")]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -538,8 +541,8 @@ def test_a_run_that_stopped_early_says_so_when_it_is_cut(finished, tmp_path, cap
 @pytest.mark.parametrize("mode", ["pretrain", "rlp"])
 def test_init_goes_on_from_an_extracted_model_in_its_own_shape(program, extracted, tmp_path, mode):
     assert program(tmp_path / "run", "--mode", mode, "--init", extracted, f"--{mode}.steps", 1) == 0
-    small, *_ = train.load_run(extracted)
-    trained, *_ = train.load_run(tmp_path / "run")
+    small, *_ = rundir.load_run(extracted)
+    trained, *_ = rundir.load_run(tmp_path / "run")
     assert trained.config == small.config
     assert not torch.equal(trained.norm.weight, small.norm.weight)
     if mode == "rlp":
@@ -633,10 +636,10 @@ def test_sizes_are_measured_against_their_parent_on_the_same_sequences(corpus):
 
 def test_kl_and_loss_of_a_size_are_means_over_targets_by_hand(corpus, monkeypatch):
     """From whole logits of one batch, one mean a sequence; targets of -100 count for nothing."""
-    batch = data.mixture(corpus, SMOKE, 0, 16, 32, "test")
+    batch = batches.mixture(corpus, SMOKE, 0, 16, 32, "test")
     batch["targets_BT"][:, ::3] = -100
     monkeypatch.setattr(evals, "mixture", lambda *_: batch)
-    parent, model = noisy_model(SMOKE, corpus), train.build_model(SMOKE, corpus.tokenizer.n_vocab, CPU, seed=2)
+    parent, model = noisy_model(SMOKE, corpus), rundir.build_model(SMOKE, corpus.tokenizer.n_vocab, CPU, seed=2)
     _, found = evals.evaluate_sizes([parent, model], [0, 0], corpus, SMOKE)
     with torch.no_grad():
         p, q = (
@@ -673,8 +676,8 @@ def test_a_stratified_mean_and_its_interval_by_hand():
 
 
 def test_scores_of_every_axis_are_compared_on_a_trained_model(finished, capsys):
-    """`elastic.py scores BASE`: a row an axis, a loss near ln V for each score of the hardly trained smoke base."""
-    assert elastic.main(["scores", summary_of(finished)["base_dir"]]) == 0
+    """`tools.scores BASE`: a row an axis, a loss near ln V for each score of the hardly trained smoke base."""
+    assert scores.main([summary_of(finished)["base_dir"]]) == 0
     shown = capsys.readouterr().out
     for axis in routers.AXES:
         (line,) = [line for line in shown.splitlines() if axis in line.split()]
@@ -744,7 +747,7 @@ def made_up():
 
 
 def test_rows_of_the_budgets_by_hand(made_up):
-    rows = {row[0]: row[1:] for row in report.budget_rows(made_up)}
+    rows = {row[0]: row[1:] for row in tables.budget_rows(made_up)}
     assert rows["n = 7"] == ["parent", "75 %", "50 %"]
     assert rows["parameters"] == ["1,000,000", "750,000", "500,000"]
     assert rows["cost, of its target"] == ["", "100.5 %", "100.5 %"]
@@ -757,12 +760,12 @@ def test_rows_of_the_budgets_by_hand(made_up):
     assert rows["KL from the parent, nats"][2] == "0.400 (0.390 to 0.410)"
     assert rows["same likeliest token as the parent"][1] == "0.90 (0.89 to 0.91)"
     assert not any("stage" in name for name in rows)
-    assert {len(row) for row in report.budget_rows(made_up)} == {4}
+    assert {len(row) for row in tables.budget_rows(made_up)} == {4}
 
 
 def test_rows_of_both_stages_stand_below_each_other(made_up):
     made_up["stage1"] = [entry(b["fraction"], [], 5.0) for b in made_up["budgets"]]
-    *_, first, second = report.budget_rows(made_up)
+    *_, first, second = tables.budget_rows(made_up)
     assert first == ["loss on long text, after stage 1", "4.000 (parent)", "6.000", "6.000"]
     assert second == ["loss on long text, after stage 2", "", "4.100", "4.400"]
 
@@ -770,27 +773,27 @@ def test_rows_of_both_stages_stand_below_each_other(made_up):
 def test_rows_of_the_rivals_by_hand(made_up):
     low, high = "3.100 (3.090 to 3.110)", "3.400 (3.390 to 3.410)"
     less, more = "-0.100 (-0.110 to -0.090)", "+0.200 (+0.190 to +0.210)"
-    assert report.rival_rows(made_up) == [
+    assert tables.rival_rows(made_up) == [
         ["loss, nats a token, n = 7", "75 %", "minus elastic", "50 %", "minus elastic"],
         ["**elastic**, one run", low, "", high, ""],
-        [report.RIVALS["scratch"], high, more, low, less],
+        [tables.RIVALS["scratch"], high, more, low, less],
         ["unheard", low, less, high, more],
     ]
 
 
 def test_every_baseline_has_a_name_for_the_table():
     (field,) = [f for f in dataclasses.fields(SMOKE.elastic) if f.name == "baseline"]
-    assert all(f"'{name}'" in str(field.type) for name in report.RIVALS if name != "elastic")
-    assert len(report.RIVALS) == 7
+    assert all(f"'{name}'" in str(field.type) for name in tables.RIVALS if name != "elastic")
+    assert len(tables.RIVALS) == 7
 
 
 def test_widths_and_sizes_are_drawn_with_a_skipped_layer_and_without_the_full_budget(made_up, tmp_path, monkeypatch):
     """The skipped layer is drawn at 0; bars are shares of the full widths, 24 and 16 of 32 for the stream."""
     bars = []
-    bar = report.plt.Axes.bar
-    monkeypatch.setattr(report.plt.Axes, "bar", lambda axis, x, y, *a, **k: [bars.append(y), bar(axis, x, y, *a, **k)][1])
-    report.plot_widths(made_up, tmp_path / "widths.png")
-    report.plot_sizes(made_up, tmp_path / "sizes.png")
+    bar = plots.plt.Axes.bar
+    monkeypatch.setattr(plots.plt.Axes, "bar", lambda axis, x, y, *a, **k: [bars.append(y), bar(axis, x, y, *a, **k)][1])
+    plots.plot_widths(made_up, tmp_path / "widths.png")
+    plots.plot_sizes(made_up, tmp_path / "sizes.png")
     assert bars == [[0.75, 1.0, 0.75, 1.0, 0.75], [0.5, 0.5, 0.5, 0.0, 0.25]]
     for name in ("widths", "sizes"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -798,10 +801,10 @@ def test_widths_and_sizes_are_drawn_with_a_skipped_layer_and_without_the_full_bu
 
 def test_the_closing_tables_show_budgets_and_rivals(made_up):
     console = Console(width=200, record=True, file=io.StringIO())
-    report.print_summary(made_up, console)
+    tables.print_summary(made_up, console)
     shown = console.export_text()
     assert "seed 3" in shown
-    assert report.RIVALS["scratch"] in shown
+    assert tables.RIVALS["scratch"] in shown
     assert "3.100 (3.090 to 3.110)" in shown
 
 
@@ -809,6 +812,6 @@ def test_readme_tables_are_made_of_elastic_results(made_up, tmp_path):
     assert report.tables(tmp_path)["elastic-cpu"] == report.tables(tmp_path)["elastic-cpu-rivals"] == "Not run."
     (tmp_path / "elastic-cpu-seed3.json").write_text(json.dumps(made_up | {"train_s": {"elastic": 700.4}}))
     made = report.tables(tmp_path)
-    assert made["elastic-cpu"] == report.markdown(report.budget_rows(made_up))
+    assert made["elastic-cpu"] == report.markdown(tables.budget_rows(made_up))
     head = "Seed 3, whose family trained for 700 s:\n\n"
-    assert made["elastic-cpu-rivals"] == head + report.markdown(report.rival_rows(made_up))
+    assert made["elastic-cpu-rivals"] == head + report.markdown(tables.rival_rows(made_up))

@@ -6,9 +6,9 @@ import pytest
 from torch.testing import assert_close
 
 import evals
-from config import PRESETS
-from data import held_out_problems
 from model import HybridLM
+from system.presets import PRESETS
+from text.problems import held_out_problems
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from generate import Thoughts, sample, sample_thoughts
+from thoughts import Thoughts, sample, sample_thoughts
 
 THINK, CLOSE, END = 9, 10, 11
 TAGS = (THINK, CLOSE)

@@ -14,15 +14,16 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, NemotronHConfig, NemotronHForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-import checkpoint
-import elastic
 import generate
-import huggingface
 import train
-from config import DataConfig, RLPConfig
-from data import CLOSE, END, THINK, Corpus, FileTokenizer, _example_problems, collate_contexts, pretrain_batch
 from evals import text_losses
-from generate import show_thoughts
+from system import checkpoint, huggingface, rundir
+from system.config import DataConfig, RLPConfig
+from text.batches import collate_contexts, pretrain_batch
+from text.corpus import Corpus, _example_problems
+from text.tokenizer import CLOSE, END, THINK, FileTokenizer
+from thoughts import show_thoughts
+from tools import export, extract
 
 EXACT = {"rtol": 0, "atol": 0}
 TAGGED = "a b <think> c </think> d <|endoftext|> e"
@@ -263,21 +264,21 @@ def test_resuming_such_a_run_is_possible_and_another_directory_is_refused(progra
 def test_an_export_of_a_run_is_what_it_trained_and_transformers_computes_the_same(finished, hf, tmp_path, capsys):
     """With its tokenizer, in which the tags are single tokens, and the ids that the directory came with."""
     out = tmp_path / "out"
-    assert huggingface.main(["export", str(finished), "--out", str(out)]) == 0
+    assert export.main([str(finished), "--out", str(out)]) == 0
     assert "(qwen3)" in capsys.readouterr().out
     assert_close(huggingface.load_hf(out)[1], trained(finished), **EXACT)
     settings = json.loads((out / "config.json").read_text())
     assert settings["eos_token_id"] == json.loads((hf / "config.json").read_text())["eos_token_id"]
-    model, tk, _ = train.load_model(finished)
+    model, tk, _ = rundir.load_model(finished)
     assert (FileTokenizer(out).tags, FileTokenizer(out).new_ids) == (tk.tags, ())
     tokens_BT = torch.tensor([[tk.think, 5, 6, tk.close, 7, tk.end]])
     theirs = AutoModelForCausalLM.from_pretrained(out)
     assert_close(theirs(tokens_BT).logits, model.logits(model(tokens_BT)[0]), rtol=1e-4, atol=1e-4)
-    assert huggingface.main(["export", str(finished), "--out", str(out)]) == 2
+    assert export.main([str(finished), "--out", str(out)]) == 2
 
 
 def test_an_export_in_bf16_has_the_rounded_weights(finished, tmp_path):
-    assert huggingface.main(["export", str(finished), "--out", str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
+    assert export.main([str(finished), "--out", str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
     found = load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"]
     assert_close(found, trained(finished)["norm.weight"].bfloat16(), **EXACT)
 
@@ -291,9 +292,9 @@ def test_a_size_cut_out_of_an_elastic_run_goes_out_and_is_trained_on(words, tmp_
     names = ("hf", "elastic", "half", "out", "rlp")
     hf, whole, half, out, rlp = (str(tmp_path / name) for name in names)
     assert train.main([*words, "--mode", "elastic", "--init", hf, "--out", whole, "--elastic.steps", "3"]) == 0
-    assert elastic.main(["extract", whole, "--budget", "0.5", "--out", half]) == 0
-    assert huggingface.main(["export", half, "--out", out]) == 0
-    model, tk, _ = train.load_model(Path(half))
+    assert extract.main([whole, "--budget", "0.5", "--out", half]) == 0
+    assert export.main([half, "--out", out]) == 0
+    model, tk, _ = rundir.load_model(Path(half))
     assert model.config.widths
     assert FileTokenizer(Path(out)).tags == tk.tags
     tokens_BT = torch.tensor([[1, 2, 3, tk.think, 5, tk.close] * 3])
@@ -311,7 +312,7 @@ def test_tags_that_the_tokenizer_has_keep_their_rows_and_unused_rows_get_the_tag
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     write_tokenizer(tmp_path / "b", (THINK, CLOSE))
     rows_VD = huggingface.load_hf(tmp_path / "a")[1]["embed.weight"]
-    (with_new, _, _), (with_own, _, _) = (train.load_model(tmp_path / name) for name in "ab")
+    (with_new, _, _), (with_own, _, _) = (rundir.load_model(tmp_path / name) for name in "ab")
     assert_close(with_own.embed.weight.data, rows_VD, **EXACT)
     changed = (with_new.embed.weight.data != rows_VD).any(dim=1).nonzero()[:, 0].tolist()
     assert changed == [n_vocab, n_vocab + 1]
@@ -352,7 +353,7 @@ def test_the_instruction_is_read_from_its_file_and_kept_with_the_run(program, wo
     file = tmp_path / "instruction.txt"
     file.write_text("Think first.\n")
     assert program("run", "--mode", "rlp", "--rlp.steps", 1, "--pretrain.steps", 1, "--rlp.prompt-file", file) == 0
-    _, _, thinking = train.load_model(tmp_path / "run")
+    _, _, thinking = rundir.load_model(tmp_path / "run")
     assert thinking.prompt == "Think first.\n"
     file.write_text("Do not.\n")
     assert (

@@ -14,8 +14,9 @@ from torch.testing import assert_close
 
 import kernels
 from attention import append, rope
-from config import ModelConfig
-from model import Cache, HybridLM, count_parameters
+from model import Cache, HybridLM
+from system.config import ModelConfig
+from system.costs import count_parameters
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 ROPE = {"rtol": 1e-5, "atol": 1e-5}  # its angles are fp32, and these tests shift positions

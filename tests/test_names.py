@@ -15,15 +15,17 @@ import pytest
 import torch
 from torch import Tensor
 
-import bench
 import elastic
 import evals
+import importance
 import kernels
 import nested
 import rlp
 import routers
-from config import PRESETS, ElasticConfig, RLPConfig
-from generate import sample_thoughts
+from system.config import ElasticConfig, RLPConfig
+from system.presets import PRESETS
+from thoughts import sample_thoughts
+from tools import bench
 
 ROOT = Path(__file__).parent.parent
 SHAPE = re.compile(r"_(?=[a-z]*[A-Z0-9])([A-Za-z0-9]{1,6})$")  # at least one capital or digit, so that `n_heads` is none
@@ -54,7 +56,7 @@ def traced():
 
     def on_event(frame, event, arg):
         path = Path(frame.f_code.co_filename)
-        if path.parent != ROOT:
+        if path.parent not in (ROOT, *(ROOT / f for f in ("system", "text", "views", "tools"))):
             return None
         frame.f_trace_lines = False
         if event == "return" and (wrong := false_names(frame.f_locals)):
@@ -124,8 +126,10 @@ def ranking(model):
     """With every score, then measured costs, by which routers may go too."""
     for kind, depth in (("paper", "paper"), ("output", "greedy")):
         scores = {f"score_{name}": kind for name in ("d_model", "ffn", "mamba", "attn")}
-        ranking = elastic.rank(model, [elastic_batch(0)], ElasticConfig(**scores, score_depth=depth, depth_choices=(3, 2)))
-        elastic.order_weights(model, ranking)
+        ranking = importance.rank(
+            model, [elastic_batch(0)], ElasticConfig(**scores, score_depth=depth, depth_choices=(3, 2))
+        )
+        importance.order_weights(model, ranking)
     routers.part_latency_ns("M", model.config, 2, torch.device("cpu"))
 
 

@@ -18,13 +18,12 @@ import two_processes
 from torch import nn
 from two_processes import CPU, MODES, ROOT, TOKENIZER, launch, make_batch, options, run
 
-import checkpoint
 import generate
-import loop
-import parallel
 import train
-from config import PRESETS, Config, ParallelConfig
 from rlp import RLP
+from system import checkpoint, loop, parallel, rundir
+from system.config import Config, ParallelConfig
+from system.presets import PRESETS
 
 ROUNDED = ("muon", "bf16")  # both compute in bf16 (Muon its updates): a last bit may become a rounding of 0.4 %
 NETWORKS = {"rlp": {"model", "teacher", "reference"}, "elastic": {"model", "router", "stage1"}}
@@ -153,7 +152,7 @@ def test_bf16_computes_in_bf16_what_is_close_to_the_full_precision(tmp_path, mod
 
 def test_rollouts_in_bf16_come_from_bf16_matrices_and_leave_the_weights_alone():
     parallel.start(options("bf16"), CPU)
-    model = train.build_model(PRESETS["smoke"], 32, CPU, seed=0)
+    model = rundir.build_model(PRESETS["smoke"], 32, CPU, seed=0)
     sampled = parallel.whole(model, for_sampling=True)
     dtypes = {name: p.dtype for name, p in sampled.named_parameters()}
     assert dtypes["layers.0.mixer.in_proj.weight"] == dtypes["head.weight"] == torch.bfloat16
@@ -178,7 +177,7 @@ def test_activation_checkpointing_keeps_less(tmp_path):
     kept = []
     for asked in (False, True):
         parallel.start(options("pretrain", activation_checkpointing=asked), CPU)
-        model = parallel.shard(train.build_model(PRESETS["smoke"], 32, CPU, seed=0))
+        model = parallel.shard(rundir.build_model(PRESETS["smoke"], 32, CPU, seed=0))
         kept.append(0)
 
         def keep(t):
@@ -192,7 +191,7 @@ def test_activation_checkpointing_keeps_less(tmp_path):
 
 def test_weights_are_gathered_once_a_step():
     parallel.start(options("pretrain", activation_checkpointing=True), CPU)
-    model = parallel.shard(train.build_model(PRESETS["smoke"], 32, CPU, seed=0))
+    model = parallel.shard(rundir.build_model(PRESETS["smoke"], 32, CPU, seed=0))
     with parallel.gathering_once():
         assert parallel.whole(model) is parallel.whole(model) is not model
     assert parallel.whole(model) is not parallel.whole(model)
@@ -323,7 +322,7 @@ def test_means_weigh_the_parts_of_all_processes():
 def test_parallel_settings_do_not_make_another_base_or_another_run():
     plain, other = Config(), Config(parallel=ParallelConfig(mode="fsdp", dtype="bf16", compile=True))
     assert plain.base_fingerprint() == other.base_fingerprint()
-    assert train.shared_settings(plain) == train.shared_settings(other)
+    assert rundir.shared_settings(plain) == rundir.shared_settings(other)
 
 
 def test_errors_of_the_network_mean_a_lost_process_only_where_there_are_others(monkeypatch):

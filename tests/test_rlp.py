@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
-import generate
 import rlp
-from config import RLPConfig
-from data import collate_contexts
 from rlp import RLP, clipped_surrogate, ema_update, group_advantages, information_gain, kl_estimate, thought_logp
+from system.config import RLPConfig
+from text.batches import collate_contexts
+from thoughts import sample_thoughts
 
 THINK, CLOSE, END = 3, 4, 5
 TOKENIZER = SimpleNamespace(think=THINK, close=CLOSE, end=END, tags=(THINK, CLOSE), begin=())
@@ -333,7 +333,7 @@ def force(monkeypatch, thoughts):
     """Let the sampler draw these thoughts, one a row; what follows a thought's end is never looked at."""
     longest = max(len(c) for c in thoughts)
     forced_RY = torch.tensor([c + [CLOSE] * (longest - len(c)) for c in thoughts])
-    monkeypatch.setattr(rlp, "sample_thoughts", functools.partial(generate.sample_thoughts, forced_RY=forced_RY))
+    monkeypatch.setattr(rlp, "sample_thoughts", functools.partial(sample_thoughts, forced_RY=forced_RY))
 
 
 def shift(network, seed=1):
@@ -460,9 +460,9 @@ def test_rewards_below_the_floor_are_raised_to_it_and_gains_are_reported_as_they
     """Gains (-10, 0): A = 2 (r - mean) = (-10, 10); raised to (-2, 0), A = (-2, 2)."""
 
     def sampled(*args):
-        thoughts = generate.sample_thoughts(*args)
-        thoughts.logp_target_R = f64(-11.0, -1.0)
-        return thoughts
+        found = sample_thoughts(*args)
+        found.logp_target_R = f64(-11.0, -1.0)
+        return found
 
     monkeypatch.setattr(rlp, "sample_thoughts", sampled)
     monkeypatch.setattr(rlp, "score_context", lambda *_: (f64(-1.0), None, None))

@@ -11,11 +11,17 @@ import pytest
 import torch
 from conftest import paragraphs
 
-import shards
 import train
-from config import PRESETS, DataConfig
-from data import SPLITS, Corpus, FileTokenizer, pretrain_batch, rlp_batch
-from shards import HEADER_BYTES, LIST, Documents, ShardSet, bucket_of, build, read_documents
+from system import rundir
+from system.config import DataConfig
+from system.presets import PRESETS
+from text import shards
+from text.batches import pretrain_batch, rlp_batch
+from text.corpus import Corpus
+from text.held_out import SPLITS, bucket_of
+from text.shards import HEADER_BYTES, LIST, Documents, ShardSet, build, read_documents
+from text.tokenizer import FileTokenizer
+from tools import shards as shards_program
 
 TOKENIZER = {"source": "x", "n_vocab": 300, "fingerprint": "abc"}
 END = 256
@@ -49,7 +55,7 @@ def program(tmp_path_factory):
     (tmp / "in" / "b.txt").write_text("A text of its own.\n")
     (tmp / "in" / "left.out").write_text("No text.\n")
     words = ["build", tmp / "in", "--out", tmp / "set", "--vocab-size", "512", "--shard-tokens", "30000"]
-    assert shards.main([*map(str, words)]) == 0
+    assert shards_program.main([*map(str, words)]) == 0
     return tmp / "set"
 
 
@@ -141,13 +147,13 @@ def test_long_files_are_cut_at_blank_lines_and_nothing_is_lost(tmp_path):
 def test_inputs_that_cannot_be_read_are_refused_by_name_and_leave_no_data_set(tmp_path, capsys, name, content, problem):
     if name:
         (tmp_path / name).write_bytes(content)
-    assert shards.main(["build", str(tmp_path / (name or "a.txt")), "--out", str(tmp_path / "set")]) == 2
+    assert shards_program.main(["build", str(tmp_path / (name or "a.txt")), "--out", str(tmp_path / "set")]) == 2
     assert problem in capsys.readouterr().err
     assert not (tmp_path / "set" / LIST).exists()
 
 
 def test_a_folder_that_holds_shards_is_not_written_over(program, capsys):
-    assert shards.main(["build", str(program.parent / "in"), "--out", str(program)]) == 2
+    assert shards_program.main(["build", str(program.parent / "in"), "--out", str(program)]) == 2
     assert f"already holds {LIST}; choose another --out" in capsys.readouterr().err
 
 
@@ -192,7 +198,7 @@ def test_a_single_changed_byte_is_found_by_the_check_and_before_the_first_use(fo
     content[at] ^= 1
     ShardSet(folder).check_once(tmp_path / "cache")
     (folder / "00002.shard").write_bytes(content)
-    assert shards.main(["check", str(folder)]) == 2
+    assert shards_program.main(["check", str(folder)]) == 2
     assert "00002.shard is damaged: its content has another checksum" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"00002.shard is damaged"):
         ShardSet(folder).check_once(tmp_path / "cache")
@@ -277,7 +283,7 @@ def test_memory_does_not_grow_with_the_data(tmp_path):
 
 def test_another_tokenizer_is_refused_and_a_damaged_one_too(program, tmp_path, monkeypatch):
     other = Corpus.load(DataConfig(vocab_size=300, cache_dir=str(tmp_path))).tokenizer
-    monkeypatch.setattr("data.named_tokenizer", lambda name: other)
+    monkeypatch.setattr("text.corpus.named_tokenizer", lambda name: other)
     with pytest.raises(ValueError, match=r"data.tokenizer \(gpt2\) is not the one that .*set was built with \(corpus, "):
         load(program, tmp_path, tokenizer="gpt2")
     own = FileTokenizer(program / "hf")
@@ -292,7 +298,7 @@ def test_another_tokenizer_is_refused_and_a_damaged_one_too(program, tmp_path, m
 
 def test_too_few_documents_are_refused(tmp_path, program):
     (tmp_path / "a.txt").write_text("One text only.\n")
-    assert shards.main(["build", str(tmp_path), "--out", str(tmp_path / "set"), "--vocab-size", "400"]) == 0
+    assert shards_program.main(["build", str(tmp_path), "--out", str(tmp_path / "set"), "--vocab-size", "400"]) == 0
     with pytest.raises(ValueError, match=r"leaves no document for the \w+ split; add documents or raise"):
         load(tmp_path / "set", tmp_path)
 
@@ -304,5 +310,5 @@ def test_a_run_on_shards_trains_measures_resumes_and_is_found_again(program, tmp
     assert not (tmp_path / "run").exists()
     assert train.main(words) == 0
     assert train.main([*words, "--resume"]) == 0
-    model, tokenizer, _ = train.load_run(tmp_path / "run")
+    model, tokenizer, _ = rundir.load_run(tmp_path / "run")
     assert model.config.vocab_size == tokenizer.n_vocab == 512

@@ -13,14 +13,16 @@ import pytest
 import torch
 from conftest import contents, die, disturb, metrics_of, paragraphs, press_ctrl_c, summary_of, weights_of
 
-import checkpoint
-import data
 import generate
-import loop
 import train
-from config import PRESETS, Config, DataConfig, FitConfig, PretrainConfig, fingerprint, from_dict
-from data import FAMILIES, THINK, pretrain_batch, rlp_batch
 from rlp import RLP
+from system import checkpoint, loop, rundir
+from system.config import Config, DataConfig, FitConfig, PretrainConfig, fingerprint, from_dict
+from system.presets import PRESETS
+from text import corpus as corpus_module
+from text.batches import pretrain_batch, rlp_batch
+from text.problems import FAMILIES
+from text.tokenizer import THINK
 
 CPU = torch.device("cpu")
 LEAF = {"mean", "low", "high", "n"}
@@ -62,7 +64,7 @@ def pretrain_on_counting(run_dir, dtype=torch.float32, objective=None, **changes
     """Eight steps of AdamW on a smoke-sized model of 16 tokens."""
     settings = dataclasses.replace(PretrainConfig(steps=8, batch=4, warmup=2, lr=1e-2), **changes)
     run_dir.mkdir(exist_ok=True)
-    model = train.build_model(PRESETS["smoke"], 16, CPU, seed=0).to(dtype)
+    model = rundir.build_model(PRESETS["smoke"], 16, CPU, seed=0).to(dtype)
     loop.fit(model, objective or train.NextToken(), counting_batch, settings, run_dir, 0, {}, "pretrain")
     return model
 
@@ -131,7 +133,7 @@ def fit(mode, corpus, run_dir, before_step=None, start=None):
     rlp = dataclasses.replace(config.rlp, kl=0.1, inner_epochs=2, reward_floor=-9.0, lr=1e-2, tau=0.9)
     config = dataclasses.replace(config, rlp=rlp)
     settings = dataclasses.replace(getattr(config, mode), steps=6, checkpoint_every=2)
-    model = train.build_model(config, corpus.tokenizer.n_vocab, CPU, seed=1)
+    model = rundir.build_model(config, corpus.tokenizer.n_vocab, CPU, seed=1)
     torch.manual_seed(1)
     for p in model.parameters():
         p.data.add_(0.1 * torch.randn_like(p))
@@ -221,25 +223,25 @@ def test_a_run_leaves_settings_metrics_figures_samples_plots_and_a_checkpoint(fi
 
 def test_a_run_keeps_its_tokenizer_whatever_becomes_of_the_text(finished, corpus, text_file, monkeypatch):
     """To talk to it no text is needed, and a run that begins with its weights reads other text with its tokens."""
-    monkeypatch.setattr(data, "python_documents", lambda: pytest.fail("text was read"))
-    _, tokenizer, _ = train.load_run(finished)
+    monkeypatch.setattr(corpus_module, "python_documents", lambda: pytest.fail("text was read"))
+    _, tokenizer, _ = rundir.load_run(finished)
     text = "How many apples has Tom?" + THINK
     assert tokenizer.encode(text) == corpus.tokenizer.encode(text)
     config = PRESETS["smoke"]
     other = dataclasses.replace(config, init=str(finished), data=dataclasses.replace(config.data, path=str(text_file)))
-    assert train.resolve(other).data.tokenizer == str(finished / "hf")
+    assert rundir.resolve(other).data.tokenizer == str(finished / "hf")
 
 
 def test_a_second_program_waits_for_the_base_that_another_one_trains(program, corpus, tmp_path, monkeypatch):
     """While another holds the folder's lock nothing is trained; once it is free the base is, once."""
     config = dataclasses.replace(PRESETS["smoke"], data=DataConfig(cache_dir=str(tmp_path)))
-    model = train.build_model(config, corpus.tokenizer.n_vocab, torch.device("cpu"), 0)
+    model = rundir.build_model(config, corpus.tokenizer.n_vocab, torch.device("cpu"), 0)
     folder = tmp_path / f"base-{fingerprint([config.base_fingerprint(), corpus.key])}"
     events, train_base, inside = [], train.train_base, threading.Event()
     monkeypatch.setattr(train, "train_base", lambda *a: (events.append("trained"), train_base(*a)))
 
     def another() -> None:
-        with train.alone_in(folder):
+        with rundir.alone_in(folder):
             inside.set()
             time.sleep(0.5)
             events.append("left")
@@ -252,9 +254,9 @@ def test_a_second_program_waits_for_the_base_that_another_one_trains(program, co
 
 
 def test_a_base_that_broke_off_keeps_nobody_out(tmp_path):
-    with pytest.raises(ZeroDivisionError), train.alone_in(tmp_path / "base"):
+    with pytest.raises(ZeroDivisionError), rundir.alone_in(tmp_path / "base"):
         _ = 1 / 0
-    with train.alone_in(tmp_path / "base"):
+    with rundir.alone_in(tmp_path / "base"):
         assert (tmp_path / "base" / "lock").exists()
 
 
@@ -262,7 +264,7 @@ def test_a_run_without_its_tokenizer_is_refused(finished, tmp_path):
     run_dir = shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(run_dir / "hf")
     with pytest.raises(ValueError, match=r"run/hf, the run's tokenizer, is missing; copy it"):
-        train.load_run(run_dir)
+        rundir.load_run(run_dir)
 
 
 def test_config_json_holds_the_resolved_settings(finished, cache_dir):
@@ -357,7 +359,7 @@ def test_generate_refuses_an_empty_prompt(finished, capsys):
 
 
 def test_square_brackets_in_a_message_are_printed_as_they_are(capsys):
-    train.warn("runs/a[b] is damaged")
+    rundir.warn("runs/a[b] is damaged")
     assert "warning: runs/a[b] is damaged" in capsys.readouterr().out
 
 

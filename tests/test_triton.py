@@ -22,8 +22,8 @@ from torch.testing import assert_close
 
 import attention
 import kernels
-from config import ModelConfig
 from mamba import Mamba2
+from system.config import ModelConfig
 
 ROOT = Path(__file__).parent.parent
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
@@ -383,6 +383,6 @@ def test_whole_runs_on_a_gpu_end_resume_and_can_be_used(mode, dtype, tmp_path):
     words = ("train.py", "--preset", "smoke", "--mode", mode, "--device", "cuda", "--out", run_dir, "--data.cache-dir",
              str(tmp_path), "--parallel.dtype", dtype)  # fmt: skip
     talk = ("generate.py", run_dir, "Value of q?") + (("--budget", "1", "0.5") if mode == "elastic" else ())
-    for command in (words, (*words, "--resume"), talk, ("elastic.py", "scores", run_dir)):
+    for command in (words, (*words, "--resume"), talk, ("-m", "tools.scores", run_dir)):
         status, shown = python(*command)
         assert status == 0, shown

@@ -9,11 +9,11 @@ from conftest import TINY
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from checkpoint import load_weights
-from config import ModelConfig
-from huggingface import load_hf, save_hf
 from model import HybridLM
-from widen import homogeneous
+from system.checkpoint import load_weights
+from system.config import ModelConfig
+from system.huggingface import load_hf, save_hf
+from system.widen import homogeneous
 
 PATTERN = "M-*M-*M"
 # Heads come in two groups, of 2, 4 and 6 heads; layer 3 has one channel a head, and so a sixth of the widest one's.

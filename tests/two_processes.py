@@ -16,14 +16,13 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-import checkpoint  # noqa: E402
 import elastic  # noqa: E402
-import loop  # noqa: E402
-import parallel  # noqa: E402
 import routers  # noqa: E402
 import train  # noqa: E402
-from config import PRESETS, ParallelConfig  # noqa: E402
 from rlp import RLP  # noqa: E402
+from system import checkpoint, loop, parallel, rundir  # noqa: E402
+from system.config import ParallelConfig  # noqa: E402
+from system.presets import PRESETS  # noqa: E402
 
 CPU, STEPS = torch.device("cpu"), 4
 TOKENIZER = SimpleNamespace(think=29, close=30, end=31, tags=(29, 30))
@@ -67,7 +66,7 @@ def settings_of(mode, accumulate):
 
 def run(mode, run_dir, accumulate=1, start=None, before_step=None, objective=None):
     """Train with what `parallel.start` has set up."""
-    model = train.build_model(PRESETS["smoke"], 33, CPU, seed=0)  # 33 rows cannot be halved
+    model = rundir.build_model(PRESETS["smoke"], 33, CPU, seed=0)  # 33 rows cannot be halved
     for p in model.parameters():
         p.data.add_(0.1 * torch.randn_like(p))
     settings = settings_of(mode, accumulate)

@@ -18,7 +18,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from config import WIDTH_FIELDS, ModelConfig
+from system.config import WIDTH_FIELDS, ModelConfig
 
 
 def homogeneous(config: ModelConfig, tensors: dict[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:

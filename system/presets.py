@@ -12,7 +12,44 @@ sampling of Nemotron Elastic's search, and its choices of widths, which are not 
 
 from dataclasses import replace
 
-from config import Config, DataConfig, ElasticConfig, ModelConfig, PretrainConfig, RLPConfig
+from system.config import Config, CPTConfig, DataConfig, ElasticConfig, EvalConfig, ModelConfig, PretrainConfig, RLPConfig
+
+PRESETS: dict[str, Config] = {
+    # The main job: two CPU cores, about 12 minutes, see README for what it reaches.
+    "cpu": Config(
+        pretrain=PretrainConfig(steps=3000, batch=8, lr=3e-3, muon_lr=0.02, decay=0.4, checkpoint_every=500),
+        rlp=RLPConfig(steps=150, batch=32, lr=2e-4, decay=0.5),
+        cpt=CPTConfig(steps=900, batch=8, lr=1.5e-3, muon_lr=0.01, decay=1.0),
+        elastic=ElasticConfig(
+            steps=2100, batch=8, lr=3e-3, muon_lr=0.04, decay=1.0, search_share=0.15, router_width=64, ce=1.0, self_kl=1.0
+        ),
+    ),
+    # Seconds instead of minutes: every part runs, nothing is learned. For tests and for a first look at the code.
+    "smoke": Config(
+        preset="smoke",
+        model=ModelConfig(
+            pattern="M*-",
+            d_model=32,
+            d_ff=64,
+            n_heads=2,
+            n_kv_heads=1,
+            attn_head_dim=16,
+            mamba_heads=4,
+            mamba_head_dim=16,
+            d_state=8,
+            chunk=16,
+        ),
+        data=DataConfig(vocab_size=512),
+        pretrain=PretrainConfig(steps=4, batch=4, seq_len=64, warmup=2, lr=3e-3, muon_lr=0.02),
+        rlp=RLPConfig(steps=3, batch=4, group_size=4, thought_len=8, context_len=96, warmup=1, lr=3e-4),
+        cpt=CPTConfig(steps=3, batch=4, warmup=1),
+        elastic=ElasticConfig(
+            steps=6, batch=4, warmup=1, router_width=8, seq_len=32, long_len=64, long_share=0.34, calibration_rows=4
+        ),
+        eval=EvalConfig(problems_per_family=4, samples=2, text_positions=8, text_tokens=512, elastic_rows=8),
+    ),
+}
+
 
 # Qwen3-1.7B-Base: 1,720,574,976 parameters.
 QWEN3_1_7B = ModelConfig(
@@ -29,6 +66,8 @@ QWEN3_1_7B = ModelConfig(
     tie_embeddings=True,
     norm_eps=1e-6,
 )
+
+
 # Nemotron-Nano-12B-v2 and its base: 12,310,001,152 parameters.
 NEMOTRON_12B = ModelConfig(
     pattern="M-M-M-M*-" * 6 + "M-M-M-M-",
@@ -45,9 +84,15 @@ NEMOTRON_12B = ModelConfig(
     conv_width=4,
     chunk=128,
 )
+
+
 # Ordinary text alone, from shards; a mixture without the thoughts that the small base is taught.
 TEXT = DataConfig(path="data/shards", text_share=1.0)
+
+
 PLAIN = PretrainConfig(text_think=0.0)
+
+
 # RLP with the paper's batch, lengths, rate and rollouts (arXiv 2510.01265, section on the setup): one random position a
 # document, no floor under the reward. 32 GPUs hold 16 contexts each, one at a time with its 16 thoughts.
 RLP_OF_THE_PAPER = RLPConfig(
@@ -68,9 +113,10 @@ RLP_OF_THE_PAPER = RLPConfig(
     checkpoint_every=20,
 )
 
+
 PAPERS: dict[str, Config] = {
     # RLP on Qwen3-1.7B-Base, 170M input tokens (162 steps of 512 x 2048).
-    # Command:   python shards.py build TEXTS --out data/shards --tokenizer models/Qwen3-1.7B-Base
+    # Command:   python -m tools.shards build TEXTS --out data/shards --tokenizer models/Qwen3-1.7B-Base
     #            python train.py --preset qwen3-1.7b-rlp
     # Hardware:  32 H100-80GB (the paper's).
     # Cost:      0.29 EFLOP a step, 48 EFLOP in all: 33 GPU hours. (The paper's 12.47 s a step make 18: its thoughts end
@@ -89,7 +135,7 @@ PAPERS: dict[str, Config] = {
         rlp=replace(RLP_OF_THE_PAPER, steps=162),
     ),
     # RLP on Nemotron-Nano-12B-v2, 250M input tokens (238 steps of 512 x 2048).
-    # Command:   python shards.py build TEXTS --out data/shards --tokenizer models/NVIDIA-Nemotron-Nano-12B-v2-Base
+    # Command:   python -m tools.shards build TEXTS --out data/shards --tokenizer models/NVIDIA-Nemotron-Nano-12B-v2-Base
     #            python train.py --preset nemotron-12b-rlp
     # Hardware:  32 H100-80GB.
     # Cost:      1.7 EFLOP a step, 408 EFLOP in all: 287 GPU hours.
@@ -111,9 +157,9 @@ PAPERS: dict[str, Config] = {
     # Nemotron Elastic: 12B, 9B and 6B in one. Stage 1: 65B tokens, 1536 x 8192, budgets alike; stage 2: 45B tokens,
     # 512 x 49152, the larger budgets more often. (The paper's own widths are not published; those of ours are steps of a
     # tenth or less. Its routers search through both stages, ours settle after elastic.search_share of the steps.)
-    # Command:   python shards.py build TEXTS --out data/shards --tokenizer models/NVIDIA-Nemotron-Nano-12B-v2
+    # Command:   python -m tools.shards build TEXTS --out data/shards --tokenizer models/NVIDIA-Nemotron-Nano-12B-v2
     #            python train.py --preset nemotron-12b-elastic
-    #            python elastic.py extract runs/elastic-nemotron-12b-elastic-seed0 --budget 9e9 --out runs/9b
+    #            python -m tools.extract runs/elastic-nemotron-12b-elastic-seed0 --budget 9e9 --out runs/9b
     # Hardware:  256 GPUs (ours; two long sequences each).
     # Cost:      1.0 to 2.3 EFLOP a step, 9,609 EFLOP in all: 6,750 GPU hours.
     # Memory:    198 GB a GPU with layers recomputed: updates run on whole fp32 weights beside a whole parent, 148 GB. An

@@ -37,9 +37,11 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
-import parallel
+from system import parallel
 
 KEEP = 2
+
+
 # What torch's description of shards is made of, beside dtypes.
 DESCRIPTION = {
     "collections.OrderedDict",

@@ -545,43 +545,6 @@ class Config:
         return dataclasses.asdict(self)
 
 
-PRESETS: dict[str, Config] = {
-    # The main job: two CPU cores, about 12 minutes, see README for what it reaches.
-    "cpu": Config(
-        pretrain=PretrainConfig(steps=3000, batch=8, lr=3e-3, muon_lr=0.02, decay=0.4, checkpoint_every=500),
-        rlp=RLPConfig(steps=150, batch=32, lr=2e-4, decay=0.5),
-        cpt=CPTConfig(steps=900, batch=8, lr=1.5e-3, muon_lr=0.01, decay=1.0),
-        elastic=ElasticConfig(
-            steps=2100, batch=8, lr=3e-3, muon_lr=0.04, decay=1.0, search_share=0.15, router_width=64, ce=1.0, self_kl=1.0
-        ),
-    ),
-    # Seconds instead of minutes: every part runs, nothing is learned. For tests and for a first look at the code.
-    "smoke": Config(
-        preset="smoke",
-        model=ModelConfig(
-            pattern="M*-",
-            d_model=32,
-            d_ff=64,
-            n_heads=2,
-            n_kv_heads=1,
-            attn_head_dim=16,
-            mamba_heads=4,
-            mamba_head_dim=16,
-            d_state=8,
-            chunk=16,
-        ),
-        data=DataConfig(vocab_size=512),
-        pretrain=PretrainConfig(steps=4, batch=4, seq_len=64, warmup=2, lr=3e-3, muon_lr=0.02),
-        rlp=RLPConfig(steps=3, batch=4, group_size=4, thought_len=8, context_len=96, warmup=1, lr=3e-4),
-        cpt=CPTConfig(steps=3, batch=4, warmup=1),
-        elastic=ElasticConfig(
-            steps=6, batch=4, warmup=1, router_width=8, seq_len=32, long_len=64, long_share=0.34, calibration_rows=4
-        ),
-        eval=EvalConfig(problems_per_family=4, samples=2, text_positions=8, text_tokens=512, elastic_rows=8),
-    ),
-}
-
-
 def fingerprint(value: Any) -> str:
     """Twelve hexadecimal digits that depend on the JSON form of a value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,12 +1,12 @@
 """Speed and memory beside the code of others: the same work, held to the same result, in one process, in turns.
 
-    python bench.py ssd              the scan, forward and backward
-    python bench.py mixer            a whole Mamba-2 mixer, forward and backward, and how its cost grows with length
-    python bench.py decode           one token after the other through the mixer
-    python bench.py logp             log-probabilities of given tokens, without logits of the whole vocabulary
-    python bench.py rlp-step         a step of RLP, beside the plain way to take it
-    python bench.py elastic-step     a step of Elastic for a small budget: on slices, on masks, and the full model's
-    python bench.py all
+    python -m tools.bench ssd              the scan, forward and backward
+    python -m tools.bench mixer            a whole Mamba-2 mixer, forward and backward, and how its cost grows with length
+    python -m tools.bench decode           one token after the other through the mixer
+    python -m tools.bench logp             log-probabilities of given tokens, without logits of the whole vocabulary
+    python -m tools.bench rlp-step         a step of RLP, beside the plain way to take it
+    python -m tools.bench elastic-step     a step of Elastic for a small budget: on slices, on masks, and the full model's
+    python -m tools.bench all
 
 A benchmark is a function of `BENCHES` that returns its `Work`: what is done, and by whom. Before a clock is started, each
 contestant runs once, and its values and gradients must be ours, or it is not timed. Then all take turns, so that a noisy
@@ -48,14 +48,15 @@ from torch.profiler import ProfilerActivity, profile
 import elastic
 import kernels
 import nested
-import report
 import routers
-from config import PRESETS, ModelConfig, RLPConfig, require
-from generate import Thoughts, sample, sample_thoughts
 from kernels import token_logp
 from mamba import Mamba2
 from model import HybridLM
 from rlp import RLP, clipped_surrogate, group_advantages, information_gain
+from system.config import ModelConfig, RLPConfig, require
+from system.presets import PRESETS
+from thoughts import Thoughts, sample, sample_thoughts
+from tools import report
 
 PIP = {
     "transformers": "transformers==5.23.0",
@@ -63,8 +64,14 @@ PIP = {
     "mamba_ssm": "mamba-ssm",
     "fla": "flash-linear-attention",
 }
+
+
 LIMIT = {"cpu": 1e-4, "cuda": 2e-2}  # largest difference, relative to the largest value; Triton kernels multiply in tf32
+
+
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)  # tokens, for the cost by length
+
+
 ENOUGH_S = 5.0  # a contestant that has run this long sits out, once it has had three turns
 
 
@@ -603,7 +610,7 @@ def surroundings(device: torch.device) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`python bench.py NAME`: prints a table and writes results/bench-NAME-DEVICE.json. Returns 0, or 2 if it cannot."""
+    """`python -m tools.bench NAME`: a table, and results/bench-NAME-DEVICE.json. Returns 0, or 2 if it cannot."""
 
     def bench(
         name: tyro.conf.Positional[Literal[(*BENCHES, "all")]],
@@ -611,7 +618,7 @@ def main(argv: list[str] | None = None) -> int:
         threads: int = 1,
         precision: Literal["highest", "high", "medium"] = "highest",
         device: Literal["auto", "cpu", "cuda"] = "auto",
-        out: Path = Path(__file__).parent / "results",
+        out: Path = Path(__file__).parent.parent / "results",
     ) -> None:
         """Measure speed and memory beside the code of others, on equal work.
 
@@ -629,7 +636,7 @@ def main(argv: list[str] | None = None) -> int:
             options = {"repeats": repeats, "threads": threads, "precision": precision, "device": device, "out": out}
             words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
             for one in BENCHES:
-                subprocess.run([sys.executable, __file__, one, *words], check=True)
+                subprocess.run([sys.executable, "-m", "tools.bench", one, *words], check=True)
             return
         on_cuda = torch.cuda.is_available() and device != "cpu"
         torch.set_num_threads(threads)

@@ -31,14 +31,22 @@ import torch
 
 import nested
 import routers
-from config import Config, ElasticConfig, FitConfig, ModelConfig
 from kernels import VOCABULARY_TILE
-from model import matrix_parameters, part_cache_bytes, part_flops, part_parameters, sum_of_parts
+from system.config import Config, ElasticConfig, FitConfig, ModelConfig
+from system.costs import matrix_parameters, part_cache_bytes, part_flops, part_parameters, sum_of_parts
 
 STATE_BYTES = 4  # of a weight, a gradient, each of AdamW's two moments, and an average
+
+
 COMPUTE_BYTES = 2  # of an activation and a cached number: bf16
+
+
 LOGIT_BYTES = 3 * 4  # of a logit while its loss is taken, at most: itself, its log-softmax and its gradient, in fp32
+
+
 H100_FLOPS = 989e12  # a second, bf16, dense: the data sheet of the H100 SXM
+
+
 MFU = 0.4  # the share of it that counts as reached
 
 

@@ -1,7 +1,7 @@
 """Text as shards of tokens on disk: built once, then read through memory maps, however large they are.
 
-    python shards.py build TEXTS... --out DIR --tokenizer MODEL     from *.jsonl ({"text": ...} a line) and *.txt
-    python shards.py check DIR                                      read every byte again and compare its checksum
+    python -m tools.shards build TEXTS... --out DIR --tokenizer MODEL     from *.jsonl ({"text": ...} a line) and *.txt
+    python -m tools.shards check DIR                                      read every byte again and compare its checksum
     python train.py --data.path DIR                                 any mode
 
 A shard is one file: 4096 bytes of JSON (what it is, counts, checksum), the tokens of its documents, each closed by END, as
@@ -20,27 +20,19 @@ needs no state, and every rank can make the rows of any batch. Building holds on
 import hashlib
 import json
 import random
-import sys
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from config import exit_code, fingerprint, require
+from system.config import fingerprint, require
+from text.held_out import N_BUCKETS, bucket_of
 
 MAGIC, VERSION, HEADER_BYTES, LIST = "token shard", 1, 4096, "shards.json"
-N_BUCKETS = 100
+
+
 DTYPES = {"uint16": np.uint16, "uint32": np.uint32}
-
-
-# -------------------------------------------------------------------------------------------------------- building
-
-
-def bucket_of(text: str) -> int:
-    """0 to 99, by the checksum of a text."""
-    return zlib.crc32(text.strip().encode()) % N_BUCKETS
 
 
 def input_files(inputs: list[Path]) -> list[Path]:
@@ -322,54 +314,3 @@ class ShardSet:
                 raise ValueError(
                     f"data.cache_dir ({cache_dir}) cannot be written to: {error.strerror}; choose another --data.cache-dir"
                 ) from error
-
-
-# --------------------------------------------------------------------------------------------------------- program
-
-
-def main(argv: list[str] | None = None) -> int:
-    """`python shards.py build INPUT... --out DIR`, `python shards.py check DIR`. Returns 0, or 2 if refused."""
-    import tyro
-
-    def run_build(
-        inputs: tyro.conf.Positional[list[Path]],
-        out: Path,
-        tokenizer: str = "corpus",
-        vocab_size: int = 32768,
-        shard_tokens: int = 2**26,
-    ) -> None:
-        """Write texts as shards.
-
-        Args:
-            inputs: Files (*.jsonl with a "text" in each line, *.txt) and folders of such files.
-            out: Folder to write.
-            tokenizer: A folder with a tokenizer.json, or a name that tiktoken knows; "corpus" trains one on the texts.
-            vocab_size: Size of the vocabulary that "corpus" trains.
-            shard_tokens: Tokens of a shard; one shard is held in memory.
-        """
-        from data import shard_tokenizer
-
-        files = input_files(inputs)
-        require(not (out / LIST).exists(), f"out ({out}) already holds {LIST}; choose another --out, or delete it")
-        made, kept = shard_tokenizer(tokenizer, vocab_size, read_documents(files), out)
-        listed = build(read_documents(files), out, made.encode, made.end, kept, shard_tokens)
-        n_tokens, n_documents = (sum(s[k] for s in listed["shards"]) for k in ("n_tokens", "n_documents"))
-        print(f"{out}: {n_documents:,} documents, {n_tokens:,} tokens in {len(listed['shards'])} shards")
-
-    def run_check(folder: tyro.conf.Positional[Path]) -> None:
-        """Read every byte of a folder of shards and compare checksums.
-
-        Args:
-            folder: The folder.
-        """
-        require(is_shards(folder), f"{folder} holds no {LIST}; give a folder that `python shards.py build` wrote")
-        found = ShardSet(folder)
-        found.check()
-        print(f"{folder}: {len(found.shards)} shards are as they were written")
-
-    commands = {"build": run_build, "check": run_check}
-    return exit_code(lambda: tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog="shards.py"))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

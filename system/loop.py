@@ -19,11 +19,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-import checkpoint
-import parallel
-from config import FitConfig, fingerprint, require
 from model import HybridLM
-from objective import Objective
+from system import checkpoint, parallel
+from system.config import FitConfig, fingerprint, require
+from system.objective import Objective
 
 console = Console(highlight=False)
 

@@ -8,7 +8,7 @@ Both tables of names are read in both directions. A layer of Nemotron-H (arXiv 2
 (arXiv 2505.09388) or Llama is two of ours, `*-`, each with its own norm. Weights are loaded as fp32, in which they are
 trained; bf16 values survive the way in and out bit for bit.
 
-    python huggingface.py export RUN --out DIR       write what a run has trained, for transformers, vLLM and others
+    python -m tools.export RUN --out DIR       write what a run has trained, for transformers, vLLM and others
 
 How to read: the tables, `names`, then `load_hf` and `save_hf`. The formats know one width for all layers; a model whose
 layers have widths of their own is brought to that by widen.py, or its widths are written as lists, which we read again.
@@ -21,24 +21,24 @@ Not here, and refused by name: RoPE scaling, biases, sliding windows, experts, q
 import dataclasses
 import json
 import re
-import shutil
-import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import tyro
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import checkpoint
-from config import WIDTH_FIELDS, ModelConfig, exit_code, read_json, require, saved_config
-from widen import homogeneous
+from system import checkpoint
+from system.config import WIDTH_FIELDS, ModelConfig, read_json, require
+from system.widen import homogeneous
 
 FAMILIES = {"nemotron_h": "NemotronHForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+
+
 # Before every name but lm_head's. Nemotron-H on the hub has "backbone.", transformers 5 itself "model.": both are read.
 PREFIX = {"nemotron_h": "backbone.", "qwen3": "model.", "llama": "model."}
+
 
 # Our name, shape, name in Nemotron-H, name in Qwen3 and Llama. V vocabulary, D model width, F neurons; attention: Q and G
 # rows of all query and key heads, P channels of one; Mamba-2: H heads, I inner width, Z rows of in_proj, E channels and W
@@ -77,6 +77,7 @@ TENSORS: dict[str, list[tuple[str, str, str | None, str | None]]] = {
     ],
 }
 
+
 # Our setting, its name in Nemotron-H's config.json, its name in that of Qwen3 and Llama.
 FIELDS: list[tuple[str, str, str | None]] = [
     ("vocab_size", "vocab_size", "vocab_size"),
@@ -94,8 +95,11 @@ FIELDS: list[tuple[str, str, str | None]] = [
     ("chunk", "chunk_size", None),
 ]
 
+
 # What config.json must say, or leave out, for its model to be one that model.py can be. Written out with every export.
 ROTARY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
+
+
 NEEDS: dict[str, dict[str, Any]] = {
     "nemotron_h": {
         "mlp_hidden_act": "relu2",
@@ -110,7 +114,11 @@ NEEDS: dict[str, dict[str, Any]] = {
     "qwen3": ROTARY,
     "llama": ROTARY,
 }
+
+
 LAYER_TYPES = {"mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*", "mlp": "-", "moe": "E"}
+
+
 # Heads that predict several tokens ahead, and constants that old Llama files hold: not part of the model.
 IGNORED = re.compile(r"^mtp\.|\.rotary_emb\.inv_freq$")
 
@@ -403,42 +411,3 @@ def _write_tensors(folder: Path, tensors: dict[str, Tensor], shard_bytes: int) -
         places = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": places}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-# ------------------------------------------------------------------------------------------------------------ program
-
-
-def export(
-    run: tyro.conf.Positional[Path],
-    out: Path,
-    dtype: Literal["float32", "bfloat16"] = "float32",
-    widths: Literal["padded", "listed"] = "padded",
-) -> None:
-    """Write what a run has trained as a Hugging Face directory.
-
-    Args:
-        run: Folder of a run, such as runs/rlp-cpu-seed0.
-        out: Folder to write; it must not hold a model yet.
-        dtype: Of the weights.
-        widths: Layers of different widths are padded with zeros to one, which all programs read; or they stay as they
-            are, and config.json lists their widths, as vLLM reads intermediate_size; transformers reads no lists.
-    """
-    found = checkpoint.newest(run)
-    require(found, f"{run} holds no checkpoint; give the folder of a run, such as runs/rlp-cpu-seed0")
-    config = saved_config(run).model
-    source, kept = run / "hf", ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
-    theirs = read_json(source / "config.json") if source.is_dir() else {}
-    more = {key: theirs[key] for key in kept if key in theirs}
-    save_hf(out, config, found.tensors("model"), getattr(torch, dtype), more=more, listed=widths == "listed")
-    if source.is_dir():
-        shutil.copyfile(source / "tokenizer.json", out / "tokenizer.json")
-    print(f"wrote {out} ({family_of(config)})")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """`python huggingface.py export RUN --out DIR`. Returns 0, or 2 for what cannot be written."""
-    return exit_code(lambda: tyro.extras.subcommand_cli_from_dict({"export": export}, args=argv, prog="huggingface.py"))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -42,6 +42,8 @@ from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
 ALONE = SimpleNamespace(mode="data", dtype="fp32", activation_checkpointing=False, compile=False)
+
+
 FSDP_FROM = 500_000_000  # parameters from which mode "auto" shards
 
 
