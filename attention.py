@@ -1,10 +1,12 @@
-"""Grouped-query attention through scaled_dot_product_attention, with a key-value cache, optional RoPE and QK-norm.
+"""Grouped-query attention through scaled_dot_product_attention, with a key-value cache, optional
+RoPE and QK-norm.
 
-H query heads share K key-value heads (arXiv 2305.13245): head h reads group h // R, R = H / K. Nemotron-H has no
-positional embedding at all (the Mamba layers tell the order), Qwen3 has RoPE (arXiv 2104.09864) and QK-norm (arXiv
-2302.05442); both are switches here.
+H query heads share K key-value heads (arXiv 2305.13245): head h reads group h // R, R = H / K.
+Nemotron-H has no positional embedding at all (the Mamba layers tell the order), Qwen3 has RoPE
+(arXiv 2104.09864) and QK-norm (arXiv 2302.05442); both are switches here.
 
-How to read: `Attention.forward`, then `attention_mask`, the one rule for padding, packing, causality and the cache.
+How to read: `Attention.forward`, then `attention_mask`, the one rule for padding, packing,
+causality and the cache.
 """
 
 import torch
@@ -20,19 +22,23 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.attn_head_dim
+        self.n_heads, self.n_kv_heads, self.head_dim = (config.n_heads, config.n_kv_heads,
+                                                        config.attn_head_dim)
         self.rope_theta = config.rope_theta
         self.q_proj = nn.Linear(config.d_model, self.n_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(config.d_model, self.n_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.d_model, self.n_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.n_heads * self.head_dim, config.d_model, bias=False)
-        self.q_norm = HeadNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = HeadNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = (
+            HeadNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity())
+        self.k_norm = (
+            HeadNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity())
 
     def forward(
         self, x_BTD: Tensor, cached: tuple[Tensor, Tensor] | None, mask: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Args: cached: keys and values of earlier tokens, [B, K, S, P] each, or None; mask: see `attention_mask`.
+        """Args: cached: keys and values of earlier tokens, [B, K, S, P] each, or None; mask: see
+        `attention_mask`.
 
         Returns: y_BTD, and the keys and values of the earlier and of these tokens.
         """
@@ -50,15 +56,19 @@ class Attention(nn.Module):
         causal = mask is None and x_BTD.shape[1] > 1  # no mask and one token: it sees everything
         grouped, keys, values = self.n_heads != self.n_kv_heads, k_BKSP, v_BKSP
         if grouped and q_BHTP.is_cuda and (mask is not None or q_BHTP.dtype == torch.float32):
-            # Flash attention takes neither masks nor fp32 there, and the other kernel without all scores takes no groups.
+            # Flash attention takes neither masks nor fp32 there, and the other kernel without all
+            # scores takes no groups.
             grouped = False
-            keys, values = (t.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1) for t in (k_BKSP, v_BKSP))
-        y_BHTP = F.scaled_dot_product_attention(q_BHTP, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+            keys, values = (t.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1)
+                            for t in (k_BKSP, v_BKSP))
+        y_BHTP = F.scaled_dot_product_attention(
+            q_BHTP, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
         return self.o_proj(rearrange(y_BHTP, "b h t p -> b t (h p)")), (k_BKSP, v_BKSP)
 
 
 class HeadNorm(nn.RMSNorm):
-    """RMSNorm over the channels of a head, in the dtype of its weights; its result has that of its input, for the cache."""
+    """RMSNorm over the channels of a head, in the dtype of its weights; its result has that of its
+    input, for the cache."""
 
     def forward(self, x_BHTP: Tensor) -> Tensor:
         """x / rms(x) * weight."""
@@ -69,11 +79,12 @@ ROOM = 32  # positions
 
 
 def append(past_BKUP: Tensor, new_BKTP: Tensor) -> Tensor:
-    """The new positions behind those of the past, S = U + T of them. The past itself stays as it is.
+    """The new positions behind those of the past, S = U + T of them. The past itself stays as it
+    is.
 
-    Without gradients the result is the front of a longer buffer, and the next call writes into its room: decoding does not
-    copy its past for every token. The room is for whoever goes on first; a second continuation of the same past finds it
-    taken and copies.
+    Without gradients the result is the front of a longer buffer, and the next call writes into its
+    room: decoding does not copy its past for every token. The room is for whoever goes on first; a
+    second continuation of the same past finds it taken and copies.
     """
     U, S = past_BKUP.shape[2], past_BKUP.shape[2] + new_BKTP.shape[2]
     if torch.is_grad_enabled():
@@ -90,13 +101,15 @@ def append(past_BKUP: Tensor, new_BKTP: Tensor) -> Tensor:
     return all_BKSP
 
 
-def attention_mask(ids_BS: Tensor | None, n_tokens: int, n_cached: int, device: torch.device) -> Tensor | None:
-    """True where query t may read position s: the same document, and not later. One rule for every case.
+def attention_mask(
+    ids_BS: Tensor | None, n_tokens: int, n_cached: int, device: torch.device) -> Tensor | None:
+    """True where query t may read position s: the same document, and not later. One rule for every
+    case.
 
-    Args: ids_BS: document ids of the cached positions followed by the new tokens (-1 padding), None if all of them are
-    of one document without padding.
-    Returns: [B or 1, 1, T, S], or None where plain causality says it all. A padded query sees padding only, so that its
-    row is finite.
+    Args: ids_BS: document ids of the cached positions followed by the new tokens (-1 padding), None
+    if all of them are of one document without padding.
+    Returns: [B or 1, 1, T, S], or None where plain causality says it all. A padded query sees
+    padding only, so that its row is finite.
     """
     if ids_BS is None and (n_cached == 0 or n_tokens == 1):
         return None
@@ -108,14 +121,17 @@ def attention_mask(ids_BS: Tensor | None, n_tokens: int, n_cached: int, device: 
 
 
 def rope(x_BHTP: Tensor, start: int, theta: float) -> Tensor:
-    """Rotate channel pairs (i, i + P/2) of token t by the angle (start + t) theta^(-2i/P) (arXiv 2104.09864, eq. 34).
+    """Rotate channel pairs (i, i + P/2) of token t by the angle (start + t) theta^(-2i/P) (arXiv
+    2104.09864, eq. 34).
 
-    Scores depend on differences of positions only, so left padding and packing need no positions of their own.
+    Scores depend on differences of positions only, so left padding and packing need no positions of
+    their own.
     """
     T, P = x_BHTP.shape[-2:]
     position = torch.arange(start, start + T, device=x_BHTP.device, dtype=torch.float32)
     frequency = theta ** (-torch.arange(0, P, 2, device=x_BHTP.device, dtype=torch.float32) / P)
     angle = position[:, None] * frequency
-    cos, sin = (torch.cat([f(angle), f(angle)], dim=-1).to(x_BHTP.dtype) for f in (torch.cos, torch.sin))
+    cos, sin = (
+        torch.cat([f(angle), f(angle)], dim=-1).to(x_BHTP.dtype) for f in (torch.cos, torch.sin))
     left, right = x_BHTP.chunk(2, dim=-1)
     return x_BHTP * cos + torch.cat([-right, left], dim=-1) * sin

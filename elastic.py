@@ -1,23 +1,28 @@
-"""Nemotron Elastic: one model that holds smaller ones, and routers that choose them (arXiv 2511.16664).
+"""Nemotron Elastic: one model that holds smaller ones, and routers that choose them (arXiv
+2511.16664).
 
 A trained parent becomes elastic in four steps:
 
-1. Axes (nested.py): one table says which units each weight belongs to. Permuting, cutting and masking follow from it.
-2. Importance (eq. 1 to 5). Units are ranked once, and the weights permuted: the parent computes the same function as
+1. Axes (nested.py): one table says which units each weight belongs to. Permuting, cutting and
+masking follow from it. 2. Importance (eq. 1 to 5). Units are ranked once, and the weights permuted:
+the parent computes the same function as
    before, and the best w units of an axis are its first w, so every smaller model is a slice of the parent. The channels
    of the residual stream are turned onto its principal axes, for no channel of it is unimportant.
-3. Routers (routers.py, eq. 6 to 12). For a budget they choose the widths of every layer, on masks that carry gradients.
-4. Distillation (eq. 13 to 19). Each sequence has a budget. The chosen model learns from the frozen parent,
+3. Routers (routers.py, eq. 6 to 12). For a budget they choose the widths of every layer, on masks
+that carry gradients. 4. Distillation (eq. 13 to 19). Each sequence has a budget. The chosen model
+learns from the frozen parent,
    KL(parent || chosen), or from the full model, or from the text. First short sequences and all budgets alike; then long
    ones, the larger budgets more often.
 
 `extract` then cuts a model for any budget out of one checkpoint; nothing is trained again.
 
-Where it differs from the paper: the stream is turned, not only put in order; masks multiply weights instead of activations
-(the same function, for fewer multiplications); once the routers have settled (`elastic.search_share`) their choice is fixed
-and budgets run on slices, which cost less the smaller they are; the budget loss is relative, with a dead zone; the routers
-begin with a head start for the largest widths; mode 1 multiplies by the likeliest choice's probability, since its logit is
-NaN-prone; the full budget is always the full model; keys and values have no elastic heads under grouped queries.
+Where it differs from the paper: the stream is turned, not only put in order; masks multiply weights
+instead of activations (the same function, for fewer multiplications); once the routers have settled
+(`elastic.search_share`) their choice is fixed and budgets run on slices, which cost less the
+smaller they are; the budget loss is relative, with a dead zone; the routers begin with a head start
+for the largest widths; mode 1 multiplies by the likeliest choice's probability, since its logit is
+NaN-prone; the full budget is always the full model; keys and values have no elastic heads under
+grouped queries.
 """
 
 import json
@@ -35,16 +40,26 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from kernels import selected_logp
 from model import HybridLM
-from nested import Widths, bare_model, kept_units, mask_weights, masked_skeleton, shrink, submodel, take
+from nested import (
+    Widths,
+    bare_model,
+    kept_units,
+    mask_weights,
+    masked_skeleton,
+    shrink,
+    submodel,
+    take,
+)
 from routers import Router, budget_loss, mask_weighting, probabilities, unmeasured_router
 from system import checkpoint, parallel
-from system.config import Config, ElasticConfig, require
+from system.config import Config, ElasticConfig
 from system.costs import count_parameters
+from system.errors import require
 from system.objective import Objective
 from system.rundir import load_run, warn
 from text.tokenizer import Tokenizer
 
-# ---------------------------------------------------------------------------------------------------- distillation
+# ------------------------------------------------------------------------------------- distillation
 
 
 class Distillation(Objective):
@@ -56,34 +71,39 @@ class Distillation(Objective):
     def loss(self, model: HybridLM, batch: dict) -> tuple[Tensor, int, dict[str, Tensor]]:
         """Sum over tokens of kl KL(teacher || model) + ce CE."""
         hidden_BTD, _ = model(batch["tokens_BT"], ids_BT=batch["ids_BT"])
-        total, n_tokens = self.task(hidden_BTD, model.output_matrix, batch, [(self.c.kl, self.teacher)], self.c.ce)
+        total, n_tokens = self.task(
+            hidden_BTD, model.output_matrix, batch, [(self.c.kl, self.teacher)], self.c.ce)
         return total, n_tokens, {}
 
-    def task(
-        self, hidden_BTd: Tensor, head_Vd: Tensor, batch: dict, teachers: list[tuple[float, HybridLM]], ce: float
-    ) -> tuple[Tensor, int]:
-        """Sum over tokens of the weighted divergences from the teachers and of the cross-entropy; number of targets."""
+    def task(self, hidden_BTd: Tensor, head_Vd: Tensor, batch: dict,
+             teachers: list[tuple[float, HybridLM]], ce: float) -> tuple[Tensor, int]:
+        """Sum over tokens of the weighted divergences from the teachers and of the cross-entropy;
+        number of targets."""
         target = batch["targets_BT"].flatten()
         inside = target != -100
         hidden_Xd, token_X = hidden_BTd.flatten(0, 1)[inside], target[inside]
         with torch.no_grad():
             wanted = [
-                (weight, t(batch["tokens_BT"], ids_BT=batch["ids_BT"])[0].flatten(0, 1)[inside], t.output_matrix)
+                (weight, t(batch["tokens_BT"], ids_BT=batch["ids_BT"])[0].flatten(0, 1)[inside],
+                 t.output_matrix)
                 for weight, t in teachers
                 if weight
             ]
         if wanted:
-            total = distillation_loss(wanted, hidden_Xd, head_Vd, token_X, ce, self.c.kl_temperature)
+            total = distillation_loss(
+                wanted, hidden_Xd, head_Vd, token_X, ce, self.c.kl_temperature)
         else:
             total = -ce * selected_logp(hidden_Xd, head_Vd, token_X).sum()
         return total, len(token_X)
 
 
 class Elastic(Distillation):
-    """L = L_task(theta) + lambda L_router(psi) (eq. 17), each sequence at its own budget, as an objective for `loop.fit`.
+    """L = L_task(theta) + lambda L_router(psi) (eq. 17), each sequence at its own budget, as an
+    objective for `loop.fit`.
 
-    In the first `search_share` of the steps routers and weights learn together, on masks; afterwards the routers' choices
-    stay as they are, and each budget runs on its slice of the weights.
+    In the first `search_share` of the steps routers and weights learn together, on masks;
+    afterwards the routers' choices stay as they are, and each budget runs on its slice of the
+    weights.
     """
 
     runs_whole = True
@@ -92,27 +112,35 @@ class Elastic(Distillation):
         super().__init__(c, teacher)
         ours, theirs = router.space.config.vocab_size, teacher.config.vocab_size
         require(
-            ours == theirs, f"the teacher has {theirs} tokens in its vocabulary, the model {ours}; they must be the same"
+            ours == theirs,
+            f"the teacher has {theirs} tokens in its vocabulary, the model {ours}; they must be the same",
         )
         self.router, self.step = router, 0
         self.n_search = round(c.search_share * c.steps) if c.choose == "router" else 0
-        self.stage1: HybridLM | None = None  # the weights at the end of stage 1, to see what stage 2 brings
+        self.stage1: HybridLM | None = (
+            None  # the weights at the end of stage 1, to see what stage 2 brings
+        )
         self.widths: dict[float, Widths] = {}
         self.bare: dict[float, HybridLM] = {}
 
-    def prepare(self, model: HybridLM, batch: dict[str, Tensor], generator: torch.Generator) -> dict:
+    def prepare(self, model: HybridLM, batch: dict[str, Tensor], step: int,
+                generator: torch.Generator) -> dict:
         """Draw the Gumbel noise of every decision, for every budget."""
 
         def gumbel(*shape: int) -> Tensor:
-            return -torch.empty(shape, device=generator.device).exponential_(generator=generator).log()
+            return (
+                -torch.empty(shape, device=generator.device).exponential_(generator=generator).log()
+            )
 
-        space = self.router.space
-        noise = {b: {a: gumbel(space.n_decisions(a), len(w)) for a, w in space.choices.items()} for b in self.c.budgets}
+        self.step, space = step, self.router.space
+        noise = {b: {a: gumbel(space.n_decisions(a), len(w)) for a, w in space.choices.items()}
+                 for b in self.c.budgets}
         return {**batch, "noise": noise}
 
     def loss(self, model: HybridLM, batch: dict) -> tuple[Tensor, int, dict[str, Tensor]]:
-        """Sum over tokens of the task loss at each sequence's budget, plus lambda times the budget loss of all budgets."""
-        c, self.step = self.c, int(batch["step_B"][0])
+        """Sum over tokens of the task loss at each sequence's budget, plus lambda times the budget
+        loss of all budgets."""
+        c = self.c
         weights, count, total, metrics = dict(model.named_parameters()), 0, 0.0, {}
         p = self.choices(batch["noise"]) if self.step < self.n_search else {}
         for n, budget in enumerate(c.budgets):
@@ -123,7 +151,8 @@ class Elastic(Distillation):
             hidden_BTD, head_VD = self.run(model, weights, p.get(budget), budget, part)
             is_full = self.router.is_full(budget)
             teachers = [(c.kl, self.teacher), (0.0 if is_full else c.self_kl, model)]
-            part_loss, n_tokens = self.task(hidden_BTD, head_VD, part, teachers, c.ce + is_full * c.full_ce)
+            part_loss, n_tokens = self.task(
+                hidden_BTD, head_VD, part, teachers, c.ce + is_full * c.full_ce)
             total, count = total + part_loss, count + n_tokens
             metrics[f"loss_{budget:g}"] = part_loss.detach() / n_tokens
         if p:
@@ -142,13 +171,18 @@ class Elastic(Distillation):
         with parallel.exactly():
             return {b: probabilities(self.router(b), noise[b], scale, tau) for b in smaller}
 
-    def run(self, model: HybridLM, weights: dict, p: dict | None, budget: float, batch: dict) -> tuple[Tensor, Tensor]:
-        """Final hidden states of the model of a budget, and its output matrix: masked where p is given, else sliced."""
+    def run(
+        self, model: HybridLM, weights: dict, p: dict | None, budget: float, batch: dict
+    ) -> tuple[Tensor, Tensor]:
+        """Final hidden states of the model of a budget, and its output matrix: masked where p is
+        given, else sliced."""
         network = model
         if p is not None:
             with parallel.exactly():
-                masks = self.router.space.masks(mask_weighting(p, self.c.mask), self.router.depth_order)
-                weights, network = mask_weights(weights, model.config, masks), masked_skeleton(model.config, masks)
+                masks = self.router.space.masks(
+                    mask_weighting(p, self.c.mask), self.router.depth_order)
+                weights, network = (mask_weights(weights, model.config, masks),
+                                    masked_skeleton(model.config, masks))
         elif not self.router.is_full(budget):
             if budget not in self.widths:
                 self.widths[budget] = self.router.choose(budget)
@@ -180,21 +214,17 @@ class Elastic(Distillation):
             self.stage1 = parallel.frozen_copy(model)
 
 
-def distillation_loss(
-    teachers: list[tuple[float, Tensor, Tensor]],
-    student_Xd: Tensor,
-    student_Vd: Tensor,
-    token_X: Tensor,
-    ce: float,
-    temperature: float,
-    at_once: int = 2**24,
-) -> Tensor:
+def distillation_loss(teachers: list[tuple[float, Tensor, Tensor]], student_Xd: Tensor,
+                      student_Vd: Tensor, token_X: Tensor, ce: float, temperature: float,
+                      at_once: int = 2**24) -> Tensor:
     """sum_X (sum_i w_i KL(p_i || q) - ce log q(token)), in nats (eq. 13 to 16).
 
-    p_i and q are softmax(logits / temperature), q(token) is at temperature 1. Each teacher is (w_i, its hidden states
-    [X, D], its output matrix [V, D]), and learns nothing here. All of them and the token share one softmax of the student,
-    and its gradient, as one mixed target: sum_i w_i KL(p_i || q) is sum_i w_i p_i log p_i - (sum_i w_i p_i) log q. Logits
-    are made for at most `at_once` numbers at a time, and made again in the backward pass if that takes more than one piece.
+    p_i and q are softmax(logits / temperature), q(token) is at temperature 1. Each teacher is (w_i,
+    its hidden states [X, D], its output matrix [V, D]), and learns nothing here. All of them and
+    the token share one softmax of the student, and its gradient, as one mixed target: sum_i w_i
+    KL(p_i || q) is sum_i w_i p_i log p_i - (sum_i w_i p_i) log q. Logits are made for at most
+    `at_once` numbers at a time, and made again in the backward pass if that takes more than one
+    piece.
     """
 
     def piece(student_xd: Tensor, token_x: Tensor, *teacher_xD: Tensor) -> Tensor:
@@ -205,11 +235,15 @@ def distillation_loss(
                 logp_xV = F.log_softmax(F.linear(hidden_xD / temperature, matrix_VD), dim=-1)
                 p_xV = logp_xV.exp()
                 total = total + weight * logp_xV.mul_(p_xV).sum()
-                wanted_xV = p_xV.mul_(weight) if wanted_xV is None else wanted_xV.add_(p_xV, alpha=weight)
+                wanted_xV = (
+                    p_xV.mul_(weight) if wanted_xV is None else wanted_xV.add_(p_xV, alpha=weight))
             if temperature == 1:
                 wanted_xV.scatter_(1, token_x[:, None], ce, reduce="add")
         if ce and temperature != 1:
-            total = total - ce * F.log_softmax(logits_xV * temperature, dim=-1).gather(1, token_x[:, None]).sum()
+            total = (
+                total
+                - ce
+                * F.log_softmax(logits_xV * temperature, dim=-1).gather(1, token_x[:, None]).sum())
         return total - (wanted_xV * F.log_softmax(logits_xV, dim=-1)).sum()
 
     n = max(1, math.ceil(len(student_Xd) * len(student_Vd) / at_once))
@@ -220,11 +254,12 @@ def distillation_loss(
     return sum(recompute(piece, *each, use_reentrant=False) for each in pieces)
 
 
-# ------------------------------------------------------------------------------------------------------ deployment
+# --------------------------------------------------------------------------------------- deployment
 
 
 def load_family(run_dir: Path) -> tuple[HybridLM, Router, Tokenizer, Config]:
-    """An elastic run's model, router, tokenizer and settings. Raises ValueError for a run without a router."""
+    """An elastic run's model, router, tokenizer and settings. Raises ValueError for a run without a
+    router."""
     model, tokenizer, config = load_run(run_dir)
     found = checkpoint.newest(run_dir)
     step, steps = found.meta["step"], config.elastic.steps
@@ -234,21 +269,32 @@ def load_family(run_dir: Path) -> tuple[HybridLM, Router, Tokenizer, Config]:
     )
     router = unmeasured_router(model.config, config.elastic)
     checkpoint.load_weights(router, found.tensors("router"), found.path)
-    warn(f"{run_dir} has made {step} of its {steps} steps; --resume goes on with it" if step < steps else "")
+    warn(f"{run_dir} has made {step} of its {steps} steps; --resume goes on with it"
+         if step < steps
+         else "")
     return model, router, tokenizer, config
 
 
 def extract(run_dir: Path, budget: float, out: Path) -> dict:
-    """Write the model of a budget as a run folder of its own. Returns its facts. Raises ValueError before it writes."""
-    require(not (out / "config.json").exists(), f"out ({out}) already holds a run; choose another --out")
+    """Write the model of a budget as a run folder of its own. Returns its facts. Raises ValueError
+    before it writes."""
+    require(
+        not (out / "config.json").exists(), f"out ({out}) already holds a run; choose another --out"
+    )
     model, router, _, config = load_family(run_dir)
     began = time.perf_counter()
     widths = router.choose(budget)
     small = submodel(model, widths)
     out.mkdir(parents=True, exist_ok=True)
-    checkpoint.save(out, 0, {"model": small}, [], {"extracted_from": str(run_dir), "budget": budget})
-    facts = {"extracted_from": str(run_dir), "budget": budget, "parameters": count_parameters(small),
-             "widths": asdict(widths), "seconds": time.perf_counter() - began}  # fmt: skip
+    checkpoint.save(
+        out, 0, {"model": small}, [], {"extracted_from": str(run_dir), "budget": budget})
+    facts = {
+        "extracted_from": str(run_dir),
+        "budget": budget,
+        "parameters": count_parameters(small),
+        "widths": asdict(widths),
+        "seconds": time.perf_counter() - began,
+    }
     text = {**facts, "config": replace(config, model=small.config, init=str(run_dir)).to_dict()}
     (out / "config.json").write_text(json.dumps(text, indent=1) + "\n")
     if (run_dir / "hf").is_dir():  # the tokenizer, where it is not one that the corpus brings

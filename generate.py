@@ -8,23 +8,20 @@ import tyro
 from elastic import load_family
 from model import HybridLM
 from nested import submodel
-from system.config import RLPConfig, exit_code, require
+from system.config import RLPConfig
+from system.errors import exit_code, require
 from system.rundir import load_model
 from text.tokenizer import Tokenizer
 from thoughts import show_thoughts
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`python generate.py RUN PROMPT`: a thought and an answer. Returns 0, or 2 for an empty prompt or no run."""
+    """`python generate.py RUN PROMPT`: a thought and an answer. Returns 0, or 2 for an empty prompt
+    or no run."""
 
-    def talk(
-        run: tyro.conf.Positional[Path],
-        prompt: tyro.conf.Positional[str],
-        temperature: float | None = None,
-        seed: int = 0,
-        thought_len: int | None = None,
-        budget: tuple[float, ...] = (),
-    ) -> None:
+    def talk(run: tyro.conf.Positional[Path], prompt: tyro.conf.Positional[str],
+             temperature: float | None = None, seed: int = 0, thought_len: int | None = None,
+             budget: tuple[float, ...] = ()) -> None:
         """Talk to a trained model and see its thought.
 
         Args:
@@ -35,16 +32,21 @@ def main(argv: list[str] | None = None) -> int:
             thought_len: Longest thought, in tokens. The run's own, if left out.
             budget: Sizes of an elastic run to answer with, one after the other, such as 1 0.5; none means the whole model.
         """
-        require(prompt, f"prompt ({prompt!r}) is empty, and a thought needs at least one token before it; give some text")
+        require(
+            prompt,
+            f"prompt ({prompt!r}) is empty, and a thought needs at least one token before it; give some text",
+        )
         require(
             thought_len is None or thought_len >= 1,
             f"thought-len ({thought_len}) must be at least 1: the closing tag is a token of the thought",
         )
-        require(temperature is None or temperature >= 0, f"temperature ({temperature}) must be 0 (greedy) or more")
+        require(temperature is None or temperature >= 0,
+                f"temperature ({temperature}) must be 0 (greedy) or more")
 
         def answer(model: HybridLM, tokenizer: Tokenizer, c: RLPConfig) -> str:
             heat = c.temperature if temperature is None else temperature
-            (text,) = show_thoughts(model, tokenizer, [prompt], thought_len or c.thought_len, heat, seed, before=c.prompt)
+            (text,) = show_thoughts(model, tokenizer, [prompt], thought_len or c.thought_len, heat,
+                                    seed, before=c.prompt)
             return prompt + text
 
         if not budget:
@@ -52,7 +54,9 @@ def main(argv: list[str] | None = None) -> int:
             return
         family, router, tokenizer, config = load_family(run)
         for b, widths in [(b, router.choose(b)) for b in budget]:
-            small = submodel(family, widths)  # replaces the one before: memory does not grow with the number of budgets
+            small = submodel(
+                family, widths
+            )  # replaces the one before: memory does not grow with the number of budgets
             print(f"[{b:g}] {answer(small, tokenizer, config.rlp)}")
 
     return exit_code(lambda: tyro.cli(talk, args=argv, prog="generate.py"))

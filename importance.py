@@ -1,4 +1,5 @@
-"""Which units of a model matter: scores, ranks, the same model with its best units first (arXiv 2511.16664, eq. 1 to 5)."""
+"""Which units of a model matter: scores, ranks, the same model with its best units first (arXiv
+2511.16664, eq. 1 to 5)."""
 
 from dataclasses import dataclass
 
@@ -10,12 +11,13 @@ from model import HybridLM
 from nested import Units, named_dims, rotate, take
 from system.config import ElasticConfig
 
-# ---------------------------------------------------------------------------------------------------- importance
+# --------------------------------------------------------------------------------------- importance
 
 
 @dataclass
 class Ranking:
-    """Units of every axis, the most important first (heads within their groups), and layers, the least important first.
+    """Units of every axis, the most important first (heads within their groups), and layers, the
+    least important first.
 
     axes_DD: an orthonormal basis to turn the residual stream to (its columns), None to leave it.
     """
@@ -26,8 +28,10 @@ class Ranking:
 
 
 @torch.no_grad()
-def rank(model: HybridLM, batches: list[dict[str, Tensor]], c: ElasticConfig, seed: int = 0) -> Ranking:
-    """Rank all units by the scores that the settings name, from forward passes over calibration batches.
+def rank(
+    model: HybridLM, batches: list[dict[str, Tensor]], c: ElasticConfig, seed: int = 0) -> Ranking:
+    """Rank all units by the scores that the settings name, from forward passes over calibration
+    batches.
 
     Layers, which take a pass each, are ranked only where `depth_choices` can drop some.
     """
@@ -46,10 +50,18 @@ def rank(model: HybridLM, batches: list[dict[str, Tensor]], c: ElasticConfig, se
         if kind == "-":
             layers.append({"F": order(ffn_scores(model, sums, i, c.score_ffn), c.score_ffn)})
         elif kind == "*":
-            layers.append({"A": order(attn_scores(model, sums, i, c.score_attn), c.score_attn, config.n_kv_heads)})
+            layers.append(
+                {
+                    "A": order(
+                        attn_scores(model, sums, i, c.score_attn), c.score_attn, config.n_kv_heads)
+                }
+            )
         else:
             heads, channels = mamba_scores(model, sums, i, c.score_mamba)
-            layers.append({"H": order(heads, c.score_mamba, config.mamba_groups), "P": order(channels, c.score_mamba)})
+            layers.append(
+                {"H": order(heads, c.score_mamba, config.mamba_groups),
+                 "P": order(channels, c.score_mamba)}
+            )
     if is_turned:
         stream, axes_DD = torch.arange(config.d_model), principal_axes(sums)
     else:
@@ -67,18 +79,23 @@ def rank(model: HybridLM, batches: list[dict[str, Tensor]], c: ElasticConfig, se
 
 @torch.no_grad()
 def order_weights(model: HybridLM, ranking: Ranking) -> None:
-    """Turn and permute the weights of a model, in place: the best units come first, and its function does not change."""
+    """Turn and permute the weights of a model, in place: the best units come first, and its
+    function does not change."""
     weights = model.state_dict()
     if ranking.axes_DD is not None:
         weights = rotate(weights, model.config, ranking.axes_DD)
     model.load_state_dict(take(weights, model.config, ranking.units))
 
 
-def activation_sums(model: HybridLM, batches: list[dict[str, Tensor]], with_stream: bool = False) -> dict[str, Tensor]:
-    """Over all tokens, for each channel: sums of |x| of what the norms give, and of x^2 of what matrices read and give.
+def activation_sums(
+    model: HybridLM, batches: list[dict[str, Tensor]], with_stream: bool = False
+) -> dict[str, Tensor]:
+    """Over all tokens, for each channel: sums of |x| of what the norms give, and of x^2 of what
+    matrices read and give.
 
-    Keys: `layers.I.norm` and `norm`; `layers.I.mixer.NAME.in` and `.out` for each matrix of a mixer; `....abs` for |x|. If
-    asked for, `stream`: sum of x x^T over all norms, x = what the norm reads / its rms, [D, D].
+    Keys: `layers.I.norm` and `norm`; `layers.I.mixer.NAME.in` and `.out` for each matrix of a
+    mixer; `....abs` for |x|. If asked for, `stream`: sum of x x^T over all norms, x = what the norm
+    reads / its rms, [D, D].
     """
     sums: dict[str, Tensor] = {}
 
@@ -94,8 +111,10 @@ def activation_sums(model: HybridLM, batches: list[dict[str, Tensor]], with_stre
     hooks = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name.startswith("layers."):
-            hooks.append(module.register_forward_pre_hook(lambda _, args, n=name: add(f"{n}.in", args[0])))
-            hooks.append(module.register_forward_hook(lambda _, args, out, n=name: add(f"{n}.out", out)))
+            hooks.append(
+                module.register_forward_pre_hook(lambda _, args, n=name: add(f"{n}.in", args[0])))
+            hooks.append(
+                module.register_forward_hook(lambda _, args, out, n=name: add(f"{n}.out", out)))
         elif name.split(".")[-1] == "norm":
             hooks.append(module.register_forward_hook(lambda _, args, out, n=name: add(n, out)))
             if with_stream:
@@ -110,16 +129,19 @@ def activation_sums(model: HybridLM, batches: list[dict[str, Tensor]], with_stre
 def principal_axes(sums: dict[str, Tensor]) -> Tensor:
     """Eigenvectors of the stream's sum of x x^T, as columns, the largest value first.
 
-    Of all the bases, each prefix of this one keeps most of what the layers read (as in SliceGPT, arXiv 2401.15024, which
-    turns the stream anew for every layer; with one basis for all of them the residual connections stay as they are).
+    Of all the bases, each prefix of this one keeps most of what the layers read (as in SliceGPT,
+    arXiv 2401.15024, which turns the stream anew for every layer; with one basis for all of them
+    the residual connections stay as they are).
     """
     return torch.linalg.eigh(sums["stream"]).eigenvectors.flip(1)
 
 
 def stream_scores(model: HybridLM, sums: dict[str, Tensor], kind: str) -> Tensor:
-    """Channels of the stream. paper: sum of |norm(x)_i| over all norms (eq. 1); output: times the size of what reads i."""
+    """Channels of the stream. paper: sum of |norm(x)_i| over all norms (eq. 1); output: times the
+    size of what reads i."""
     readers = {"norm": [model.output_matrix]}
-    for name, i, _, dims in named_dims([n for n, _ in model.named_parameters()], model.config.pattern):
+    for name, i, _, dims in named_dims(
+        [n for n, _ in model.named_parameters()], model.config.pattern):
         if i is not None and dims[1:] == ["D"]:
             readers.setdefault(f"layers.{i}.norm", []).append(model.get_parameter(name))
     total = torch.zeros(model.config.d_model, dtype=torch.float64)
@@ -130,17 +152,20 @@ def stream_scores(model: HybridLM, sums: dict[str, Tensor], kind: str) -> Tensor
 
 
 def ffn_scores(model: HybridLM, sums: dict[str, Tensor], i: int, kind: str) -> Tensor:
-    """FFN neurons. paper: sum of |X W1_i^T| before the activation (eq. 2); output: size of what it adds to the stream."""
+    """FFN neurons. paper: sum of |X W1_i^T| before the activation (eq. 2); output: size of what it
+    adds to the stream."""
     if kind == "output":
         return _contribution(model, sums, i, "down_proj")
     return sums[f"layers.{i}.mixer.up_proj.out.abs"]
 
 
-def mamba_scores(model: HybridLM, sums: dict[str, Tensor], i: int, kind: str) -> tuple[Tensor, Tensor]:
+def mamba_scores(
+    model: HybridLM, sums: dict[str, Tensor], i: int, kind: str) -> tuple[Tensor, Tensor]:
     """Mamba heads and head channels, from a size per (head, channel).
 
-    paper: of s = norm(X) W_x^T; a channel's score is its norm over all heads (eq. 3), a head's is its norm over the better
-    half of the channels (eq. 4). output: the same from what each adds to the stream.
+    paper: of s = norm(X) W_x^T; a channel's score is its norm over all heads (eq. 3), a head's is
+    its norm over the better half of the channels (eq. 4). output: the same from what each adds to
+    the stream.
     """
     config = model.config
     if kind == "output":
@@ -155,19 +180,26 @@ def mamba_scores(model: HybridLM, sums: dict[str, Tensor], i: int, kind: str) ->
 
 
 def attn_scores(model: HybridLM, sums: dict[str, Tensor], i: int, kind: str) -> Tensor:
-    """Query heads. paper: size of the head's queries; output: size of what the head adds to the stream."""
-    square = _contribution(model, sums, i, "o_proj").square() if kind == "output" else sums[f"layers.{i}.mixer.q_proj.out"]
+    """Query heads. paper: size of the head's queries; output: size of what the head adds to the
+    stream."""
+    square = (_contribution(model, sums, i, "o_proj").square()
+              if kind == "output"
+              else sums[f"layers.{i}.mixer.q_proj.out"])
     return square.view(model.config.n_heads, model.config.attn_head_dim).sum(1).sqrt()
 
 
 def _contribution(model: HybridLM, sums: dict[str, Tensor], i: int, matrix: str) -> Tensor:
-    """Root of the sum over tokens of |x_j W_j|^2: how much input j of the matrix that writes to the stream adds to it."""
+    """Root of the sum over tokens of |x_j W_j|^2: how much input j of the matrix that writes to the
+    stream adds to it."""
     weight = getattr(model.layers[i].mixer, matrix).weight
     return sums[f"layers.{i}.mixer.{matrix}.in"].sqrt() * weight.detach().double().norm(dim=0).cpu()
 
 
-def rank_layers(model: HybridLM, batches: list[dict[str, Tensor]], kind: str, generator: torch.Generator) -> list[int]:
-    """Layers, the least important first. s_j = sum (M_full - M_-j)^2 / sum M_full^2 on the logits (eq. 5)."""
+def rank_layers(
+    model: HybridLM, batches: list[dict[str, Tensor]], kind: str, generator: torch.Generator
+) -> list[int]:
+    """Layers, the least important first. s_j = sum (M_full - M_-j)^2 / sum M_full^2 on the logits
+    (eq. 5)."""
     n = len(model.layers)
     if kind == "random":
         return torch.randperm(n, generator=generator).tolist()
@@ -182,7 +214,8 @@ def rank_layers(model: HybridLM, batches: list[dict[str, Tensor]], kind: str, ge
         return sorted(range(n), key=lambda j: score({j}))
     removed: list[int] = []
     while len(removed) < n:
-        removed.append(min((j for j in range(n) if j not in removed), key=lambda j: score({*removed, j})))
+        removed.append(
+            min((j for j in range(n) if j not in removed), key=lambda j: score({*removed, j})))
     return removed
 
 

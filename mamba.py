@@ -5,11 +5,13 @@
     y          = SSD(x, softplus(dt + dt_bias), -exp(A_log), B, C) + D x
     out        = norm(y silu(z)) W_out
 
-Training runs the chunked scan over whole sequences; decoding runs the same mixer on one token at a time, from the two
-tensors it leaves behind: the last W - 1 inputs of the convolution, and the state. Both carry gradients, so a prefix can
-be computed once and continued in many ways. The heavy operations are in kernels.py.
+Training runs the chunked scan over whole sequences; decoding runs the same mixer on one token at a
+time, from the two tensors it leaves behind: the last W - 1 inputs of the convolution, and the
+state. Both carry gradients, so a prefix can be computed once and continued in many ways. The heavy
+operations are in kernels.py.
 
-Where it differs from some public code: step sizes are not clamped (nor are they in Megatron's scan).
+Where it differs from some public code: step sizes are not clamped (nor are they in Megatron's
+scan).
 """
 
 import math
@@ -33,7 +35,8 @@ class Mamba2(nn.Module):
         self.d_inner = self.n_heads * self.head_dim
         self.d_bc = self.n_groups * self.d_state
         d_conv = self.d_inner + 2 * self.d_bc
-        self.in_proj = nn.Linear(config.d_model, self.d_inner + d_conv + self.n_heads, bias=False)  # z | x | B | C | dt
+        self.in_proj = nn.Linear(
+            config.d_model, self.d_inner + d_conv + self.n_heads, bias=False)  # z | x | B | C | dt
         self.conv_weight = nn.Parameter(torch.empty(d_conv, config.conv_width))
         self.conv_bias = nn.Parameter(torch.empty(d_conv))
         self.A_log = nn.Parameter(torch.empty(self.n_heads))
@@ -45,7 +48,8 @@ class Mamba2(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """A = -(1..H); D = 1; softplus(dt_bias) log-uniform in [0.001, 0.1]: memories from a few to a thousand tokens."""
+        """A = -(1..H); D = 1; softplus(dt_bias) log-uniform in [0.001, 0.1]: memories from a few to
+        a thousand tokens."""
         bound = self.conv_weight.shape[1] ** -0.5
         self.conv_weight.uniform_(-bound, bound)
         self.conv_bias.zero_()
@@ -58,17 +62,18 @@ class Mamba2(nn.Module):
     def forward(
         self, u_BTD: Tensor, cached: tuple[Tensor, Tensor] | None, ids_BT: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Args: cached: (convolution tail [B, W-1, E], state [B, H, P, N]) of the tokens before, or None.
+        """Args: cached: (convolution tail [B, W-1, E], state [B, H, P, N]) of the tokens before, or
+        None.
 
-        Returns: y_BTD, and the tail and the state after these tokens. Padding belongs on the left of whatever is
-        continued from: the tail is made of the last W - 1 positions, padded or not.
+        Returns: y_BTD, and the tail and the state after these tokens. Padding belongs on the left
+        of whatever is continued from: the tail is made of the last W - 1 positions, padded or not.
         """
         B, T, D = u_BTD.shape
         tail_BXE, state_BHPN = (None, None) if cached is None else cached
         z_BTI, xbc_BTE, dt_BTH = self.in_proj(u_BTD).split(
-            [self.d_inner, self.d_inner + 2 * self.d_bc, self.n_heads], dim=-1
-        )
-        xbc_BTE, tail_BXE = kernels.causal_conv(xbc_BTE, self.conv_weight, self.conv_bias, tail_BXE, ids_BT)
+            [self.d_inner, self.d_inner + 2 * self.d_bc, self.n_heads], dim=-1)
+        xbc_BTE, tail_BXE = kernels.causal_conv(
+            xbc_BTE, self.conv_weight, self.conv_bias, tail_BXE, ids_BT)
         x_BTI, b_BTY, c_BTY = F.silu(xbc_BTE).split([self.d_inner, self.d_bc, self.d_bc], dim=-1)
         x_BTHP = x_BTI.reshape(B, T, self.n_heads, self.head_dim)
         b_BTKN, c_BTKN = (t.reshape(B, T, self.n_groups, self.d_state) for t in (b_BTY, c_BTY))
@@ -76,12 +81,11 @@ class Mamba2(nn.Module):
         a_H = -torch.exp(self.A_log)
         if T == 1 and state_BHPN is not None and ids_BT is None:
             y_BHP, state_BHPN = kernels.ssd_step(
-                x_BTHP[:, 0], dt_BTH[:, 0], a_H, b_BTKN[:, 0], c_BTKN[:, 0], self.D, state_BHPN
-            )
+                x_BTHP[:, 0], dt_BTH[:, 0], a_H, b_BTKN[:, 0], c_BTKN[:, 0], self.D, state_BHPN)
             y_BTHP = y_BHP[:, None]
         else:
-            y_BTHP, state_BHPN = kernels.ssd(x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN, self.D, state_BHPN, ids_BT, self.chunk)
-        y_BTI = kernels.gated_norm(
-            y_BTHP.reshape(B, T, self.d_inner), z_BTI, self.norm_weight, self.n_groups, self.norm_eps
-        )
+            y_BTHP, state_BHPN = kernels.ssd(
+                x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN, self.D, state_BHPN, ids_BT, self.chunk)
+        y_BTI = kernels.gated_norm(y_BTHP.reshape(B, T, self.d_inner), z_BTI, self.norm_weight,
+                                   self.n_groups, self.norm_eps)
         return self.out_proj(y_BTI), (tail_BXE, state_BHPN)

@@ -1,8 +1,10 @@
-"""The hybrid language model: a stack of Mamba-2, attention and feed-forward layers, written as a pattern.
+"""The hybrid language model: a stack of Mamba-2, attention and feed-forward layers, written as a
+pattern.
 
-`M` is a Mamba-2 mixer, `*` attention, `-` a feed-forward network, as in Nemotron-H (arXiv 2504.03624). Every layer is
-y = x + mixer(norm(x)), with one RMSNorm before it; a last norm and the output matrix follow. One `Cache` holds what
-each layer needs to go on: it is made by every forward pass, carries gradients, and can be forked.
+`M` is a Mamba-2 mixer, `*` attention, `-` a feed-forward network, as in Nemotron-H (arXiv
+2504.03624). Every layer is y = x + mixer(norm(x)), with one RMSNorm before it; a last norm and the
+output matrix follow. One `Cache` holds what each layer needs to go on: it is made by every forward
+pass, carries gradients, and can be forked.
 """
 
 from dataclasses import dataclass
@@ -17,16 +19,21 @@ from system.config import ModelConfig
 
 
 class FeedForward(nn.Module):
-    """down(relu(up(x))^2) (`relu2`, Nemotron) or down(silu(gate(x)) up(x)) (`swiglu`, Qwen and Llama)."""
+    """down(relu(up(x))^2) (`relu2`, Nemotron) or down(silu(gate(x)) up(x)) (`swiglu`, Qwen and
+    Llama)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=False) if config.ffn == "swiglu" else None
+        self.gate_proj = (
+            nn.Linear(config.d_model, config.d_ff, bias=False) if config.ffn == "swiglu" else None)
         self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
 
-    def forward(self, x_BTD: Tensor, cached: tuple[()] | None, ids_BT: Tensor | None) -> tuple[Tensor, tuple[()]]:
-        """Tokens are independent here: nothing is cached, nothing can leak. Returns y_BTD and ()."""
+    def forward(
+        self, x_BTD: Tensor, cached: tuple[()] | None, ids_BT: Tensor | None
+    ) -> tuple[Tensor, tuple[()]]:
+        """Tokens are independent here: nothing is cached, nothing can leak. Returns y_BTD and
+        ()."""
         up_BTF = self.up_proj(x_BTD)
         if self.gate_proj is None:
             h_BTF = F.relu(up_BTF).square()
@@ -42,8 +49,9 @@ MIXERS = {"M": Mamba2, "*": Attention, "-": FeedForward}
 class Cache:
     """What a model remembers of the tokens it has seen.
 
-    layers: a tuple per layer. `*`: keys and values, [B, K, S, P] each; `M`: the convolution's tail [B, W-1, E] and the
-    state [B, H, P, N]; `-`: nothing. ids_BS: document ids of the S positions (-1 padding), None if none is padded.
+    layers: a tuple per layer. `*`: keys and values, [B, K, S, P] each; `M`: the convolution's tail
+    [B, W-1, E] and the state [B, H, P, N]; `-`: nothing. ids_BS: document ids of the S positions
+    (-1 padding), None if none is padded.
     """
 
     layers: list[tuple[Tensor, ...]]
@@ -51,9 +59,11 @@ class Cache:
     ids_BS: Tensor | None = None
 
     def select(self, rows: Tensor) -> "Cache":
-        """The cache of the named rows, in that order: to fork, to drop, to sort. Gradients add up over repeated rows."""
+        """The cache of the named rows, in that order: to fork, to drop, to sort. Gradients add up
+        over repeated rows."""
         layers = [tuple(t.index_select(0, rows) for t in layer) for layer in self.layers]
-        return Cache(layers, self.n_tokens, None if self.ids_BS is None else self.ids_BS.index_select(0, rows))
+        return Cache(layers, self.n_tokens,
+                     None if self.ids_BS is None else self.ids_BS.index_select(0, rows))
 
     def fork(self, n: int) -> "Cache":
         """Each row n times in a row: B rows become B n, to be continued in n ways."""
@@ -70,31 +80,37 @@ class Block(nn.Module):
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.mixer = MIXERS[kind](config)
 
-    def forward(self, x_BTD: Tensor, cached: tuple | None, context: Tensor | None) -> tuple[Tensor, tuple]:
+    def forward(
+        self, x_BTD: Tensor, cached: tuple | None, context: Tensor | None) -> tuple[Tensor, tuple]:
         """context: the attention mask for `*`, the document ids for `M`."""
         y_BTD, cached = self.mixer(self.norm(x_BTD), cached, context)
         return x_BTD + y_BTD, cached
 
 
 class HybridLM(nn.Module):
-    """Tokens to final hidden states; `logits` applies the output matrix where it is wanted, and only there."""
+    """Tokens to final hidden states; `logits` applies the output matrix where it is wanted, and
+    only there."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         config.check()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
-        self.layers = nn.ModuleList(Block(kind, config.layer(i)) for i, kind in enumerate(config.pattern))
+        self.layers = nn.ModuleList(
+            Block(kind, config.layer(i)) for i, kind in enumerate(config.pattern))
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = (None
+                     if config.tie_embeddings
+                     else nn.Linear(config.d_model, config.vocab_size, bias=False))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Embeddings N(0, 1); matrices N(0, 1/fan_in); those that write to the residual stream 0, and the head N(0, 0.02).
+        """Embeddings N(0, 1); matrices N(0, 1/fan_in); those that write to the residual stream 0,
+        and the head N(0, 0.02).
 
-        The stream begins as the tokens themselves, not buried under the noise of untrained layers. Tied embeddings also
-        serve as head, so they are N(0, 0.02).
+        The stream begins as the tokens themselves, not buried under the noise of untrained layers.
+        Tied embeddings also serve as head, so they are N(0, 0.02).
         """
         for name, p in self.named_parameters():
             if p.dim() < 2 or "conv" in name:
@@ -106,11 +122,15 @@ class HybridLM(nn.Module):
             else:
                 p.normal_(0.0, 0.02 if name == "head.weight" else p.shape[1] ** -0.5)
 
-    def forward(self, tokens_BT: Tensor, cache: Cache | None = None, ids_BT: Tensor | None = None) -> tuple[Tensor, Cache]:
-        """Args: tokens_BT: token ids; cache: of the tokens before, or None; ids_BT: document ids, -1 for padding, None
-        for one document without padding. A sequence that goes on from a cache goes on with its document.
+    def forward(
+        self, tokens_BT: Tensor, cache: Cache | None = None, ids_BT: Tensor | None = None
+    ) -> tuple[Tensor, Cache]:
+        """Args: tokens_BT: token ids; cache: of the tokens before, or None; ids_BT: document ids,
+        -1 for padding, None for one document without padding. A sequence that goes on from a cache
+        goes on with its document.
 
-        Returns: hidden_BTD after the last norm, and the cache after these tokens. The cache given is not changed.
+        Returns: hidden_BTD after the last norm, and the cache after these tokens. The cache given
+        is not changed.
         """
         B, T = tokens_BT.shape
         n_cached = 0 if cache is None else cache.n_tokens
@@ -134,14 +154,20 @@ class HybridLM(nn.Module):
         return (self.embed if self.head is None else self.head).weight
 
 
-def _join_ids(ids_BT: Tensor | None, cache: Cache | None, B: int, T: int, device: torch.device) -> Tensor | None:
-    """Document ids of cached and new positions; None where both are plain (all of document 0, no padding)."""
+def _join_ids(
+    ids_BT: Tensor | None, cache: Cache | None, B: int, T: int, device: torch.device
+) -> Tensor | None:
+    """Document ids of cached and new positions; None where both are plain (all of document 0, no
+    padding)."""
     old = None if cache is None else cache.ids_BS
     if ids_BT is None and old is None:
         return None
     parts = []
     if cache is not None:
-        parts.append(torch.zeros(B, cache.n_tokens, dtype=torch.long, device=device) if old is None else old)
-    new = torch.zeros(B, T, dtype=torch.long, device=device) if old is None else old[:, -1:].clamp(min=0).expand(B, T)
+        parts.append(
+            torch.zeros(B, cache.n_tokens, dtype=torch.long, device=device) if old is None else old)
+    new = (torch.zeros(B, T, dtype=torch.long, device=device)
+           if old is None
+           else old[:, -1:].clamp(min=0).expand(B, T))
     parts.append(new if ids_BT is None else ids_BT)
     return torch.cat(parts, dim=1)

@@ -1,14 +1,18 @@
-"""Models inside a model: what a smaller one consists of; to permute, cut and mask (Nemotron Elastic, arXiv 2511.16664).
+"""Models inside a model: what a smaller one consists of; to permute, cut and mask (Nemotron
+Elastic, arXiv 2511.16664).
 
-Every unit of the model belongs to an axis: channels of the residual stream (D), FFN neurons (F), Mamba heads (H) and their
-channels (P), query heads (A), layers. `DIMS` says along which axis each dimension of each weight runs. To permute, to cut
-and to mask a model are then three loops over that one table. A smaller model is the first units of every axis.
+Every unit of the model belongs to an axis: channels of the residual stream (D), FFN neurons (F),
+Mamba heads (H) and their channels (P), query heads (A), layers. `DIMS` says along which axis each
+dimension of each weight runs. To permute, to cut and to mask a model are then three loops over that
+one table. A smaller model is the first units of every axis.
 
-A masked model equals the sliced one exactly: masked channels are zero in the residual stream, and the mean in every
-RMSNorm is taken over the active ones. With a share s of the channels active that is the same as the norm over all of them
-with weight sqrt(s) w and epsilon s eps, so masks touch weights only, and the model's code does not know of them.
+A masked model equals the sliced one exactly: masked channels are zero in the residual stream, and
+the mean in every RMSNorm is taken over the active ones. With a share s of the channels active that
+is the same as the norm over all of them with weight sqrt(s) w and epsilon s eps, so masks touch
+weights only, and the model's code does not know of them.
 
-How to read: `DIMS`; `take`, which permutes and cuts; `rotate`, which turns the stream; `mask_weights`.
+How to read: `DIMS`; `take`, which permutes and cuts; `rotate`, which turns the stream;
+`mask_weights`.
 """
 
 from collections.abc import Iterator
@@ -18,28 +22,44 @@ import torch
 from torch import Tensor
 
 from model import HybridLM
-from system.config import WIDTH_FIELDS, ModelConfig, require
+from system.config import WIDTH_FIELDS, ModelConfig
+from system.errors import require
 
-# The axis of every dimension of every weight ("." has none); a mask multiplies the dimensions with a star. Derived axes:
-# I, the heads' channels (H x P); E, the convolution's (I and B, C); X, the rows of in_proj (z and x over I, B and C, dt
-# over H); Q, the query heads' channels. Norms take the square root of the active share besides.
+# The axis of every dimension of every weight ("." has none); a mask multiplies the dimensions with
+# a star. Derived axes: I, the heads' channels (H x P); E, the convolution's (I and B, C); X, the
+# rows of in_proj (z and x over I, B and C, dt over H); Q, the query heads' channels. Norms take the
+# square root of the active share besides.
 OUTER = {"embed.weight": ". D*", "norm.weight": "D*", "head.weight": ". D"}
 
 
 DIMS = {
     "-": {
-        "norm.weight": "D*", "mixer.up_proj.weight": "F D", "mixer.gate_proj.weight": "F D",
+        "norm.weight": "D*",
+        "mixer.up_proj.weight": "F D",
+        "mixer.gate_proj.weight": "F D",
         "mixer.down_proj.weight": "D* F*",
     },
     "*": {
-        "norm.weight": "D*", "mixer.q_proj.weight": "Q* D", "mixer.k_proj.weight": ". D", "mixer.v_proj.weight": ". D",
-        "mixer.o_proj.weight": "D* Q*", "mixer.q_norm.weight": ".", "mixer.k_norm.weight": ".",
+        "norm.weight": "D*",
+        "mixer.q_proj.weight": "Q* D",
+        "mixer.k_proj.weight": ". D",
+        "mixer.v_proj.weight": ". D",
+        "mixer.o_proj.weight": "D* Q*",
+        "mixer.q_norm.weight": ".",
+        "mixer.k_norm.weight": ".",
     },
     "M": {
-        "norm.weight": "D*", "mixer.in_proj.weight": "X* D", "mixer.conv_weight": "E .", "mixer.conv_bias": "E*",
-        "mixer.A_log": "H", "mixer.D": "H", "mixer.dt_bias": "H", "mixer.norm_weight": "I", "mixer.out_proj.weight": "D* I",
+        "norm.weight": "D*",
+        "mixer.in_proj.weight": "X* D",
+        "mixer.conv_weight": "E .",
+        "mixer.conv_bias": "E*",
+        "mixer.A_log": "H",
+        "mixer.D": "H",
+        "mixer.dt_bias": "H",
+        "mixer.norm_weight": "I",
+        "mixer.out_proj.weight": "D* I",
     },
-}  # fmt: skip
+}
 
 
 NORMS = {"norm.weight": "D", "mixer.norm_weight": "I"}
@@ -50,7 +70,8 @@ WRITERS = ("mixer.down_proj.weight", "mixer.o_proj.weight", "mixer.out_proj.weig
 
 @dataclass(frozen=True)
 class Widths:
-    """What is active: channels of the residual stream; of each layer its widths as in `WIDTH_FIELDS`, () if skipped."""
+    """What is active: channels of the residual stream; of each layer its widths as in
+    `WIDTH_FIELDS`, () if skipped."""
 
     d_model: int
     layers: tuple[tuple[int, ...], ...]
@@ -59,25 +80,30 @@ class Widths:
 def full_widths(config: ModelConfig) -> Widths:
     """Everything."""
     shapes = [(kind, config.layer(i)) for i, kind in enumerate(config.pattern)]
-    return Widths(config.d_model, tuple(tuple(getattr(shape, f) for f in WIDTH_FIELDS[kind]) for kind, shape in shapes))
+    return Widths(
+        config.d_model,
+        tuple(tuple(getattr(shape, f) for f in WIDTH_FIELDS[kind]) for kind, shape in shapes))
 
 
 def shrink(config: ModelConfig, widths: Widths) -> ModelConfig:
     """The shape of the model that holds only what is active."""
     kept = [(kind, w) for kind, w in zip(config.pattern, widths.layers, strict=True) if w]
-    return replace(config, d_model=widths.d_model, pattern="".join(k for k, _ in kept), widths=tuple(w for _, w in kept))
+    return replace(config, d_model=widths.d_model, pattern="".join(k for k, _ in kept),
+                   widths=tuple(w for _, w in kept))
 
 
 @dataclass
 class Units:
-    """Indices of units, to permute by or to keep: of the stream, and of each layer by axis (None: left out)."""
+    """Indices of units, to permute by or to keep: of the stream, and of each layer by axis (None:
+    left out)."""
 
     d_model: Tensor
     layers: list[dict[str, Tensor] | None]
 
 
 def in_groups(n: int, total: int, n_groups: int) -> Tensor:
-    """Indices of n of the total heads: the first n / n_groups of each group, for a group shares what its heads read."""
+    """Indices of n of the total heads: the first n / n_groups of each group, for a group shares
+    what its heads read."""
     return torch.arange(total).view(n_groups, -1)[:, : n // n_groups].flatten()
 
 
@@ -92,7 +118,10 @@ def kept_units(config: ModelConfig, widths: Widths) -> Units:
         elif kind == "*":
             layers.append({"A": in_groups(w[0], config.n_heads, config.n_kv_heads)})
         else:
-            layers.append({"H": in_groups(w[0], config.mamba_heads, config.mamba_groups), "P": torch.arange(w[1])})
+            layers.append(
+                {"H": in_groups(w[0], config.mamba_heads, config.mamba_groups),
+                 "P": torch.arange(w[1])}
+            )
     return Units(torch.arange(widths.d_model), layers)
 
 
@@ -101,8 +130,13 @@ def derived(kind: str, config: ModelConfig, units: dict[str, Tensor]) -> dict[st
     if kind == "-":
         return units
     if kind == "*":
-        return {"Q": (units["A"][:, None] * config.attn_head_dim + torch.arange(config.attn_head_dim)).flatten()}
-    inner, n_bc = config.mamba_heads * config.mamba_head_dim, 2 * config.mamba_groups * config.d_state
+        return {
+            "Q": (
+                units["A"][:, None] * config.attn_head_dim + torch.arange(config.attn_head_dim)
+            ).flatten()
+        }
+    inner, n_bc = (config.mamba_heads * config.mamba_head_dim,
+                   2 * config.mamba_groups * config.d_state)
     i = (units["H"][:, None] * config.mamba_head_dim + units["P"]).flatten()
     bc = torch.arange(n_bc)
     x = torch.cat([i, inner + i, 2 * inner + bc, 2 * inner + n_bc + units["H"]])
@@ -110,7 +144,8 @@ def derived(kind: str, config: ModelConfig, units: dict[str, Tensor]) -> dict[st
 
 
 def named_dims(names: list[str], pattern: str) -> Iterator[tuple[str, int | None, str, list[str]]]:
-    """For each weight: its name, its layer (None if outside), its name in there, and the axes of its dimensions."""
+    """For each weight: its name, its layer (None if outside), its name in there, and the axes of
+    its dimensions."""
     for name in names:
         if name.startswith("layers."):
             _, i, rest = name.split(".", 2)
@@ -120,14 +155,14 @@ def named_dims(names: list[str], pattern: str) -> Iterator[tuple[str, int | None
 
 
 def take(weights: dict[str, Tensor], config: ModelConfig, units: Units) -> dict[str, Tensor]:
-    """The weights at the given units, in their order: a permutation if all are given, else a smaller model.
+    """The weights at the given units, in their order: a permutation if all are given, else a
+    smaller model.
 
-    Differentiable. Where the first units of an axis are kept, the result is a view; where a layer is left out, the ones
-    after it move up.
+    Differentiable. Where the first units of an axis are kept, the result is a view; where a layer
+    is left out, the ones after it move up.
     """
-    inside = [
-        u and {"D": units.d_model, **derived(kind, config, u)} for kind, u in zip(config.pattern, units.layers, strict=True)
-    ]
+    inside = [u and {"D": units.d_model, **derived(kind, config, u)}
+              for kind, u in zip(config.pattern, units.layers, strict=True)]
     place = {i: n for n, i in enumerate(i for i, u in enumerate(inside) if u)}
     out = {}
     for name, i, rest, dims in named_dims(list(weights), config.pattern):
@@ -142,11 +177,13 @@ def take(weights: dict[str, Tensor], config: ModelConfig, units: Units) -> dict[
 
 
 def rotate(weights: dict[str, Tensor], config: ModelConfig, axes_DD: Tensor) -> dict[str, Tensor]:
-    """The weights of the same function with a residual stream x Q in place of x, Q orthonormal (the columns of axes_DD).
+    """The weights of the same function with a residual stream x Q in place of x, Q orthonormal (the
+    columns of axes_DD).
 
-    The mean square of a row is that of any turn of it, so norms stay, once their weights have gone into the matrices that
-    read them: W' = W diag(w) Q. What writes to the stream becomes Q^T W. Raises ValueError for tied embeddings, for one
-    matrix cannot be turned as what writes and as what reads the last norm.
+    The mean square of a row is that of any turn of it, so norms stay, once their weights have gone
+    into the matrices that read them: W' = W diag(w) Q. What writes to the stream becomes Q^T W.
+    Raises ValueError for tied embeddings, for one matrix cannot be turned as what writes and as
+    what reads the last norm.
     """
     require_untied(config)
     out = {}
@@ -183,7 +220,8 @@ def _pick(t: Tensor, dim: int, index: Tensor) -> Tensor:
 
 @dataclass
 class Masks:
-    """Masks in [0, 1]: of the stream, of each layer by axis, and gamma, the weight of each layer's output."""
+    """Masks in [0, 1]: of the stream, of each layer by axis, and gamma, the weight of each layer's
+    output."""
 
     d_model: Tensor
     layers: list[dict[str, Tensor]]
@@ -197,18 +235,22 @@ def hard_masks(config: ModelConfig, widths: Widths) -> Masks:
         return torch.zeros(n, dtype=torch.float64).index_fill(0, index, 1.0)
 
     units = kept_units(config, widths)
-    size = {"F": config.d_ff, "A": config.n_heads, "H": config.mamba_heads, "P": config.mamba_head_dim}
+    size = {
+        "F": config.d_ff,
+        "A": config.n_heads,
+        "H": config.mamba_heads,
+        "P": config.mamba_head_dim,
+    }
     axes = {"-": "F", "*": "A", "M": "HP"}
-    layers = [
-        {a: mask(size[a], u[a] if u else torch.arange(size[a])) for a in axes[kind]}
-        for kind, u in zip(config.pattern, units.layers, strict=True)
-    ]
+    layers = [{a: mask(size[a], u[a] if u else torch.arange(size[a])) for a in axes[kind]}
+              for kind, u in zip(config.pattern, units.layers, strict=True)]
     gamma = [torch.tensor(float(u is not None), dtype=torch.float64) for u in units.layers]
     return Masks(mask(config.d_model, units.d_model), layers, gamma)
 
 
 def derived_masks(kind: str, config: ModelConfig, m: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Masks along every axis of a layer, from those of its units (`derived` does the same for indices)."""
+    """Masks along every axis of a layer, from those of its units (`derived` does the same for
+    indices)."""
     if kind == "-":
         return m
     if kind == "*":
@@ -218,15 +260,17 @@ def derived_masks(kind: str, config: ModelConfig, m: dict[str, Tensor]) -> dict[
     return {"H": m["H"], "I": i, "E": torch.cat([i, ones]), "X": torch.cat([i, i, ones, m["H"]])}
 
 
-def mask_weights(weights: dict[str, Tensor], config: ModelConfig, masks: Masks) -> dict[str, Tensor]:
-    """Weights whose full-size model computes what the masked one would (eq. 20 to 51). Differentiable in both arguments.
+def mask_weights(
+    weights: dict[str, Tensor], config: ModelConfig, masks: Masks) -> dict[str, Tensor]:
+    """Weights whose full-size model computes what the masked one would (eq. 20 to 51).
+    Differentiable in both arguments.
 
-    Masked are what the norms give and what the blocks write (D), z, x and dt of Mamba (X) with the convolution's bias
-    (E), queries and what o_proj reads (Q), and the FFN's hidden layer (F). Norms are rescaled, see the module's docstring.
+    Masked are what the norms give and what the blocks write (D), z, x and dt of Mamba (X) with the
+    convolution's bias (E), queries and what o_proj reads (Q), and the FFN's hidden layer (F). Norms
+    are rescaled, see the module's docstring.
     """
-    inside = [
-        {"D": masks.d_model, **derived_masks(kind, config, m)} for kind, m in zip(config.pattern, masks.layers, strict=True)
-    ]
+    inside = [{"D": masks.d_model, **derived_masks(kind, config, m)}
+              for kind, m in zip(config.pattern, masks.layers, strict=True)]
     out = {}
     for name, i, rest, dims in named_dims(list(weights), config.pattern):
         mask, t = {"D": masks.d_model} if i is None else inside[i], weights[name]
@@ -258,7 +302,8 @@ def masked_skeleton(config: ModelConfig, masks: Masks) -> HybridLM:
 
 
 def bare_model(config: ModelConfig) -> HybridLM:
-    """A model of a shape whose weights take no memory: for `functional_call`, or to be given weights."""
+    """A model of a shape whose weights take no memory: for `functional_call`, or to be given
+    weights."""
     with torch.device("meta"):
         return HybridLM(config)
 
@@ -267,5 +312,6 @@ def submodel(model: HybridLM, widths: Widths) -> HybridLM:
     """The smaller model inside a model, sharing its memory wherever a view can."""
     small = bare_model(shrink(model.config, widths)).requires_grad_(False)
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    small.load_state_dict(take(weights, model.config, kept_units(model.config, widths)), assign=True)
+    small.load_state_dict(
+        take(weights, model.config, kept_units(model.config, widths)), assign=True)
     return small

@@ -1,12 +1,14 @@
-"""Routers: widths for a budget, and what each choice costs (Nemotron Elastic, arXiv 2511.16664, eq. 6 to 12).
+"""Routers: widths for a budget, and what each choice costs (Nemotron Elastic, arXiv 2511.16664, eq.
+6 to 12).
 
-For a budget b a `Router` gives logits over the widths of every axis, for every layer. Gumbel-softmax turns them into
-weights of masks, and the budget loss |E C / (b C_full) - 1| keeps their expected cost C near the budget. `Costs` has it as
-sums over tables, for parameters, memory, FLOPs or measured latency. The last choice is repaired to meet its budget
-(`fit_to_budget`), which also serves budgets that were never trained.
+For a budget b a `Router` gives logits over the widths of every axis, for every layer.
+Gumbel-softmax turns them into weights of masks, and the budget loss |E C / (b C_full) - 1| keeps
+their expected cost C near the budget. `Costs` has it as sums over tables, for parameters, memory,
+FLOPs or measured latency. The last choice is repaired to meet its budget (`fit_to_budget`), which
+also serves budgets that were never trained.
 
-How to read: `Space`, what can be chosen; `Costs`; `Router`; `probabilities`, `mask_weighting` and `budget_loss`, a step of
-the search.
+How to read: `Space`, what can be chosen; `Costs`; `Router`; `probabilities`, `mask_weighting` and
+`budget_loss`, a step of the search.
 """
 
 import functools
@@ -22,8 +24,9 @@ from torch import Tensor, nn
 from model import Block
 from nested import Masks, Widths, full_widths, in_groups
 from system import parallel
-from system.config import WIDTH_FIELDS, ElasticConfig, ModelConfig, require
+from system.config import WIDTH_FIELDS, ElasticConfig, ModelConfig
 from system.costs import part_cache_bytes, part_flops, part_parameters, sum_of_parts
+from system.errors import require
 
 AXES = ("d_model", "depth", "ffn", "mamba_heads", "mamba_channels", "attn_heads")
 
@@ -34,11 +37,14 @@ KIND_OF = {"ffn": "-", "mamba_heads": "M", "mamba_channels": "M", "attn_heads": 
 TABLES = {"-": "ffn", "*": "attention", "M": "mamba"}
 
 
-Choice = dict[str, list[int]]  # for each axis the index of the width chosen, one for all layers or one for each of its kind
+Choice = dict[
+    str, list[int]
+]  # for each axis the index of the width chosen, one for all layers or one for each of its kind
 
 
 class Space:
-    """Everything that can be chosen: for each axis its widths, the largest first, and how many decisions it takes."""
+    """Everything that can be chosen: for each axis its widths, the largest first, and how many
+    decisions it takes."""
 
     def __init__(self, config: ModelConfig, c: ElasticConfig):
         require(
@@ -48,26 +54,31 @@ class Space:
         )
         n = len(config.pattern)
         self.config = config
-        self.layers = {axis: [i for i, k in enumerate(config.pattern) if k == kind] for axis, kind in KIND_OF.items()}
+        self.layers = {axis: [i for i, k in enumerate(config.pattern) if k == kind]
+                       for axis, kind in KIND_OF.items()}
         self.choices = {
             "d_model": _choices("d_model", c.d_model_choices, config.d_model, 8, 4),
             "depth": _choices("depth", c.depth_choices or (n,), n, 1, 1),
             "ffn": _choices("ffn", c.ffn_choices, config.d_ff, 24, 6),
-            "mamba_heads": _choices("mamba_head", c.mamba_head_choices, config.mamba_heads, 8, 4, config.mamba_groups),
-            "mamba_channels": _choices("mamba_channel", c.mamba_channel_choices, config.mamba_head_dim, 4, 2),
-            "attn_heads": _choices("attn_head", c.attn_head_choices, config.n_heads, config.n_heads, config.n_heads // 2,
-                                   config.n_kv_heads),
-        }  # fmt: skip
+            "mamba_heads": _choices(
+                "mamba_head", c.mamba_head_choices, config.mamba_heads, 8, 4, config.mamba_groups),
+            "mamba_channels": _choices(
+                "mamba_channel", c.mamba_channel_choices, config.mamba_head_dim, 4, 2),
+            "attn_heads": _choices("attn_head", c.attn_head_choices, config.n_heads, config.n_heads,
+                                   config.n_heads // 2, config.n_kv_heads),
+        }
         self.choices = {a: w for a, w in self.choices.items() if self.layers.get(a, [0])}
         self.shared = {a: a not in c.heterogeneous for a in self.choices}
 
     def n_decisions(self, axis: str) -> int:
-        """One for the stream, for the depth and for an axis whose layers share their width, else one for each layer."""
+        """One for the stream, for the depth and for an axis whose layers share their width, else
+        one for each layer."""
         return 1 if axis not in KIND_OF or self.shared[axis] else len(self.layers[axis])
 
     def extreme(self, smallest: bool = False) -> Choice:
         """The full model, or the smallest one."""
-        return {a: [len(w) - 1 if smallest else 0] * self.n_decisions(a) for a, w in self.choices.items()}
+        return {a: [len(w) - 1 if smallest else 0] * self.n_decisions(a)
+                for a, w in self.choices.items()}
 
     def decision(self, axis: str, i: int) -> int:
         """Which decision of an axis holds for layer i."""
@@ -79,28 +90,34 @@ class Space:
 
     def widths(self, choice: Choice, depth_order: list[int]) -> Widths:
         """What a choice keeps. depth_order: layers, the first to go first."""
-        gone = set(depth_order[: len(self.config.pattern) - self.choices["depth"][choice["depth"][0]]])
+        gone = set(
+            depth_order[: len(self.config.pattern) - self.choices["depth"][choice["depth"][0]]])
         layers = tuple(
-            () if i in gone else tuple(self.choices[a][choice[a][self.decision(a, i)]] for a in self.axes_of(i))
-            for i in range(len(self.config.pattern))
-        )
+            ()
+            if i in gone
+            else tuple(self.choices[a][choice[a][self.decision(a, i)]] for a in self.axes_of(i))
+            for i in range(len(self.config.pattern)))
         return Widths(self.choices["d_model"][choice["d_model"][0]], layers)
 
     def gamma(self, p_depth: Tensor, depth_order: list[int]) -> list[Tensor]:
         """Probability that each layer is kept, from that of each depth."""
         n = len(depth_order)
-        kept = [torch.tensor([float(depth_order.index(i) >= n - d) for d in self.choices["depth"]]) for i in range(n)]
+        kept = [torch.tensor([float(depth_order.index(i) >= n - d) for d in self.choices["depth"]])
+                for i in range(n)]
         return [p_depth @ k.to(p_depth) for k in kept]
 
     def masks(self, p: dict[str, Tensor], depth_order: list[int]) -> Masks:
-        """Sum of the masks of all widths, weighted by p: probabilities, or 1 for the width that is chosen."""
+        """Sum of the masks of all widths, weighted by p: probabilities, or 1 for the width that is
+        chosen."""
         c = self.config
-        groups = {"mamba_heads": (c.mamba_heads, c.mamba_groups), "attn_heads": (c.n_heads, c.n_kv_heads)}
+        groups = {"mamba_heads": (c.mamba_heads, c.mamba_groups),
+                  "attn_heads": (c.n_heads, c.n_kv_heads)}
         sizes = {"d_model": c.d_model, "ffn": c.d_ff, "mamba_channels": c.mamba_head_dim}
 
         def table(axis: str) -> Tensor:
             n, k = groups.get(axis, (sizes.get(axis, 0), 1))
-            return torch.stack([torch.zeros(n).index_fill(0, in_groups(w, n, k), 1.0) for w in self.choices[axis]])
+            return torch.stack(
+                [torch.zeros(n).index_fill(0, in_groups(w, n, k), 1.0) for w in self.choices[axis]])
 
         def mask(axis: str, i: int) -> Tensor:
             weight = p[axis][self.decision(axis, i)]
@@ -112,16 +129,21 @@ class Space:
         return Masks(stream, layers, self.gamma(p["depth"][0], depth_order))
 
 
-def _choices(name: str, given: tuple[int, ...], full: int, n_steps: int, n_least: int, unit: int = 1) -> tuple[int, ...]:
-    """Widths to choose from, the largest first: those given, checked, or k / n_steps of the full width from n_least on.
+def _choices(
+    name: str, given: tuple[int, ...], full: int, n_steps: int, n_least: int, unit: int = 1
+) -> tuple[int, ...]:
+    """Widths to choose from, the largest first: those given, checked, or k / n_steps of the full
+    width from n_least on.
 
     unit: what every width must be a multiple of. Raises ValueError for a width that does not fit.
     """
     if not given:
-        steps = {max(unit, full * k // n_steps // unit * unit) for k in range(max(1, n_least), n_steps + 1)}
+        steps = {max(unit, full * k // n_steps // unit * unit)
+                 for k in range(max(1, n_least), n_steps + 1)}
         return tuple(sorted(steps, reverse=True))
     for w in given:
-        require(1 <= w <= full, f"elastic.{name}_choices ({w}) must lie between 1 and the full model's {full}")
+        require(1 <= w <= full,
+                f"elastic.{name}_choices ({w}) must lie between 1 and the full model's {full}")
         require(
             w % unit == 0,
             f"elastic.{name}_choices ({w}) must be a multiple of the number of groups ({unit}), so that all groups keep "
@@ -132,10 +154,12 @@ def _choices(name: str, given: tuple[int, ...], full: int, n_steps: int, n_least
 
 
 class Costs(nn.Module):
-    """What each choice costs, as tables: for each width of the stream, of what is outside the layers, and of each layer.
+    """What each choice costs, as tables: for each width of the stream, of what is outside the
+    layers, and of each layer.
 
-    A layer's table has an axis for the stream and one for each of its own axes, so any cost will do, a measured one too.
-    The expected cost under independent choices is exact: tables weighted by products of probabilities.
+    A layer's table has an axis for the stream and one for each of its own axes, so any cost will
+    do, a measured one too. The expected cost under independent choices is exact: tables weighted by
+    products of probabilities.
     """
 
     def __init__(self, space: Space, measure: Callable[[str, ModelConfig], float]):
@@ -148,8 +172,11 @@ class Costs(nn.Module):
             axes = [a for a in KIND_OF if KIND_OF[a] == kind]
             shape = [len(streams), *(len(space.choices[a]) for a in axes)]
             table = torch.zeros(shape, dtype=torch.float64)
-            for at in torch.cartesian_prod(*(torch.arange(n) for n in shape)).view(-1, len(shape)).tolist():
-                own = {WIDTH_FIELDS[kind][j]: space.choices[a][at[1 + j]] for j, a in enumerate(axes)}
+            for at in (torch.cartesian_prod(*(torch.arange(n) for n in shape))
+                       .view(-1, len(shape))
+                       .tolist()):
+                own = {
+                    WIDTH_FIELDS[kind][j]: space.choices[a][at[1 + j]] for j, a in enumerate(axes)}
                 table[tuple(at)] = measure(kind, replace(config, d_model=streams[at[0]], **own))
             for axis in range(len(shape)):  # a wider part costs no less, whatever the clock says
                 table = table.flip(axis).cummax(axis).values.flip(axis)
@@ -160,8 +187,10 @@ class Costs(nn.Module):
         return getattr(self, TABLES[self.space.config.pattern[i]])
 
     def dearest_first(self) -> list[int]:
-        """Layers, the one first whose smallest form costs most: the order in which the smallest models are cheapest."""
-        return sorted(range(len(self.space.config.pattern)), key=lambda i: -float(self.table(i).min()))
+        """Layers, the one first whose smallest form costs most: the order in which the smallest
+        models are cheapest."""
+        return sorted(
+            range(len(self.space.config.pattern)), key=lambda i: -float(self.table(i).min()))
 
     def expected(self, p: dict[str, Tensor], depth_order: list[int]) -> Tensor:
         """Expected cost under probabilities [decisions, widths] of every axis."""
@@ -179,10 +208,12 @@ class Costs(nn.Module):
         return self.pricer(depth_order)(choice)
 
     def pricer(self, depth_order: list[int]) -> Callable[[Choice], float]:
-        """The cost of a choice as a function, for many choices: it looks up plain lists, not tensors."""
+        """The cost of a choice as a function, for many choices: it looks up plain lists, not
+        tensors."""
         s, outside = self.space, self.outside.tolist()
         lists = {kind: getattr(self, TABLES[kind]).tolist() for kind in set(s.config.pattern)}
-        layers = [(lists[kind], [(a, s.decision(a, i)) for a in s.axes_of(i)]) for i, kind in enumerate(s.config.pattern)]
+        layers = [(lists[kind], [(a, s.decision(a, i)) for a in s.axes_of(i)])
+                  for i, kind in enumerate(s.config.pattern)]
 
         def price(choice: Choice) -> float:
             d, total = choice["d_model"][0], 0.0
@@ -198,7 +229,8 @@ class Costs(nn.Module):
 
 
 def cost_measure(c: ElasticConfig, device: torch.device) -> Callable[[str, ModelConfig], float]:
-    """Cost of a part of the model in the unit of `elastic.cost`: parameters, bytes, FLOPs a token, nanoseconds a token."""
+    """Cost of a part of the model in the unit of `elastic.cost`: parameters, bytes, FLOPs a token,
+    nanoseconds a token."""
     if c.cost == "parameters":
         return lambda kind, shape: float(part_parameters(kind, shape))
     if c.cost == "flops":
@@ -206,9 +238,9 @@ def cost_measure(c: ElasticConfig, device: torch.device) -> Callable[[str, Model
     if c.cost == "memory":
         return lambda kind, shape: float(
             part_parameters(kind, shape) * c.cost_bytes
-            + c.cost_batch * part_cache_bytes(kind, shape, c.cost_len, c.cost_bytes)
-        )
-    return lambda kind, shape: parallel.on_first(lambda: part_latency_ns(kind, shape, c.cost_batch, device))
+            + c.cost_batch * part_cache_bytes(kind, shape, c.cost_len, c.cost_bytes))
+    return lambda kind, shape: parallel.on_first(
+        lambda: part_latency_ns(kind, shape, c.cost_batch, device))
 
 
 def total_cost(config: ModelConfig, c: ElasticConfig, device: torch.device) -> float:
@@ -218,8 +250,10 @@ def total_cost(config: ModelConfig, c: ElasticConfig, device: torch.device) -> f
 
 @functools.cache  # a run builds its router twice: to refuse choices early, and to train it
 @torch.no_grad()
-def part_latency_ns(kind: str, shape: ModelConfig, n_rows: int, device: torch.device, n_tokens: int = 64) -> float:
-    """Measured nanoseconds a token of a forward pass of a layer (kind "": of the output matrix); median of seven."""
+def part_latency_ns(
+    kind: str, shape: ModelConfig, n_rows: int, device: torch.device, n_tokens: int = 64) -> float:
+    """Measured nanoseconds a token of a forward pass of a layer (kind "": of the output matrix);
+    median of seven."""
     part = Block(kind, shape) if kind else nn.Linear(shape.d_model, shape.vocab_size, bias=False)
     part, x_BTD = part.to(device), torch.randn(n_rows, n_tokens, shape.d_model, device=device)
     times = []
@@ -233,9 +267,11 @@ def part_latency_ns(kind: str, shape: ModelConfig, n_rows: int, device: torch.de
 
 
 class Router(nn.Module):
-    """For a budget, logits over the widths of every axis: one-hot budget -> Linear -> LeakyReLU -> Linear, an MLP an axis.
+    """For a budget, logits over the widths of every axis: one-hot budget -> Linear -> LeakyReLU ->
+    Linear, an MLP an axis.
 
-    It carries all that a checkpoint needs to choose: budgets, cost tables, and the order in which layers go.
+    It carries all that a checkpoint needs to choose: budgets, cost tables, and the order in which
+    layers go.
     """
 
     def __init__(self, space: Space, c: ElasticConfig, costs: Costs, depth_order: list[int]):
@@ -250,7 +286,8 @@ class Router(nn.Module):
             nn.init.zeros_(last.bias)
             with torch.no_grad():
                 last.bias.view(n, -1)[:, 0] = c.router_bias
-            self.mlps[axis] = nn.Sequential(nn.Linear(len(c.budgets), c.router_width), nn.LeakyReLU(0.1), last)
+            self.mlps[axis] = nn.Sequential(
+                nn.Linear(len(c.budgets), c.router_width), nn.LeakyReLU(0.1), last)
 
     @property
     def depth_order(self) -> list[int]:
@@ -263,7 +300,8 @@ class Router(nn.Module):
         return {a: mlp(x).view(self.space.n_decisions(a), -1) for a, mlp in self.mlps.items()}
 
     def one_hot(self, budget: float) -> Tensor:
-        """The budget as the routers read it: one-hot for a trained one, a mixture of its two neighbours in between.
+        """The budget as the routers read it: one-hot for a trained one, a mixture of its two
+        neighbours in between.
 
         Raises ValueError for a budget outside of the trained ones.
         """
@@ -292,12 +330,15 @@ class Router(nn.Module):
         return self.costs.exact(self.space.extreme(), self.depth_order)
 
     def check_budgets(self, is_ranked: bool) -> None:
-        """Raises ValueError for a budget above the full model or out of reach, and where the full one must be among them.
+        """Raises ValueError for a budget above the full model or out of reach, and where the full
+        one must be among them.
 
-        is_ranked: whether the order is known in which layers go; if not, only the least that any order makes counts.
+        is_ranked: whether the order is known in which layers go; if not, only the least that any
+        order makes counts.
         """
         kl, largest = self.settings.self_kl, self.settings.budgets[0]
-        full, least = self.full_cost, self.costs.exact(self.space.extreme(smallest=True), self.depth_order)
+        full, least = (self.full_cost,
+                       self.costs.exact(self.space.extreme(smallest=True), self.depth_order))
         for b in self.settings.budgets:
             require(
                 self.fraction(b) <= 1 + 1e-9,
@@ -310,7 +351,8 @@ class Router(nn.Module):
                 "raise it, or give smaller choices",
             )
             if is_ranked and not self.is_full(b):
-                indifferent = {a: torch.zeros(self.space.n_decisions(a), len(w)) for a, w in self.space.choices.items()}
+                indifferent = {a: torch.zeros(self.space.n_decisions(a), len(w))
+                               for a, w in self.space.choices.items()}
                 self.check_met(fit_to_budget(indifferent, self, b), b)
         require(
             kl == 0 or self.is_full(largest),
@@ -325,7 +367,8 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def choose(self, budget: float) -> Widths:
-        """The widths for a budget: the likeliest choice, without noise, repaired to meet the budget.
+        """The widths for a budget: the likeliest choice, without noise, repaired to meet the
+        budget.
 
         Raises ValueError for a budget outside of the trained ones.
         """
@@ -335,13 +378,15 @@ class Router(nn.Module):
         if self.settings.choose == "fixed":
             choice = by_hand(self, budget)
         else:
-            choice = fit_to_budget({a: v.log_softmax(-1) for a, v in self(budget).items()}, self, budget)
+            choice = fit_to_budget(
+                {a: v.log_softmax(-1) for a, v in self(budget).items()}, self, budget)
         self.check_met(choice, budget)
         return self.space.widths(choice, self.depth_order)
 
     def check_met(self, choice: Choice, budget: float, within: float = 0.02) -> None:
         """Raises ValueError for a choice that costs something else than its budget says."""
-        wanted, reached = self.fraction(budget), self.costs.exact(choice, self.depth_order) / self.full_cost
+        wanted, reached = (self.fraction(budget),
+                           self.costs.exact(choice, self.depth_order) / self.full_cost)
         require(
             abs(reached / wanted - 1) <= within,
             f"budget ({budget:g}) cannot be met within {100 * within:g} %: the nearest model that the choices make has "
@@ -349,26 +394,32 @@ class Router(nn.Module):
         )
 
 
-def fit_to_budget(logp: dict[str, Tensor], router: Router, budget: float, tolerance: float = 0.005) -> Choice:
+def fit_to_budget(
+    logp: dict[str, Tensor], router: Router, budget: float, tolerance: float = 0.005) -> Choice:
     """The likeliest choice, changed where it must be to cost what the budget says.
 
-    The steps of the stream's width and of the depth are too coarse to aim with: for each of these, the widths inside the
-    layers are brought near the budget. The likeliest result within the tolerance is taken, and where there is none, the
-    nearest one, after changing two widths at once where one alone came no nearer.
+    The steps of the stream's width and of the depth are too coarse to aim with: for each of these,
+    the widths inside the layers are brought near the budget. The likeliest result within the
+    tolerance is taken, and where there is none, the nearest one, after changing two widths at once
+    where one alone came no nearer.
     """
     scores = {a: v.tolist() for a, v in logp.items()}
-    likeliest = {a: [max(range(len(row)), key=row.__getitem__) for row in rows] for a, rows in scores.items()}
+    likeliest = {
+        a: [max(range(len(row)), key=row.__getitem__) for row in rows] for a, rows in scores.items()
+    }
     target = router.fraction(budget) * router.full_cost
     near = tolerance * target
 
     def price(result: tuple[Choice, float]) -> tuple[float, float]:
         choice, gap = result
-        return max(gap, near), -sum(row[k] for a in scores for row, k in zip(scores[a], choice[a], strict=True))
+        return max(gap, near), -sum(
+            row[k] for a in scores for row, k in zip(scores[a], choice[a], strict=True))
 
     cost = router.costs.pricer(router.depth_order)
     for n_at_once in (1, 2):
         results = []
-        for d, n in itertools.product(range(len(scores["d_model"][0])), range(len(scores["depth"][0]))):
+        for d, n in itertools.product(
+            range(len(scores["d_model"][0])), range(len(scores["depth"][0]))):
             start = {**likeliest, "d_model": [d], "depth": [n]}
             results.append(_approach(start, scores, cost, target, near, n_at_once))
         choice, gap = min(results, key=price)
@@ -377,15 +428,20 @@ def fit_to_budget(logp: dict[str, Tensor], router: Router, budget: float, tolera
     return choice
 
 
-def _approach(
-    choice: Choice, scores: dict[str, list], cost: Callable[[Choice], float], target: float, near: float, n_at_once: int
-) -> tuple[Choice, float]:
-    """Change what is chosen inside the layers until its cost is within `near` of the target, or nothing comes nearer.
+def _approach(choice: Choice, scores: dict[str, list], cost: Callable[[Choice], float],
+              target: float, near: float, n_at_once: int) -> tuple[Choice, float]:
+    """Change what is chosen inside the layers until its cost is within `near` of the target, or
+    nothing comes nearer.
 
-    Each time, of all changes of up to n_at_once decisions, that one is made which loses least log-probability for each
-    unit that it comes nearer. Returns the choice, and its distance from the target.
+    Each time, of all changes of up to n_at_once decisions, that one is made which loses least
+    log-probability for each unit that it comes nearer. Returns the choice, and its distance from
+    the target.
     """
-    single = [(a, j, k) for a in scores if a in KIND_OF for j, row in enumerate(scores[a]) for k in range(len(row))]
+    single = [(a, j, k)
+              for a in scores
+              if a in KIND_OF
+              for j, row in enumerate(scores[a])
+              for k in range(len(row))]
     gap = abs(cost(choice) - target)
     while gap > near:
         best = None
@@ -396,7 +452,8 @@ def _approach(
                     changed[a][j] = k
                 new_gap = abs(cost(changed) - target)
                 if new_gap < gap - 1e-9:
-                    loss = sum(scores[a][j][choice[a][j]] - scores[a][j][changed[a][j]] for a, j, _ in changes)
+                    loss = sum(scores[a][j][choice[a][j]] - scores[a][j][changed[a][j]]
+                               for a, j, _ in changes)
                     if best is None or loss / (gap - new_gap) < best[0]:
                         best = (loss / (gap - new_gap), changed, new_gap)
         if best is None:
@@ -406,14 +463,16 @@ def _approach(
 
 
 def by_hand(router: Router, budget: float) -> Choice:
-    """Every width by about the same factor, all layers kept: what one would choose without a router."""
+    """Every width by about the same factor, all layers kept: what one would choose without a
+    router."""
     space, cost = router.space, router.costs.pricer(router.depth_order)
     full_cost, fraction = router.full_cost, router.fraction(budget)
 
     def logp(factor: float) -> dict[str, Tensor]:
         full = {a: float(w[0]) for a, w in space.choices.items()}
         aim = {a: (1.0, 1e6) if a == "depth" else (factor, 10.0) for a in full}
-        rows = {a: -(torch.tensor(w) / full[a] - aim[a][0]).abs() * aim[a][1] for a, w in space.choices.items()}
+        rows = {a: -(torch.tensor(w) / full[a] - aim[a][0]).abs() * aim[a][1]
+                for a, w in space.choices.items()}
         return {a: row.expand(space.n_decisions(a), -1) for a, row in rows.items()}
 
     def off(factor: float) -> float:
@@ -423,8 +482,11 @@ def by_hand(router: Router, budget: float) -> Choice:
     return fit_to_budget(logp(min((k / 100 for k in range(1, 101)), key=off)), router, budget)
 
 
-def probabilities(logits: dict[str, Tensor], noise: dict[str, Tensor], scale: float, tau: float) -> dict[str, Tensor]:
-    """Gumbel-softmax: softmax((scale logits + noise) / tau) over the widths of each decision (eq. 8 to 10)."""
+def probabilities(
+    logits: dict[str, Tensor], noise: dict[str, Tensor], scale: float, tau: float
+) -> dict[str, Tensor]:
+    """Gumbel-softmax: softmax((scale logits + noise) / tau) over the widths of each decision (eq. 8
+    to 10)."""
     return {a: torch.softmax((scale * v + noise[a]) / tau, dim=-1) for a, v in logits.items()}
 
 
@@ -439,15 +501,21 @@ def mask_weighting(p: dict[str, Tensor], mode: str) -> dict[str, Tensor]:
 
 
 def budget_loss(router: Router, p: dict[str, Tensor], budget: float) -> Tensor:
-    """|E C(a) / (b C_full) - 1| beyond the dead zone: the relative form of eq. 11 and 12, on all axes jointly."""
-    ratio = router.costs.expected(p, router.depth_order) / (router.fraction(budget) * router.full_cost)
+    """|E C(a) / (b C_full) - 1| beyond the dead zone: the relative form of eq. 11 and 12, on all
+    axes jointly."""
+    ratio = router.costs.expected(p, router.depth_order) / (
+        router.fraction(budget) * router.full_cost)
     return F.relu((ratio - 1).abs() - router.settings.dead_zone)
 
 
-def build_router(config: ModelConfig, c: ElasticConfig, depth_order: list[int] | None, device: torch.device) -> Router:
-    """A router over the choices of a model. Raises ValueError for choices or budgets that do not fit.
+def build_router(
+    config: ModelConfig, c: ElasticConfig, depth_order: list[int] | None, device: torch.device
+) -> Router:
+    """A router over the choices of a model. Raises ValueError for choices or budgets that do not
+    fit.
 
-    depth_order: layers, the first to go first; None where they are not ranked yet: only what no order can reach is refused.
+    depth_order: layers, the first to go first; None where they are not ranked yet: only what no
+    order can reach is refused.
     """
     space = Space(config, c)
     costs = Costs(space, cost_measure(c, device))

@@ -1,21 +1,22 @@
-"""Checkpoints that survive crashes: written aside and renamed, verified on loading, the last ones kept.
+"""Checkpoints that survive crashes: written aside and renamed, verified on loading, the last ones
+kept.
 
     RUN/checkpoint/step_000200/
         meta.json                what the caller says of it, and the size and SHA-256 of every file
         model.safetensors        and one such file for each other network (the EMA teacher)
         optimizer.pt             optimizer states, read back with weights_only=True: no code is ever unpickled
 
-A folder without a complete meta.json, or with a file that does not match it, is not a checkpoint: loading names it and
-takes the one before.
+A folder without a complete meta.json, or with a file that does not match it, is not a checkpoint:
+loading names it and takes the one before.
 
-Where the weights are sharded over processes (parallel.py), each process writes its part, in the format of
-torch.distributed.checkpoint, and the first writes meta.json once all parts are there:
+Where the weights are sharded over processes (parallel.py), each process writes its part, in the
+format of torch.distributed.checkpoint, and the first writes meta.json once all parts are there:
 
         shards/                  every tensor of networks and optimizers, as NETWORK/NAME and optimizer/N/PARAMETER/NAME
         optimizer.pt             the rest of the optimizer states: rates and other settings
 
-Either format is read by any number of processes, sharded or not; what is read lands in the tensors that are there. All
-processes must see the same run folder.
+Either format is read by any number of processes, sharded or not; what is read lands in the tensors
+that are there. All processes must see the same run folder.
 """
 
 import hashlib
@@ -52,10 +53,11 @@ DESCRIPTION = {
     "torch.serialization._get_layout",
     *(
         f"torch.distributed.checkpoint.metadata.{name}"
-        for name in ("Metadata", "MetadataIndex", "ChunkStorageMetadata", "TensorStorageMetadata", "BytesStorageMetadata",
-                     "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING")
+        for name in ("Metadata", "MetadataIndex", "ChunkStorageMetadata", "TensorStorageMetadata",
+                     "BytesStorageMetadata", "TensorProperties", "StorageMeta",
+                     "_MEM_FORMAT_ENCODING")
     ),
-}  # fmt: skip
+}
 
 
 @dataclass
@@ -85,11 +87,13 @@ class Checkpoint:
         return torch.load(self.path / "optimizer.pt", weights_only=True, map_location="cpu")
 
     def fill(self, network: nn.Module, name: str) -> None:
-        """Copy a network's weights into one of its shape, sharded or not. Raises ValueError if the shapes differ."""
+        """Copy a network's weights into one of its shape, sharded or not. Raises ValueError if the
+        shapes differ."""
         targets = network.state_dict()
         if self.is_sharded:
             shapes = {k: tuple(t.shape) for k, t in targets.items()}
-            check_shapes(self._empty(name, "meta"), shapes, self.path, "use the settings it was made with")
+            check_shapes(
+                self._empty(name, "meta"), shapes, self.path, "use the settings it was made with")
             self._read({f"{name}/{k}": t for k, t in targets.items()})
         elif not any(isinstance(t, DTensor) for t in targets.values()):
             load_weights(network, self.tensors(name), self.path)
@@ -109,13 +113,20 @@ class Checkpoint:
                     if kind == "optimizer" and int(where[0]) == n:
                         p = parameters[int(where[1])]
                         same, dtype = held.size == p.shape, held.properties.dtype
-                        value = torch.zeros_like(p, dtype=dtype) if same else torch.zeros(held.size, dtype=dtype)
+                        value = (torch.zeros_like(p, dtype=dtype)
+                                 if same
+                                 else torch.zeros(held.size, dtype=dtype))
                         state.setdefault(int(where[1]), {})[where[2]] = value.detach()
-                self._read({f"optimizer/{n}/{i}/{k}": t for i, values in state.items() for k, t in values.items()})
+                self._read(
+                    {f"optimizer/{n}/{i}/{k}": t
+                     for i, values in state.items()
+                     for k, t in values.items()}
+                )
             else:
                 for i, values in saved["state"].items():
                     p = parameters[i]
-                    state[i] = {k: parallel.like(t, p) if t.shape == p.shape else t for k, t in values.items()}
+                    state[i] = {k: parallel.like(t, p) if t.shape == p.shape else t
+                                for k, t in values.items()}
             optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
 
     @property
@@ -128,25 +139,33 @@ class Checkpoint:
 
     def _empty(self, name: str, device: str = "cpu") -> dict[str, Tensor]:
         """Room for the whole tensors of a network."""
-        sizes = {k.removeprefix(f"{name}/"): v for k, v in self._sizes().items() if k.startswith(f"{name}/")}
-        return {k: torch.empty(v.size, dtype=v.properties.dtype, device=device) for k, v in sizes.items()}
+        sizes = {k.removeprefix(f"{name}/"): v
+                 for k, v in self._sizes().items()
+                 if k.startswith(f"{name}/")}
+        return {k: torch.empty(v.size, dtype=v.properties.dtype, device=device)
+                for k, v in sizes.items()}
 
     def _read(self, targets: dict[str, Tensor], alone: bool = False) -> None:
-        """Into the tensors, each process its part; alone: for a process that asks without the others."""
+        """Into the tensors, each process its part; alone: for a process that asks without the
+        others."""
         if targets:
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it may be
-            dcp.load(targets, storage_reader=_SafeReader(self.path / "shards"), no_dist=alone or parallel.team.world == 1)
+            warnings.filterwarnings(
+                "ignore", message="torch.distributed is disabled")  # as it may be
+            dcp.load(targets, storage_reader=_SafeReader(self.path / "shards"),
+                     no_dist=alone or parallel.team.world == 1)
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads torch's description of shards and nothing else: no other class is ever looked up, no other code runs."""
+    """Reads torch's description of shards and nothing else: no other class is ever looked up, no
+    other code runs."""
 
     def find_class(self, module: str, name: str) -> Any:
         """Raises UnpicklingError for what does not belong there."""
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or f"{module}.{name}" in DESCRIPTION:
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} does not belong into the description of a checkpoint")
+        raise pickle.UnpicklingError(
+            f"{module}.{name} does not belong into the description of a checkpoint")
 
 
 class _SafeReader(dcp.FileSystemReader):
@@ -161,14 +180,18 @@ class _SafeReader(dcp.FileSystemReader):
         return metadata
 
 
-def save(run_dir: Path, step: int, networks: dict[str, nn.Module], optimizer: Any, meta: dict[str, Any]) -> Path:
-    """Write RUN/checkpoint/step_N whole or not at all, then drop all but the newest KEEP. Returns its folder.
+def save(
+    run_dir: Path, step: int, networks: dict[str, nn.Module], optimizer: Any, meta: dict[str, Any]
+) -> Path:
+    """Write RUN/checkpoint/step_N whole or not at all, then drop all but the newest KEEP. Returns
+    its folder.
 
     All processes of a run call it. Args: optimizer: a state dict of each optimizer.
     """
     folder = run_dir / "checkpoint"
     final, partial = folder / f"step_{step:06d}", folder / f"step_{step:06d}.partial"
-    sharded = any(isinstance(p, DTensor) for network in networks.values() for p in network.parameters())
+    sharded = any(
+        isinstance(p, DTensor) for network in networks.values() for p in network.parameters())
 
     def begin() -> None:
         shutil.rmtree(partial, ignore_errors=True)
@@ -176,7 +199,8 @@ def save(run_dir: Path, step: int, networks: dict[str, nn.Module], optimizer: An
 
     def write_whole() -> None:
         for name, network in networks.items():
-            save_file({k: v.contiguous() for k, v in network.state_dict().items()}, partial / f"{name}.safetensors")
+            save_file({k: v.contiguous() for k, v in network.state_dict().items()},
+                      partial / f"{name}.safetensors")
         torch.save(optimizer, partial / "optimizer.pt")
 
     def finish() -> None:
@@ -202,14 +226,21 @@ def save(run_dir: Path, step: int, networks: dict[str, nn.Module], optimizer: An
     return final
 
 
-def _write_shards(partial: Path, networks: dict[str, nn.Module], optimizer: list[dict]) -> dict[str, dict]:
-    """This process's part of a checkpoint. Returns size and checksum of its files: hashing is shared out too."""
-    tensors = {f"{name}/{k}": t for name, network in networks.items() for k, t in network.state_dict().items()}
+def _write_shards(
+    partial: Path, networks: dict[str, nn.Module], optimizer: list[dict]) -> dict[str, dict]:
+    """This process's part of a checkpoint. Returns size and checksum of its files: hashing is
+    shared out too."""
+    tensors = {f"{name}/{k}": t
+               for name, network in networks.items()
+               for k, t in network.state_dict().items()}
     for n, state in enumerate(optimizer):
-        tensors |= {f"optimizer/{n}/{i}/{k}": t for i, values in state["state"].items() for k, t in values.items()}
+        tensors |= {f"optimizer/{n}/{i}/{k}": t
+                    for i, values in state["state"].items()
+                    for k, t in values.items()}
     dcp.save(tensors, checkpoint_id=partial / "shards")
     if parallel.is_first():
-        torch.save([{"state": {}, "param_groups": state["param_groups"]} for state in optimizer], partial / "optimizer.pt")
+        torch.save([{"state": {}, "param_groups": state["param_groups"]} for state in optimizer],
+                   partial / "optimizer.pt")
     mine = (partial / "shards").glob(f"__{parallel.team.rank}_*")
     return {f"shards/{file.name}": _file_facts(file) for file in mine}
 
@@ -228,26 +259,30 @@ def newest(run_dir: Path) -> Checkpoint | None:
             return Checkpoint(path, meta, warning)
         damage.append(problem)
     if damage:
-        raise ValueError(f"no usable checkpoint in {run_dir}: {'; '.join(damage)}; train again into another folder")
+        raise ValueError(
+            f"no usable checkpoint in {run_dir}: {'; '.join(damage)}; train again into another folder"
+        )
     return None
 
 
 def load_weights(network: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
-    """Copy a state dict into a network. Raises ValueError that names missing, unknown or misshapen tensors."""
+    """Copy a state dict into a network. Raises ValueError that names missing, unknown or misshapen
+    tensors."""
     shapes = {name: tuple(t.shape) for name, t in network.state_dict().items()}
     check_shapes(tensors, shapes, source, "use the settings it was made with")
     network.load_state_dict(tensors)
 
 
-def check_shapes(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], source: Path, remedy: str) -> None:
-    """Raises ValueError that names the first five tensors of `source` that are missing, unknown or misshapen."""
+def check_shapes(
+    tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], source: Path, remedy: str
+) -> None:
+    """Raises ValueError that names the first five tensors of `source` that are missing, unknown or
+    misshapen."""
     wrong = [f"{k} is missing" for k in shapes if k not in tensors]
     wrong += [f"{k} is unknown" for k in tensors if k not in shapes]
-    wrong += [
-        f"{k} has shape {list(tensors[k].shape)}, the model needs {list(shape)}"
-        for k, shape in shapes.items()
-        if k in tensors and tuple(tensors[k].shape) != shape
-    ]
+    wrong += [f"{k} has shape {list(tensors[k].shape)}, the model needs {list(shape)}"
+              for k, shape in shapes.items()
+              if k in tensors and tuple(tensors[k].shape) != shape]
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError(f"{source} does not fit the model: {'; '.join(wrong[:5])}{more}; {remedy}")
@@ -255,7 +290,8 @@ def check_shapes(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]],
 
 def _folders(run_dir: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
-    found = [p for p in (run_dir / "checkpoint").glob("step_*") if re.fullmatch(r"step_\d+", p.name)]
+    found = [
+        p for p in (run_dir / "checkpoint").glob("step_*") if re.fullmatch(r"step_\d+", p.name)]
     return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
 
 
@@ -270,7 +306,9 @@ def _problem(path: Path) -> str | None:
         if not file.exists():
             return f"{file} is missing"
         if file.stat().st_size != expected["bytes"]:
-            return f"{file} has {file.stat().st_size} bytes instead of {expected['bytes']} (truncated)"
+            return (
+                f"{file} has {file.stat().st_size} bytes instead of {expected['bytes']} (truncated)"
+            )
         if _sha256(file) != expected["sha256"]:
             return f"{file} does not match its checksum"
     return None

@@ -1,21 +1,25 @@
-"""Hugging Face directories in and out: Nemotron-H, Qwen3 and Llama. Works on state dicts and ModelConfig alone.
+"""Hugging Face directories in and out: Nemotron-H, Qwen3 and Llama. Works on state dicts and
+ModelConfig alone.
 
     DIR/config.json          the shape, under the names of `FIELDS`; what else it must say is in `NEEDS`
     DIR/model.safetensors    the weights, under the names of `TENSORS`; or model.safetensors.index.json and its shards
     DIR/tokenizer.json       see data.FileTokenizer
 
-Both tables of names are read in both directions. A layer of Nemotron-H (arXiv 2504.03624) is one of ours. A layer of Qwen3
-(arXiv 2505.09388) or Llama is two of ours, `*-`, each with its own norm. Weights are loaded as fp32, in which they are
-trained; bf16 values survive the way in and out bit for bit.
+Both tables of names are read in both directions. A layer of Nemotron-H (arXiv 2504.03624) is one of
+ours. A layer of Qwen3 (arXiv 2505.09388) or Llama is two of ours, `*-`, each with its own norm.
+Weights are loaded as fp32, in which they are trained; bf16 values survive the way in and out bit
+for bit.
 
     python -m tools.export RUN --out DIR       write what a run has trained, for transformers, vLLM and others
 
-How to read: the tables, `names`, then `load_hf` and `save_hf`. The formats know one width for all layers; a model whose
-layers have widths of their own is brought to that by widen.py, or its widths are written as lists, which we read again.
+How to read: the tables, `names`, then `load_hf` and `save_hf`. The formats know one width for all
+layers; a model whose layers have widths of their own is brought to that by widen.py, or its widths
+are written as lists, which we read again.
 
-Step sizes of Mamba-2 are not clamped here, nor in Megatron's training. transformers 5.23 raises them to config.json's
-time_step_min when it reads a prompt and not when it decodes; what is written here says a time_step_min that does nothing.
-Not here, and refused by name: RoPE scaling, biases, sliding windows, experts, quantised weights.
+Step sizes of Mamba-2 are not clamped here, nor in Megatron's training. transformers 5.23 raises
+them to config.json's time_step_min when it reads a prompt and not when it decodes; what is written
+here says a time_step_min that does nothing. Not here, and refused by name: RoPE scaling, biases,
+sliding windows, experts, quantised weights.
 """
 
 import dataclasses
@@ -30,25 +34,28 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from system import checkpoint
-from system.config import WIDTH_FIELDS, ModelConfig, read_json, require
+from system.config import WIDTH_FIELDS, ModelConfig
+from system.errors import require
+from system.files import read_json
 from system.widen import homogeneous
 
-FAMILIES = {"nemotron_h": "NemotronHForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+FAMILIES = {"nemotron_h": "NemotronHForCausalLM", "qwen3": "Qwen3ForCausalLM",
+            "llama": "LlamaForCausalLM"}
 
 
-# Before every name but lm_head's. Nemotron-H on the hub has "backbone.", transformers 5 itself "model.": both are read.
+# Before every name but lm_head's. Nemotron-H on the hub has "backbone.", transformers 5 itself
+# "model.": both are read.
 PREFIX = {"nemotron_h": "backbone.", "qwen3": "model.", "llama": "model."}
 
 
-# Our name, shape, name in Nemotron-H, name in Qwen3 and Llama. V vocabulary, D model width, F neurons; attention: Q and G
-# rows of all query and key heads, P channels of one; Mamba-2: H heads, I inner width, Z rows of in_proj, E channels and W
-# taps of the convolution. The 1 is theirs alone: our convolution is [E, W].
+# Our name, shape, name in Nemotron-H, name in Qwen3 and Llama. V vocabulary, D model width, F
+# neurons; attention: Q and G rows of all query and key heads, P channels of one; Mamba-2: H heads,
+# I inner width, Z rows of in_proj, E channels and W taps of the convolution. The 1 is theirs alone:
+# our convolution is [E, W].
 TENSORS: dict[str, list[tuple[str, str, str | None, str | None]]] = {
-    "": [
-        ("embed.weight", "VD", "embeddings.weight", "embed_tokens.weight"),
-        ("norm.weight", "D", "norm_f.weight", "norm.weight"),
-        ("head.weight", "VD", "lm_head.weight", "lm_head.weight"),
-    ],
+    "": [("embed.weight", "VD", "embeddings.weight", "embed_tokens.weight"),
+         ("norm.weight", "D", "norm_f.weight", "norm.weight"),
+         ("head.weight", "VD", "lm_head.weight", "lm_head.weight")],
     "M": [
         ("norm.weight", "D", "norm.weight", None),
         ("mixer.in_proj.weight", "ZD", "mixer.in_proj.weight", None),
@@ -96,8 +103,14 @@ FIELDS: list[tuple[str, str, str | None]] = [
 ]
 
 
-# What config.json must say, or leave out, for its model to be one that model.py can be. Written out with every export.
-ROTARY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
+# What config.json must say, or leave out, for its model to be one that model.py can be. Written out
+# with every export.
+ROTARY = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+}
 
 
 NEEDS: dict[str, dict[str, Any]] = {
@@ -116,19 +129,30 @@ NEEDS: dict[str, dict[str, Any]] = {
 }
 
 
-LAYER_TYPES = {"mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*", "mlp": "-", "moe": "E"}
+LAYER_TYPES = {
+    "mamba": "M",
+    "linear_attention": "M",
+    "attention": "*",
+    "full_attention": "*",
+    "mlp": "-",
+    "moe": "E",
+}
 
 
-# Heads that predict several tokens ahead, and constants that old Llama files hold: not part of the model.
+# Heads that predict several tokens ahead, and constants that old Llama files hold: not part of the
+# model.
 IGNORED = re.compile(r"^mtp\.|\.rotary_emb\.inv_freq$")
 
 
-def names(config: ModelConfig, family: str, prefix: str = "") -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Our name of each tensor -> its name and shape in a checkpoint of that family, with that prefix or the hub's."""
+def names(
+    config: ModelConfig, family: str, prefix: str = "") -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Our name of each tensor -> its name and shape in a checkpoint of that family, with that
+    prefix or the hub's."""
     absent = {"head.weight"} if config.tie_embeddings else set()
     absent |= set() if config.qk_norm else {"mixer.q_norm.weight", "mixer.k_norm.weight"}
     absent |= set() if config.ffn == "swiglu" else {"mixer.gate_proj.weight"}
-    column, per_layer = (2, 1) if family == "nemotron_h" else (3, 2)  # how many of our layers one of theirs is
+    column, per_layer = (
+        (2, 1) if family == "nemotron_h" else (3, 2))  # how many of our layers one of theirs is
     places = [("", "", "", config)]
     for i, kind in enumerate(config.pattern):
         places.append((kind, f"layers.{i}.", f"layers.{i // per_layer}.", config.layer(i)))
@@ -138,7 +162,8 @@ def names(config: ModelConfig, family: str, prefix: str = "") -> dict[str, tuple
         for row in TENSORS[kind]:
             if row[0] not in absent:
                 before = "" if row[0] == "head.weight" else (prefix or PREFIX[family]) + theirs
-                found[ours + row[0]] = (f"{before}{row[column]}", tuple(sizes[letter] for letter in row[1]))
+                found[ours + row[0]] = (f"{before}{row[column]}",
+                                        tuple(sizes[letter] for letter in row[1]))
     return found
 
 
@@ -162,18 +187,20 @@ def _sizes(config: ModelConfig) -> dict[str, int]:
 
 
 def is_hf(folder: Path) -> bool:
-    """Whether a folder is a Hugging Face directory: it holds a config.json, and that is not a run's."""
+    """Whether a folder is a Hugging Face directory: it holds a config.json, and that is not a
+    run's."""
     return (folder / "config.json").is_file() and "config" not in read_json(folder / "config.json")
 
 
-# ----------------------------------------------------------------------------------------------------------------- in
+# ----------------------------------------------------------------------------------------------- in
 
 
-def load_hf(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[ModelConfig, dict[str, Tensor]]:
+def load_hf(
+    folder: Path, dtype: torch.dtype = torch.float32) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The shape and the state dict of a Hugging Face directory.
 
-    Raises ValueError that names the file, and in it the setting that is missing or not supported, or the tensors that are
-    missing, unknown or misshapen.
+    Raises ValueError that names the file, and in it the setting that is missing or not supported,
+    or the tensors that are missing, unknown or misshapen.
     """
     config, family = read_config(folder)
     theirs = {name: t for name, t in _read_tensors(folder).items() if not IGNORED.search(name)}
@@ -186,30 +213,42 @@ def load_hf(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[ModelConf
             f"{folder}: tie_word_embeddings is true, but lm_head.weight differs from {table['embed.weight'][0]}; "
             "set tie_word_embeddings to false in config.json if both are meant",
         )
-    checkpoint.check_shapes(theirs, dict(table.values()), folder, "config.json and weights must be of the same model")
-    return config, {ours: theirs[name].reshape(_our_shape(shape)).to(dtype) for ours, (name, shape) in table.items()}
+    checkpoint.check_shapes(
+        theirs, dict(table.values()), folder, "config.json and weights must be of the same model")
+    return config, {ours: theirs[name].reshape(_our_shape(shape)).to(dtype)
+                    for ours, (name, shape) in table.items()}
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, str]:
-    """The shape and the family that config.json tells. Raises ValueError for what is missing or model.py cannot be."""
+    """The shape and the family that config.json tells. Raises ValueError for what is missing or
+    model.py cannot be."""
     file = folder / "config.json"
     hf = {key: value for key, value in read_json(file).items() if value is not None}
     family = hf.get("model_type")
-    require(family in FAMILIES, f"{file}: model_type ({family!r}) is not supported; choose one of {', '.join(FAMILIES)}")
+    require(
+        family in FAMILIES,
+        f"{file}: model_type ({family!r}) is not supported; choose one of {', '.join(FAMILIES)}")
     for key, needed in [*NEEDS[family].items(), ("quantization_config", None)]:
         value = hf.get(key, needed)
-        require(value == needed, f"{file}: {key} ({value!r}) is not supported, only {needed!r}; choose another checkpoint")
+        require(
+            value == needed,
+            f"{file}: {key} ({value!r}) is not supported, only {needed!r}; choose another checkpoint",
+        )
     hf.setdefault("num_key_value_heads", hf.get("num_attention_heads"))
     hf.setdefault("layer_norm_epsilon", hf.get("rms_norm_eps", 1e-5))
     hf.setdefault("rms_norm_eps", 1e-6)
     if family == "llama":
-        hf.setdefault("head_dim", _number(hf, "hidden_size", file) // _number(hf, "num_attention_heads", file))
+        hf.setdefault(
+            "head_dim", _number(hf, "hidden_size", file) // _number(hf, "num_attention_heads", file)
+        )
     hf.setdefault("head_dim", hf.get("attention_head_dim", 128))
     rotary = family != "nemotron_h"
     pattern = "*-" * _number(hf, "num_hidden_layers", file) if rotary else _pattern(hf, file)
     hf, widths = _widths(hf, pattern, rotary, file)
     config = ModelConfig(
-        **{ours: _number(hf, theirs, file) for ours, *columns in FIELDS if (theirs := columns[rotary])},
+        **{ours: _number(hf, theirs, file)
+           for ours, *columns in FIELDS
+           if (theirs := columns[rotary])},
         pattern=pattern,
         widths=widths,
         ffn="swiglu" if rotary else "relu2",
@@ -224,14 +263,20 @@ def read_config(folder: Path) -> tuple[ModelConfig, str]:
 def _pattern(hf: dict[str, Any], file: Path) -> str:
     """Nemotron-H's layers as our letters, from whichever of its two spellings is there."""
     types = hf.get("layers_block_type", hf.get("hybrid_override_pattern"))
-    require(types, f"{file} has neither layers_block_type nor hybrid_override_pattern; one of them must name the layers")
+    require(
+        types,
+        f"{file} has neither layers_block_type nor hybrid_override_pattern; one of them must name the layers",
+    )
     pattern = "".join(LAYER_TYPES.get(kind, kind) for kind in types)
-    require("E" not in pattern, f"{file}: layer {pattern.find('E')} is a mixture of experts, which is not supported")
+    require("E" not in pattern,
+            f"{file}: layer {pattern.find('E')} is a mixture of experts, which is not supported")
     return pattern
 
 
-def _widths(hf: dict[str, Any], pattern: str, rotary: bool, file: Path) -> tuple[dict[str, Any], tuple]:
-    """config.json with the largest width where it lists those of the layers of a kind, and all layers' widths, or ()."""
+def _widths(
+    hf: dict[str, Any], pattern: str, rotary: bool, file: Path) -> tuple[dict[str, Any], tuple]:
+    """config.json with the largest width where it lists those of the layers of a kind, and all
+    layers' widths, or ()."""
     keys = {ours: columns[rotary] for ours, *columns in FIELDS}
     lists = {}
     for kind, fields in WIDTH_FIELDS.items():
@@ -249,37 +294,49 @@ def _widths(hf: dict[str, Any], pattern: str, rotary: bool, file: Path) -> tuple
     def width(i: int, field: str) -> int:
         return lists[field][pattern[:i].count(pattern[i])] if field in lists else hf[keys[field]]
 
-    return hf, tuple(tuple(width(i, field) for field in WIDTH_FIELDS[kind]) for i, kind in enumerate(pattern))
+    return hf, tuple(
+        tuple(width(i, field) for field in WIDTH_FIELDS[kind]) for i, kind in enumerate(pattern))
 
 
 def _rope_theta(hf: dict[str, Any], file: Path) -> float:
-    """Base of the rotary embedding. Raises ValueError for one that is scaled, partial, or not in every layer."""
+    """Base of the rotary embedding. Raises ValueError for one that is scaled, partial, or not in
+    every layer."""
     rope = {**hf, **(hf.get("rope_parameters") or hf.get("rope_scaling") or {})}
-    kind, part = rope.get("rope_type", rope.get("type", "default")), rope.get("partial_rotary_factor", 1.0)
-    require(kind == "default", f"{file}: rope_type ({kind!r}) is not supported, only 'default'; choose another checkpoint")
-    require(part == 1, f"{file}: partial_rotary_factor ({part}) is not supported, only 1; choose another checkpoint")
+    kind, part = (rope.get("rope_type", rope.get("type", "default")),
+                  rope.get("partial_rotary_factor", 1.0))
+    require(
+        kind == "default",
+        f"{file}: rope_type ({kind!r}) is not supported, only 'default'; choose another checkpoint")
+    require(
+        part == 1,
+        f"{file}: partial_rotary_factor ({part}) is not supported, only 1; choose another checkpoint",
+    )
     other = set(hf.get("layer_types", [])) - {"full_attention"}
-    require(not other, f"{file}: layer_types {sorted(other)} are not supported, only full_attention")
+    require(
+        not other, f"{file}: layer_types {sorted(other)} are not supported, only full_attention")
     return float(_number({"rope_theta": 10000.0, **rope}, "rope_theta", file))
 
 
 def _number(hf: dict[str, Any], key: str, file: Path) -> Any:
-    """A number of config.json. Raises ValueError that names it if it is missing or something else."""
+    """A number of config.json. Raises ValueError that names it if it is missing or something
+    else."""
     value = hf.get(key)
-    require(
-        isinstance(value, int | float) and not isinstance(value, bool),
-        f"{file}: {key} is {value!r}, and must be a number; every layer has the same",
-    )
+    require(isinstance(value, int | float) and not isinstance(value, bool),
+            f"{file}: {key} is {value!r}, and must be a number; every layer has the same")
     return value
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors, or of the shards that its index lists. Raises ValueError for a damaged file."""
+    """All tensors of model.safetensors, or of the shards that its index lists. Raises ValueError
+    for a damaged file."""
     index = folder / "model.safetensors.index.json"
-    shards = sorted(set(read_json(index).get("weight_map", {}).values())) if index.is_file() else ["model.safetensors"]
+    shards = (sorted(set(read_json(index).get("weight_map", {}).values()))
+              if index.is_file()
+              else ["model.safetensors"])
     tensors: dict[str, Tensor] = {}
     for shard in shards:
-        require((folder / shard).is_file(), f"{folder / shard} does not exist; weights must be safetensors files")
+        require((folder / shard).is_file(),
+                f"{folder / shard} does not exist; weights must be safetensors files")
         try:
             tensors |= load_file(folder / shard)
         except SafetensorError as error:
@@ -293,7 +350,8 @@ def _our_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def add_rows(tensors: dict[str, Tensor], new_ids: list[int]) -> dict[str, Tensor]:
-    """The state dict with rows for tokens that its vocabulary lacks, or has but never used: the mean of those before them.
+    """The state dict with rows for tokens that its vocabulary lacks, or has but never used: the
+    mean of those before them.
 
     Args: new_ids: in a row. A table that ends before them grows; rows after them stay.
     """
@@ -303,44 +361,46 @@ def add_rows(tensors: dict[str, Tensor], new_ids: list[int]) -> dict[str, Tensor
     for name in {"embed.weight", "head.weight"} & tensors.keys():
         old_VD = tensors[name]
         first, mean_1D = new_ids[0], old_VD[: new_ids[0]].mean(dim=0, keepdim=True)
-        grown[name] = torch.cat([old_VD[:first], mean_1D.expand(new_ids[-1] + 1 - first, -1), old_VD[new_ids[-1] + 1 :]])
+        grown[name] = torch.cat(
+            [old_VD[:first], mean_1D.expand(new_ids[-1] + 1 - first, -1), old_VD[new_ids[-1] + 1 :]]
+        )
     return grown
 
 
-# ---------------------------------------------------------------------------------------------------------------- out
+# ---------------------------------------------------------------------------------------------- out
 
 
-def save_hf(
-    folder: Path,
-    config: ModelConfig,
-    tensors: dict[str, Tensor],
-    dtype: torch.dtype = torch.float32,
-    prefix: str = "",
-    more: dict[str, Any] | None = None,
-    shard_bytes: int = 5 * 10**9,
-    listed: bool = False,
-) -> None:
+def save_hf(folder: Path, config: ModelConfig, tensors: dict[str, Tensor],
+            dtype: torch.dtype = torch.float32, prefix: str = "",
+            more: dict[str, Any] | None = None, shard_bytes: int = 5 * 10**9,
+            listed: bool = False) -> None:
     """Write a model as a Hugging Face directory of the one family that it can be (see `family_of`).
 
-    Layers with widths of their own are filled up with zeros to the widest (see widen.py), unless they are to be listed.
+    Layers with widths of their own are filled up with zeros to the widest (see widen.py), unless
+    they are to be listed.
 
-    Args: dtype: of the weights; prefix: of their names, instead of the hub's; more: what config.json shall say beside the
-    shape, such as eos_token_id; shard_bytes: size over which the weights are split; listed: the layers stay as wide as
-    they are, and config.json lists their widths, in the order of the layers of a kind.
-    Raises ValueError if no family has such a model, if the weights are not of that shape, or if the folder is in use.
+    Args: dtype: of the weights; prefix: of their names, instead of the hub's; more: what
+    config.json shall say beside the shape, such as eos_token_id; shard_bytes: size over which the
+    weights are split; listed: the layers stay as wide as they are, and config.json lists their
+    widths, in the order of the layers of a kind.
+    Raises ValueError if no family has such a model, if the weights are not of that shape, or if the
+    folder is in use.
     """
-    require(not (folder / "config.json").exists(), f"out ({folder}) already holds a model; choose another --out")
+    require(not (folder / "config.json").exists(),
+            f"out ({folder}) already holds a model; choose another --out")
     family = family_of(config)
     config = dataclasses.replace(config, vocab_size=len(tensors["embed.weight"]))
     shapes = {ours: _our_shape(shape) for ours, (_, shape) in names(config, family).items()}
-    checkpoint.check_shapes(tensors, shapes, folder, "give the settings that the weights were made with")
+    checkpoint.check_shapes(
+        tensors, shapes, folder, "give the settings that the weights were made with")
     if config.widths and not listed:
         config, tensors = homogeneous(config, tensors)
     if family == "nemotron_h" and config.tie_embeddings:  # that family has no tied embeddings
         config = dataclasses.replace(config, tie_embeddings=False)
         tensors = {**tensors, "head.weight": tensors["embed.weight"].clone()}
     table = names(config, family, prefix)
-    theirs = {name: tensors[ours].reshape(shape).to(dtype).contiguous() for ours, (name, shape) in table.items()}
+    theirs = {name: tensors[ours].reshape(shape).to(dtype).contiguous()
+              for ours, (name, shape) in table.items()}
     folder.mkdir(parents=True, exist_ok=True)
     _write_tensors(folder, theirs, shard_bytes)
     rotary = family != "nemotron_h"
@@ -348,7 +408,9 @@ def save_hf(
         "architectures": [FAMILIES[family]],
         "model_type": family,
         "torch_dtype": str(dtype).removeprefix("torch."),
-        **{theirs: _one_or_all(config, ours) for ours, *columns in FIELDS if (theirs := columns[rotary])},
+        **{theirs: _one_or_all(config, ours)
+           for ours, *columns in FIELDS
+           if (theirs := columns[rotary])},
         "num_hidden_layers": len(config.pattern) // (1 + rotary),
         "tie_word_embeddings": config.tie_embeddings,
         **NEEDS[family],
@@ -358,25 +420,26 @@ def save_hf(
         **(more or {}),
     }
     if rotary:
-        hf |= {
-            "rope_theta": config.rope_theta,
-            "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        }
+        hf |= {"rope_theta": config.rope_theta,
+               "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
     else:
         kinds = {"M": "linear_attention", "*": "full_attention", "-": "mlp"}
-        hf |= {"hybrid_override_pattern": config.pattern, "layers_block_type": [kinds[kind] for kind in config.pattern]}
+        hf |= {"hybrid_override_pattern": config.pattern,
+               "layers_block_type": [kinds[kind] for kind in config.pattern]}
         hf["time_step_min"] = 1e-12
     (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
 
 
 def _one_or_all(config: ModelConfig, field: str) -> Any:
     """A setting; where layers have widths of their own, those of all layers that have it."""
-    of = [i for i, kind in enumerate(config.pattern) if config.widths and field in WIDTH_FIELDS[kind]]
+    of = [
+        i for i, kind in enumerate(config.pattern) if config.widths and field in WIDTH_FIELDS[kind]]
     return [getattr(config.layer(i), field) for i in of] or getattr(config, field)
 
 
 def family_of(config: ModelConfig) -> str:
-    """The one family that a model can be written as. Raises ValueError that names what stands in the way."""
+    """The one family that a model can be written as. Raises ValueError that names what stands in
+    the way."""
     if re.fullmatch(r"(\*-)+", config.pattern) and config.ffn == "swiglu" and config.rope_theta > 0:
         family = "qwen3" if config.qk_norm else "llama"
         require(
@@ -384,7 +447,9 @@ def family_of(config: ModelConfig) -> str:
             f"model.d_model ({config.d_model}) is no multiple of model.n_heads ({config.n_heads}), and Llama needs that",
         )
         return family
-    wrong = [] if config.ffn == "relu2" or "-" not in config.pattern else [f"model.ffn ({config.ffn!r})"]
+    wrong = ([]
+             if config.ffn == "relu2" or "-" not in config.pattern
+             else [f"model.ffn ({config.ffn!r})"])
     if "*" in config.pattern:
         wrong += [f"model.rope_theta ({config.rope_theta})"] if config.rope_theta else []
         wrong += [f"model.qk_norm ({config.qk_norm})"] if config.qk_norm else []
@@ -397,10 +462,12 @@ def family_of(config: ModelConfig) -> str:
 
 
 def _write_tensors(folder: Path, tensors: dict[str, Tensor], shard_bytes: int) -> None:
-    """One safetensors file, or several of at most shard_bytes (a larger tensor has one for itself) and their index."""
+    """One safetensors file, or several of at most shard_bytes (a larger tensor has one for itself)
+    and their index."""
     shards: list[dict[str, Tensor]] = [{}]
     for name, t in tensors.items():
-        if shards[-1] and sum(other.nbytes for other in shards[-1].values()) + t.nbytes > shard_bytes:
+        if (shards[-1]
+            and sum(other.nbytes for other in shards[-1].values()) + t.nbytes > shard_bytes):
             shards.append({})
         shards[-1][name] = t
     files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
@@ -409,5 +476,6 @@ def _write_tensors(folder: Path, tensors: dict[str, Tensor], shard_bytes: int) -
         save_file(shard, folder / file, metadata={"format": "pt"})
     if len(shards) > 1:
         places = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": places}
+        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
+                 "weight_map": places}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -1,7 +1,9 @@
-"""The one training loop: a batch, its preparation, updates, the log, checkpoints. What is learned is up to an `Objective`.
+"""The one training loop: a batch, its preparation, updates, the log, checkpoints. What is learned
+is up to an `Objective`.
 
-The loss is divided by the total count of a step, so accumulation and the number of processes cannot change it. All
-randomness is a function of (seed, step): a resumed run repeats the uninterrupted one, on a CPU bit for bit.
+The loss is divided by the total count of a step, so accumulation and the number of processes cannot
+change it. All randomness is a function of (seed, step): a resumed run repeats the uninterrupted
+one, on a CPU bit for bit.
 
 How to read: `fit`, then `update`.
 """
@@ -21,29 +23,24 @@ from torch import Tensor
 
 from model import HybridLM
 from system import checkpoint, parallel
-from system.config import FitConfig, fingerprint, require
+from system.config import FitConfig
+from system.errors import require
+from system.files import fingerprint
 from system.objective import Objective
 
 console = Console(highlight=False)
 
 
-def fit(
-    model: HybridLM,
-    objective: Objective,
-    make_batch: Callable[[int], dict[str, Tensor]],
-    settings: FitConfig,
-    run_dir: Path,
-    seed: int,
-    meta: dict,
-    label: str,
-    start: checkpoint.Checkpoint | None = None,
-) -> None:
+def fit(model: HybridLM, objective: Objective, make_batch: Callable[[int], dict[str, Tensor]],
+        settings: FitConfig, run_dir: Path, seed: int, meta: dict, label: str,
+        start: checkpoint.Checkpoint | None = None) -> None:
     """The training loop of every mode: batch, prepare, update, log, save.
 
-    Args: make_batch: the batch of a step, of which each process runs its parts; meta: goes into every checkpoint; start:
-    where to go on from.
-    Raises KeyboardInterrupt after Ctrl-C or SIGTERM, once the step is finished and saved; FloatingPointError if a gradient
-    is not finite, with the weights before it saved; ValueError if the processes and parts do not divide the batch.
+    Args: make_batch: the batch of a step, of which each process runs its parts; meta: goes into
+    every checkpoint; start: where to go on from.
+    Raises KeyboardInterrupt after Ctrl-C or SIGTERM, once the step is finished and saved;
+    FloatingPointError if a gradient is not finite, with the weights before it saved; ValueError if
+    the processes and parts do not divide the batch.
     """
     device, plain = next(model.parameters()).device, model
     check_rows(settings, label)
@@ -66,18 +63,11 @@ def fit(
         networks = {"model": model, **objective.networks()}
         return checkpoint.save(run_dir, step, networks, [o.state_dict() for o in optimizers], meta)
 
-    columns = (
-        TextColumn(label),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeRemainingColumn(),
-    )
-    with (
-        Interrupt() as interrupt,
-        Progress(*columns, console=console, disable=not parallel.is_first()) as progress,
-        open(log_file, "a") as log,
-    ):
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(),
+               TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+    with (Interrupt() as interrupt,
+          Progress(*columns, console=console, disable=not parallel.is_first()) as progress,
+          open(log_file, "a") as log):
         task = progress.add_task(label, total=settings.steps, completed=step, note="")
         began = time.perf_counter()
         while step < settings.steps:
@@ -86,7 +76,8 @@ def fit(
             with parallel.gathering_once(), parallel.compute():
                 for i in parallel.parts_of(settings):
                     part = {k: v.to(device, non_blocking=True) for k, v in pieces[i].items()}
-                    parts.append(objective.prepare(model, part, noise(device, seed, step, label, i)))
+                    parts.append(
+                        objective.prepare(model, part, step, noise(device, seed, step, label, i)))
             for _ in range(objective.n_updates):
                 metrics = update(model, objective, parts, optimizers, settings, step)
                 if not np.isfinite(metrics["grad_norm"]):
@@ -98,13 +89,16 @@ def fit(
                 objective.after_step(model)
             step += 1
             if step % settings.log_every == 0:
-                log.write(json.dumps({"step": step, **metrics, "seconds": time.perf_counter() - began}) + "\n")
+                log.write(
+                    json.dumps({"step": step, **metrics, "seconds": time.perf_counter() - began})
+                    + "\n")
                 log.flush()
                 began = time.perf_counter()
             shown = "gain_ema_nats" if "gain_ema_nats" in metrics else "loss"
             progress.update(task, completed=step, note=f"{shown} {metrics[shown]:.3f}")
             if any(parallel.everyone(interrupt.asked)):
-                raise KeyboardInterrupt(f"stopped after step {step}; saved in {save()}; go on with --resume")
+                raise KeyboardInterrupt(
+                    f"stopped after step {step}; saved in {save()}; go on with --resume")
             if step % settings.checkpoint_every == 0 or step == settings.steps:
                 save()
         if settings.steps == 0:
@@ -123,14 +117,16 @@ def check_rows(settings: FitConfig, label: str) -> None:
 
 
 def noise(device: torch.device, seed: int, step: int, label: str, part: int) -> torch.Generator:
-    """Of a part of a step's batch, whichever process runs it: 1 process with 2 parts equals 2 processes with 1."""
-    return torch.Generator(device).manual_seed(int(fingerprint([seed, step, label] + [part] * (part > 0)), 16))
+    """Of a part of a step's batch, whichever process runs it: 1 process with 2 parts equals 2
+    processes with 1."""
+    return torch.Generator(device).manual_seed(
+        int(fingerprint([seed, step, label] + [part] * (part > 0)), 16))
 
 
-def update(
-    model: HybridLM, objective: Objective, parts: list[dict], optimizers: list, settings: FitConfig, step: int
-) -> dict[str, float]:
-    """One optimizer step on the mean loss over all parts of all processes; skipped if the gradient is not finite.
+def update(model: HybridLM, objective: Objective, parts: list[dict], optimizers: list,
+           settings: FitConfig, step: int) -> dict[str, float]:
+    """One optimizer step on the mean loss over all parts of all processes; skipped if the gradient
+    is not finite.
 
     Returns metrics: means over the parts that have them, each part with its count as weight.
     """
@@ -149,9 +145,11 @@ def update(
     if runner is not model:
         parallel.scatter_gradients(runner, model)
     means, total_count = total_means(parallel.everyone(sums))
-    trained = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    trained = [
+        p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     parallel.sum_gradients(trained)
-    torch._foreach_div_([parallel.local(p.grad) for p in trained if p.grad is not None], total_count)
+    torch._foreach_div_(
+        [parallel.local(p.grad) for p in trained if p.grad is not None], total_count)
     grad_norm = parallel.clip_gradients(list(model.parameters()), settings.clip_norm)
     rate = schedule(step, settings)
     if np.isfinite(grad_norm):
@@ -165,7 +163,8 @@ def update(
 
 
 def total_means(by_process: list[dict[str, tuple[float, int]]]) -> tuple[dict[str, float], int]:
-    """Means over all processes from each one's (sum, weight) by name, and the weight of the loss: the global count."""
+    """Means over all processes from each one's (sum, weight) by name, and the weight of the loss:
+    the global count."""
     totals: dict[str, tuple[float, int]] = {}
     for sums in by_process:
         for name, (total, weight) in sums.items():
@@ -175,7 +174,8 @@ def total_means(by_process: list[dict[str, tuple[float, int]]]) -> tuple[dict[st
 
 
 def schedule(step: int, settings: FitConfig) -> float:
-    """Share of the peak rate at a step: linear warm-up, constant, linear to zero over the last `decay` of the steps."""
+    """Share of the peak rate at a step: linear warm-up, constant, linear to zero over the last
+    `decay` of the steps."""
     up = (step + 1) / max(1, settings.warmup)
     down = (settings.steps - step) / max(1e-9, settings.decay * settings.steps)
     return min(1.0, up, down)
@@ -183,16 +183,17 @@ def schedule(step: int, settings: FitConfig) -> float:
 
 def build_optimizers(model: HybridLM, settings: FitConfig) -> list[torch.optim.Optimizer]:
     """AdamW, and Muon for the matrices inside the layers where `muon_lr` is set."""
-    inner = {id(p): p for n, p in model.layers.named_parameters() if p.dim() == 2 and "conv" not in n}
+    inner = {
+        id(p): p for n, p in model.layers.named_parameters() if p.dim() == 2 and "conv" not in n}
     muon = list(inner.values()) if settings.muon_lr > 0 else []
     adam = [p for p in model.parameters() if not (muon and id(p) in inner)]
-    groups = [
-        {"params": [p for p in adam if p.dim() >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in adam if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)]
+    groups = [{"params": [p for p in adam if p.dim() >= 2], "weight_decay": settings.weight_decay},
+              {"params": [p for p in adam if p.dim() < 2], "weight_decay": 0.0}]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)]
     if muon:
-        optimizers.append(torch.optim.Muon(muon, lr=settings.muon_lr, weight_decay=settings.weight_decay))
+        optimizers.append(
+            torch.optim.Muon(muon, lr=settings.muon_lr, weight_decay=settings.weight_decay))
     return optimizers
 
 
@@ -202,7 +203,8 @@ def split_batch(batch: dict[str, Tensor], n: int) -> list[dict[str, Tensor]]:
     return [{k: v[i] for k, v in pieces.items()} for i in range(n)]
 
 
-def restore(start: checkpoint.Checkpoint, model: HybridLM, objective: Objective, optimizers: list) -> None:
+def restore(
+    start: checkpoint.Checkpoint, model: HybridLM, objective: Objective, optimizers: list) -> None:
     """Networks and optimizers as they were when the checkpoint was written."""
     start.fill(model, "model")
     objective.expect(model, start.networks())
@@ -212,7 +214,8 @@ def restore(start: checkpoint.Checkpoint, model: HybridLM, objective: Objective,
 
 
 def trim_log(file: Path, step: int) -> None:
-    """Drop the lines of metrics.jsonl that a resumed run will write again, and a last one that a crash cut short."""
+    """Drop the lines of metrics.jsonl that a resumed run will write again, and a last one that a
+    crash cut short."""
     if file.exists():
         whole = file.read_text().split("\n")[:-1]
         kept = [line for line in whole if json.loads(line)["step"] <= step]
@@ -220,8 +223,8 @@ def trim_log(file: Path, step: int) -> None:
 
 
 class Interrupt:
-    """Turns the first Ctrl-C, or SIGTERM as a batch system sends it, into a flag, so that a step is finished and saved;
-    the second one stops at once."""
+    """Turns the first Ctrl-C, or SIGTERM as a batch system sends it, into a flag, so that a step is
+    finished and saved; the second one stops at once."""
 
     asked = False
 

@@ -1,23 +1,26 @@
 """Several processes, one run: the process group, sharding from outside, sums over all processes.
 
-`torchrun --nproc-per-node 8 train.py ...` starts the same program once per GPU and tells each copy its rank through the
-environment, which only this file reads. A process that is alone takes the same path: every function here then does nothing.
+`torchrun --nproc-per-node 8 train.py ...` starts the same program once per GPU and tells each copy
+its rank through the environment, which only this file reads. A process that is alone takes the same
+path: every function here then does nothing.
 
     rows        rank r of W takes the r-th W-th of every batch; each batch is a function of (seed, step), so all agree on it
     loss        sum of loss and gradients over all processes, divided by the count over all processes
     rollouts    sampled from unsharded weights, gathered once a step: ranks decode for different numbers of tokens, and
                 FSDP's own gathering would wait for the shortest for ever
 
-How to read: `start`, then `shard`, which gives `loop.fit` the network that it trains. Two ways of sharing the work out:
+How to read: `start`, then `shard`, which gives `loop.fit` the network that it trains. Two ways of
+sharing the work out:
 
 * data: all weights on every process; `sum_gradients` adds up what the backward passes left.
-* fsdp: FSDP2 keeps 1/W of every matrix, of its optimizer state and of the EMA teacher on each process and gathers a block
-  while it works. Vectors (norms, rates, biases) stay whole everywhere. Where a loss calls the weights in another way than
-  block by block (Elastic: slices of them, other budgets on other ranks), `whole` gathers them once a step and
-  `scatter_gradients` brings the gradients back: sharded are then the master weights and the optimizer states only.
+* fsdp: FSDP2 keeps 1/W of every matrix, of its optimizer state and of the EMA teacher on each
+process and gathers a block while it works. Vectors (norms, rates, biases) stay whole everywhere.
+Where a loss calls the weights in another way than block by block (Elastic: slices of them, other
+budgets on other ranks), `whole` gathers them once a step and `scatter_gradients` brings the
+gradients back: sharded are then the master weights and the optimizer states only.
 
-Weights, optimizer states and teacher are fp32. With dtype bf16, matrix products run in bf16 (`compute`): a step of 1e-6
-moves 2 % of bf16 weights, and a moving average of 0.999 none.
+Weights, optimizer states and teacher are fp32. With dtype bf16, matrix products run in bf16
+(`compute`): a step of 1e-6 moves 2 % of bf16 weights, and a moving average of 0.999 none.
 
 Not here: tensor, pipeline, sequence or expert parallelism.
 """
@@ -61,7 +64,7 @@ class Team:
 team = Team()
 
 
-# ------------------------------------------------------------------------------------------------- the process group
+# -------------------------------------------------------------------------------- the process group
 
 
 def start(settings: Any, device: torch.device) -> torch.device:
@@ -82,7 +85,8 @@ def start(settings: Any, device: torch.device) -> torch.device:
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=rank, world_size=world, timeout=timedelta(seconds=settings.timeout_s))
+        dist.init_process_group(
+            backend, rank=rank, world_size=world, timeout=timedelta(seconds=settings.timeout_s))
     team.rank, team.world, team.device, team.settings = rank, world, device, settings
     return device
 
@@ -95,10 +99,11 @@ def stop() -> None:
 
 
 def leave(code: int) -> int:
-    """End this process at once, if torchrun started it. Returns the code of a process that is alone.
+    """End this process at once, if torchrun started it. Returns the code of a process that is
+    alone.
 
-    Without Python's clean-up, that is: after an error the others may never answer, and after success threads of the
-    process group may still run, which C++ turns into an abort.
+    Without Python's clean-up, that is: after an error the others may never answer, and after
+    success threads of the process group may still run, which C++ turns into an abort.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stdout.flush()
@@ -108,7 +113,8 @@ def leave(code: int) -> int:
 
 
 def part() -> bool:
-    """After training all processes part. Returns whether this one goes on: the first does, to measure and to write."""
+    """After training all processes part. Returns whether this one goes on: the first does, to
+    measure and to write."""
     goes_on = is_first()
     barrier()
     stop()
@@ -135,7 +141,8 @@ def everyone(value: Any) -> list[Any]:
 
 
 def on_first(function: Callable[[], Any]) -> Any:
-    """What the function returns on the first process, for all; a ValueError or OSError there is raised on all."""
+    """What the function returns on the first process, for all; a ValueError or OSError there is
+    raised on all."""
     if team.world == 1:
         return function()
     answer: list[Any] = [None, None]
@@ -151,7 +158,8 @@ def on_first(function: Callable[[], Any]) -> Any:
 
 
 def in_turn(function: Callable[[], Any]) -> Any:
-    """Calls the function on the first process, then on the others, which find the files that it left."""
+    """Calls the function on the first process, then on the others, which find the files that it
+    left."""
     mine = []
     on_first(lambda: mine.append(function()))
     return mine[0] if mine else function()
@@ -159,21 +167,24 @@ def in_turn(function: Callable[[], Any]) -> Any:
 
 def is_lost(error: Exception) -> bool:
     """Whether an error says that another process has ended or does not answer."""
-    signs = ("closed by peer", "reset by peer", "Broken pipe", "gloo", "NCCL", "imed out", "TCPStore")
-    return team.world > 1 and (isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs))
+    signs = ("closed by peer", "reset by peer", "Broken pipe", "gloo", "NCCL", "imed out",
+             "TCPStore")
+    return team.world > 1 and (
+        isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs))
 
 
 def parts_of(settings: Any) -> range:
-    """The parts of a step's batch that this process runs; there are `accumulate` for each process."""
+    """The parts of a step's batch that this process runs; there are `accumulate` for each
+    process."""
     return range(team.rank * settings.accumulate, (team.rank + 1) * settings.accumulate)
 
 
-# -------------------------------------------------------------------------------------------------- dressing networks
+# -------------------------------------------------------------------------------- dressing networks
 
 
 def compute() -> contextlib.AbstractContextManager:
-    """Inside, matrix products run in the dtype of the settings. Not one context for sampling and the loss: autocast would
-    reuse in the loss the casts that were made without gradients."""
+    """Inside, matrix products run in the dtype of the settings. Not one context for sampling and
+    the loss: autocast would reuse in the loss the casts that were made without gradients."""
     if team.settings.dtype == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(team.device.type, torch.bfloat16)
@@ -185,10 +196,12 @@ def exactly() -> contextlib.AbstractContextManager:
 
 
 def shard(network: nn.Module) -> nn.Module:
-    """The network to train in the place of this one: itself, or a dressed one (recomputing, compiled, sharded).
+    """The network to train in the place of this one: itself, or a dressed one (recomputing,
+    compiled, sharded).
 
-    All processes get the weights of the first. A dressed network that is not sharded shares its memory with the given
-    one; a sharded one takes its weights over until `collect` brings them back.
+    All processes get the weights of the first. A dressed network that is not sharded shares its
+    memory with the given one; a sharded one takes its weights over until `collect` brings them
+    back.
     """
     c, n = team.settings, sum(p.numel() for p in network.parameters())
     broadcast(network)
@@ -209,12 +222,14 @@ def shard(network: nn.Module) -> nn.Module:
         )  # of in-place changes to a block's output: none here
         network.to("meta")
         vectors = {p for p in dressed.parameters() if p.dim() < 2}
-        options = {"mesh": init_device_mesh(team.device.type, (team.world,)), "ignored_params": vectors}
+        options = {"mesh": init_device_mesh(team.device.type, (team.world,)),
+                   "ignored_params": vectors}
         low, sums = (torch.bfloat16, torch.float32) if c.dtype == "bf16" else (None, None)
         cast = MixedPrecisionPolicy(low, sums, cast_forward_inputs=False)
         for block in dressed.layers:
             fully_shard(block, mp_policy=cast, **options)
-        # Embedding and head: `logits` needs them after forward, and a loss may run several passes before its backward.
+        # Embedding and head: `logits` needs them after forward, and a loss may run several passes
+        # before its backward.
         fully_shard(dressed, reshard_after_forward=False, **options)
         dressed.set_reshard_after_backward(False, recurse=False)
         for module in dressed.modules():
@@ -225,7 +240,8 @@ def shard(network: nn.Module) -> nn.Module:
 
 
 def recomputed(function: Callable) -> Callable:
-    """The function, whose inner results are made again in the backward pass if the settings ask for it."""
+    """The function, whose inner results are made again in the backward pass if the settings ask for
+    it."""
     if not team.settings.activation_checkpointing:
         return function
     return functools.partial(recompute, function, use_reentrant=False)
@@ -251,9 +267,11 @@ def is_dressed(network: nn.Module) -> bool:
 
 @torch.no_grad()
 def whole(network: nn.Module, trains: bool = False, for_sampling: bool = False) -> nn.Module:
-    """The network undressed and unsharded: itself if it is so already, else one that shares or gathers its weights.
+    """The network undressed and unsharded: itself if it is so already, else one that shares or
+    gathers its weights.
 
-    Args: for_sampling: with the matrices of layers and head in the dtype of `compute`, so that no step casts them.
+    Args: for_sampling: with the matrices of layers and head in the dtype of `compute`, so that no
+    step casts them.
     """
     low = for_sampling and team.settings.dtype == "bf16"
     if not is_dressed(network) and not low:
@@ -267,7 +285,8 @@ def whole(network: nn.Module, trains: bool = False, for_sampling: bool = False) 
         return t.bfloat16() if low and is_matrix else t
 
     found = skeleton(network).requires_grad_(trains)
-    found.load_state_dict({name: weight(name, p) for name, p in network.state_dict().items()}, assign=True)
+    found.load_state_dict(
+        {name: weight(name, p) for name, p in network.state_dict().items()}, assign=True)
     if team.gathered is not None:
         team.gathered[network, low] = found
     return found
@@ -285,15 +304,18 @@ def gathering_once() -> Iterator[None]:
 
 @torch.no_grad()
 def frozen_copy(network: nn.Module) -> nn.Module:
-    """A copy that does not train, with memory of its own, sharded like the network (then only to be kept and gathered)."""
+    """A copy that does not train, with memory of its own, sharded like the network (then only to be
+    kept and gathered)."""
     copied = skeleton(network).requires_grad_(False)
-    copied.load_state_dict({name: p.detach().clone() for name, p in network.state_dict().items()}, assign=True)
+    copied.load_state_dict(
+        {name: p.detach().clone() for name, p in network.state_dict().items()}, assign=True)
     copied.dressed = is_dressed(network)
     return copied
 
 
 def collect(trained: nn.Module, network: nn.Module, objective: object) -> None:
-    """After training: the weights back into the network that `shard` was given; the objective's networks unsharded."""
+    """After training: the weights back into the network that `shard` was given; the objective's
+    networks unsharded."""
     if trained is not network and any(p.is_meta for p in network.parameters()):
         network.load_state_dict(whole(trained).state_dict(), assign=True)
     for name, value in vars(objective).items():
@@ -303,13 +325,14 @@ def collect(trained: nn.Module, network: nn.Module, objective: object) -> None:
 
 @torch.no_grad()
 def broadcast(network: nn.Module) -> None:
-    """Weights and buffers of the first process for all: what was measured or summed in another order may differ."""
+    """Weights and buffers of the first process for all: what was measured or summed in another
+    order may differ."""
     if team.world > 1:
         for t in network.state_dict().values():
             dist.broadcast(t, 0)
 
 
-# --------------------------------------------------------------------------------------------------------- gradients
+# ---------------------------------------------------------------------------------------- gradients
 
 
 def local(t: Tensor) -> Tensor:
@@ -321,12 +344,14 @@ def like(full: Tensor, target: Tensor) -> Tensor:
     """A whole tensor, which all processes have, as the target is: sharded, on its device."""
     if not isinstance(target, DTensor):
         return full.to(target.device)
-    return distribute_tensor(full.to(team.device), target.device_mesh, target.placements, src_data_rank=None)
+    return distribute_tensor(
+        full.to(team.device), target.device_mesh, target.placements, src_data_rank=None)
 
 
 @torch.no_grad()
 def sum_gradients(parameters: list[nn.Parameter], at_once: int = 2**26) -> None:
-    """Add the gradients of all processes up where FSDP has not done so; where no process has one it stays None."""
+    """Add the gradients of all processes up where FSDP has not done so; where no process has one it
+    stays None."""
     plain = [p for p in parameters if not isinstance(p, DTensor)]
     if team.world == 1 or not plain:
         return
@@ -338,7 +363,10 @@ def sum_gradients(parameters: list[nn.Parameter], at_once: int = 2**26) -> None:
         bucket.append(p)
         is_last = i + 1 == len(used) or used[i + 1].dtype != p.dtype
         if is_last or sum(q.numel() for q in bucket) >= at_once:
-            flat = torch.cat([torch.zeros_like(q).flatten() if q.grad is None else q.grad.flatten() for q in bucket])
+            flat = torch.cat(
+                [torch.zeros_like(q).flatten() if q.grad is None else q.grad.flatten()
+                 for q in bucket]
+            )
             dist.all_reduce(flat)
             for q, grad in zip(bucket, flat.split([q.numel() for q in bucket]), strict=True):
                 q.grad = grad.view_as(q)
@@ -347,11 +375,13 @@ def sum_gradients(parameters: list[nn.Parameter], at_once: int = 2**26) -> None:
 
 @torch.no_grad()
 def scatter_gradients(gathered: nn.Module, network: nn.Module) -> None:
-    """Gradients of what `whole` gathered, summed over the processes where the network is sharded, become the network's."""
+    """Gradients of what `whole` gathered, summed over the processes where the network is sharded,
+    become the network's."""
     for p, q in zip(gathered.parameters(), network.parameters(), strict=True):
         if isinstance(q, DTensor):
             grad = torch.zeros_like(p) if p.grad is None else p.grad
-            q.grad = DTensor.from_local(grad, q.device_mesh, [Partial()]).redistribute(placements=q.placements)
+            q.grad = DTensor.from_local(grad, q.device_mesh, [Partial()]).redistribute(
+                placements=q.placements)
         elif p is not q:
             q.grad = p.grad
         if p is not q:
@@ -360,7 +390,8 @@ def scatter_gradients(gathered: nn.Module, network: nn.Module) -> None:
 
 @torch.no_grad()
 def clip_gradients(parameters: list[nn.Parameter], largest: float) -> float:
-    """Scale the gradients so that their norm over all weights is at most `largest`. Returns the norm before."""
+    """Scale the gradients so that their norm over all weights is at most `largest`. Returns the
+    norm before."""
     if not any(isinstance(p, DTensor) for p in parameters):
         return float(nn.utils.clip_grad_norm_(parameters, largest))
     trained = [p for p in parameters if p.grad is not None]

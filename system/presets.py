@@ -1,89 +1,70 @@
-"""The settings of the papers, for hardware that most readers do not have: a preset names its command, cost and source.
+"""The settings of the papers, for hardware that most readers do not have: a preset names its
+command, cost and source.
 
     python train.py --preset qwen3-1.7b-rlp --dry-run          what it would take; needs no GPU, no download and no data
 
-The shapes are those of the released models, so their weights fit (`init`). Text is read from shards (see shards.py) in
-`data.path`. GPU hours are the FLOPs of the dry run at 40 % of an H100's 989 TFLOP/s in bf16; they count every thought at
-its full length, and no time for decoding token by token, which is bound by memory. None of these has been run here.
+The shapes are those of the released models, so their weights fit (`init`). Text is read from shards
+(see shards.py) in `data.path`. GPU hours are the FLOPs of the dry run at 40 % of an H100's 989
+TFLOP/s in bf16; they count every thought at its full length, and no time for decoding token by
+token, which is bound by memory. None of these has been run here.
 
-Where a paper does not say (as far as we know it), the project's default stays: the clip of RLP, the schedule and the
-sampling of Nemotron Elastic's search, and its choices of widths, which are not published.
+Where a paper does not say (as far as we know it), the project's default stays: the clip of RLP, the
+schedule and the sampling of Nemotron Elastic's search, and its choices of widths, which are not
+published.
 """
 
 from dataclasses import replace
 
-from system.config import Config, CPTConfig, DataConfig, ElasticConfig, EvalConfig, ModelConfig, PretrainConfig, RLPConfig
+from system.config import (
+    Config,
+    CPTConfig,
+    DataConfig,
+    ElasticConfig,
+    EvalConfig,
+    ModelConfig,
+    PretrainConfig,
+    RLPConfig,
+)
 
 PRESETS: dict[str, Config] = {
     # The main job: two CPU cores, about 12 minutes, see README for what it reaches.
     "cpu": Config(
-        pretrain=PretrainConfig(steps=3000, batch=8, lr=3e-3, muon_lr=0.02, decay=0.4, checkpoint_every=500),
+        pretrain=PretrainConfig(
+            steps=3000, batch=8, lr=3e-3, muon_lr=0.02, decay=0.4, checkpoint_every=500),
         rlp=RLPConfig(steps=150, batch=32, lr=2e-4, decay=0.5),
         cpt=CPTConfig(steps=900, batch=8, lr=1.5e-3, muon_lr=0.01, decay=1.0),
-        elastic=ElasticConfig(
-            steps=2100, batch=8, lr=3e-3, muon_lr=0.04, decay=1.0, search_share=0.15, router_width=64, ce=1.0, self_kl=1.0
-        ),
+        elastic=ElasticConfig(steps=2100, batch=8, lr=3e-3, muon_lr=0.04, decay=1.0,
+                              search_share=0.15, router_width=64, ce=1.0, self_kl=1.0),
     ),
-    # Seconds instead of minutes: every part runs, nothing is learned. For tests and for a first look at the code.
+    # Seconds instead of minutes: every part runs, nothing is learned. For tests and for a first
+    # look at the code.
     "smoke": Config(
         preset="smoke",
-        model=ModelConfig(
-            pattern="M*-",
-            d_model=32,
-            d_ff=64,
-            n_heads=2,
-            n_kv_heads=1,
-            attn_head_dim=16,
-            mamba_heads=4,
-            mamba_head_dim=16,
-            d_state=8,
-            chunk=16,
-        ),
+        model=ModelConfig(pattern="M*-", d_model=32, d_ff=64, n_heads=2, n_kv_heads=1,
+                          attn_head_dim=16, mamba_heads=4, mamba_head_dim=16, d_state=8, chunk=16),
         data=DataConfig(vocab_size=512),
         pretrain=PretrainConfig(steps=4, batch=4, seq_len=64, warmup=2, lr=3e-3, muon_lr=0.02),
-        rlp=RLPConfig(steps=3, batch=4, group_size=4, thought_len=8, context_len=96, warmup=1, lr=3e-4),
+        rlp=RLPConfig(
+            steps=3, batch=4, group_size=4, thought_len=8, context_len=96, warmup=1, lr=3e-4),
         cpt=CPTConfig(steps=3, batch=4, warmup=1),
-        elastic=ElasticConfig(
-            steps=6, batch=4, warmup=1, router_width=8, seq_len=32, long_len=64, long_share=0.34, calibration_rows=4
-        ),
-        eval=EvalConfig(problems_per_family=4, samples=2, text_positions=8, text_tokens=512, elastic_rows=8),
+        elastic=ElasticConfig(steps=6, batch=4, warmup=1, router_width=8, seq_len=32, long_len=64,
+                              long_share=0.34, calibration_rows=4),
+        eval=EvalConfig(
+            problems_per_family=4, samples=2, text_positions=8, text_tokens=512, elastic_rows=8),
     ),
 }
 
 
 # Qwen3-1.7B-Base: 1,720,574,976 parameters.
-QWEN3_1_7B = ModelConfig(
-    pattern="*-" * 28,
-    vocab_size=151936,
-    d_model=2048,
-    d_ff=6144,
-    ffn="swiglu",
-    n_heads=16,
-    n_kv_heads=8,
-    attn_head_dim=128,
-    rope_theta=1e6,
-    qk_norm=True,
-    tie_embeddings=True,
-    norm_eps=1e-6,
-)
+QWEN3_1_7B = ModelConfig(pattern="*-" * 28, vocab_size=151936, d_model=2048, d_ff=6144,
+                         ffn="swiglu", n_heads=16, n_kv_heads=8, attn_head_dim=128, rope_theta=1e6,
+                         qk_norm=True, tie_embeddings=True, norm_eps=1e-6)
 
 
 # Nemotron-Nano-12B-v2 and its base: 12,310,001,152 parameters.
-NEMOTRON_12B = ModelConfig(
-    pattern="M-M-M-M*-" * 6 + "M-M-M-M-",
-    vocab_size=131072,
-    d_model=5120,
-    d_ff=20480,
-    n_heads=40,
-    n_kv_heads=8,
-    attn_head_dim=128,
-    mamba_heads=128,
-    mamba_head_dim=80,
-    mamba_groups=8,
-    d_state=128,
-    conv_width=4,
-    chunk=128,
-)
+NEMOTRON_12B = ModelConfig(pattern="M-M-M-M*-" * 6 + "M-M-M-M-", vocab_size=131072, d_model=5120,
+                           d_ff=20480, n_heads=40, n_kv_heads=8, attn_head_dim=128, mamba_heads=128,
+                           mamba_head_dim=80, mamba_groups=8, d_state=128, conv_width=4, chunk=128)
 
 
 # Ordinary text alone, from shards; a mixture without the thoughts that the small base is taught.
@@ -93,25 +74,13 @@ TEXT = DataConfig(path="data/shards", text_share=1.0)
 PLAIN = PretrainConfig(text_think=0.0)
 
 
-# RLP with the paper's batch, lengths, rate and rollouts (arXiv 2510.01265, section on the setup): one random position a
-# document, no floor under the reward. 32 GPUs hold 16 contexts each, one at a time with its 16 thoughts.
-RLP_OF_THE_PAPER = RLPConfig(
-    batch=512,
-    accumulate=16,
-    lr=1e-6,
-    warmup=0,
-    positions="random",
-    text_share=1.0,
-    context_len=2048,
-    prompt_file="prompts/think.txt",
-    group_size=16,
-    thought_len=2048,
-    temperature=0.7,
-    kl=0.0,
-    tau=0.999,
-    reward_floor=float("-inf"),
-    checkpoint_every=20,
-)
+# RLP with the paper's batch, lengths, rate and rollouts (arXiv 2510.01265, section on the setup):
+# one random position a document, no floor under the reward. 32 GPUs hold 16 contexts each, one at a
+# time with its 16 thoughts.
+RLP_OF_THE_PAPER = RLPConfig(batch=512, accumulate=16, lr=1e-6, warmup=0, positions="random",
+                             text_share=1.0, context_len=2048, prompt_file="prompts/think.txt",
+                             group_size=16, thought_len=2048, temperature=0.7, kl=0.0, tau=0.999,
+                             reward_floor=float("-inf"), checkpoint_every=20)
 
 
 PAPERS: dict[str, Config] = {
@@ -124,16 +93,9 @@ PAPERS: dict[str, Config] = {
     # Memory:    15 GB a GPU with layers recomputed, 105 GB without.
     # Expected:  the paper's average over its benchmarks goes from 30.32 to 36.03 %.
     # Source:    arXiv 2510.01265, setup and results on Qwen3-1.7B-Base.
-    "qwen3-1.7b-rlp": Config(
-        mode="rlp",
-        preset="qwen3-1.7b-rlp",
-        init="models/Qwen3-1.7B-Base",
-        dry_run_gpus=32,
-        model=QWEN3_1_7B,
-        data=TEXT,
-        pretrain=PLAIN,
-        rlp=replace(RLP_OF_THE_PAPER, steps=162),
-    ),
+    "qwen3-1.7b-rlp": Config(mode="rlp", preset="qwen3-1.7b-rlp", init="models/Qwen3-1.7B-Base",
+                             dry_run_gpus=32, model=QWEN3_1_7B, data=TEXT, pretrain=PLAIN,
+                             rlp=replace(RLP_OF_THE_PAPER, steps=162)),
     # RLP on Nemotron-Nano-12B-v2, 250M input tokens (238 steps of 512 x 2048).
     # Command:   python -m tools.shards build TEXTS --out data/shards --tokenizer models/NVIDIA-Nemotron-Nano-12B-v2-Base
     #            python train.py --preset nemotron-12b-rlp
@@ -144,16 +106,10 @@ PAPERS: dict[str, Config] = {
     #            last step is saved, which huggingface.py exports.
     # Expected:  the paper's average over its benchmarks goes from 42.81 to 61.32 %.
     # Source:    arXiv 2510.01265, results on Nemotron-Nano-12B-v2; batch, lengths and rate as for Qwen3.
-    "nemotron-12b-rlp": Config(
-        mode="rlp",
-        preset="nemotron-12b-rlp",
-        init="models/NVIDIA-Nemotron-Nano-12B-v2-Base",
-        dry_run_gpus=32,
-        model=NEMOTRON_12B,
-        data=TEXT,
-        pretrain=PLAIN,
-        rlp=replace(RLP_OF_THE_PAPER, steps=238),
-    ),
+    "nemotron-12b-rlp": Config(mode="rlp", preset="nemotron-12b-rlp",
+                               init="models/NVIDIA-Nemotron-Nano-12B-v2-Base", dry_run_gpus=32,
+                               model=NEMOTRON_12B, data=TEXT, pretrain=PLAIN,
+                               rlp=replace(RLP_OF_THE_PAPER, steps=238)),
     # Nemotron Elastic: 12B, 9B and 6B in one. Stage 1: 65B tokens, 1536 x 8192, budgets alike; stage 2: 45B tokens,
     # 512 x 49152, the larger budgets more often. (The paper's own widths are not published; those of ours are steps of a
     # tenth or less. Its routers search through both stages, ours settle after elastic.search_share of the steps.)

@@ -1,7 +1,7 @@
 """A run's folder: what is written into it, what can be read out of it, and where a run goes on.
 
-One folder holds one run: config.json (settings, versions, command), metrics.jsonl, checkpoint/, hf/ (the tokenizer), and
-at the end summary.json. `load_run` gives model, tokenizer and settings back;
+One folder holds one run: config.json (settings, versions, command), metrics.jsonl, checkpoint/, hf/
+(the tokenizer), and at the end summary.json. `load_run` gives model, tokenizer and settings back;
 `load_model` takes a Hugging Face directory too.
 """
 
@@ -21,14 +21,16 @@ from rich.markup import escape
 
 from model import HybridLM
 from system import checkpoint, huggingface, parallel
-from system.config import Config, RLPConfig, require, saved_config
+from system.config import Config, RLPConfig, saved_config
+from system.errors import require
 from system.loop import console
 from text.corpus import Corpus
 from text.tokenizer import FileTokenizer, Tokenizer, named_tokenizer
 
 
 def build_model(config: Config, n_vocab: int, device: torch.device, seed: int) -> HybridLM:
-    """A freshly initialised model. Raises ValueError if model.vocab_size is too small for the tokenizer."""
+    """A freshly initialised model. Raises ValueError if model.vocab_size is too small for the
+    tokenizer."""
     shape = config.model
     require(
         shape.vocab_size == 0 or shape.vocab_size >= n_vocab,
@@ -40,7 +42,8 @@ def build_model(config: Config, n_vocab: int, device: torch.device, seed: int) -
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Wait until no other program is inside, and keep others out. The lock ends with the process, if not before."""
+    """Wait until no other program is inside, and keep others out. The lock ends with the process,
+    if not before."""
     held = []
 
     def take() -> None:
@@ -57,25 +60,32 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def load_hf_weights(model: HybridLM, folder: Path, tokenizer: Tokenizer) -> None:
-    """Load a Hugging Face directory into a model, which may have rows for more tokens than it (see `resolve`)."""
+    """Load a Hugging Face directory into a model, which may have rows for more tokens than it (see
+    `resolve`)."""
     _, tensors = huggingface.load_hf(folder)
     n_known = len(tensors["embed.weight"])
     beyond = [i for i in range(n_known, model.config.vocab_size) if i not in tokenizer.new_ids]
-    checkpoint.load_weights(model, huggingface.add_rows(tensors, sorted([*tokenizer.new_ids, *beyond])), folder)
+    checkpoint.load_weights(
+        model, huggingface.add_rows(tensors, sorted([*tokenizer.new_ids, *beyond])), folder)
 
 
 def resolve(config: Config) -> Config:
-    """The settings with what files say of them: the text of rlp.prompt_file, and the shape and the tokenizer of `init`.
+    """The settings with what files say of them: the text of rlp.prompt_file, and the shape and the
+    tokenizer of `init`.
 
-    What lies in `init` has the only shape that its weights fit, so model.* is replaced by it; so is data.tokenizer by that
-    of a Hugging Face directory, or of a run that began with one. Raises ValueError for a file that cannot be used.
+    What lies in `init` has the only shape that its weights fit, so model.* is replaced by it; so is
+    data.tokenizer by that of a Hugging Face directory, or of a run that began with one. Raises
+    ValueError for a file that cannot be used.
     """
     if config.rlp.prompt_file:
-        require(not config.rlp.prompt, "rlp.prompt and rlp.prompt_file are both given; leave one out")
+        require(
+            not config.rlp.prompt, "rlp.prompt and rlp.prompt_file are both given; leave one out")
         try:
             text = Path(config.rlp.prompt_file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"rlp.prompt_file ({config.rlp.prompt_file}) cannot be read as UTF-8 text: {error}") from error
+            raise ValueError(
+                f"rlp.prompt_file ({config.rlp.prompt_file}) cannot be read as UTF-8 text: {error}"
+            ) from error
         config = dataclasses.replace(config, rlp=dataclasses.replace(config.rlp, prompt=text))
     folder = Path(config.init)
     if not config.init or not (folder / "config.json").is_file():
@@ -84,32 +94,39 @@ def resolve(config: Config) -> Config:
     shape = huggingface.read_config(folder)[0] if is_hf else saved_config(folder).model
     tokenizer = folder if is_hf else folder / "hf"
     if tokenizer.is_dir():
-        shape = dataclasses.replace(shape, vocab_size=max(shape.vocab_size, FileTokenizer(tokenizer).n_vocab))
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(tokenizer)))
+        shape = dataclasses.replace(
+            shape, vocab_size=max(shape.vocab_size, FileTokenizer(tokenizer).n_vocab))
+        config = dataclasses.replace(
+            config, data=dataclasses.replace(config.data, tokenizer=str(tokenizer)))
     return dataclasses.replace(config, model=shape)
 
 
 def logged_seconds(run_dir: Path) -> float:
-    """Seconds of training in the log of a run, or of the runs one folder below; 0 for a model that was only cut out."""
-    logs = [run_dir / "metrics.jsonl"] if (run_dir / "metrics.jsonl").exists() else run_dir.glob("*/metrics.jsonl")
+    """Seconds of training in the log of a run, or of the runs one folder below; 0 for a model that
+    was only cut out."""
+    logs = ([run_dir / "metrics.jsonl"]
+            if (run_dir / "metrics.jsonl").exists()
+            else run_dir.glob("*/metrics.jsonl"))
     return sum(json.loads(line)["seconds"] for log in logs for line in log.read_text().splitlines())
 
 
 def newest(folder: Path) -> checkpoint.Checkpoint | None:
-    """The newest checkpoint in a folder that may not exist: looked for by the first process, for all."""
+    """The newest checkpoint in a folder that may not exist: looked for by the first process, for
+    all."""
     return parallel.on_first(lambda: checkpoint.newest(folder) if folder.is_dir() else None)
 
 
 def resume_point(config: Config, run_dir: Path) -> checkpoint.Checkpoint | None:
     """The checkpoint to go on from, None to start anew.
 
-    Raises ValueError if the folder holds a run and resume was not asked for (nothing saved is overwritten), if there is
-    nothing to resume, or if the checkpoint was made with other settings.
+    Raises ValueError if the folder holds a run and resume was not asked for (nothing saved is
+    overwritten), if there is nothing to resume, or if the checkpoint was made with other settings.
     """
     found = newest(run_dir)
     if not config.resume:
         require(
-            found is None, f"out ({run_dir}) already holds a run; add --resume to go on with it, or choose another --out"
+            found is None,
+            f"out ({run_dir}) already holds a run; add --resume to go on with it, or choose another --out",
         )
         return None
     require(found, f"resume: {run_dir} holds no checkpoint; leave --resume out to start")
@@ -117,17 +134,17 @@ def resume_point(config: Config, run_dir: Path) -> checkpoint.Checkpoint | None:
     theirs, ours = found.meta["config"], shared_settings(config)
     different = [name for name in sorted(ours) if theirs.get(name) != ours[name]]
     require(
-        not different,
-        f"resume: {found.path} was made with other settings: "
+        not different, f"resume: {found.path} was made with other settings: "
         + "; ".join(f"{name} was {theirs.get(name)}, now {ours[name]}" for name in different[:5])
-        + "; use its settings, or choose another --out",
-    )
+        + "; use its settings, or choose another --out")
     return found
 
 
 def check_text(start: checkpoint.Checkpoint | None, corpus: Corpus) -> None:
     """Raises ValueError if a run would go on with another text than it was started with."""
-    same = start is None or start.meta.get("corpus", corpus.key) == corpus.key  # older checkpoints do not say
+    same = (
+        start is None or start.meta.get("corpus", corpus.key) == corpus.key
+    )  # older checkpoints do not say
     require(
         same,
         "resume: the text is not what the run was started with (that of data.path, or what ships with this Python); "
@@ -138,11 +155,13 @@ def check_text(start: checkpoint.Checkpoint | None, corpus: Corpus) -> None:
 def shared_settings(config: Config) -> dict:
     """The settings that a resumed run must share, flat.
 
-    Those of pretraining are among them: the run's base was made with them, and they say what cpt and elastic read. An RLP
-    run that began with weights from `init` has nothing of them.
+    Those of pretraining are among them: the run's base was made with them, and they say what cpt
+    and elastic read. An RLP run that began with weights from `init` has nothing of them.
     """
-    groups = ["model", "data", config.mode] + ([] if config.init and config.mode == "rlp" else ["pretrain"])
-    # accumulate: on fewer processes it makes up for them; baseline: rivals can be added to a run that is there
+    groups = ["model", "data", config.mode] + (
+        [] if config.init and config.mode == "rlp" else ["pretrain"])
+    # accumulate: on fewer processes it makes up for them; baseline: rivals can be added to a run
+    # that is there
     free = ("cache_dir", "checkpoint_every", "log_every", "accumulate", "baseline")
     flat = {}
     for name, value in json.loads(json.dumps(config.to_dict())).items():
@@ -159,7 +178,8 @@ def run_meta(config: Config, corpus: Corpus) -> dict:
 
 
 def prepare_run_dir(config: Config, tokenizer: Tokenizer) -> Path:
-    """Make the run folder; write config.json, and the tokenizer if it comes from files or from the text, which may change.
+    """Make the run folder; write config.json, and the tokenizer if it comes from files or from the
+    text, which may change.
 
     Raises ValueError if it cannot be written to.
     """
@@ -171,20 +191,27 @@ def prepare_run_dir(config: Config, tokenizer: Tokenizer) -> Path:
         if tokenizer.json:
             tokenizer.save(run_dir / "hf")
     except OSError as error:
-        raise ValueError(f"out ({run_dir}) cannot be written to: {error.strerror}; choose another --out") from error
+        raise ValueError(
+            f"out ({run_dir}) cannot be written to: {error.strerror}; choose another --out"
+        ) from error
     return run_dir
 
 
 def pick_device(config: Config) -> torch.device:
-    """The device asked for, or CUDA where there is one. Raises ValueError if CUDA is asked for and missing."""
+    """The device asked for, or CUDA where there is one. Raises ValueError if CUDA is asked for and
+    missing."""
     has_cuda = torch.cuda.is_available()
-    require(config.device != "cuda" or has_cuda, "device (cuda) is not available on this machine; use --device cpu or auto")
-    return torch.device("cuda", torch.cuda.current_device()) if has_cuda and config.device != "cpu" else torch.device("cpu")
+    require(config.device != "cuda" or has_cuda,
+            "device (cuda) is not available on this machine; use --device cpu or auto")
+    return (torch.device("cuda", torch.cuda.current_device())
+            if has_cuda and config.device != "cpu"
+            else torch.device("cpu"))
 
 
 def versions() -> dict[str, str]:
     """Of Python and the libraries that results may depend on."""
-    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            "numpy": np.__version__}
 
 
 def warn(message: str) -> None:
@@ -194,12 +221,15 @@ def warn(message: str) -> None:
 
 
 def load_run(run_dir: Path) -> tuple[HybridLM, Tokenizer, Config]:
-    """The model, tokenizer and settings of a finished or interrupted run. Raises ValueError if there is none."""
+    """The model, tokenizer and settings of a finished or interrupted run. Raises ValueError if
+    there is none."""
     found = newest(run_dir)
-    require(found, f"{run_dir} holds no checkpoint; give the folder of a run, such as runs/rlp-cpu-seed0")
+    require(found,
+            f"{run_dir} holds no checkpoint; give the folder of a run, such as runs/rlp-cpu-seed0")
     config = saved_config(run_dir)
     if (run_dir / "hf").is_dir():
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(run_dir / "hf")))
+        config = dataclasses.replace(
+            config, data=dataclasses.replace(config.data, tokenizer=str(run_dir / "hf")))
     require(
         config.data.tokenizer != "corpus",
         f"{run_dir / 'hf'}, the run's tokenizer, is missing; copy it from where the run was made, or train again",
@@ -211,7 +241,8 @@ def load_run(run_dir: Path) -> tuple[HybridLM, Tokenizer, Config]:
 
 
 def load_model(folder: Path) -> tuple[HybridLM, Tokenizer, RLPConfig]:
-    """Model, tokenizer and how it thinks, of a run or of a Hugging Face directory. Raises ValueError if it is neither."""
+    """Model, tokenizer and how it thinks, of a run or of a Hugging Face directory. Raises
+    ValueError if it is neither."""
     if not huggingface.is_hf(folder):
         model, tokenizer, config = load_run(folder)
         return model, tokenizer, config.rlp

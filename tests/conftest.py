@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
-
 import train
+from hypothesis import settings
 from model import HybridLM
 from system import checkpoint
 from system.config import DataConfig, ModelConfig

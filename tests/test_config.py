@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 import train
 from system import config, rundir
 from system.config import Config, from_dict

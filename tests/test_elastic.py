@@ -11,23 +11,17 @@ import math
 import re
 from dataclasses import dataclass, replace
 
-import pytest
-import torch
-import torch.nn.functional as F
-from conftest import tiny_model
-from hypothesis import given
-from hypothesis import settings as examples
-from hypothesis import strategies as st
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.testing import assert_close
-from torch.utils.flop_counter import FlopCounterMode
-
 import elastic
 import importance
 import nested
+import pytest
 import routers
+import torch
+import torch.nn.functional as F
 from elastic import Distillation, Elastic
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
 from importance import Ranking
 from model import Block, HybridLM
 from nested import Units, Widths
@@ -35,6 +29,12 @@ from routers import Costs, Router, Space
 from system.config import ElasticConfig
 from system.costs import count_parameters, part_cache_bytes, part_flops, part_parameters
 from system.presets import PRESETS
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+from conftest import tiny_model
 
 CPU = torch.device("cpu")
 EXACT = {"rtol": 1e-9, "atol": 1e-10}
@@ -1042,14 +1042,14 @@ def batch_of(budgets, step=0):
     targets_BT[:, 3] = -100
     ids_BT = torch.tensor([[0] * 4 + [1] * 7]).expand(len(budgets), -1)
     return {"tokens_BT": tokens_BT[:, :-1], "targets_BT": targets_BT, "ids_BT": ids_BT,
-            "budget_B": torch.tensor(budgets), "step_B": torch.full((len(budgets),), step)}  # fmt: skip
+            "budget_B": torch.tensor(budgets)}  # fmt: skip
 
 
-def loss_of(objective, model, batch, seed=0):
+def loss_of(objective, model, batch, seed=0, step=0):
     """The loss with its count and metrics; gradients of the model and of the router afterwards are its own."""
     model.zero_grad()
     objective.router.zero_grad()
-    return objective.loss(model, objective.prepare(model, batch, torch.Generator().manual_seed(seed)))
+    return objective.loss(model, objective.prepare(model, batch, step, torch.Generator().manual_seed(seed)))
 
 
 def gradient_of(objective, model, batch):
@@ -1098,7 +1098,7 @@ def test_twenty_steps_of_the_search_stay_finite_and_move_the_routers(mode):
     weights = torch.optim.AdamW(model.parameters(), lr=1e-3)
     before = copy.deepcopy(objective.router.state_dict())
     for step in range(20):
-        loss, count, metrics = loss_of(objective, model, batch_of([0, 1, 2], step), seed=step)
+        loss, count, metrics = loss_of(objective, model, batch_of([0, 1, 2], step), seed=step, step=step)
         (loss / count).backward()
         for optimizer in (weights, *objective.optimizers()):
             optimizer.step()
@@ -1121,8 +1121,7 @@ def test_routers_learn_to_meet_their_budgets():
     (optimizer,) = objective.optimizers()
     assert optimizer.param_groups[0]["lr"] == 1e-2
     for step in range(100):
-        objective.step = step
-        p = objective.choices(objective.prepare(None, {}, generator)["noise"])
+        p = objective.choices(objective.prepare(None, {}, step, generator)["noise"])
         optimizer.zero_grad()
         sum(routers.budget_loss(router, p[b], b) for b in p).backward()
         optimizer.step()
@@ -1137,7 +1136,7 @@ def test_the_loss_of_a_search_step_is_the_task_plus_the_budget_loss_of_all_budge
     batch = batch_of([1, 1])
     plain, weighted = (loss_of(make_objective(model, 10, router_weight=w), model, batch) for w in (0.0, 3.0))
     objective = make_objective(model, 10)
-    p = objective.choices(objective.prepare(model, batch, torch.Generator().manual_seed(0))["noise"])
+    p = objective.choices(objective.prepare(model, batch, 0, torch.Generator().manual_seed(0))["noise"])
     off = sum(float(routers.budget_loss(objective.router, p[b], b).detach()) for b in (0.75, 0.5))
     assert plain[1] == weighted[1] == 20
     assert float(weighted[0].detach() - plain[0].detach()) == pytest.approx(3 * off * 20, rel=1e-6)
@@ -1149,17 +1148,17 @@ def test_the_search_ends_and_its_choice_stays():
     model = tiny_model()
     objective = make_objective(model, 4)
     assert objective.n_search == 4
-    loss_of(objective, model, batch_of([1], 3))[0].backward()
+    loss_of(objective, model, batch_of([1], 3), step=3)[0].backward()
     assert objective.router.mlps["ffn"][-1].bias.grad is not None
     assert objective.widths == {}
-    first = loss_of(objective, model, batch_of([1, 2], 4))
+    first = loss_of(objective, model, batch_of([1, 2], 4), step=4)
     first[0].backward()
     assert "budget_loss" not in first[2]
     assert all(p.grad is None for p in objective.router.parameters())
     assert objective.widths == {b: objective.router.choose(b) for b in (0.75, 0.5)}
     for mlp in objective.router.mlps.values():
         mlp[-1].bias.data.normal_()
-    assert_close(loss_of(objective, model, batch_of([1, 2], 4))[0], first[0], rtol=0, atol=0)
+    assert_close(loss_of(objective, model, batch_of([1, 2], 4), step=4)[0], first[0], rtol=0, atol=0)
 
 
 def test_widths_by_hand_need_no_search():
@@ -1343,10 +1342,10 @@ def test_each_sequence_trains_its_own_budget_only(step):
     model = tiny_model()
     objective = make_objective(model, 5, router_weight=0.0)
     batch = batch_of([2, 0, 2, 1], step)
-    total, count, metrics = loss_of(objective, model, batch)
+    total, count, metrics = loss_of(objective, model, batch, step=step)
     added = 0.0
     for n, rows in enumerate([[1], [3], [0, 2]]):
-        alone = loss_of(objective, model, {k: v[rows] for k, v in batch.items()})
+        alone = loss_of(objective, model, {k: v[rows] for k, v in batch.items()}, step=step)
         assert_close(alone[2][f"loss_{objective.c.budgets[n]:g}"], metrics[f"loss_{objective.c.budgets[n]:g}"], **EXACT)
         assert alone[1] == 10 * len(rows)
         added = added + alone[0]

@@ -2,13 +2,12 @@
 
 import dataclasses
 
-import pytest
-from torch.testing import assert_close
-
 import evals
+import pytest
 from model import HybridLM
 from system.presets import PRESETS
 from text.problems import held_out_problems
+from torch.testing import assert_close
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,8 @@ import itertools
 
 import pytest
 import torch
-from torch.testing import assert_close
-
 from thoughts import Thoughts, sample, sample_thoughts
+from torch.testing import assert_close
 
 THINK, CLOSE, END = 9, 10, 11
 TAGS = (THINK, CLOSE)

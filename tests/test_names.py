@@ -11,21 +11,20 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
-import torch
-from torch import Tensor
-
 import elastic
 import evals
 import importance
 import kernels
 import nested
+import pytest
 import rlp
 import routers
+import torch
 from system.config import ElasticConfig, RLPConfig
 from system.presets import PRESETS
 from thoughts import sample_thoughts
 from tools import bench
+from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
 SHAPE = re.compile(r"_(?=[a-z]*[A-Z0-9])([A-Za-z0-9]{1,6})$")  # at least one capital or digit, so that `n_heads` is none
@@ -106,7 +105,7 @@ def scoring(model):
 
 def rlp_step(model):
     objective = rlp.RLP(RLPConfig(group_size=4, thought_len=7, horizon=2, kl=0.1), TOKENIZER)
-    batch = objective.prepare(model, BATCH, GENERATOR.manual_seed(0))
+    batch = objective.prepare(model, BATCH, 0, GENERATOR.manual_seed(0))
     objective.loss(model, batch)[0].backward()
     objective.after_step(model)
 
@@ -115,11 +114,11 @@ ELASTIC = ElasticConfig(d_model_choices=(8, 5), ffn_choices=(12, 7), router_widt
                         self_kl=0.5, kl_temperature=2.0)  # fmt: skip
 
 
-def elastic_batch(step):
+def elastic_batch():
     """Packed documents, a sequence for each of three budgets."""
     tokens_BT = torch.arange(36).view(3, 12) % 12
     return {"tokens_BT": tokens_BT[:, 1:], "targets_BT": tokens_BT[:, :-1], "ids_BT": torch.tensor([[0] * 4 + [1] * 7] * 3),
-            "budget_B": torch.arange(3), "step_B": torch.full((3,), step)}  # fmt: skip
+            "budget_B": torch.arange(3)}  # fmt: skip
 
 
 def ranking(model):
@@ -127,7 +126,7 @@ def ranking(model):
     for kind, depth in (("paper", "paper"), ("output", "greedy")):
         scores = {f"score_{name}": kind for name in ("d_model", "ffn", "mamba", "attn")}
         ranking = importance.rank(
-            model, [elastic_batch(0)], ElasticConfig(**scores, score_depth=depth, depth_choices=(3, 2))
+            model, [elastic_batch()], ElasticConfig(**scores, score_depth=depth, depth_choices=(3, 2))
         )
         importance.order_weights(model, ranking)
     routers.part_latency_ns("M", model.config, 2, torch.device("cpu"))
@@ -138,7 +137,7 @@ def elastic_step(model):
     router = routers.build_router(model.config, ELASTIC, [0, 1, 2], torch.device("cpu"))
     for mask, step in (("soft", 0), ("top1", 0), ("straight-through", 0), ("soft", 3)):
         objective = elastic.Elastic(dataclasses.replace(ELASTIC, mask=mask), router, model)
-        objective.loss(model, objective.prepare(model, elastic_batch(step), GENERATOR.manual_seed(0)))[0].backward()
+        objective.loss(model, objective.prepare(model, elastic_batch(), step, GENERATOR.manual_seed(0)))[0].backward()
         objective.after_step(model)
 
 
@@ -146,10 +145,10 @@ def extraction(model):
     """A small model, its figures beside the parent's, and one step of distilling it alone."""
     router = routers.build_router(model.config, ELASTIC, [0, 1, 2], torch.device("cpu"))
     small = nested.submodel(model, router.choose(0.5))
-    small(torch.tensor([[1], [2]]), small(elastic_batch(0)["tokens_BT"][:2])[1])
-    evals._logp_and_loss(small, elastic_batch(0))
+    small(torch.tensor([[1], [2]]), small(elastic_batch()["tokens_BT"][:2])[1])
+    evals._logp_and_loss(small, elastic_batch())
     evals.size_facts(small, PRESETS["smoke"])
-    elastic.Distillation(ELASTIC, model).loss(small, elastic_batch(0))
+    elastic.Distillation(ELASTIC, model).loss(small, elastic_batch())
 
 
 def references(model):

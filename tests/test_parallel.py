@@ -12,18 +12,18 @@ import socket
 import subprocess
 import sys
 
+import generate
 import pytest
 import torch
-import two_processes
-from torch import nn
-from two_processes import CPU, MODES, ROOT, TOKENIZER, launch, make_batch, options, run
-
-import generate
 import train
 from rlp import RLP
 from system import checkpoint, loop, parallel, rundir
 from system.config import Config, ParallelConfig
 from system.presets import PRESETS
+from torch import nn
+
+import two_processes
+from two_processes import CPU, MODES, ROOT, TOKENIZER, launch, make_batch, options, run
 
 ROUNDED = ("muon", "bf16")  # both compute in bf16 (Muon its updates): a last bit may become a rounding of 0.4 %
 NETWORKS = {"rlp": {"model", "teacher", "reference"}, "elastic": {"model", "router", "stage1"}}
@@ -161,7 +161,7 @@ def test_rollouts_in_bf16_come_from_bf16_matrices_and_leave_the_weights_alone():
     batch = make_batch("rlp", 0)
     config = dataclasses.replace(PRESETS["smoke"].rlp, horizon=2)
     with parallel.compute():
-        prepared = RLP(config, TOKENIZER).prepare(model, batch, torch.Generator().manual_seed(0))
+        prepared = RLP(config, TOKENIZER).prepare(model, batch, 0, torch.Generator().manual_seed(0))
     assert prepared["gain_R"].isfinite().all()
 
 

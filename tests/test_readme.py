@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-
 import routers
+import torch
 import train
 from tools import report, shards
 

@@ -9,17 +9,16 @@ import itertools
 from types import SimpleNamespace
 
 import pytest
+import rlp
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
-from torch.testing import assert_close
-
-import rlp
 from rlp import RLP, clipped_surrogate, ema_update, group_advantages, information_gain, kl_estimate, thought_logp
 from system.config import RLPConfig
 from text.batches import collate_contexts
 from thoughts import sample_thoughts
+from torch import nn
+from torch.testing import assert_close
 
 THINK, CLOSE, END = 3, 4, 5
 TOKENIZER = SimpleNamespace(think=THINK, close=CLOSE, end=END, tags=(THINK, CLOSE), begin=())
@@ -355,7 +354,7 @@ def test_gain_of_a_thought_equals_plain_passes_over_all_tokens_of_the_horizon(mo
     objective = objective_of(horizon=horizon)
     objective.start(model)
     shift(objective.teacher)
-    gain_R = objective.prepare(model, batch_of(horizon=horizon), generator())["gain_R"]
+    gain_R = objective.prepare(model, batch_of(horizon=horizon), 0, generator())["gain_R"]
     for r, thought in enumerate(thoughts):
         context, target = CONTEXTS[r // 3], TARGETS[r // 3][:horizon]
         closed = thought if thought[-1] == CLOSE else [*thought, CLOSE]
@@ -368,10 +367,10 @@ def test_liking_to_open_or_close_thoughts_changes_no_gain(model, monkeypatch):
     """Both scorers leave the tags out of their softmax: the tags' rows of the output matrix do not matter."""
     force(monkeypatch, [[0, CLOSE], [CLOSE], [2, 1, CLOSE]] * 2)
     objective = objective_of()
-    before = objective.prepare(model, batch_of(), generator())["gain_R"]
+    before = objective.prepare(model, batch_of(), 0, generator())["gain_R"]
     for network in (model, objective.teacher):
         network.head.weight.data[list(TOKENIZER.tags)] += 3.0
-    assert_close(objective.prepare(model, batch_of(), generator())["gain_R"], before)
+    assert_close(objective.prepare(model, batch_of(), 0, generator())["gain_R"], before)
 
 
 def test_expected_gradient_over_all_groups_of_real_thoughts_is_exact(model, monkeypatch):
@@ -385,7 +384,7 @@ def test_expected_gradient_over_all_groups_of_real_thoughts_is_exact(model, monk
     groups = list(itertools.product(range(17), repeat=2))
     force(monkeypatch, [thoughts[i] for group in groups for i in group])
     objective = objective_of(group_size=2, thought_len=2)
-    prepared = objective.prepare(model, batch_of([CONTEXTS[0]] * 289, [TARGETS[0]] * 289), generator())
+    prepared = objective.prepare(model, batch_of([CONTEXTS[0]] * 289, [TARGETS[0]] * 289), 0, generator())
     probability_N = prepared["old_logp_RM"].sum(1).view(289, 2).sum(1).exp()
     assert float(probability_N.sum()) == pytest.approx(1, rel=1e-6)
     prepared["advantage_R"] = prepared["advantage_R"] * probability_N.repeat_interleave(2) / 2
@@ -402,7 +401,7 @@ def test_expected_gradient_over_all_groups_of_real_thoughts_is_exact(model, monk
 def test_gains_of_text_and_of_problems_are_logged_apart(model):
     """The first context of the batch is text; a gain over no thought at all is not a number, and `update` drops it."""
     objective = objective_of()
-    prepared = objective.prepare(model, batch_of(), generator())
+    prepared = objective.prepare(model, batch_of(), 0, generator())
     metrics = objective.loss(model, prepared)[2]
     assert_close(metrics["gain_text_nats"], prepared["gain_R"][:3].mean())
     assert_close(metrics["gain_problems_nats"], prepared["gain_R"][3:].mean())
@@ -413,7 +412,7 @@ def test_the_teacher_cancels_in_the_gradient(model):
     objective, found = objective_of(thought_len=4), []
     objective.start(model)
     for _ in range(2):
-        prepared = objective.prepare(model, batch_of(), generator())
+        prepared = objective.prepare(model, batch_of(), 0, generator())
         found.append((prepared["gain_R"], gradients(model, objective.loss(model, prepared)[0])))
         shift(objective.teacher)
     (first_gain_R, first), (second_gain_R, second) = found
@@ -425,7 +424,7 @@ def test_a_group_of_equal_thoughts_teaches_nothing(model, monkeypatch):
     """There is no next-token loss: without differences in reward no weight gets a gradient."""
     force(monkeypatch, [[1, 2, CLOSE]] * 6)
     objective = objective_of()
-    loss, _, _ = objective.loss(model, objective.prepare(model, batch_of(), generator()))
+    loss, _, _ = objective.loss(model, objective.prepare(model, batch_of(), 0, generator()))
     assert all(g.abs().max() < 1e-6 for g in gradients(model, loss).values())
 
 
@@ -433,7 +432,7 @@ def test_teacher_is_the_model_at_the_first_batch_then_follows_every_step_by_tau(
     objective = objective_of(tau=0.75)
     assert objective.teacher is None
     shift(model)
-    objective.prepare(model, batch_of(), generator())
+    objective.prepare(model, batch_of(), 0, generator())
     first = {name: p.clone() for name, p in model.named_parameters()}
     assert_close(dict(objective.teacher.named_parameters()), first, rtol=0, atol=0)
     shift(model)
@@ -446,7 +445,7 @@ def test_teacher_is_the_model_at_the_first_batch_then_follows_every_step_by_tau(
 def test_the_first_inner_update_is_not_clipped_and_a_later_one_is(model):
     """rho = 1 at the first, even where the clip allows a ten-thousandth; after a large step it is not."""
     objective = objective_of(inner_epochs=2, temperature=0.7, eps_low=1e-4, eps_high=1e-4)
-    prepared = objective.prepare(model, batch_of(), generator())
+    prepared = objective.prepare(model, batch_of(), 0, generator())
     loss, n_thoughts, first = objective.loss(model, prepared)
     shift(model)
     _, _, second = objective.loss(model, prepared)
@@ -467,7 +466,7 @@ def test_rewards_below_the_floor_are_raised_to_it_and_gains_are_reported_as_they
     monkeypatch.setattr(rlp, "sample_thoughts", sampled)
     monkeypatch.setattr(rlp, "score_context", lambda *_: (f64(-1.0), None, None))
     objective = objective_of(group_size=2, reward_floor=floor)
-    prepared = objective.prepare(model, batch_of([CONTEXTS[0]], [TARGETS[0]]), generator())
+    prepared = objective.prepare(model, batch_of([CONTEXTS[0]], [TARGETS[0]]), 0, generator())
     assert prepared["gain_R"].tolist() == [-10.0, 0.0]
     assert prepared["advantage_R"].tolist() == advantages
 
@@ -475,7 +474,7 @@ def test_rewards_below_the_floor_are_raised_to_it_and_gains_are_reported_as_they
 def test_kl_term_pulls_to_the_starting_policy_which_stays(model):
     """At the first batch it adds nothing; once the model has moved, it adds kl times the estimate against the start."""
     objective = objective_of(kl=0.5, tau=0.0)
-    prepared = objective.prepare(model, batch_of(), generator())
+    prepared = objective.prepare(model, batch_of(), 0, generator())
     start = {name: p.clone() for name, p in model.named_parameters()}
     assert_close(prepared["reference_logp_RM"], prepared["old_logp_RM"], **NEAR)
     shift(model)

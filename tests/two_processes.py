@@ -14,10 +14,9 @@ from types import SimpleNamespace
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
-
 import elastic  # noqa: E402
 import routers  # noqa: E402
+import torch  # noqa: E402
 import train  # noqa: E402
 from rlp import RLP  # noqa: E402
 from system import checkpoint, loop, parallel, rundir  # noqa: E402
@@ -42,7 +41,7 @@ def make_batch(mode, step):
         return {"context_BT": tokens_BT[:, :-1], "ids_BT": ids_BT, **facts}
     targets_BT = tokens_BT[:, 1:].clone()
     targets_BT[0, :7] = -100
-    budgets = {"budget_B": torch.arange(rows) * (step + 1) % 2, "step_B": torch.full((rows,), step)}
+    budgets = {"budget_B": torch.arange(rows) * (step + 1) % 2}
     return {"tokens_BT": tokens_BT[:, :-1], "targets_BT": targets_BT, "ids_BT": ids_BT, **budgets}
 
 

@@ -1,20 +1,23 @@
-"""What the model reads: real text, reasoning problems, a tokenizer trained on both, and batches that can be resumed.
+"""What the model reads: real text, reasoning problems, a tokenizer trained on both, and batches
+that can be resumed.
 
-Text: the language reference, the docstrings and the sources of the running Python, or any UTF-8 files, or shards of tokens
-(`data.path`; see shards.py).
-Problems: four generated families whose answers need several steps in a row, each with a worked thought:
+Text: the language reference, the docstrings and the sources of the running Python, or any UTF-8
+files, or shards of tokens (`data.path`; see shards.py). Problems: four generated families whose
+answers need several steps in a row, each with a worked thought:
 
     chain    Let k = 3. Let b = k + 4. Let m = b - 6. Value of m?     k 3, b +4 7, m -6 1
     word     Tom has 3 apples. On Monday Tom buys 4. ...              start 3, Monday +4 7
     lookup   Ann calls Bob. Eve calls Ann. ... 2 calls from Eve?      1 Ann 2 Bob
     sum      Tens digit of 47 + 85 + 36?                              7 +5 12 +6 18, 1 +4 5 +8 13 +3 16
 
-A document is a question, sometimes a thought between the think tags, and the answer. `pretrain_batch` mixes worked
-thoughts with useless ones, so that the base thinks badly, as a real base does. RLP never sees a written thought.
+A document is a question, sometimes a thought between the think tags, and the answer.
+`pretrain_batch` mixes worked thoughts with useless ones, so that the base thinks badly, as a real
+base does. RLP never sees a written thought.
 
-Held out: documents and problems are dealt to train, val and test by a checksum of their name or question, so no problem
-and no document can be on two sides; files of your own are cut into documents of about 2,000 characters. Every batch is
-a function of (seed, step): resuming needs no state.
+Held out: documents and problems are dealt to train, val and test by a checksum of their name or
+question, so no problem and no document can be on two sides; files of your own are cut into
+documents of about 2,000 characters. Every batch is a function of (seed, step): resuming needs no
+state.
 """
 
 import dataclasses
@@ -30,16 +33,20 @@ from text.corpus import Corpus
 from text.problems import FAMILIES, Problem, draw_problem, filler, thought_for
 from text.tokenizer import Tokenizer
 
-# -------------------------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------ batches
 
 
 def with_thought(tokenizer: Tokenizer, document: list[int], thought: str, t: int) -> list[int]:
     """The document with a thought, between its tags, before token t."""
-    return [*document[:t], tokenizer.think, *tokenizer.encode(thought), tokenizer.close, *document[t:]]
+    return [*document[:t], tokenizer.think, *tokenizer.encode(thought), tokenizer.close,
+            *document[t:]]
 
 
-def problem_tokens(tokenizer: Tokenizer, problem: Problem, thought: str | None = None) -> tuple[list[int], list[int]]:
-    """Token ids of the prompt (with the thought between its tags, if there is one) and of the answer with END."""
+def problem_tokens(
+    tokenizer: Tokenizer, problem: Problem, thought: str | None = None
+) -> tuple[list[int], list[int]]:
+    """Token ids of the prompt (with the thought between its tags, if there is one) and of the
+    answer with END."""
     prompt = tokenizer.encode(problem.prompt)
     if thought is not None:
         prompt = with_thought(tokenizer, prompt, thought, len(prompt))
@@ -57,7 +64,8 @@ class Stage(NamedTuple):
 
 
 def stage_of(config: Config, step: int) -> Stage:
-    """Families enter one by one, worked out and without text; then all of them, still worked out; then the mixture."""
+    """Families enter one by one, worked out and without text; then all of them, still worked out;
+    then the mixture."""
     fit, families = config.pretrain, list(FAMILIES)
     if step < fit.intro_share * fit.steps:
         n = 1 + int(len(families) * step / (fit.intro_share * fit.steps))
@@ -67,28 +75,36 @@ def stage_of(config: Config, step: int) -> Stage:
     return Stage(families, config.data.text_share, fit.think, fit.worked, fit.text_think)
 
 
-def pretrain_batch(corpus: Corpus, config: Config, step: int, split: str = "train") -> dict[str, Tensor]:
-    """Packed documents for next-token prediction: tokens_BT, targets_BT and ids_BT (the document of each token).
+def pretrain_batch(
+    corpus: Corpus, config: Config, step: int, split: str = "train") -> dict[str, Tensor]:
+    """Packed documents for next-token prediction: tokens_BT, targets_BT and ids_BT (the document of
+    each token).
 
-    Each document is text if the batch has less text so far than its share of the tokens, else a problem.
-    A function of (seed, step) alone. Raises nothing: the settings were checked.
+    Each document is text if the batch has less text so far than its share of the tokens, else a
+    problem. A function of (seed, step) alone. Raises nothing: the settings were checked.
     """
     fit, stage = config.pretrain, stage_of(config, step)
     n_text = n_all = 0
-    rng = random.Random(f"pretrain-{config.seed}-{step}" + ("" if split == "train" else f"-{split}"))
+    rng = random.Random(
+        f"pretrain-{config.seed}-{step}" + ("" if split == "train" else f"-{split}"))
     tokens_BT = np.zeros((fit.batch, fit.seq_len + 1), dtype=np.int64)
     ids_BT = np.zeros((fit.batch, fit.seq_len + 1), dtype=np.int64)
     for row in range(fit.batch):
         n, i = 0, 0
         while n <= fit.seq_len:
-            is_text = n_text < stage.text * (n_all + 1)  # with the token to come: a share of 1 begins with text
+            is_text = n_text < stage.text * (
+                n_all + 1)  # with the token to come: a share of 1 begins with text
             if is_text:
                 document = corpus.text_window(rng, split, fit.seq_len).tolist()
                 if stage.text_think is not None and rng.random() < stage.text_think:
-                    document = with_thought(corpus.tokenizer, document, filler(rng), rng.randrange(1, len(document) + 1))
+                    document = with_thought(
+                        corpus.tokenizer, document, filler(rng), rng.randrange(1, len(document) + 1)
+                    )
             else:
-                problem = draw_problem(rng, split, corpus.held_out_percent, rng.choice(stage.families))
-                thought = thought_for(problem, rng, stage.worked) if rng.random() < stage.think else None
+                problem = draw_problem(
+                    rng, split, corpus.held_out_percent, rng.choice(stage.families))
+                thought = (
+                    thought_for(problem, rng, stage.worked) if rng.random() < stage.think else None)
                 prompt, answer = problem_tokens(corpus.tokenizer, problem, thought)
                 document = prompt + answer
             document = [*corpus.tokenizer.begin, *document][: fit.seq_len + 1 - n]
@@ -110,8 +126,9 @@ def cpt_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
 def elastic_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
     """The base's last mixture in short sequences, then (stage 2) in long ones.
 
-    budget_B: the index in elastic.budgets that each sequence trains: drawn uniformly in stage 1, by elastic.long_weights in
-    stage 2 (eq. 18 and 19); step_B: the step. A function of (seed, step) alone.
+    budget_B: the index in elastic.budgets that each sequence trains: drawn uniformly in stage 1, by
+    elastic.long_weights in stage 2 (eq. 18 and 19). A function of (seed, step)
+    alone.
     """
     c = config.elastic
     is_long = step >= c.stage_1_steps()
@@ -119,8 +136,9 @@ def elastic_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor
     batch = mixture(corpus, config, step, n_rows, seq_len)
     weights = c.long_weights if is_long else [1.0] * len(c.budgets)
     n = len(batch["tokens_BT"])
-    drawn = random.Random(f"budget-{config.seed}-{step}").choices(range(len(c.budgets)), weights, k=n)
-    return {**batch, "budget_B": torch.tensor(drawn), "step_B": torch.full((n,), step)}
+    drawn = random.Random(f"budget-{config.seed}-{step}").choices(
+        range(len(c.budgets)), weights, k=n)
+    return {**batch, "budget_B": torch.tensor(drawn)}
 
 
 def mixture(
@@ -128,23 +146,29 @@ def mixture(
 ) -> dict[str, Tensor]:
     """Rows of the base's last mixture, `step` batches after its own end."""
     fit = dataclasses.replace(config.pretrain, batch=n_rows, seq_len=seq_len)
-    return pretrain_batch(corpus, dataclasses.replace(config, pretrain=fit), fit.steps + step, split)
+    return pretrain_batch(
+        corpus, dataclasses.replace(config, pretrain=fit), fit.steps + step, split)
 
 
 def rlp_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
-    """Contexts, the tokens that follow them (see `collate_contexts`) and is_text_B: a function of (seed, step) alone."""
+    """Contexts, the tokens that follow them (see `collate_contexts`) and is_text_B: a function of
+    (seed, step) alone."""
     fit = config.rlp
     rng = random.Random(f"rlp-{config.seed}-{step}")
     is_text, pairs = [], []
     for _ in range(fit.batch):
         is_text.append(rng.random() < fit.text_share)
-        pairs.append(text_position(corpus, fit, "train", rng) if is_text[-1] else problem_position(corpus, fit, rng))
+        pairs.append(text_position(corpus, fit, "train", rng)
+                     if is_text[-1]
+                     else problem_position(corpus, fit, rng))
     batch = collate_contexts(corpus.tokenizer, [c for c, _ in pairs], [t for _, t in pairs], fit)
     return {**batch, "is_text_B": torch.tensor(is_text)}
 
 
-def problem_position(corpus: Corpus, fit: RLPConfig, rng: random.Random) -> tuple[list[int], list[int]]:
-    """Context and following tokens in a problem document without a thought: at the answer, or at a random position."""
+def problem_position(
+    corpus: Corpus, fit: RLPConfig, rng: random.Random) -> tuple[list[int], list[int]]:
+    """Context and following tokens in a problem document without a thought: at the answer, or at a
+    random position."""
     problem = draw_problem(rng, "train", corpus.held_out_percent)
     prompt, answer = problem_tokens(corpus.tokenizer, problem)
     document = prompt + answer
@@ -152,7 +176,8 @@ def problem_position(corpus: Corpus, fit: RLPConfig, rng: random.Random) -> tupl
     return document[:t], document[t : t + fit.horizon]
 
 
-def text_position(corpus: Corpus, fit: RLPConfig, split: str, rng: random.Random) -> tuple[list[int], list[int]]:
+def text_position(
+    corpus: Corpus, fit: RLPConfig, split: str, rng: random.Random) -> tuple[list[int], list[int]]:
     """Context and following tokens at a uniformly random position of a text window."""
     document = corpus.text_window(rng, split, fit.context_len + fit.horizon).tolist()
     t = _random_position(document, fit.horizon, rng)
@@ -160,7 +185,8 @@ def text_position(corpus: Corpus, fit: RLPConfig, split: str, rng: random.Random
 
 
 def _random_position(document: list[int], horizon: int, rng: random.Random) -> int:
-    """Uniform over the positions that `horizon` tokens follow; over all from 1 on if the document is too short for any."""
+    """Uniform over the positions that `horizon` tokens follow; over all from 1 on if the document
+    is too short for any."""
     n_after = horizon if horizon < len(document) else 1
     return rng.randrange(1, len(document) - n_after + 1)
 
@@ -168,10 +194,12 @@ def _random_position(document: list[int], horizon: int, rng: random.Random) -> i
 def collate_contexts(
     tokenizer: Tokenizer, contexts: list[list[int]], targets: list[list[int]], fit: RLPConfig
 ) -> dict[str, Tensor]:
-    """context_BT (padded on the left), ids_BT (-1 at the padding, 0 elsewhere), target_BX (X = horizon tokens).
+    """context_BT (padded on the left), ids_BT (-1 at the padding, 0 elsewhere), target_BX (X =
+    horizon tokens).
 
-    A context longer than rlp.context_len loses its beginning; a target shorter than the horizon is filled up with END.
-    Before each context stand what the tokenizer begins a document with and the instruction `rlp.prompt`.
+    A context longer than rlp.context_len loses its beginning; a target shorter than the horizon is
+    filled up with END. Before each context stand what the tokenizer begins a document with and the
+    instruction `rlp.prompt`.
     """
     before = instruction(tokenizer, fit)
     contexts = [before + c[-fit.context_len :] for c in contexts]
@@ -186,5 +214,6 @@ def collate_contexts(
 
 
 def instruction(tokenizer: Tokenizer, fit: RLPConfig) -> list[int]:
-    """What stands before every context of RLP, for thoughts and for predictions without one; usually nothing."""
+    """What stands before every context of RLP, for thoughts and for predictions without one;
+    usually nothing."""
     return [*tokenizer.begin, *(tokenizer.encode(fit.prompt) if fit.prompt else [])]

@@ -1,4 +1,5 @@
-"""Text as documents of token ids: what ships with Python, files of your own, or shards; held-out documents kept apart.
+"""Text as documents of token ids: what ships with Python, files of your own, or shards; held-out
+documents kept apart.
 
 The default text is the language reference, the docstrings and the sources of the running Python.
 """
@@ -14,17 +15,27 @@ from pathlib import Path
 
 import numpy as np
 
-from system.config import DataConfig, fingerprint, require
+from system.config import DataConfig
+from system.errors import require
+from system.files import fingerprint
 from text.held_out import N_BUCKETS, SPLITS, bucket_of, split_of
 from text.problems import FILLER, draw_problem
 from text.shards import Documents, ShardSet, is_shards
-from text.tokenizer import TOKEN_PATTERN, CorpusTokenizer, FileTokenizer, Tokenizer, named_tokenizer, train_tokenizer
+from text.tokenizer import (
+    TOKEN_PATTERN,
+    CorpusTokenizer,
+    FileTokenizer,
+    Tokenizer,
+    named_tokenizer,
+    train_tokenizer,
+)
 
-# ----------------------------------------------------------------------------------------------------------- text
+# --------------------------------------------------------------------------------------------- text
 
 
 def python_documents() -> Iterator[tuple[str, str]]:
-    """(name, text) of the reference topics, and of each standard module: its docstrings, and its source.
+    """(name, text) of the reference topics, and of each standard module: its docstrings, and its
+    source.
 
     Both documents of a module carry the module's name: they land in the same split.
     """
@@ -34,17 +45,23 @@ def python_documents() -> Iterator[tuple[str, str]]:
         yield f"topic {name}", topics[name]
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         source = path.read_text(encoding="utf-8", errors="ignore")
-        nodes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))]
-        yield f"module {path.stem}", "\n\n".join(d for d in (ast.get_docstring(n) for n in nodes) if d)
+        nodes = [n
+                 for n in ast.walk(ast.parse(source))
+                 if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))]
+        yield (f"module {path.stem}",
+               "\n\n".join(d for d in (ast.get_docstring(n) for n in nodes) if d))
         yield f"module {path.stem}", source
 
 
 def user_documents(path: Path) -> Iterator[tuple[str, str]]:
-    """(name, text) of a UTF-8 file, cut at blank lines into pieces of about 2,000 characters, or of a folder's files.
+    """(name, text) of a UTF-8 file, cut at blank lines into pieces of about 2,000 characters, or of
+    a folder's files.
 
     Raises ValueError for a path that does not exist, or a file that is empty or not UTF-8 text.
     """
-    require(path.exists(), f"data.path ({path}) does not exist; give a UTF-8 text file, a folder of them, or nothing")
+    require(
+        path.exists(),
+        f"data.path ({path}) does not exist; give a UTF-8 text file, a folder of them, or nothing")
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     require(files, f"data.path ({path}) is a folder without files; put UTF-8 text files into it")
     for file in files:
@@ -54,7 +71,9 @@ def user_documents(path: Path) -> Iterator[tuple[str, str]]:
             raise ValueError(
                 f"data.path: {file} is not UTF-8 text (byte {error.start}); convert it or leave it out"
             ) from None
-        require("\0" not in text, f"data.path: {file} holds zero bytes, so it is not text; leave it out")
+        require(
+            "\0" not in text, f"data.path: {file} holds zero bytes, so it is not text; leave it out"
+        )
         require(text.strip(), f"data.path: {file} is empty; leave it out or give another file")
         pieces, piece = [], ""
         for paragraph in re.split(r"(?<=\n)\s*\n", text):
@@ -66,10 +85,12 @@ def user_documents(path: Path) -> Iterator[tuple[str, str]]:
         yield from ((f"{file.name} {i}", p) for i, p in enumerate(pieces) if p.strip())
 
 
-def shard_tokenizer(name: str, vocab_size: int, texts: Iterable[str], out: Path) -> tuple[Tokenizer, dict]:
+def shard_tokenizer(
+    name: str, vocab_size: int, texts: Iterable[str], out: Path) -> tuple[Tokenizer, dict]:
     """The tokenizer to build shards with, kept in their folder, and what shards.json says of it.
 
-    "corpus" is trained on problems and on the first 20 million characters of texts that no setting holds out.
+    "corpus" is trained on problems and on the first 20 million characters of texts that no setting
+    holds out.
     """
     if name == "corpus":
         sample, n = [], 0
@@ -85,11 +106,13 @@ def shard_tokenizer(name: str, vocab_size: int, texts: Iterable[str], out: Path)
         tokenizer = named_tokenizer(name)
     if tokenizer.json:
         tokenizer.save(out / "hf")
-    return tokenizer, {"source": name, "n_vocab": tokenizer.n_vocab, "fingerprint": tokenizer.fingerprint}
+    return tokenizer, {"source": name, "n_vocab": tokenizer.n_vocab,
+                       "fingerprint": tokenizer.fingerprint}
 
 
 def tokenizer_of_shards(found: ShardSet, name: str) -> Tokenizer:
-    """The tokenizer that data.tokenizer names for shards; "corpus" is their own. Raises ValueError if it is another one."""
+    """The tokenizer that data.tokenizer names for shards; "corpus" is their own. Raises ValueError
+    if it is another one."""
     source, kept = found.tokenizer["source"], found.folder / "hf"
     if name != "corpus":
         tokenizer = named_tokenizer(name)
@@ -111,7 +134,7 @@ def tokenizer_of_shards(found: ShardSet, name: str) -> Tokenizer:
     return tokenizer
 
 
-# --------------------------------------------------------------------------------------------------------- corpus
+# ------------------------------------------------------------------------------------------- corpus
 
 
 @dataclass
@@ -125,10 +148,13 @@ class Corpus:
 
     @staticmethod
     def load(config: DataConfig) -> "Corpus":
-        """Read the text, or what an earlier run made of the same text and settings. Raises ValueError for unusable text."""
+        """Read the text, or what an earlier run made of the same text and settings. Raises
+        ValueError for unusable text."""
         if config.path and is_shards(Path(config.path)):
             return Corpus._of_shards(config)
-        first: dict[str, tuple[str, str]] = {}  # a text under two names keeps the first: copies must not land in two splits
+        first: dict[
+            str, tuple[str, str]
+        ] = {}  # a text under two names keeps the first: copies must not land in two splits
         for name, text in user_documents(Path(config.path)) if config.path else python_documents():
             first.setdefault(text.strip(), (name, text))
         named = [pair for stripped, pair in first.items() if stripped]
@@ -140,27 +166,34 @@ class Corpus:
         examples = _example_problems(config.held_out_percent)
         tokenizer = None if config.tokenizer == "corpus" else named_tokenizer(config.tokenizer)
         is_file = tokenizer is not None and tokenizer.json
-        source = [tokenizer.json, tokenizer.end] if is_file else config.tokenizer  # content: a folder may change
-        key = fingerprint([named, examples, source, config.vocab_size, config.held_out_percent, TOKEN_PATTERN])
+        source = (
+            [tokenizer.json, tokenizer.end] if is_file else config.tokenizer
+        )  # content: a folder may change
+        key = fingerprint(
+            [named, examples, source, config.vocab_size, config.held_out_percent, TOKEN_PATTERN])
         file = Path(config.cache_dir) / f"corpus-{key}.npz"
         cached = _load_arrays(file)
         if tokenizer is None:
             if cached is None:
-                train_texts = [text for name, text in named if split_of(name, config.held_out_percent) == "train"]
+                train_texts = [text
+                               for name, text in named
+                               if split_of(name, config.held_out_percent) == "train"]
                 ranks = train_tokenizer(train_texts + examples, config.vocab_size)
             else:
-                ranks = dict(zip(cached["ranks"].tolist(), range(len(cached["ranks"])), strict=True))
+                ranks = dict(
+                    zip(cached["ranks"].tolist(), range(len(cached["ranks"])), strict=True))
             tokenizer = CorpusTokenizer(ranks)
         if cached is None:
             arrays = {"ranks": np.array(list(ranks) if config.tokenizer == "corpus" else [])}
             for split in SPLITS:
-                kept = [text for name, text in named if split_of(name, config.held_out_percent) == split]
-                require(
-                    kept,
-                    f"data.path ({config.path}) leaves no document for the {split} split; "
-                    "add documents or raise data.held_out_percent",
-                )
-                encoded = [np.array([*tokenizer.encode(text), tokenizer.end], dtype=np.int32) for text in kept]
+                kept = [
+                    text for name, text in named if split_of(name, config.held_out_percent) == split
+                ]
+                require(kept,
+                        f"data.path ({config.path}) leaves no document for the {split} split; "
+                        "add documents or raise data.held_out_percent")
+                encoded = [np.array([*tokenizer.encode(text), tokenizer.end], dtype=np.int32)
+                           for text in kept]
                 arrays[f"{split}_tokens"] = np.concatenate(encoded)
                 arrays[f"{split}_lengths"] = np.array([len(e) for e in encoded])
             _save_arrays(file, arrays)
@@ -177,18 +210,18 @@ class Corpus:
         found, percent = ShardSet(Path(config.path)), config.held_out_percent
         tokenizer = tokenizer_of_shards(found, config.tokenizer)
         found.check_once(Path(config.cache_dir))
-        ranges = {"train": (2 * percent, N_BUCKETS), "val": (0, percent), "test": (percent, 2 * percent)}  # as `split_of`
+        ranges = {"train": (2 * percent, N_BUCKETS), "val": (0, percent),
+                  "test": (percent, 2 * percent)}  # as `split_of`
         documents = {split: found.documents(*ranges[split]) for split in SPLITS}
         for split in SPLITS:
-            require(
-                len(documents[split]),
-                f"data.path ({config.path}) leaves no document for the {split} split; "
-                "add documents or raise data.held_out_percent",
-            )
+            require(len(documents[split]),
+                    f"data.path ({config.path}) leaves no document for the {split} split; "
+                    "add documents or raise data.held_out_percent")
         return Corpus(tokenizer, documents, percent, fingerprint([found.key, percent]))
 
     def text_window(self, rng: random.Random, split: str, length: int) -> np.ndarray:
-        """Up to `length` tokens in a row from one document, documents chosen in proportion to their length."""
+        """Up to `length` tokens in a row from one document, documents chosen in proportion to their
+        length."""
         if isinstance(self.documents[split], Documents):
             return self.documents[split].window(rng, length)
         lengths = self._lengths(split)
@@ -199,7 +232,8 @@ class Corpus:
 
     def _lengths(self, split: str) -> np.ndarray:
         if not hasattr(self, "_cumulative"):
-            self._cumulative = {s: np.cumsum([len(d) for d in docs]) for s, docs in self.documents.items()}
+            self._cumulative = {
+                s: np.cumsum([len(d) for d in docs]) for s, docs in self.documents.items()}
         return self._cumulative[split]
 
 

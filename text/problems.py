@@ -1,4 +1,5 @@
-"""Four generated families of problems whose answers need several steps in a row, each with a worked thought:
+"""Four generated families of problems whose answers need several steps in a row, each with a worked
+thought:
 
     chain    Let k = 3. Let b = k + 4. Let m = b - 6. Value of m?     k 3, b +4 7, m -6 1
     word     Tom has 3 apples. On Monday Tom buys 4. ...              start 3, Monday +4 7
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 
 from text.held_out import split_of
 
-# ------------------------------------------------------------------------------------------------------- problems
+# ----------------------------------------------------------------------------------------- problems
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ def word_problem(rng: random.Random) -> Problem:
         lines.append(f"On {day} {name} {verb} {abs(new - value)}.")
         steps.append(f" {day} {sign}{abs(new - value)} {new}")
         value = new
-    return Problem("word", f"{' '.join(lines)} How many {thing} has {name}?", tuple(steps), f" {value}")
+    return Problem(
+        "word", f"{' '.join(lines)} How many {thing} has {name}?", tuple(steps), f" {value}")
 
 
 def lookup_problem(rng: random.Random) -> Problem:
@@ -89,7 +91,8 @@ def lookup_problem(rng: random.Random) -> Problem:
     calls = [f"{a} calls {b}." for a, b in zip(ring, ring[1:] + ring[:1], strict=True)]
     rng.shuffle(calls)
     steps = tuple(f" {i} {ring[i - 1]} calls {ring[i]}" for i in range(1, hops + 1))
-    return Problem("lookup", f"Ring: {' '.join(calls)} Start at {ring[0]}, {hops} calls on?", steps, f" {ring[hops]}")
+    return Problem("lookup", f"Ring: {' '.join(calls)} Start at {ring[0]}, {hops} calls on?", steps,
+                   f" {ring[hops]}")
 
 
 def sum_problem(rng: random.Random) -> Problem:
@@ -117,13 +120,13 @@ FAMILIES: dict[str, Callable[[random.Random], Problem]] = {
 }
 
 
-FILLER = (
-    " Let me think.", " Hmm.", " This looks easy.", " I am not sure.", " It could be anything.", " One moment.",
-    " Well, well.", " A good question.", " Let us see what comes next.", " I would guess.",
-)  # fmt: skip
+FILLER = (" Let me think.", " Hmm.", " This looks easy.", " I am not sure.",
+          " It could be anything.", " One moment.", " Well, well.", " A good question.",
+          " Let us see what comes next.", " I would guess.")
 
 
-def draw_problem(rng: random.Random, split: str, held_out_percent: int, family: str | None = None) -> Problem:
+def draw_problem(
+    rng: random.Random, split: str, held_out_percent: int, family: str | None = None) -> Problem:
     """A random problem of a split: drawn again until its checksum says so."""
     make = FAMILIES[family or rng.choice(list(FAMILIES))]
     while True:
@@ -132,7 +135,8 @@ def draw_problem(rng: random.Random, split: str, held_out_percent: int, family: 
             return problem
 
 
-def held_out_problems(split: str, n_per_family: int, seed: int, held_out_percent: int) -> list[Problem]:
+def held_out_problems(
+    split: str, n_per_family: int, seed: int, held_out_percent: int) -> list[Problem]:
     """n different problems of each family, the same for every run with this seed."""
     problems = []
     for family in FAMILIES:
@@ -146,7 +150,8 @@ def held_out_problems(split: str, n_per_family: int, seed: int, held_out_percent
 
 
 def thought_for(problem: Problem, rng: random.Random, worked: float) -> str:
-    """A worked thought with probability `worked`; otherwise, evenly, one that stops half-way, or filler."""
+    """A worked thought with probability `worked`; otherwise, evenly, one that stops half-way, or
+    filler."""
     if rng.random() < worked:
         return problem.thought
     if rng.random() < 0.5:

@@ -1,4 +1,5 @@
-"""Speed and memory beside the code of others: the same work, held to the same result, in one process, in turns.
+"""Speed and memory beside the code of others: the same work, held to the same result, in one
+process, in turns.
 
     python -m tools.bench ssd              the scan, forward and backward
     python -m tools.bench mixer            a whole Mamba-2 mixer, forward and backward, and how its cost grows with length
@@ -8,17 +9,19 @@
     python -m tools.bench elastic-step     a step of Elastic for a small budget: on slices, on masks, and the full model's
     python -m tools.bench all
 
-A benchmark is a function of `BENCHES` that returns its `Work`: what is done, and by whom. Before a clock is started, each
-contestant runs once, and its values and gradients must be ours, or it is not timed. Then all take turns, so that a noisy
-neighbour disturbs all alike, and the medians count. A peer that is missing is named, with the way to install it.
+A benchmark is a function of `BENCHES` that returns its `Work`: what is done, and by whom. Before a
+clock is started, each contestant runs once, and its values and gradients must be ours, or it is not
+timed. Then all take turns, so that a noisy neighbour disturbs all alike, and the medians count. A
+peer that is missing is named, with the way to install it.
 
-Memory is the largest number of bytes that torch's allocator had handed out at one time during a run, beyond what it had
-before the run (weights and inputs, the same for all). It is added up from the allocations and releases that the profiler
-records. The size of the process would also show what other contestants left behind, and what malloc keeps.
+Memory is the largest number of bytes that torch's allocator had handed out at one time during a
+run, beyond what it had before the run (weights and inputs, the same for all). It is added up from
+the allocations and releases that the profiler records. The size of the process would also show what
+other contestants left behind, and what malloc keeps.
 
-How to read: `BENCHES` and one of its functions; `compare`; then the contestants that are written out here, which are the
-paper's listing of the scan and the plain way of RLP. Results go to results/bench-NAME-DEVICE.json; report.py makes README's
-tables of them.
+How to read: `BENCHES` and one of its functions; `compare`; then the contestants that are written
+out here, which are the paper's listing of the scan and the plain way of RLP. Results go to
+results/bench-NAME-DEVICE.json; report.py makes README's tables of them.
 """
 
 import dataclasses
@@ -53,7 +56,8 @@ from kernels import token_logp
 from mamba import Mamba2
 from model import HybridLM
 from rlp import RLP, clipped_surrogate, group_advantages, information_gain
-from system.config import ModelConfig, RLPConfig, require
+from system.config import ModelConfig, RLPConfig
+from system.errors import require
 from system.presets import PRESETS
 from thoughts import Thoughts, sample, sample_thoughts
 from tools import report
@@ -66,7 +70,10 @@ PIP = {
 }
 
 
-LIMIT = {"cpu": 1e-4, "cuda": 2e-2}  # largest difference, relative to the largest value; Triton kernels multiply in tf32
+LIMIT = {
+    "cpu": 1e-4,
+    "cuda": 2e-2,
+}  # largest difference, relative to the largest value; Triton kernels multiply in tf32
 
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)  # tokens, for the cost by length
@@ -77,7 +84,8 @@ ENOUGH_S = 5.0  # a contestant that has run this long sits out, once it has had 
 
 @dataclass
 class Contestant:
-    """Someone's code for a piece of work. `run` returns the results, ours first in the list of contestants."""
+    """Someone's code for a piece of work. `run` returns the results, ours first in the list of
+    contestants."""
 
     name: str
     run: Callable[[], list[Tensor]] | None
@@ -87,7 +95,8 @@ class Contestant:
 
 @dataclass
 class Work:
-    """What a benchmark does. `growth`: ours by number of tokens, where the cost is measured over length too."""
+    """What a benchmark does. `growth`: ours by number of tokens, where the cost is measured over
+    length too."""
 
     title: str
     n_tokens: int
@@ -95,26 +104,30 @@ class Work:
     growth: dict[int, Callable[[], list[Tensor]]] = field(default_factory=dict)
 
 
-# ------------------------------------------------------------------------------------------------------- measuring
+# ---------------------------------------------------------------------------------------- measuring
 
 
 def compare(work: Work, repeats: int, device: torch.device) -> dict:
-    """Check, time in turns and weigh every contestant. Returns what results/bench-NAME-DEVICE.json holds of it."""
+    """Check, time in turns and weigh every contestant. Returns what results/bench-NAME-DEVICE.json
+    holds of it."""
     rows = check(work.contestants, LIMIT[device.type])
     runs = {c.name: c.run for c, row in zip(work.contestants, rows, strict=True) if not row["note"]}
     seconds = take_turns(runs, repeats, device)
     ours_ms = 1e3 * statistics.median(seconds[rows[0]["name"]])
     for row in rows:
         if row["name"] in runs:
-            row["ms"], row["turns"] = 1e3 * statistics.median(seconds[row["name"]]), len(seconds[row["name"]])
-            row["times_ours"], row["tokens_per_s"] = row["ms"] / ours_ms, 1e3 * work.n_tokens / row["ms"]
+            row["ms"], row["turns"] = (1e3 * statistics.median(seconds[row["name"]]),
+                                       len(seconds[row["name"]]))
+            row["times_ours"], row["tokens_per_s"] = (row["ms"] / ours_ms,
+                                                      1e3 * work.n_tokens / row["ms"])
             row["peak_bytes"] = peak_bytes(runs[row["name"]], device)
     found = {"title": work.title, "n_tokens": work.n_tokens, "rows": rows}
     return found | ({"growth": growth(work.growth, repeats, device)} if work.growth else {})
 
 
 def check(contestants: list[Contestant], limit: float) -> list[dict]:
-    """A row for each contestant: its difference from ours, and in `note` why it is not timed, if it is not."""
+    """A row for each contestant: its difference from ours, and in `note` why it is not timed, if it
+    is not."""
     rows, ours = [], contestants[0].run()
     for contestant in contestants:
         row = {"name": contestant.name, "note": contestant.note}
@@ -123,7 +136,9 @@ def check(contestants: list[Contestant], limit: float) -> list[dict]:
             continue
         try:
             row["difference"] = difference(contestant.run(), ours)
-        except Exception as error:  # someone else's code on a machine that we do not know: say so, and go on
+        except (
+            Exception
+        ) as error:  # someone else's code on a machine that we do not know: say so, and go on
             row["note"] = f"fails: {error!r}"
         else:
             if not row["difference"] <= limit:
@@ -134,8 +149,8 @@ def check(contestants: list[Contestant], limit: float) -> list[dict]:
 def take_turns(runs: dict, repeats: int, device: torch.device) -> dict:
     """Seconds of every turn of every run, by its name.
 
-    On one CPU thread it is the processor's time that counts: the same on an idle machine, and blind to other programs that
-    take the core in between.
+    On one CPU thread it is the processor's time that counts: the same on an idle machine, and blind
+    to other programs that take the core in between.
     """
     one_thread = device.type == "cpu" and torch.get_num_threads() == 1
     now = time.process_time if one_thread else time.perf_counter
@@ -154,7 +169,8 @@ def take_turns(runs: dict, repeats: int, device: torch.device) -> dict:
 def difference(found: list[Tensor], ours: list[Tensor]) -> float:
     """Largest difference of any result, relative to the largest value of ours in it."""
     pairs = zip(found, ours, strict=True)
-    return max(float((f.flatten() - o.flatten()).abs().max() / o.abs().max().clamp(min=1e-30)) for f, o in pairs)
+    return max(float((f.flatten() - o.flatten()).abs().max() / o.abs().max().clamp(min=1e-30))
+               for f, o in pairs)
 
 
 def peak_bytes(run: Callable[[], list[Tensor]], device: torch.device) -> int:
@@ -167,19 +183,22 @@ def peak_bytes(run: Callable[[], list[Tensor]], device: torch.device) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]  # negative for a release
+    sizes = [
+        e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]  # negative for a release
     return int(np.cumsum(sizes).max())
 
 
 def growth(runs: dict[int, Callable[[], list[Tensor]]], repeats: int, device: torch.device) -> dict:
-    """Time and memory by number of tokens, the exponent of a power law through the times, and the straight line."""
+    """Time and memory by number of tokens, the exponent of a power law through the times, and the
+    straight line."""
     tokens = list(runs)
     peaks = [peak_bytes(run, device) for run in runs.values()]
     ms = [1e3 * statistics.median(s) for s in take_turns(runs, repeats, device).values()]
     exponent, _ = np.polyfit(np.log(tokens), np.log(ms), 1)
     slope, fixed = np.polyfit(tokens, ms, 1, w=1 / np.array(ms))
     off = np.abs((fixed + slope * np.array(tokens)) / ms - 1)
-    line = {"fixed_ms": fixed, "ms_per_thousand_tokens": 1e3 * slope, "largest_deviation": off.max()}
+    line = {"fixed_ms": fixed, "ms_per_thousand_tokens": 1e3 * slope,
+            "largest_deviation": off.max()}
     return {"tokens": tokens, "ms": ms, "peak_bytes": peaks, "exponent": exponent, **line}
 
 
@@ -188,11 +207,13 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-# ------------------------------------------------------------------------------------------------------ benchmarks
+# --------------------------------------------------------------------------------------- benchmarks
 
 
-def ssd_work(device: torch.device, B=4, T=512, H=16, P=32, K=1, N=64, chunk=64, default=256) -> Work:
-    """The scan alone. Rates are mild: where a decay underflows, exp gets very slow for others, which would flatter us."""
+def ssd_work(
+    device: torch.device, B=4, T=512, H=16, P=32, K=1, N=64, chunk=64, default=256) -> Work:
+    """The scan alone. Rates are mild: where a decay underflows, exp gets very slow for others,
+    which would flatter us."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(B, T, H, P), (B, T, H), (H,), (B, T, K, N), (B, T, K, N), (H,)]
     x, dt, a, b, c, d = (torch.randn(shape, generator=generator) for shape in shapes)
@@ -213,7 +234,8 @@ def ssd_work(device: torch.device, B=4, T=512, H=16, P=32, K=1, N=64, chunk=64, 
     def from_mamba_ssm() -> Callable[[], list[Tensor]]:
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
-        return contestant(lambda x, dt, a, b, c, d: mamba_chunk_scan_combined(x, dt, a, b, c, default, D=d))
+        return contestant(
+            lambda x, dt, a, b, c, d: mamba_chunk_scan_combined(x, dt, a, b, c, default, D=d))
 
     return Work(
         f"scan, forward and backward, b{B} t{T} h{H} p{P} g{K} n{N}",
@@ -222,9 +244,11 @@ def ssd_work(device: torch.device, B=4, T=512, H=16, P=32, K=1, N=64, chunk=64, 
             Contestant(f"ours, chunk {chunk}", ours(chunk)),
             Contestant(f"ours, chunk {chunk // 2}", ours(chunk // 2)),
             peer(f"transformers, chunk {chunk}", "transformers", lambda: from_transformers(chunk)),
-            peer(f"transformers, chunk {default} (its default)", "transformers", lambda: from_transformers(default)),
+            peer(f"transformers, chunk {default} (its default)", "transformers",
+                 lambda: from_transformers(default)),
             Contestant(f"the paper's listing, chunk {chunk}", contestant(ssd_listing, chunk)),
-            Contestant("token by token", contestant(lambda *inputs: kernels.ssd_reference(*inputs)[0])),
+            Contestant(
+                "token by token", contestant(lambda *inputs: kernels.ssd_reference(*inputs)[0])),
             peer("mambapy, Mamba-1's parallel scan", "mambapy", lambda: contestant(ssd_mambapy)),
             peer(f"mamba-ssm, chunk {default}", "mamba_ssm", from_mamba_ssm, device),
             peer("flash-linear-attention", "fla", lambda: contestant(ssd_fla), device),
@@ -232,13 +256,17 @@ def ssd_work(device: torch.device, B=4, T=512, H=16, P=32, K=1, N=64, chunk=64, 
     )
 
 
-def mixer_work(device: torch.device, B=4, T=512, D=256, H=8, P=64, N=64, chunk=64, lengths=LENGTHS) -> Work:
-    """The whole mixer: projections, convolution, scan, gated norm. For `growth` one sequence of every length."""
+def mixer_work(
+    device: torch.device, B=4, T=512, D=256, H=8, P=64, N=64, chunk=64, lengths=LENGTHS) -> Work:
+    """The whole mixer: projections, convolution, scan, gated norm. For `growth` one sequence of
+    every length."""
     mixer = _mixer(device, D, H, P, N, chunk)
     leaves = [mixer.get_parameter(name) for name in TRANSFORMERS_NAMES]
 
     def sequences(B: int, T: int) -> Tensor:
-        return torch.randn(B, T, D, generator=torch.Generator().manual_seed(1)).to(device).requires_grad_()
+        return (torch.randn(B, T, D, generator=torch.Generator().manual_seed(1))
+                .to(device)
+                .requires_grad_())
 
     def ours(u_BTD: Tensor) -> Callable[[], list[Tensor]]:
         return with_gradients(lambda: mixer(u_BTD, None, None)[0], [u_BTD, *leaves])
@@ -254,15 +282,18 @@ def mixer_work(device: torch.device, B=4, T=512, D=256, H=8, P=64, N=64, chunk=6
         B * T,
         [
             Contestant(f"ours, chunk {chunk}", ours(u_BTD)),
-            peer("transformers NemotronH, chunk 128 (its default)", "transformers", lambda: from_transformers(128)),
-            peer(f"transformers NemotronH, chunk {chunk}", "transformers", lambda: from_transformers(chunk)),
+            peer("transformers NemotronH, chunk 128 (its default)", "transformers",
+                 lambda: from_transformers(128)),
+            peer(f"transformers NemotronH, chunk {chunk}", "transformers",
+                 lambda: from_transformers(chunk)),
         ],
         {T: ours(sequences(1, T)) for T in lengths},
     )
 
 
 def decode_work(device: torch.device, B=16, T=64, D=256, H=8, P=64, N=64, n_steps=20) -> Work:
-    """The mixer on one token at a time, after a prefix of T tokens: each run goes on from where the last one stopped."""
+    """The mixer on one token at a time, after a prefix of T tokens: each run goes on from where the
+    last one stopped."""
     mixer = _mixer(device, D, H, P, N, 64)
     generator = torch.Generator().manual_seed(1)
     prefix_BTD, u_B1D = (torch.randn(B, t, D, generator=generator).to(device) for t in (T, 1))
@@ -285,17 +316,20 @@ def decode_work(device: torch.device, B=16, T=64, D=256, H=8, P=64, N=64, n_step
         cache = DynamicCache(config=settings)
         with torch.no_grad():
             theirs(prefix_BTD, cache_params=cache)
-        return torch.no_grad()(lambda: [theirs(u_B1D, cache_params=cache) for _ in range(n_steps)][-1:])
+        return torch.no_grad()(
+            lambda: [theirs(u_B1D, cache_params=cache) for _ in range(n_steps)][-1:])
 
     return Work(
         f"{n_steps} tokens of the mixer, one at a time, b{B} d{D} h{H} p{P} n{N}",
         B * n_steps,
-        [Contestant("ours", ours()), peer("transformers NemotronH", "transformers", from_transformers)],
+        [Contestant("ours", ours()),
+         peer("transformers NemotronH", "transformers", from_transformers)],
     )
 
 
 def logp_work(device: torch.device, T=2048, D=128, V=8192, factor=8) -> Work:
-    """Log-probabilities of T tokens and the gradient of their hidden states, for a vocabulary and for a larger one."""
+    """Log-probabilities of T tokens and the gradient of their hidden states, for a vocabulary and
+    for a larger one."""
     generator = torch.Generator().manual_seed(0)
     hidden_TD = torch.randn(T, D, generator=generator).to(device).requires_grad_()
     matrices = [torch.randn(n, D, generator=generator).to(device) / D**0.5 for n in (V, factor * V)]
@@ -310,25 +344,26 @@ def logp_work(device: torch.device, T=2048, D=128, V=8192, factor=8) -> Work:
         T,
         [
             Contestant(f"ours, V = {V}", contestant(kernels.selected_logp, small)),
-            Contestant(f"all logits at once, V = {V}", contestant(kernels.selected_logp_reference, small)),
-            Contestant(f"ours, V = {factor * V}", contestant(kernels.selected_logp, large), is_other_work=True),
             Contestant(
-                f"all logits at once, V = {factor * V}",
-                contestant(kernels.selected_logp_reference, large),
-                is_other_work=True,
-            ),
+                f"all logits at once, V = {V}", contestant(kernels.selected_logp_reference, small)),
+            Contestant(f"ours, V = {factor * V}", contestant(kernels.selected_logp, large),
+                       is_other_work=True),
+            Contestant(f"all logits at once, V = {factor * V}",
+                       contestant(kernels.selected_logp_reference, large), is_other_work=True),
         ],
     )
 
 
-def rlp_step_work(
-    device: torch.device, B=4, T=256, G=8, M=32, V=1024, model=PRESETS["cpu"].model, dtype=torch.float32
-) -> Work:
-    """A step of RLP: sampled thoughts, their reward, and the gradient of every weight. Contexts are random tokens."""
+def rlp_step_work(device: torch.device, B=4, T=256, G=8, M=32, V=1024, model=PRESETS["cpu"].model,
+                  dtype=torch.float32) -> Work:
+    """A step of RLP: sampled thoughts, their reward, and the gradient of every weight. Contexts are
+    random tokens."""
     torch.manual_seed(0)
     network = HybridLM(dataclasses.replace(model, vocab_size=V)).to(device, dtype)
     with torch.no_grad():
-        for p in network.parameters():  # at the start some matrices are zero: their layers would have no gradient
+        for p in (
+            network.parameters()
+        ):  # at the start some matrices are zero: their layers would have no gradient
             p.add_(0.02 * torch.randn_like(p))
     tokenizer = SimpleNamespace(think=V - 3, close=V - 2, end=V - 1, tags=(V - 3, V - 2))
     objective = RLP(RLPConfig(group_size=G, thought_len=M), tokenizer)
@@ -345,47 +380,56 @@ def rlp_step_work(
         return torch.Generator(device).manual_seed(0)
 
     def ours() -> list[Tensor]:
-        prepared = objective.prepare(network, batch, generator())
+        prepared = objective.prepare(network, batch, 0, generator())
         loss, _, _ = objective.loss(network, prepared)
-        return [prepared["gain_R"], prepared["old_logp_RM"], *torch.autograd.grad(loss, list(network.parameters()))]
+        return [prepared["gain_R"], prepared["old_logp_RM"],
+                *torch.autograd.grad(loss, list(network.parameters()))]
 
-    thoughts = sample_thoughts(network, context_BT, batch["ids_BT"], target_BX, tokenizer.tags, tokenizer.end, G, M,
-                               objective.config.temperature, generator())  # fmt: skip
+    thoughts = sample_thoughts(network, context_BT, batch["ids_BT"], target_BX, tokenizer.tags,
+                               tokenizer.end, G, M, objective.config.temperature, generator())
     return Work(
         f"RLP step, {B} contexts of {T} tokens, G = {G} thoughts of up to {M}, {model.pattern}, V = {V}",
         B * G * M,
         [
             Contestant("ours", ours),
-            Contestant("the plain way", lambda: plain_rlp_step(network, objective, batch, thoughts, generator())),
+            Contestant("the plain way",
+                       lambda: plain_rlp_step(network, objective, batch, thoughts, generator())),
         ],
     )
 
 
-def elastic_step_work(device: torch.device, B=8, T=256, V=1024, budget=0.5, model=PRESETS["cpu"].model) -> Work:
-    """A step of Elastic for a budget, after the search: the teacher's pass, the loss, and the gradient of every weight.
+def elastic_step_work(
+    device: torch.device, B=8, T=256, V=1024, budget=0.5, model=PRESETS["cpu"].model) -> Work:
+    """A step of Elastic for a budget, after the search: the teacher's pass, the loss, and the
+    gradient of every weight.
 
-    The teacher is the full model whatever the budget; a step on the text alone shows what the budget itself saves. In the
-    preset the full model that trains is a second teacher of the smaller ones.
+    The teacher is the full model whatever the budget; a step on the text alone shows what the
+    budget itself saves. In the preset the full model that trains is a second teacher of the smaller
+    ones.
     """
     torch.manual_seed(0)
-    network, teacher = (HybridLM(dataclasses.replace(model, vocab_size=V)).to(device) for _ in range(2))
+    network, teacher = (
+        HybridLM(dataclasses.replace(model, vocab_size=V)).to(device) for _ in range(2))
     with torch.no_grad():
-        for p in [*network.parameters(), *teacher.parameters()]:  # at the start some matrices are zero
+        for p in [*network.parameters(),
+                  *teacher.parameters()]:  # at the start some matrices are zero
             p.add_(0.02 * torch.randn_like(p))
     settings = dataclasses.replace(PRESETS["cpu"].elastic, choose="fixed", budgets=(1.0, budget))
     router = routers.build_router(network.config, settings, list(range(len(model.pattern))), device)
     objective = elastic.Elastic(settings, router, teacher.requires_grad_(False))
-    weights, masks = dict(network.named_parameters()), nested.hard_masks(network.config, router.choose(budget))
-    batch = {
-        "tokens_BT": torch.randint(V, (B, T), device=device),
-        "targets_BT": torch.randint(V, (B, T), device=device),
-        "ids_BT": torch.zeros(B, T, dtype=torch.long, device=device),
-    }
+    weights, masks = (dict(network.named_parameters()),
+                      nested.hard_masks(network.config, router.choose(budget)))
+    batch = {"tokens_BT": torch.randint(V, (B, T), device=device),
+             "targets_BT": torch.randint(V, (B, T), device=device),
+             "ids_BT": torch.zeros(B, T, dtype=torch.long, device=device)}
 
-    def step(hidden_BTD: Tensor, head_VD: Tensor, kl: float = settings.kl, self_kl: float = 0.0) -> list[Tensor]:
+    def step(
+        hidden_BTD: Tensor, head_VD: Tensor, kl: float = settings.kl, self_kl: float = 0.0
+    ) -> list[Tensor]:
         teachers = [(kl, teacher), (self_kl, network)]
         total, n_tokens = objective.task(hidden_BTD, head_VD, batch, teachers, settings.ce)
-        found = torch.autograd.grad(total / n_tokens, list(weights.values()), allow_unused=True, materialize_grads=True)
+        found = torch.autograd.grad(
+            total / n_tokens, list(weights.values()), allow_unused=True, materialize_grads=True)
         return [total.detach() / n_tokens, *found]
 
     def on_slices(budget: float, **options: float) -> list[Tensor]:
@@ -394,19 +438,24 @@ def elastic_step_work(device: torch.device, B=8, T=256, V=1024, budget=0.5, mode
     def on_masks() -> list[Tensor]:
         masked = nested.mask_weights(weights, network.config, masks)
         skeleton = nested.masked_skeleton(network.config, masks)
-        hidden_BTD, _ = torch.func.functional_call(skeleton, masked, (batch["tokens_BT"],), {"ids_BT": batch["ids_BT"]})
+        hidden_BTD, _ = torch.func.functional_call(
+            skeleton, masked, (batch["tokens_BT"],), {"ids_BT": batch["ids_BT"]})
         return step(hidden_BTD, masked.get("head.weight", masked["embed.weight"]))
 
     return Work(
         f"Elastic step, {B} sequences of {T} tokens, {model.pattern}, d{model.d_model}, V = {V}",
         B * T,
         [
-            Contestant(f"{100 * budget:g} % of the parameters, on slices", lambda: on_slices(budget)),
+            Contestant(
+                f"{100 * budget:g} % of the parameters, on slices", lambda: on_slices(budget)),
             Contestant(f"{100 * budget:g} %, on masks (the paper's way)", on_masks),
             Contestant("100 %", lambda: on_slices(1.0), is_other_work=True),
-            Contestant(f"{100 * budget:g} %, two teachers", lambda: on_slices(budget, self_kl=1.0), is_other_work=True),
-            Contestant(f"{100 * budget:g} %, on the text alone", lambda: on_slices(budget, kl=0.0), is_other_work=True),
-            Contestant("100 %, on the text alone", lambda: on_slices(1.0, kl=0.0), is_other_work=True),
+            Contestant(f"{100 * budget:g} %, two teachers", lambda: on_slices(budget, self_kl=1.0),
+                       is_other_work=True),
+            Contestant(f"{100 * budget:g} %, on the text alone", lambda: on_slices(budget, kl=0.0),
+                       is_other_work=True),
+            Contestant(
+                "100 %, on the text alone", lambda: on_slices(1.0, kl=0.0), is_other_work=True),
         ],
     )
 
@@ -421,11 +470,14 @@ BENCHES: dict[str, Callable[..., Work]] = {
 }
 
 
-# ----------------------------------------------------------------------------------------------------- contestants
+# -------------------------------------------------------------------------------------- contestants
 
 
-def peer(name: str, package: str, make: Callable[[], Callable], device: torch.device | None = None) -> Contestant:
-    """A contestant from another package, or the reason why it does not run. Those that need a GPU are told the device."""
+def peer(
+    name: str, package: str, make: Callable[[], Callable], device: torch.device | None = None
+) -> Contestant:
+    """A contestant from another package, or the reason why it does not run. Those that need a GPU
+    are told the device."""
     if find_spec(package) is None:
         return Contestant(name, None, f"not installed: pip install {PIP[package]}")
     if device is not None and device.type != "cuda":
@@ -434,7 +486,8 @@ def peer(name: str, package: str, make: Callable[[], Callable], device: torch.de
     return Contestant(name, lambda: made()())
 
 
-def with_gradients(forward: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], list[Tensor]]:
+def with_gradients(
+    forward: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], list[Tensor]]:
     """A run that returns y and the gradient of one random linear function of it for every leaf."""
     weight = None
 
@@ -448,20 +501,23 @@ def with_gradients(forward: Callable[[], Tensor], leaves: list[Tensor]) -> Calla
     return run
 
 
-def ssd_listing(
-    x_BTHP: Tensor, dt_BTH: Tensor, a_H: Tensor, b_BTKN: Tensor, c_BTKN: Tensor, d_H: Tensor, chunk: int
-) -> Tensor:
-    """The scan as the paper lists it (arXiv 2405.21060, listing 1): four contractions over chunks, and segment sums.
+def ssd_listing(x_BTHP: Tensor, dt_BTH: Tensor, a_H: Tensor, b_BTKN: Tensor, c_BTKN: Tensor,
+                d_H: Tensor, chunk: int) -> Tensor:
+    """The scan as the paper lists it (arXiv 2405.21060, listing 1): four contractions over chunks,
+    and segment sums.
 
     T must be a multiple of the chunk.
     """
     R = x_BTHP.shape[2] // b_BTKN.shape[2]
     b_BTHN, c_BTHN = (t.repeat_interleave(R, dim=2) for t in (b_BTKN, c_BTKN))
-    x, b, c = (rearrange(t, "b (c q) h n -> b c q h n", q=chunk) for t in (x_BTHP * dt_BTH[..., None], b_BTHN, c_BTHN))
+    x, b, c = (rearrange(t, "b (c q) h n -> b c q h n", q=chunk)
+               for t in (x_BTHP * dt_BTH[..., None], b_BTHN, c_BTHN))
     da_BHCQ = rearrange(dt_BTH * a_H, "b (c q) h -> b h c q", q=chunk)
     l_BHCQ = da_BHCQ.cumsum(-1)
-    inside = einsum(c, b, segment_sums(da_BHCQ).exp(), x, "b c q h n, b c s h n, b h c q s, b c s h p -> b c q h p")
-    added = einsum(b, (l_BHCQ[..., -1:] - l_BHCQ).exp(), x, "b c s h n, b h c s, b c s h p -> b c h p n")
+    inside = einsum(c, b, segment_sums(da_BHCQ).exp(), x,
+                    "b c q h n, b c s h n, b h c q s, b c s h p -> b c q h p")
+    added = einsum(
+        b, (l_BHCQ[..., -1:] - l_BHCQ).exp(), x, "b c s h n, b h c s, b c s h p -> b c h p n")
     added = torch.cat([torch.zeros_like(added[:, :1]), added], dim=1)
     between = segment_sums(nn.functional.pad(l_BHCQ[..., -1], (1, 0))).exp()
     starts = einsum(between, added, "b h z c, b c h p n -> b z h p n")[:, :-1]
@@ -470,9 +526,11 @@ def ssd_listing(
 
 
 def segment_sums(v: Tensor) -> Tensor:
-    """From v of [..., Q] the sums of v over s < i <= q for every pair [..., q, s]; -inf where s > q.
+    """From v of [..., Q] the sums of v over s < i <= q for every pair [..., q, s]; -inf where s >
+    q.
 
-    Every sum is a sum of its own, not a difference of two running sums: nothing cancels, and it costs Q times as much.
+    Every sum is a sum of its own, not a difference of two running sums: nothing cancels, and it
+    costs Q times as much.
     """
     Q = v.shape[-1]
     lower_QQ = torch.ones(Q, Q, dtype=torch.bool, device=v.device).tril()
@@ -480,7 +538,9 @@ def segment_sums(v: Tensor) -> Tensor:
     return terms.cumsum(-2).masked_fill(~lower_QQ, -torch.inf)
 
 
-def ssd_mambapy(x_BTHP: Tensor, dt_BTH: Tensor, a_H: Tensor, b_BTKN: Tensor, c_BTKN: Tensor, d_H: Tensor) -> Tensor:
+def ssd_mambapy(
+    x_BTHP: Tensor, dt_BTH: Tensor, a_H: Tensor, b_BTKN: Tensor, c_BTKN: Tensor, d_H: Tensor
+) -> Tensor:
     """The same scan through the one of Mamba-1, which keeps a state for every token and channel."""
     from mambapy.pscan import pscan
 
@@ -493,13 +553,16 @@ def ssd_mambapy(x_BTHP: Tensor, dt_BTH: Tensor, a_H: Tensor, b_BTKN: Tensor, c_B
     return (state_BTHPN @ c_BTHN[..., None])[..., 0] + d_H[:, None] * x_BTHP
 
 
-def ssd_fla(x_BTHP: Tensor, dt_BTH: Tensor, a_H: Tensor, b_BTKN: Tensor, c_BTKN: Tensor, d_H: Tensor) -> Tensor:
+def ssd_fla(
+    x_BTHP: Tensor, dt_BTH: Tensor, a_H: Tensor, b_BTKN: Tensor, c_BTKN: Tensor, d_H: Tensor
+) -> Tensor:
     """The same scan as gated linear attention: queries c, keys b, values dt x, gates dt a."""
     from fla.ops.simple_gla import chunk_simple_gla
 
     R = x_BTHP.shape[2] // b_BTKN.shape[2]
     b_BTHN, c_BTHN = (t.repeat_interleave(R, dim=2) for t in (b_BTKN, c_BTKN))
-    y_BTHP, _ = chunk_simple_gla(c_BTHN, b_BTHN, x_BTHP * dt_BTH[..., None], g=dt_BTH * a_H, scale=1.0)
+    y_BTHP, _ = chunk_simple_gla(
+        c_BTHN, b_BTHN, x_BTHP * dt_BTH[..., None], g=dt_BTH * a_H, scale=1.0)
     return y_BTHP + d_H[:, None] * x_BTHP
 
 
@@ -520,39 +583,42 @@ def transformers_mixer(ours: Mamba2, chunk: int) -> tuple[nn.Module, object]:
     from transformers import NemotronHConfig
     from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
 
-    config = NemotronHConfig(
-        hidden_size=ours.in_proj.in_features, mamba_num_heads=ours.n_heads, mamba_head_dim=ours.head_dim,
-        ssm_state_size=ours.d_state, n_groups=ours.n_groups, layers_block_type=["linear_attention"], chunk_size=chunk,
-        time_step_min=0.0, layer_norm_epsilon=ours.norm_eps,
-    )  # fmt: skip
+    config = NemotronHConfig(hidden_size=ours.in_proj.in_features, mamba_num_heads=ours.n_heads,
+                             mamba_head_dim=ours.head_dim, ssm_state_size=ours.d_state,
+                             n_groups=ours.n_groups, layers_block_type=["linear_attention"],
+                             chunk_size=chunk, time_step_min=0.0, layer_norm_epsilon=ours.norm_eps)
     theirs = NemotronHMamba2Mixer(config, 0).to(ours.D.device)
-    weights = {theirs_name: ours.get_parameter(name).detach() for name, theirs_name in TRANSFORMERS_NAMES.items()}
+    weights = {theirs_name: ours.get_parameter(name).detach()
+               for name, theirs_name in TRANSFORMERS_NAMES.items()}
     theirs.load_state_dict(weights | {"conv1d.weight": ours.conv_weight.detach()[:, None]})
     return theirs, config
 
 
 def _mixer(device: torch.device, D: int, H: int, P: int, N: int, chunk: int) -> Mamba2:
     torch.manual_seed(0)
-    return Mamba2(ModelConfig(d_model=D, mamba_heads=H, mamba_head_dim=P, d_state=N, chunk=chunk)).to(device)
+    return Mamba2(
+        ModelConfig(d_model=D, mamba_heads=H, mamba_head_dim=P, d_state=N, chunk=chunk)).to(device)
 
 
-def plain_rlp_step(
-    network: HybridLM, objective: RLP, batch: dict[str, Tensor], thoughts: Thoughts, generator: torch.Generator
-) -> list[Tensor]:
-    """A step of RLP with nothing shared: every thought brings a copy of its context, and all logits are computed.
+def plain_rlp_step(network: HybridLM, objective: RLP, batch: dict[str, Tensor], thoughts: Thoughts,
+                   generator: torch.Generator) -> list[Tensor]:
+    """A step of RLP with nothing shared: every thought brings a copy of its context, and all logits
+    are computed.
 
-    The copies are run to sample; once more in full, with the thought, to score the target; and in full again for the
-    gradient. What is sampled is then replaced by the thoughts given, so that the results can be compared.
+    The copies are run to sample; once more in full, with the thought, to score the target; and in
+    full again for the gradient. What is sampled is then replaced by the thoughts given, so that the
+    results can be compared.
     Returns the gain and the sampled log-probabilities of every thought, and the gradients.
     """
     c, tags = objective.config, objective.tokenizer.tags
-    context_RT, ids_RT, target_RX = (
-        batch[name].repeat_interleave(c.group_size, dim=0) for name in ("context_BT", "ids_BT", "target_BX")
-    )
+    context_RT, ids_RT, target_RX = (batch[name].repeat_interleave(c.group_size, dim=0)
+                                     for name in ("context_BT", "ids_BT", "target_BX"))
     tokens_RM, length_R = thoughts.tokens_RM, thoughts.length_R
     (R, M), T = tokens_RM.shape, context_RT.shape[1]
     think_R1, close_R1 = (torch.full_like(context_RT[:, :1], tag) for tag in tags)
-    full_RS = torch.cat([context_RT, think_R1, tokens_RM, close_R1], dim=1)  # past its end a thought is closing tags
+    full_RS = torch.cat(
+        [context_RT, think_R1, tokens_RM, close_R1], dim=1
+    )  # past its end a thought is closing tags
 
     def logits(model: HybridLM, tokens_RS: Tensor) -> Tensor:
         ids_RS = torch.cat([ids_RT, ids_RT.new_zeros(R, tokens_RS.shape[1] - T)], dim=1)
@@ -571,29 +637,41 @@ def plain_rlp_step(
             steps.append(network.logits(hidden_R1D[:, 0]))
             sample(steps[-1], tags[:1], c.temperature, generator)
         old_logp_RM = logp_of_thoughts(torch.stack(steps, dim=1)).float()
-        closing_R = T + length_R + (~thoughts.closed_R).long()  # where the tag stands that closes the thought
+        closing_R = (
+            T + length_R + (~thoughts.closed_R).long()
+        )  # where the tag stands that closes the thought
         logits_RV = logits(network, full_RS)[torch.arange(R, device=length_R.device), closing_R]
         logp_target_R = token_logp(logits_RV, target_RX[:, 0], tags).float()
-        logp_teacher_R = token_logp(logits(objective.teacher, context_RT)[:, -1], target_RX[:, 0], tags).float()
+        logp_teacher_R = token_logp(
+            logits(objective.teacher, context_RT)[:, -1], target_RX[:, 0], tags).float()
         teacher_B = logp_teacher_R.view(-1, c.group_size)[:, 0]
         gain_BG = information_gain(logp_target_R.view(-1, c.group_size), teacher_B)
         advantage_BG = group_advantages(gain_BG.clamp(min=c.reward_floor))
     logp_RM = logp_of_thoughts(logits(network, full_RS)[:, T : T + M])
-    loss_R = clipped_surrogate(logp_RM, old_logp_RM, advantage_BG.flatten(), length_R, c.eps_low, c.eps_high)
-    return [gain_BG.flatten(), old_logp_RM, *torch.autograd.grad(loss_R.sum(), list(network.parameters()))]
+    loss_R = clipped_surrogate(
+        logp_RM, old_logp_RM, advantage_BG.flatten(), length_R, c.eps_low, c.eps_high)
+    return [gain_BG.flatten(), old_logp_RM,
+            *torch.autograd.grad(loss_R.sum(), list(network.parameters()))]
 
 
-# ------------------------------------------------------------------------------------------------------ the program
+# -------------------------------------------------------------------------------------- the program
 
 
 def measure(name: str, device: torch.device, repeats: int, **sizes) -> dict:
-    """Run one benchmark; `sizes` are those of its function. Returns what its file in results/ holds."""
+    """Run one benchmark; `sizes` are those of its function. Returns what its file in results/
+    holds."""
     work = BENCHES[name](device, **sizes)
-    return {"bench": name, **compare(work, repeats, device), **surroundings(device), "repeats": repeats}
+    return {
+        "bench": name,
+        **compare(work, repeats, device),
+        **surroundings(device),
+        "repeats": repeats,
+    }
 
 
 def surroundings(device: torch.device) -> dict:
-    """What a figure is worth only together with: the machine, the threads, the precision and the versions."""
+    """What a figure is worth only together with: the machine, the threads, the precision and the
+    versions."""
     if device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
     else:
@@ -605,21 +683,20 @@ def surroundings(device: torch.device) -> dict:
         "machine": machine,
         "threads": torch.get_num_threads(),
         "precision": torch.get_float32_matmul_precision(),
-        "versions": {name: sys.modules[name].__version__ for name in ("torch", "transformers") if name in sys.modules},
+        "versions": {name: sys.modules[name].__version__
+                     for name in ("torch", "transformers")
+                     if name in sys.modules},
     }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`python -m tools.bench NAME`: a table, and results/bench-NAME-DEVICE.json. Returns 0, or 2 if it cannot."""
+    """`python -m tools.bench NAME`: a table, and results/bench-NAME-DEVICE.json. Returns 0, or 2 if
+    it cannot."""
 
-    def bench(
-        name: tyro.conf.Positional[Literal[(*BENCHES, "all")]],
-        repeats: int = 15,
-        threads: int = 1,
-        precision: Literal["highest", "high", "medium"] = "highest",
-        device: Literal["auto", "cpu", "cuda"] = "auto",
-        out: Path = Path(__file__).parent.parent / "results",
-    ) -> None:
+    def bench(name: tyro.conf.Positional[Literal[(*BENCHES, "all")]], repeats: int = 15,
+              threads: int = 1, precision: Literal["highest", "high", "medium"] = "highest",
+              device: Literal["auto", "cpu", "cuda"] = "auto",
+              out: Path = Path(__file__).parent.parent / "results") -> None:
         """Measure speed and memory beside the code of others, on equal work.
 
         Args:
@@ -631,9 +708,18 @@ def main(argv: list[str] | None = None) -> int:
             out: Folder of the results; report.py makes README's tables of results/.
         """
         require(repeats >= 1, f"repeats ({repeats}) must be at least 1")
-        require(device != "cuda" or torch.cuda.is_available(), "device (cuda) is not available on this machine; use cpu")
-        if name == "all":  # each in a process of its own: what malloc has learned from one would change the next
-            options = {"repeats": repeats, "threads": threads, "precision": precision, "device": device, "out": out}
+        require(device != "cuda" or torch.cuda.is_available(),
+                "device (cuda) is not available on this machine; use cpu")
+        if (
+            name == "all"
+        ):  # each in a process of its own: what malloc has learned from one would change the next
+            options = {
+                "repeats": repeats,
+                "threads": threads,
+                "precision": precision,
+                "device": device,
+                "out": out,
+            }
             words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
             for one in BENCHES:
                 subprocess.run([sys.executable, "-m", "tools.bench", one, *words], check=True)

@@ -1,4 +1,5 @@
-"""Write what a run has trained as a Hugging Face directory: `python -m tools.export RUN --out DIR`."""
+"""Write what a run has trained as a Hugging Face directory: `python -m tools.export RUN --out
+DIR`."""
 
 import shutil
 import sys
@@ -9,18 +10,17 @@ import torch
 import tyro
 
 from system import checkpoint
-from system.config import exit_code, read_json, require, saved_config
+from system.config import saved_config
+from system.errors import exit_code, require
+from system.files import read_json
 from system.huggingface import family_of, save_hf
 
-# ------------------------------------------------------------------------------------------------------------ program
+# ------------------------------------------------------------------------------------------ program
 
 
-def export(
-    run: tyro.conf.Positional[Path],
-    out: Path,
-    dtype: Literal["float32", "bfloat16"] = "float32",
-    widths: Literal["padded", "listed"] = "padded",
-) -> None:
+def export(run: tyro.conf.Positional[Path], out: Path,
+           dtype: Literal["float32", "bfloat16"] = "float32",
+           widths: Literal["padded", "listed"] = "padded") -> None:
     """Write what a run has trained as a Hugging Face directory.
 
     Args:
@@ -31,12 +31,15 @@ def export(
             are, and config.json lists their widths, as vLLM reads intermediate_size; transformers reads no lists.
     """
     found = checkpoint.newest(run)
-    require(found, f"{run} holds no checkpoint; give the folder of a run, such as runs/rlp-cpu-seed0")
+    require(
+        found, f"{run} holds no checkpoint; give the folder of a run, such as runs/rlp-cpu-seed0")
     config = saved_config(run).model
-    source, kept = run / "hf", ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
+    source, kept = (run / "hf",
+                    ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings"))
     theirs = read_json(source / "config.json") if source.is_dir() else {}
     more = {key: theirs[key] for key in kept if key in theirs}
-    save_hf(out, config, found.tensors("model"), getattr(torch, dtype), more=more, listed=widths == "listed")
+    save_hf(out, config, found.tensors("model"), getattr(torch, dtype), more=more,
+            listed=widths == "listed")
     if source.is_dir():
         shutil.copyfile(source / "tokenizer.json", out / "tokenizer.json")
     print(f"wrote {out} ({family_of(config)})")

@@ -1,4 +1,5 @@
-"""Cut the model of one budget out of an elastic run: `python -m tools.extract RUN --budget B --out DIR`."""
+"""Cut the model of one budget out of an elastic run: `python -m tools.extract RUN --budget B --out
+DIR`."""
 
 import sys
 from pathlib import Path
@@ -6,7 +7,7 @@ from pathlib import Path
 import tyro
 
 import elastic
-from system.config import exit_code
+from system.errors import exit_code
 
 
 def extract(run: tyro.conf.Positional[Path], budget: float, out: Path) -> None:
@@ -18,7 +19,8 @@ def extract(run: tyro.conf.Positional[Path], budget: float, out: Path) -> None:
         out: Folder to write; generate.py and --init take it like any run.
     """
     facts = elastic.extract(run, budget, out)
-    print(f"{out}: {facts['parameters']:,} parameters in {facts['seconds']:.2f} s, {facts['widths']}")
+    print(
+        f"{out}: {facts['parameters']:,} parameters in {facts['seconds']:.2f} s, {facts['widths']}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,8 +3,9 @@
     python -m tools.report                          rewrite the tables and figures of README.md from results/
     python -m tools.report runs/rlp-cpu-seed0       take a run into results/ first
 
-`plot_run` and `print_summary` serve train.py at the end of each run. A table in README.md stands between the lines
-`<!-- table NAME -->` and `<!-- end -->`; a test compares what stands there with what this file would write.
+`plot_run` and `print_summary` serve train.py at the end of each run. A table in README.md stands
+between the lines `<!-- table NAME -->` and `<!-- end -->`; a test compares what stands there with
+what this file would write.
 """
 
 import json
@@ -32,44 +33,63 @@ def main_table(summaries: list[dict]) -> str:
         ("accuracy, base with its own thoughts", "sampled", "all", "base"),
         ("accuracy, base, greedy thought", "greedy", "all", "base"),
         ("**accuracy after RLP, sampled thoughts**", "sampled", "all", "rlp"),
-        ("accuracy after RLP, greedy thought", "greedy", "all", "rlp"),
-    ):
+        ("accuracy after RLP, greedy thought", "greedy", "all", "rlp")):
         rows.append((name, lambda s, k=kind, f=family, w=who: cell(s["accuracy"][k][f][w])))
     for family in [f for f in summaries[0]["accuracy"]["sampled"] if f != "all"]:
-        rows.append((f"&nbsp;&nbsp;{family}: base → RLP, sampled", lambda s, f=family: " → ".join(
-            f"{s['accuracy']['sampled'][f][w]['mean']:.2f}" for w in ("base", "rlp"))))  # fmt: skip
+        rows.append(
+            (
+                f"&nbsp;&nbsp;{family}: base → RLP, sampled",
+                lambda s, f=family: " → ".join(
+                    f"{s['accuracy']['sampled'][f][w]['mean']:.2f}" for w in ("base", "rlp")),
+            )
+        )
     rows += [
         ("gain against the EMA teacher", lambda s: cell(s["gain_nats"]["ema"])),
-        ("gain against its own no-think prediction", lambda s: cell(s["gain_nats"]["own_no_think"])),
+        ("gain against its own no-think prediction",
+         lambda s: cell(s["gain_nats"]["own_no_think"])),
         ("gain against an empty thought", lambda s: cell(s["gain_nats"]["empty_thought"])),
-        ("base, worked style forced, accuracy at temperature 0 / 0.7 / 1", lambda s: " / ".join(
-            f"{v['all']['mean']:.2f}" for v in s["forced_style_base"].values())),
-        ("no-think loss on ordinary text, change", lambda s: percent(s["loss_nats"]["no_think_text_change"])),
-        ("gain at ordinary-text positions, nats", lambda s: cell(s["text_positions"]["rlp"]["gain_nats"]["frozen_base"])),
-        ("the same for the base's own thoughts", lambda s: cell(s["text_positions"]["base"]["gain_nats"]["frozen_base"])),
-        ("thought length in tokens, base → RLP", lambda s: " → ".join(
-            f"{s['thought_tokens']['all'][w]['mean']:.1f}" for w in ("base", "rlp"))),
-        ("time with the base, peak memory", lambda s: f"{total_minutes(s):.1f} min, {s['peak_memory_gib']:.1f} GiB"),
-    ]  # fmt: skip
-    head = ["n = " + str(summaries[0]["gain_nats"]["frozen_base"]["n"]), *(f"seed {s['seed']}" for s in summaries)]
+        (
+            "base, worked style forced, accuracy at temperature 0 / 0.7 / 1",
+            lambda s: " / ".join(
+                f"{v['all']['mean']:.2f}" for v in s["forced_style_base"].values()),
+        ),
+        ("no-think loss on ordinary text, change",
+         lambda s: percent(s["loss_nats"]["no_think_text_change"])),
+        ("gain at ordinary-text positions, nats",
+         lambda s: cell(s["text_positions"]["rlp"]["gain_nats"]["frozen_base"])),
+        ("the same for the base's own thoughts",
+         lambda s: cell(s["text_positions"]["base"]["gain_nats"]["frozen_base"])),
+        (
+            "thought length in tokens, base → RLP",
+            lambda s: " → ".join(
+                f"{s['thought_tokens']['all'][w]['mean']:.1f}" for w in ("base", "rlp")),
+        ),
+        ("time with the base, peak memory",
+         lambda s: f"{total_minutes(s):.1f} min, {s['peak_memory_gib']:.1f} GiB"),
+    ]
+    head = ["n = " + str(summaries[0]["gain_nats"]["frozen_base"]["n"]),
+            *(f"seed {s['seed']}" for s in summaries)]
     return markdown([head, *[[name, *(f(s) for s in summaries)] for name, f in rows]])
 
 
 def rival_table(rlp: dict, cpt: dict) -> str:
     """README: the base, RLP, and the same base pretrained on its own mixture for about as long."""
     rows = [
-        [
-            "n = " + str(rlp["gain_nats"]["frozen_base"]["n"]) + f", seed {rlp['seed']}",
-            "base",
-            "RLP",
-            "CPT, about equal time",
-        ]
+        ["n = " + str(rlp["gain_nats"]["frozen_base"]["n"]) + f", seed {rlp['seed']}", "base",
+         "RLP", "CPT, about equal time"]
     ]
-    for kind, label in (("sampled", "sampled thoughts"), ("greedy", "greedy thought"), ("no_think", "without a thought")):
+    for kind, label in (("sampled", "sampled thoughts"), ("greedy", "greedy thought"),
+                        ("no_think", "without a thought")):
         leaves = rlp["accuracy"][kind]["all"], cpt["accuracy"][kind]["all"]
-        rows.append([f"accuracy, {label}", cell(leaves[0]["base"]), cell(leaves[0]["rlp"]), cell(leaves[1]["cpt"])])
+        rows.append(
+            [f"accuracy, {label}", cell(leaves[0]["base"]), cell(leaves[0]["rlp"]),
+             cell(leaves[1]["cpt"])]
+        )
     gains = [s["gain_nats"]["frozen_base"] for s in (rlp, cpt)]
-    rows.append(["gain against the frozen base, nats", cell(rlp["gain_nats_before"]["frozen_base"]), *map(cell, gains)])
+    rows.append(
+        ["gain against the frozen base, nats", cell(rlp["gain_nats_before"]["frozen_base"]),
+         *map(cell, gains)]
+    )
     text = [s["loss_nats"]["no_think_text_change"] for s in (rlp, cpt)]
     rows.append(["no-think loss on text, change", "", *map(percent, text)])
     return markdown(rows)
@@ -82,13 +102,15 @@ def bench_table(found: dict) -> str:
         cells = [row["note"], "", "", ""]
         if "ms" in row:
             times = f"{row['times_ours']:.2f}"
-            cells = [f"{row['ms']:.4g}", times, f"{row['tokens_per_s'] / 1e3:.3g}", f"{row['peak_bytes'] / 2**20:.3g}"]
+            cells = [f"{row['ms']:.4g}", times, f"{row['tokens_per_s'] / 1e3:.3g}",
+                     f"{row['peak_bytes'] / 2**20:.3g}"]
         rows.append([row["name"], *cells])
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     threads = "" if found["device"] == "cuda" else f", threads: {found['threads']}"
     text = f"{markdown(rows)}\n\n{found['machine']}{threads}, fp32 ({found['precision']}), {versions}; medians."
     text += f"\n\n{growth_table(found['growth'])}" if "growth" in found else ""
-    return text + (f"\n\n{step_shares(found['rows'])}" if found["title"].startswith("Elastic step") else "")
+    return text + (
+        f"\n\n{step_shares(found['rows'])}" if found["title"].startswith("Elastic step") else "")
 
 
 def step_shares(rows: list[dict]) -> str:
@@ -126,7 +148,8 @@ def load_results(folder: Path, prefix: str) -> list[dict]:
 
 
 def samples(file: Path) -> str:
-    """README: the first problem of each family in a run's samples.txt, with a thought before and after."""
+    """README: the first problem of each family in a run's samples.txt, with a thought before and
+    after."""
     blocks = re.split(r"(?m)^(?=\[)", file.read_text())
     first = {block.split("]")[0]: block for block in reversed(blocks) if block.startswith("[")}
     return "```text\n" + "".join(first[name] for name in sorted(first)) + "```"
@@ -141,7 +164,8 @@ def collect(run_dir: Path, folder: Path) -> None:
 
 
 def tables(folder: Path) -> dict[str, str]:
-    """Every generated part of README.md by its name; `Not run.` where results/ has nothing for it."""
+    """Every generated part of README.md by its name; `Not run.` where results/ has nothing for
+    it."""
     out = {}
     for name in ("rlp-cpu", "rlp-cpu-random"):
         summaries = load_results(folder, name)
@@ -150,13 +174,18 @@ def tables(folder: Path) -> dict[str, str]:
     out["cpt-cpu"] = rival_table(*pair[0], *pair[1]) if all(pair) else "Not run."
     summaries = load_results(folder, "elastic-cpu")
     out["elastic-cpu"] = markdown(budget_rows(summaries[0])) if summaries else "Not run."
-    out["elastic-cpu-rivals"] = "\n\n".join(
-        f"Seed {s['seed']}, whose family trained for {s['train_s']['elastic']:.0f} s:\n\n{markdown(rival_rows(s))}"
-        for s in summaries if s["baselines"]
-    ) or "Not run."  # fmt: skip
+    out["elastic-cpu-rivals"] = (
+        "\n\n".join(
+            f"Seed {s['seed']}, whose family trained for {s['train_s']['elastic']:.0f} s:\n\n{markdown(rival_rows(s))}"
+            for s in summaries
+            if s["baselines"]
+        )
+        or "Not run."
+    )
     for name in BENCHES:
         files = sorted(folder.glob(f"bench-{name}-*.json"))
-        out[f"bench-{name}"] = "\n\n".join(bench_table(json.loads(f.read_text())) for f in files) or "Not run."
+        out[f"bench-{name}"] = (
+            "\n\n".join(bench_table(json.loads(f.read_text())) for f in files) or "Not run.")
     shown = folder / "rlp-cpu-seed0.txt"
     out["samples"] = samples(shown) if shown.exists() else "Not run."
     return out

@@ -6,7 +6,7 @@ from pathlib import Path
 import tyro
 
 from evals import score_table
-from system.config import exit_code
+from system.errors import exit_code
 from system.rundir import load_run
 from text.corpus import Corpus
 

@@ -1,27 +1,24 @@
-"""Build and check shards of tokens: `python -m tools.shards build TEXTS --out DIR`, `python -m tools.shards check DIR`."""
+"""Build and check shards of tokens: `python -m tools.shards build TEXTS --out DIR`, `python -m
+tools.shards check DIR`."""
 
 import sys
 from pathlib import Path
 
 import tyro
 
-from system.config import exit_code, require
+from system.errors import exit_code, require
 from text.corpus import shard_tokenizer
 from text.shards import LIST, ShardSet, build, input_files, is_shards, read_documents
 
-# --------------------------------------------------------------------------------------------------------- program
+# ------------------------------------------------------------------------------------------ program
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`python -m tools.shards build INPUT... --out DIR`, `python -m tools.shards check DIR`. Returns 0, or 2 if refused."""
+    """`python -m tools.shards build INPUT... --out DIR`, `python -m tools.shards check DIR`.
+    Returns 0, or 2 if refused."""
 
-    def run_build(
-        inputs: tyro.conf.Positional[list[Path]],
-        out: Path,
-        tokenizer: str = "corpus",
-        vocab_size: int = 32768,
-        shard_tokens: int = 2**26,
-    ) -> None:
+    def run_build(inputs: tyro.conf.Positional[list[Path]], out: Path, tokenizer: str = "corpus",
+                  vocab_size: int = 32768, shard_tokens: int = 2**26) -> None:
         """Write texts as shards.
 
         Args:
@@ -32,11 +29,15 @@ def main(argv: list[str] | None = None) -> int:
             shard_tokens: Tokens of a shard; one shard is held in memory.
         """
         files = input_files(inputs)
-        require(not (out / LIST).exists(), f"out ({out}) already holds {LIST}; choose another --out, or delete it")
+        require(not (out / LIST).exists(),
+                f"out ({out}) already holds {LIST}; choose another --out, or delete it")
         made, kept = shard_tokenizer(tokenizer, vocab_size, read_documents(files), out)
         listed = build(read_documents(files), out, made.encode, made.end, kept, shard_tokens)
-        n_tokens, n_documents = (sum(s[k] for s in listed["shards"]) for k in ("n_tokens", "n_documents"))
-        print(f"{out}: {n_documents:,} documents, {n_tokens:,} tokens in {len(listed['shards'])} shards")
+        n_tokens, n_documents = (
+            sum(s[k] for s in listed["shards"]) for k in ("n_tokens", "n_documents"))
+        print(
+            f"{out}: {n_documents:,} documents, {n_tokens:,} tokens in {len(listed['shards'])} shards"
+        )
 
     def run_check(folder: tyro.conf.Positional[Path]) -> None:
         """Read every byte of a folder of shards and compare checksums.
@@ -44,13 +45,18 @@ def main(argv: list[str] | None = None) -> int:
         Args:
             folder: The folder.
         """
-        require(is_shards(folder), f"{folder} holds no {LIST}; give a folder that `python -m tools.shards build` wrote")
+        require(
+            is_shards(folder),
+            f"{folder} holds no {LIST}; give a folder that `python -m tools.shards build` wrote")
         found = ShardSet(folder)
         found.check()
         print(f"{folder}: {len(found.shards)} shards are as they were written")
 
     commands = {"build": run_build, "check": run_check}
-    return exit_code(lambda: tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog="python -m tools.shards"))
+    return exit_code(
+        lambda: tyro.extras.subcommand_cli_from_dict(
+            commands, args=argv, prog="python -m tools.shards")
+    )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-# ---------------------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------- tables
 
 
 def cell(leaf: dict[str, Any]) -> str:
@@ -23,22 +23,27 @@ def print_summary(summary: dict, console: Console) -> None:
     """The closing tables of a run."""
     if summary["mode"] == "elastic":
         for rows in (budget_rows(summary), rival_rows(summary)):
-            table = Table(*rows[0], title=f"held-out figures, mean (95 % interval), seed {summary['seed']}")
+            table = Table(
+                *rows[0], title=f"held-out figures, mean (95 % interval), seed {summary['seed']}")
             for row in rows[1:]:
                 table.add_row(*row)
             console.print(table)
-        console.print(f"{summary['wall_s']:.0f} s, {summary['peak_memory_gib']:.2f} GiB at the peak")
+        console.print(
+            f"{summary['wall_s']:.0f} s, {summary['peak_memory_gib']:.2f} GiB at the peak")
         return
     table = Table(title=f"held-out figures, mean (95 % interval), seed {summary['seed']}")
     who = [w for w in ("base", "rlp", "cpt") if w in summary["accuracy"]["sampled"]["all"]]
     for column in ("", *who):
         table.add_column(column)
-    for kind, label in (("no_think", "without a thought"), ("sampled", "sampled thoughts"), ("greedy", "greedy thought")):
+    for kind, label in (("no_think", "without a thought"), ("sampled", "sampled thoughts"),
+                        ("greedy", "greedy thought")):
         for family, leaves in summary["accuracy"][kind].items():
             name = f"accuracy, {label}" if family == "all" else f"  {family}"
             table.add_row(name, *(cell(leaves[w]) for w in who))
-    table.add_row("loss on text, no thought (nats a token)", *(cell(summary["loss_nats"]["no_think_text"][w]) for w in who))
-    for key, label in (("thought_tokens", "thought length (tokens)"), ("closed", "thoughts that close")):
+    table.add_row("loss on text, no thought (nats a token)",
+                  *(cell(summary["loss_nats"]["no_think_text"][w]) for w in who))
+    for key, label in (("thought_tokens", "thought length (tokens)"),
+                       ("closed", "thoughts that close")):
         if key in summary:
             table.add_row(label, *(cell(summary[key]["all"][w]) for w in who))
     for reference, leaf in summary["gain_nats"].items():
@@ -50,24 +55,30 @@ def print_summary(summary: dict, console: Console) -> None:
 def print_estimate(facts: dict, console: Console) -> None:
     """What a run would take (see estimate.py), as tables for the terminal."""
     console.print(f"{facts['parameters']:,} parameters; {facts['total_tokens']:,} tokens"
-                  + (f"; {facts['thoughts']:,} thoughts" if "thoughts" in facts else ""))  # fmt: skip
+                  + (f"; {facts['thoughts']:,} thoughts" if "thoughts" in facts else ""))
     table = Table("step of", "steps", "tokens a step", "FLOPs a step", "of which")
     for p in facts["phases"]:
         step, n = sum(p["flops"].values()), p["steps"]
         shares = ", ".join(f"{name} {100 * v / step:.0f} %" for name, v in p["flops"].items())
         table.add_row(p["name"], f"{n:,}", f"{p['tokens']:,}", f"{step:.3g}", shares)
     console.print(table)
-    console.print(f"{facts['total_flops']:.3g} FLOPs in all: {facts['h100_hours']:,.3g} H100 hours at 40 % of its peak")
+    console.print(
+        f"{facts['total_flops']:.3g} FLOPs in all: {facts['h100_hours']:,.3g} H100 hours at 40 % of its peak"
+    )
     n, kept = facts["n_gpus"], facts["memory"]
-    table = Table(f"GB on each of {n} GPU{'s' * (n > 1)}", *(f"activations: {name}" for name in kept))
+    table = Table(
+        f"GB on each of {n} GPU{'s' * (n > 1)}", *(f"activations: {name}" for name in kept))
     for part in kept["all kept"]:
         if any(memory[part] for memory in kept.values()):
             table.add_row(part, *(f"{memory[part] / 1e9:,.3g}" for memory in kept.values()))
     console.print(table)
     if "family" in facts:
-        model, router, separate = (facts["family"][name] / 1e9 for name in ("model", "router", "separate"))
-        console.print(f"all sizes in bf16: {model + router:,.3g} GB as one checkpoint ({100 * router / model:.2g} % is the "
-                      f"router), {separate:,.3g} GB as one for each")  # fmt: skip
+        model, router, separate = (
+            facts["family"][name] / 1e9 for name in ("model", "router", "separate"))
+        console.print(
+            f"all sizes in bf16: {model + router:,.3g} GB as one checkpoint ({100 * router / model:.2g} % is the "
+            f"router), {separate:,.3g} GB as one for each"
+        )
 
 
 def fine(leaf: dict[str, Any]) -> str:
@@ -83,7 +94,10 @@ def signed(leaf: dict[str, Any]) -> str:
 def budget_rows(summary: dict) -> list[list[str]]:
     """What each budget of an elastic run reaches; the first row is the head."""
     entries = summary["budgets"]
-    rows = [[f"n = {entries[0]['loss_nats']['n']}", "parent", *(f"{100 * e['fraction']:.0f} %" for e in entries)]]
+    rows = [
+        [f"n = {entries[0]['loss_nats']['n']}", "parent",
+         *(f"{100 * e['fraction']:.0f} %" for e in entries)]
+    ]
 
     def add(name: str, f: Callable[[dict], str], of_parent: bool = True) -> None:
         rows.append([name, f(summary["teacher"]) if of_parent else "", *map(f, entries)])
@@ -101,9 +115,15 @@ def budget_rows(summary: dict) -> list[list[str]]:
     add("same likeliest token as the parent", lambda e: cell(e["top1"]), False)
     if summary["stage1"]:
         long = [s["long_loss_nats"]["mean"] for s in summary["stage1"]]
-        rows.append(["loss on long text, after stage 1", f"{summary['teacher']['long_loss_nats']['mean']:.3f} (parent)",
-                     *(f"{x:.3f}" for x in long)])  # fmt: skip
-        rows.append(["loss on long text, after stage 2", "", *(f"{e['long_loss_nats']['mean']:.3f}" for e in entries)])
+        rows.append(
+            ["loss on long text, after stage 1",
+             f"{summary['teacher']['long_loss_nats']['mean']:.3f} (parent)",
+             *(f"{x:.3f}" for x in long)]
+        )
+        rows.append(
+            ["loss on long text, after stage 2", "",
+             *(f"{e['long_loss_nats']['mean']:.3f}" for e in entries)]
+        )
     return rows
 
 
@@ -113,14 +133,17 @@ def cost_share(entry: dict) -> float:
 
 
 def rival_rows(summary: dict) -> list[list[str]]:
-    """Loss of the elastic family and its rivals, and how far each is from the family, paired; the first row is the head."""
+    """Loss of the elastic family and its rivals, and how far each is from the family, paired; the
+    first row is the head."""
     entries = summary["budgets"]
     heads = [f"{100 * e['fraction']:.0f} %" for e in entries]
     rows = [
-        [f"loss, nats a token, n = {entries[0]['loss_nats']['n']}", *(h for head in heads for h in (head, "minus elastic"))]
+        [f"loss, nats a token, n = {entries[0]['loss_nats']['n']}",
+         *(h for head in heads for h in (head, "minus elastic"))]
     ]
     for name, family in {"elastic": entries, **summary["baselines"]}.items():
-        cells = [(fine(e["loss_nats"]), "" if name == "elastic" else signed(e["difference_nats"])) for e in family]
+        cells = [(fine(e["loss_nats"]), "" if name == "elastic" else signed(e["difference_nats"]))
+                 for e in family]
         rows.append([RIVALS.get(name, name), *(text for pair in cells for text in pair)])
     return rows
 
@@ -147,5 +170,6 @@ RIVALS = {
 
 
 def total_minutes(summary: dict) -> float:
-    """Minutes of the whole job: of the run, and of the base's training where the run found it in the cache."""
+    """Minutes of the whole job: of the run, and of the base's training where the run found it in
+    the cache."""
     return (summary["wall_s"] + summary["base_train_s"] * summary["base_was_cached"]) / 60

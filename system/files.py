@@ -1,0 +1,44 @@
+"""Files: written whole or not at all, named by what they hold."""
+
+import hashlib
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from system.errors import require
+
+
+def fingerprint(value: Any) -> str:
+    """Twelve hexadecimal digits that depend on the JSON form of a value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError if it cannot be read."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read as JSON ({error}); copy it again") from error
+    require(isinstance(content, dict), f"{file} holds no JSON object; copy it again")
+    return content
+
+
+def sha256(file: Path, start: int = 0) -> str:
+    """Checksum of a file's bytes from `start` on."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as f:
+        f.seek(start)
+        while block := f.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_whole(file: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write a file aside and rename it: whoever looks for it finds all of it or nothing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.{random.randrange(10**9)}.partial")
+    with open(partial, "wb") as f:
+        write(f)
+    partial.replace(file)
