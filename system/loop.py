@@ -26,6 +26,7 @@ from system import checkpoint, parallel
 from system.config import FitConfig
 from system.errors import require
 from system.files import fingerprint
+from system.muon import Muon
 from system.objective import Objective
 
 console = Console(highlight=False)
@@ -192,8 +193,7 @@ def build_optimizers(model: HybridLM, settings: FitConfig) -> list[torch.optim.O
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)]
     if muon:
-        optimizers.append(
-            torch.optim.Muon(muon, lr=settings.muon_lr, weight_decay=settings.weight_decay))
+        optimizers.append(Muon(muon, lr=settings.muon_lr, weight_decay=settings.weight_decay))
     return optimizers
 
 
