@@ -335,6 +335,11 @@ def broadcast(network: nn.Module) -> None:
 # ---------------------------------------------------------------------------------------- gradients
 
 
+def device_of(network: nn.Module) -> torch.device:
+    """Where its weights are."""
+    return next(network.parameters()).device
+
+
 def local(t: Tensor) -> Tensor:
     """What this process holds of a tensor, sharing its memory: elementwise work needs no more."""
     return t.to_local() if isinstance(t, DTensor) else t

@@ -1,5 +1,6 @@
 """Settings of every test, the tiny model that most of them run, the corpus, and what tests of whole runs share."""
 
+import dataclasses
 import json
 import random
 import signal
@@ -119,16 +120,16 @@ def weights_of(run_dir):
     return {f.name: f.read_bytes() for f in checkpoint.newest(run_dir).path.glob("*.safetensors")}
 
 
-def disturb(monkeypatch, name, at, action):
-    """Call `action` when train.py makes the batch of step `at` by the function of that name."""
-    make = getattr(train, name)
+def disturb(monkeypatch, mode, at, action):
+    """Call `action` when the batch of step `at` of that mode is made."""
+    entry = train.MODES[mode]
 
     def made(corpus, config, step):
         if step == at:
             action()
-        return make(corpus, config, step)
+        return entry.batch(corpus, config, step)
 
-    monkeypatch.setattr(train, name, made)
+    monkeypatch.setitem(train.MODES, mode, dataclasses.replace(entry, batch=made))
 
 
 def press_ctrl_c():

@@ -127,13 +127,13 @@ def fit(corpus, run_dir, start=None, dtype=torch.float32, **changes):
     config = with_elastic(**NINE | changes)
     config.check()
     model = noisy_model(config, corpus).to(dtype)
-    return model, train.train_elastic(model, corpus, config, run_dir, start)
+    return model, train.train("elastic", model, corpus, config, run_dir, start)
 
 
 def stop_at(step, action, corpus, run_dir, monkeypatch):
     """The same run, disturbed when the batch of a step is made."""
     with monkeypatch.context() as patch:
-        disturb(patch, "elastic_batch", step, action)
+        disturb(patch, "elastic", step, action)
         with pytest.raises((RuntimeError, KeyboardInterrupt)):
             fit(corpus, run_dir)
 
@@ -224,7 +224,7 @@ def test_ordering_for_training_leaves_the_parents_function(corpus, tmp_path):
     config = with_elastic(steps=0)
     parent = noisy_model(config, corpus)
     model = copy.deepcopy(parent)
-    train.train_elastic(model, corpus, config, tmp_path, None)
+    train.train("elastic", model, corpus, config, tmp_path, None)
     tokens_BT = torch.arange(40).view(2, 20)
     assert not torch.equal(model.embed.weight, parent.embed.weight)
     logits = [m.logits(m(tokens_BT)[0]) for m in (model, parent)]
@@ -243,10 +243,12 @@ def rivals_of(name, corpus, monkeypatch, tmp_path, **changes):
         fits.append((copy.deepcopy(model), objective, settings, run_dir.relative_to(tmp_path)))
 
     monkeypatch.setattr(train, "fit", recorded)
-    objective = train.train_elastic(copy.deepcopy(parent), corpus, config, tmp_path, None)
+    whole = copy.deepcopy(parent)
+    objective = train.train("elastic", whole, corpus, config, tmp_path, None)
     widths = {b: objective.router.choose(b) for b in config.elastic.budgets}
     fits.clear()
-    sizes = train.train_rival(name, parent, widths, corpus, config, tmp_path / name)
+    trained = train.Trained(whole, objective, corpus, config, tmp_path)
+    sizes = train.train_rival(name, trained, widths, tmp_path / name)
     return parent, widths, fits, sizes
 
 
@@ -383,7 +385,8 @@ def test_a_run_stopped_in_a_baseline_and_resumed_equals_the_uninterrupted_one(pr
             press_ctrl_c()
         return elastic_batch(corpus, config, step)
 
-    monkeypatch.setattr(train, "elastic_batch", batch)
+    entry = replace(train.MODES["elastic"], batch=batch)
+    monkeypatch.setitem(train.MODES, "elastic", entry)
     assert program(tmp_path, *words) == 130
     assert steps == [0, 1, 2, 3, 4, 5, 0, 1, 2]
     assert program(tmp_path, *words, "--resume") == 0

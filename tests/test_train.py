@@ -244,8 +244,8 @@ def test_a_second_program_waits_for_the_base_that_another_one_trains(program, co
     config = dataclasses.replace(PRESETS["smoke"], data=DataConfig(cache_dir=str(tmp_path)))
     model = rundir.build_model(config, corpus.tokenizer.n_vocab, torch.device("cpu"), 0)
     folder = tmp_path / f"base-{fingerprint([config.base_fingerprint(), corpus.key])}"
-    events, train_base, inside = [], train.train_base, threading.Event()
-    monkeypatch.setattr(train, "train_base", lambda *a: (events.append("trained"), train_base(*a)))
+    events, train_one, inside = [], train.train, threading.Event()
+    monkeypatch.setattr(train, "train", lambda *a: (events.append("trained"), train_one(*a)))
 
     def another() -> None:
         with rundir.alone_in(folder):
@@ -321,7 +321,7 @@ def test_a_pretraining_run_leaves_a_plot_of_its_loss_and_the_figures_of_the_base
 
 
 def test_a_second_run_takes_the_base_from_the_cache(program, finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "train_base", lambda *_: pytest.fail("trained a base again"))
+    monkeypatch.setattr(train, "alone_in", lambda *_: pytest.fail("trained a base again"))
     assert program(tmp_path / "run", "--rlp.lr", 1e-3) == 0
     assert summary_of(tmp_path / "run")["base_dir"] == summary_of(finished)["base_dir"]
 
@@ -376,7 +376,7 @@ def test_square_brackets_in_a_message_are_printed_as_they_are(capsys):
 def test_a_run_stopped_by_ctrl_c_and_resumed_equals_the_uninterrupted_one(program, finished, tmp_path, monkeypatch, capsys):
     """Ctrl-C in the first of three steps: exit code 130 and where it was saved; then weights and figures are the same."""
     with monkeypatch.context() as patch:
-        disturb(patch, "rlp_batch", 0, press_ctrl_c)
+        disturb(patch, "rlp", 0, press_ctrl_c)
         assert program(tmp_path) == 130
     assert "stopped after step 1; saved in" in capsys.readouterr().out
     assert program(tmp_path, "--resume") == 0
@@ -390,7 +390,7 @@ def test_a_base_stopped_by_ctrl_c_is_finished_by_the_next_run(program, finished,
     """In a cache of its own. The base is then the one that was never stopped."""
     words = ("--data.cache-dir", tmp_path / "cache")
     with monkeypatch.context() as patch:
-        disturb(patch, "pretrain_batch", 1, press_ctrl_c)
+        disturb(patch, "pretrain", 1, press_ctrl_c)
         assert program(tmp_path / "run", *words) == 130
     (base,) = (tmp_path / "cache").glob("base-*")
     assert checkpoint.newest(base).meta["step"] == 2
@@ -442,7 +442,7 @@ def test_resuming_with_another_text_is_refused(program, text_file, tmp_path, mon
     words = ("--mode", "pretrain", "--data.path", text_file, "--data.held-out-percent", 25)
     before = text_file.read_text()
     with monkeypatch.context() as patch:
-        disturb(patch, "pretrain_batch", 1, press_ctrl_c)
+        disturb(patch, "pretrain", 1, press_ctrl_c)
         assert program(tmp_path / "run", *words) == 130
     saved = contents(tmp_path / "run")
     text_file.write_text("".join(paragraphs(20, seed=1)))
@@ -455,7 +455,7 @@ def test_resuming_with_another_text_is_refused(program, text_file, tmp_path, mon
 
 def test_resuming_with_other_logging_and_measuring_is_allowed(program, finished, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        disturb(patch, "rlp_batch", 0, press_ctrl_c)
+        disturb(patch, "rlp", 0, press_ctrl_c)
         assert program(tmp_path) == 130
     free = ("--rlp.log-every", 2, "--rlp.checkpoint-every", 1, "--pretrain.log-every", 2, "--eval.text-positions", 6)
     assert program(tmp_path, "--resume", *free) == 0
