@@ -16,7 +16,6 @@ To add a mode: a settings class, derived from FitConfig, and its field in `Confi
 
 import dataclasses
 import json
-import resource
 import sys
 import time
 import traceback
@@ -44,6 +43,7 @@ from system.costs import count_parameters
 from system.errors import path_and_reason, require
 from system.files import fingerprint
 from system.loop import check_rows, console, fit, split_batch
+from system.machine import bf16_warning, peak_memory_gib, pick_device, set_threads, versions
 from system.objective import NextToken, Objective
 from system.presets import PAPERS, PRESETS
 from system.rundir import (
@@ -53,12 +53,10 @@ from system.rundir import (
     load_hf_weights,
     logged_seconds,
     newest,
-    pick_device,
     prepare_run_dir,
     resolve,
     resume_point,
     run_meta,
-    versions,
     warn,
 )
 from text.batches import (
@@ -128,11 +126,16 @@ def run(config: Config) -> dict:
     check_text(start, corpus)
     model = build_model(config, corpus.tokenizer.n_vocab, device, config.seed)
     mode.refuse(model.config, config, device)
+    saved = start.meta.get("threads", 0) if start else 0  # with others, sums would round otherwise
+    threads = set_threads(model, config.threads or saved, device)
     parallel.on_first(lambda: prepare_run_dir(config, corpus.tokenizer))
     warn_of_answers(corpus.tokenizer, config)
+    warn(bf16_warning(model, device))
     others = f" and {parallel.team.world - 1} more" if parallel.team.world > 1 else ""
     console.print(f"{config.mode}: {count_parameters(model):,} parameters, {config.model.pattern},"
                   f" on {device}{others}; results in {escape(str(run_dir))}")
+    if threads:
+        console.print(threads)
     # 3. Training.
     has_base = mode.needs_base or config.init
     base_facts = base_weights(config, corpus, model) if has_base else {}
@@ -398,14 +401,6 @@ def dry_run(config: Config) -> dict:
     facts = estimate.facts(config)
     tables.print_estimate(facts, console)
     return facts
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """The largest memory so far: of the GPU if there is one, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    unit = 2**30 if sys.platform == "darwin" else 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def parse(argv: list[str], settings: type[Config] = Config) -> Config:

@@ -557,6 +557,8 @@ class Config:
     init: str = ""
     # Device: auto, cpu or cuda.
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    # Threads of the CPU; 0: OMP_NUM_THREADS, or else as many as are fastest at the start.
+    threads: int = 0
     # Form of the hot operations: auto (Triton on CUDA, else fast PyTorch), reference (slow and
     # obvious) or triton.
     kernels: Literal["auto", "reference", "triton"] = "auto"
@@ -587,6 +589,8 @@ class Config:
         for part in (self.model, self.data, self.pretrain, self.rlp, self.cpt, self.elastic,
                      self.eval, self.parallel):
             part.check()
+        require(self.threads >= 0,
+                f"threads ({self.threads}) must be 1 or more, or 0 to measure which number is fastest")
         require(self.dry_run_gpus >= 1, f"dry_run_gpus ({self.dry_run_gpus}) must be at least 1")
         return self
 

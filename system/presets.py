@@ -39,7 +39,7 @@ PRESETS: dict[str, Config] = {
     # Seconds instead of minutes: every part runs, nothing is learned. For tests and for a first
     # look at the code.
     "smoke": Config(
-        preset="smoke",
+        preset="smoke", threads=1,
         model=ModelConfig(pattern="M*-", d_model=32, d_ff=64, n_heads=2, n_kv_heads=1,
                           attn_head_dim=16, mamba_heads=4, mamba_head_dim=16, d_state=8, chunk=16),
         data=DataConfig(vocab_size=512),

@@ -10,12 +10,10 @@ import dataclasses
 import fcntl
 import json
 import os
-import platform
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.markup import escape
 
@@ -24,6 +22,7 @@ from system import checkpoint, huggingface, parallel
 from system.config import Config, RLPConfig, saved_config
 from system.errors import require
 from system.loop import console
+from system.machine import pick_device, versions
 from text.corpus import Corpus
 from text.tokenizer import FileTokenizer, Tokenizer, named_tokenizer
 
@@ -174,7 +173,8 @@ def shared_settings(config: Config) -> dict:
 
 def run_meta(config: Config, corpus: Corpus) -> dict:
     """What a checkpoint says of its run: settings, text and versions."""
-    return {"config": shared_settings(config), "corpus": corpus.key, "versions": versions()}
+    return {"config": shared_settings(config), "corpus": corpus.key, "versions": versions(),
+            "threads": torch.get_num_threads()}
 
 
 def prepare_run_dir(config: Config, tokenizer: Tokenizer) -> Path:
@@ -195,23 +195,6 @@ def prepare_run_dir(config: Config, tokenizer: Tokenizer) -> Path:
             f"out ({run_dir}) cannot be written to: {error.strerror}; choose another --out"
         ) from error
     return run_dir
-
-
-def pick_device(config: Config) -> torch.device:
-    """The device asked for, or CUDA where there is one. Raises ValueError if CUDA is asked for and
-    missing."""
-    has_cuda = torch.cuda.is_available()
-    require(config.device != "cuda" or has_cuda,
-            "device (cuda) is not available on this machine; use --device cpu or auto")
-    return (torch.device("cuda", torch.cuda.current_device())
-            if has_cuda and config.device != "cpu"
-            else torch.device("cpu"))
-
-
-def versions() -> dict[str, str]:
-    """Of Python and the libraries that results may depend on."""
-    return {"python": platform.python_version(), "torch": torch.__version__,
-            "numpy": np.__version__}
 
 
 def warn(message: str) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import train
 from hypothesis import settings
+
+import train
 from model import HybridLM
 from system import checkpoint
 from system.config import DataConfig, ModelConfig

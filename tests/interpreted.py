@@ -10,12 +10,12 @@ gets its matrix products wrong.
 
 import functools
 
-import kernels
 import pytest
 import torch
 import torch.nn.functional as F
-
 from test_kernels import conv_inputs, conv_torch, run
+
+import kernels
 
 Q = kernels.TILE
 TOLERANCE = {torch.float32: 5e-5, torch.float16: 1e-2}  # of the norm

@@ -3,12 +3,13 @@
 import dataclasses
 import json
 
-import kernels
 import pytest
 import torch
+from torch.testing import assert_close
+
+import kernels
 from system.config import ModelConfig
 from tools import bench, report
-from torch.testing import assert_close
 
 CPU = torch.device("cpu")
 TINY_MODEL = ModelConfig(pattern="M*-", d_model=16, d_ff=24, n_heads=2, n_kv_heads=1, attn_head_dim=8, mamba_heads=4,

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+
 from system import checkpoint
 from system.checkpoint import KEEP, load_weights, newest, save
-from torch import nn
 
 
 def network(seed=0, width=3):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 import train
 from system import config, rundir
 from system.config import Config, from_dict

@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
+from conftest import paragraphs
 from hypothesis import given
 from hypothesis import strategies as st
+
 from system.config import Config, DataConfig, RLPConfig
 from system.presets import PRESETS
 from text import batches, corpus, problems, tokenizer
@@ -26,8 +28,6 @@ from text.corpus import Corpus
 from text.held_out import SPLITS, split_of
 from text.problems import FAMILIES, FILLER, draw_problem, held_out_problems, thought_for
 from text.tokenizer import CLOSE, END, THINK
-
-from conftest import paragraphs
 
 BATCHES = {"pretrain": pretrain_batch, "rlp": rlp_batch, "cpt": cpt_batch}
 

@@ -11,17 +11,23 @@ import math
 import re
 from dataclasses import dataclass, replace
 
-import elastic
-import importance
-import nested
 import pytest
-import routers
 import torch
 import torch.nn.functional as F
-from elastic import Distillation, Elastic
+from conftest import tiny_model
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+import elastic
+import importance
+import nested
+import routers
+from elastic import Distillation, Elastic
 from importance import Ranking
 from model import Block, HybridLM
 from nested import Units, Widths
@@ -29,12 +35,6 @@ from routers import Costs, Router, Space
 from system.config import ElasticConfig
 from system.costs import count_parameters, part_cache_bytes, part_flops, part_parameters
 from system.presets import PRESETS
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.testing import assert_close
-from torch.utils.flop_counter import FlopCounterMode
-
-from conftest import tiny_model
 
 CPU = torch.device("cpu")
 EXACT = {"rtol": 1e-9, "atol": 1e-10}

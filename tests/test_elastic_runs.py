@@ -15,16 +15,19 @@ import shutil
 import weakref
 from dataclasses import replace
 
+import pytest
+import torch
+from conftest import contents, die, disturb, metrics_of, press_ctrl_c, summary_of, weights_of
+from rich.console import Console
+from torch.testing import assert_close
+
 import elastic
 import evals
 import generate
 import nested
-import pytest
 import routers
-import torch
 import train
 from nested import Widths
-from rich.console import Console
 from system import checkpoint, rundir
 from system.config import Config, from_dict
 from system.costs import count_parameters, part_cache_bytes
@@ -33,10 +36,7 @@ from text import batches
 from text.batches import elastic_batch
 from text.problems import FAMILIES
 from tools import extract, report, scores
-from torch.testing import assert_close
 from views import plots, tables
-
-from conftest import contents, die, disturb, metrics_of, press_ctrl_c, summary_of, weights_of
 
 CPU = torch.device("cpu")
 SMOKE = PRESETS["smoke"]

@@ -6,17 +6,18 @@ import json
 import re
 import time
 
-import nested
 import pytest
-import routers
 import torch
+from torch import nn
+
+import nested
+import routers
 import train
 from model import Block, HybridLM
 from system import rundir
 from system.config import Config, ElasticConfig, ModelConfig, PretrainConfig, RLPConfig, from_dict
 from system.costs import count_parameters, matrix_parameters, part_parameters
 from system.presets import NEMOTRON_12B, PAPERS, PRESETS, QWEN3_1_7B
-from torch import nn
 from views import estimate
 
 # Two layers whose numbers are easy: no attention, so f does not depend on the length.

@@ -2,12 +2,13 @@
 
 import dataclasses
 
-import evals
 import pytest
+from torch.testing import assert_close
+
+import evals
 from model import HybridLM
 from system.presets import PRESETS
 from text.problems import held_out_problems
-from torch.testing import assert_close
 
 
 @pytest.fixture(scope="module")

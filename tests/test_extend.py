@@ -3,17 +3,17 @@
 import random
 from dataclasses import dataclass, field
 
-import importance
 import pytest
-import rlp
 import torch
+from conftest import metrics_of, summary_of
+
+import importance
+import rlp
 import train
 from system.config import Config, FitConfig
 from system.objective import NextToken
 from text import problems
 from text.batches import cpt_batch
-
-from conftest import metrics_of, summary_of
 
 WORDS = ("--preset", "smoke", "--data.vocab-size", "512")
 

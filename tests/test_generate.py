@@ -7,8 +7,9 @@ import itertools
 
 import pytest
 import torch
-from thoughts import Thoughts, sample, sample_thoughts
 from torch.testing import assert_close
+
+from thoughts import Thoughts, sample, sample_thoughts
 
 THINK, CLOSE, END = 9, 10, 11
 TAGS = (THINK, CLOSE)

@@ -9,18 +9,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hf_models
 import pytest
 import torch
-from model import HybridLM
 from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, NemotronHConfig, NemotronHForCausalLM
+
+from model import HybridLM
 from system import checkpoint
 from system.config import ModelConfig
 from system.huggingface import add_rows, family_of, load_hf, names, read_config, save_hf
 from tools import export
-from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, NemotronHConfig, NemotronHForCausalLM
-
-import hf_models
 
 ROOT = Path(__file__).parent.parent
 NEAR = {"rtol": 0, "atol": 1e-4}

@@ -5,25 +5,25 @@ import json
 import shutil
 from pathlib import Path
 
-import generate
+import hf_models
 import pytest
 import torch
+from conftest import paragraphs
+from safetensors.torch import load_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, NemotronHConfig, NemotronHForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+import generate
 import train
 from evals import text_losses
-from safetensors.torch import load_file
 from system import checkpoint, huggingface, rundir
 from system.config import DataConfig, RLPConfig
 from text.batches import collate_contexts, pretrain_batch
 from text.corpus import Corpus, _example_problems
 from text.tokenizer import CLOSE, END, THINK, FileTokenizer
 from thoughts import show_thoughts
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tools import export, extract
-from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, NemotronHConfig, NemotronHForCausalLM, Qwen3Config, Qwen3ForCausalLM
-
-import hf_models
-from conftest import paragraphs
 
 EXACT = {"rtol": 0, "atol": 0}
 TAGGED = "a b <think> c </think> d <|endoftext|> e"

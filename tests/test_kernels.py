@@ -8,11 +8,12 @@ routes too, so that "nothing leaks" is checked for values and gradients alike.
 import functools
 import itertools
 
-import kernels
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
+
+import kernels
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 Q = 4  # chunk length of most tests

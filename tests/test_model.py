@@ -8,14 +8,15 @@ import copy
 import math
 import warnings
 
-import kernels
 import pytest
 import torch
+from torch.testing import assert_close
+
+import kernels
 from attention import append, rope
 from model import Cache, HybridLM
 from system.config import ModelConfig
 from system.costs import count_parameters
-from torch.testing import assert_close
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 ROPE = {"rtol": 1e-5, "atol": 1e-5}  # its angles are fp32, and these tests shift positions

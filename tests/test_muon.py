@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from system.muon import Muon, orthogonalized
 from torch.testing import assert_close
+
+from system.muon import Muon, orthogonalized
 
 SHAPES = [(48, 16), (16, 48), (24, 24)]
 COEFFICIENTS = (3.4445, -4.775, 2.0315)

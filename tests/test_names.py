@@ -11,20 +11,21 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+import torch
+from torch import Tensor
+
 import elastic
 import evals
 import importance
 import kernels
 import nested
-import pytest
 import rlp
 import routers
-import torch
 from system.config import ElasticConfig, RLPConfig
 from system.presets import PRESETS
 from thoughts import sample_thoughts
 from tools import bench
-from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
 SHAPE = re.compile(r"_(?=[a-z]*[A-Z0-9])([A-Za-z0-9]{1,6})$")  # at least one capital or digit, so that `n_heads` is none

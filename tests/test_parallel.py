@@ -12,18 +12,18 @@ import socket
 import subprocess
 import sys
 
-import generate
 import pytest
 import torch
+import two_processes
+from torch import nn
+from two_processes import CPU, MODES, ROOT, TOKENIZER, launch, make_batch, options, run
+
+import generate
 import train
 from rlp import RLP
 from system import checkpoint, loop, parallel, rundir
 from system.config import Config, ParallelConfig
 from system.presets import PRESETS
-from torch import nn
-
-import two_processes
-from two_processes import CPU, MODES, ROOT, TOKENIZER, launch, make_batch, options, run
 
 ROUNDED = ("muon", "bf16")  # both compute in bf16 (Muon its updates): a last bit may become a rounding of 0.4 %
 NETWORKS = {"rlp": {"model", "teacher", "reference"}, "elastic": {"model", "router", "stage1"}}

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import routers
 import torch
+
+import routers
 import train
 from tools import report, shards
 

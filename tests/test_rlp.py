@@ -9,16 +9,17 @@ import itertools
 from types import SimpleNamespace
 
 import pytest
-import rlp
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
+from torch.testing import assert_close
+
+import rlp
 from rlp import RLP, clipped_surrogate, ema_update, group_advantages, information_gain, kl_estimate, thought_logp
 from system.config import RLPConfig
 from text.batches import collate_contexts
 from thoughts import sample_thoughts
-from torch import nn
-from torch.testing import assert_close
 
 THINK, CLOSE, END = 3, 4, 5
 TOKENIZER = SimpleNamespace(think=THINK, close=CLOSE, end=END, tags=(THINK, CLOSE), begin=())

@@ -9,6 +9,8 @@ import resource
 import numpy as np
 import pytest
 import torch
+from conftest import paragraphs
+
 import train
 from system import rundir
 from system.config import DataConfig
@@ -20,8 +22,6 @@ from text.held_out import SPLITS, bucket_of
 from text.shards import HEADER_BYTES, LIST, Documents, ShardSet, build, read_documents
 from text.tokenizer import FileTokenizer
 from tools import shards as shards_program
-
-from conftest import paragraphs
 
 TOKENIZER = {"source": "x", "n_vocab": 300, "fingerprint": "abc"}
 END = 256

@@ -9,9 +9,11 @@ import threading
 import time
 from pathlib import Path
 
-import generate
 import pytest
 import torch
+from conftest import contents, die, disturb, metrics_of, paragraphs, press_ctrl_c, summary_of, weights_of
+
+import generate
 import train
 from rlp import RLP
 from system import checkpoint, loop, rundir
@@ -22,8 +24,6 @@ from text import corpus as corpus_module
 from text.batches import pretrain_batch, rlp_batch
 from text.problems import FAMILIES
 from text.tokenizer import THINK
-
-from conftest import contents, die, disturb, metrics_of, paragraphs, press_ctrl_c, summary_of, weights_of
 
 CPU = torch.device("cpu")
 LEAF = {"mean", "low", "high", "n"}

@@ -12,18 +12,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import attention
-import kernels
 import pytest
 import torch
 import torch.nn.functional as F
-from mamba import Mamba2
-from system.config import ModelConfig
+from test_kernels import conv_inputs, run
+from test_names import traced
 from torch import nn
 from torch.testing import assert_close
 
-from test_kernels import conv_inputs, run
-from test_names import traced
+import attention
+import kernels
+from mamba import Mamba2
+from system.config import ModelConfig
 
 ROOT = Path(__file__).parent.parent
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")

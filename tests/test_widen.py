@@ -2,18 +2,18 @@
 
 import dataclasses
 
+import hf_models  # noqa: F401  # before transformers
 import pytest
 import torch
+from conftest import TINY
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
 from model import HybridLM
 from system.checkpoint import load_weights
 from system.config import ModelConfig
 from system.huggingface import load_hf, save_hf
 from system.widen import homogeneous
-from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
-
-import hf_models  # noqa: F401  # before transformers
-from conftest import TINY
 
 PATTERN = "M-*M-*M"
 # Heads come in two groups, of 2, 4 and 6 heads; layer 3 has one channel a head, and so a sixth of the widest one's.

@@ -14,9 +14,10 @@ from types import SimpleNamespace
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import torch  # noqa: E402
+
 import elastic  # noqa: E402
 import routers  # noqa: E402
-import torch  # noqa: E402
 import train  # noqa: E402
 from rlp import RLP  # noqa: E402
 from system import checkpoint, loop, parallel, rundir  # noqa: E402

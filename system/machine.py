@@ -1,0 +1,94 @@
+"""The machine that a run is on: device, threads, memory, versions."""
+
+import os
+import platform
+import resource
+import sys
+import time
+
+import numpy as np
+import torch
+from torch import nn
+
+from system import parallel
+from system.config import Config
+from system.errors import require
+
+PASSES = 3  # timed, after one to warm up
+
+
+def pick_device(config: Config) -> torch.device:
+    """The device asked for, or CUDA where there is one. Raises ValueError if CUDA is asked for and
+    missing.
+    """
+    has_cuda = torch.cuda.is_available()
+    require(config.device != "cuda" or has_cuda,
+            "device (cuda) is not available on this machine; use --device cpu or auto")
+    if has_cuda and config.device != "cpu":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def set_threads(model: nn.Module, asked: int, device: torch.device) -> str:
+    """Use the number of threads asked for, or the fastest one where 0 is asked. Returns what to
+    say of it.
+
+    More threads are not always faster: on cores that other programs use, the threads of a matrix
+    product wait for each other, and a step has taken five times as long. OMP_NUM_THREADS counts as
+    asked for; so does what torchrun sets.
+    """
+    if device.type != "cpu":
+        return ""
+    if asked or "OMP_NUM_THREADS" in os.environ or parallel.team.world > 1:
+        torch.set_num_threads(asked or torch.get_num_threads())
+        return ""
+    n, ms = 1, {}
+    while n <= (os.cpu_count() or 1):
+        torch.set_num_threads(n)
+        ms[n] = pass_ms(model)
+        n *= 2
+    best = min(ms, key=ms.get)
+    torch.set_num_threads(best)
+    shown = ", ".join(f"{n}: {t:.0f} ms" for n, t in ms.items())
+    return f"CPU threads: {best} (a forward pass with {shown}; --threads N sets it)"
+
+
+def bf16_warning(model: nn.Module, device: torch.device) -> str:
+    """What to say where bf16 is asked for and slower than fp32: a processor may emulate it."""
+    if device.type != "cpu" or parallel.team.settings.dtype != "bf16":
+        return ""
+    plain = pass_ms(model)
+    with parallel.compute():
+        low = pass_ms(model)
+    if low <= plain:
+        return ""
+    return (f"a forward pass takes {low:.0f} ms in bf16 and {plain:.0f} ms in fp32 on this "
+            "processor; leave --parallel.dtype at fp32")
+
+
+@torch.no_grad()
+def pass_ms(model: nn.Module) -> float:
+    """The shortest of a few forward passes over 512 tokens, or over 64 for a large model."""
+    n_rows = 8 if sum(p.numel() for p in model.parameters()) < 10**8 else 1
+    tokens_BT = torch.zeros(n_rows, 64, dtype=torch.long)
+    times = []
+    for _ in range(1 + PASSES):
+        began = time.perf_counter()
+        hidden_BTD, _ = model(tokens_BT)
+        model.logits(hidden_BTD)
+        times.append(1e3 * (time.perf_counter() - began))
+    return min(times[1:])
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The largest memory so far: of the GPU if there is one, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the libraries that results may depend on."""
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            "numpy": np.__version__}
