@@ -4,7 +4,7 @@ kept.
     RUN/checkpoint/step_000200/
         meta.json                what the caller says of it, and the size and SHA-256 of every file
         model.safetensors        and one such file for each other network (the EMA teacher)
-        optimizer.pt             optimizer states, read back with weights_only=True: no code is ever unpickled
+        optimizer.pt             optimizer states, read with weights_only=True: no code is run
 
 A folder without a complete meta.json, or with a file that does not match it, is not a checkpoint:
 loading names it and takes the one before.
@@ -12,14 +12,13 @@ loading names it and takes the one before.
 Where the weights are sharded over processes (parallel.py), each process writes its part, in the
 format of torch.distributed.checkpoint, and the first writes meta.json once all parts are there:
 
-        shards/                  every tensor of networks and optimizers, as NETWORK/NAME and optimizer/N/PARAMETER/NAME
+        shards/                  every tensor, as NETWORK/NAME and optimizer/N/PARAMETER/NAME
         optimizer.pt             the rest of the optimizer states: rates and other settings
 
 Either format is read by any number of processes, sharded or not; what is read lands in the tensors
 that are there. All processes must see the same run folder.
 """
 
-import hashlib
 import json
 import os
 import pickle
@@ -39,8 +38,10 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.tensor import DTensor
 
 from system import parallel
+from system.files import sha256
 
 KEEP = 2
+SAME = "use the settings it was made with"
 
 
 # What torch's description of shards is made of, beside dtypes.
@@ -92,8 +93,7 @@ class Checkpoint:
         targets = network.state_dict()
         if self.is_sharded:
             shapes = {k: tuple(t.shape) for k, t in targets.items()}
-            check_shapes(
-                self._empty(name, "meta"), shapes, self.path, "use the settings it was made with")
+            check_shapes(self._empty(name, "meta"), shapes, self.path, SAME)
             self._read({f"{name}/{k}": t for k, t in targets.items()})
         elif not any(isinstance(t, DTensor) for t in targets.values()):
             load_weights(network, self.tensors(name), self.path)
@@ -113,15 +113,11 @@ class Checkpoint:
                     if kind == "optimizer" and int(where[0]) == n:
                         p = parameters[int(where[1])]
                         same, dtype = held.size == p.shape, held.properties.dtype
-                        value = (torch.zeros_like(p, dtype=dtype)
-                                 if same
-                                 else torch.zeros(held.size, dtype=dtype))
-                        state.setdefault(int(where[1]), {})[where[2]] = value.detach()
-                self._read(
-                    {f"optimizer/{n}/{i}/{k}": t
-                     for i, values in state.items()
-                     for k, t in values.items()}
-                )
+                        like = p if same else torch.empty(held.size)
+                        value = torch.zeros_like(like, dtype=dtype).detach()
+                        state.setdefault(int(where[1]), {})[where[2]] = value
+                self._read({f"optimizer/{n}/{i}/{k}": t
+                            for i, values in state.items() for k, t in values.items()})
             else:
                 for i, values in saved["state"].items():
                     p = parameters[i]
@@ -139,18 +135,15 @@ class Checkpoint:
 
     def _empty(self, name: str, device: str = "cpu") -> dict[str, Tensor]:
         """Room for the whole tensors of a network."""
-        sizes = {k.removeprefix(f"{name}/"): v
-                 for k, v in self._sizes().items()
-                 if k.startswith(f"{name}/")}
-        return {k: torch.empty(v.size, dtype=v.properties.dtype, device=device)
-                for k, v in sizes.items()}
+        sizes = {k: v for k, v in self._sizes().items() if k.startswith(f"{name}/")}
+        return {k.removeprefix(f"{name}/"): torch.empty(v.size, dtype=v.properties.dtype,
+                                                        device=device) for k, v in sizes.items()}
 
     def _read(self, targets: dict[str, Tensor], alone: bool = False) -> None:
         """Into the tensors, each process its part; alone: for a process that asks without the
         others."""
         if targets:
-            warnings.filterwarnings(
-                "ignore", message="torch.distributed is disabled")  # as it may be
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.load(targets, storage_reader=_SafeReader(self.path / "shards"),
                      no_dist=alone or parallel.team.world == 1)
 
@@ -180,9 +173,8 @@ class _SafeReader(dcp.FileSystemReader):
         return metadata
 
 
-def save(
-    run_dir: Path, step: int, networks: dict[str, nn.Module], optimizer: Any, meta: dict[str, Any]
-) -> Path:
+def save(run_dir: Path, step: int, networks: dict[str, nn.Module], optimizer: Any,
+         meta: dict[str, Any]) -> Path:
     """Write RUN/checkpoint/step_N whole or not at all, then drop all but the newest KEEP. Returns
     its folder.
 
@@ -190,8 +182,8 @@ def save(
     """
     folder = run_dir / "checkpoint"
     final, partial = folder / f"step_{step:06d}", folder / f"step_{step:06d}.partial"
-    sharded = any(
-        isinstance(p, DTensor) for network in networks.values() for p in network.parameters())
+    parameters = [p for network in networks.values() for p in network.parameters()]
+    sharded = any(isinstance(p, DTensor) for p in parameters)
 
     def begin() -> None:
         shutil.rmtree(partial, ignore_errors=True)
@@ -226,16 +218,14 @@ def save(
     return final
 
 
-def _write_shards(
-    partial: Path, networks: dict[str, nn.Module], optimizer: list[dict]) -> dict[str, dict]:
+def _write_shards(partial: Path, networks: dict[str, nn.Module],
+                  optimizer: list[dict]) -> dict[str, dict]:
     """This process's part of a checkpoint. Returns size and checksum of its files: hashing is
     shared out too."""
-    tensors = {f"{name}/{k}": t
-               for name, network in networks.items()
+    tensors = {f"{name}/{k}": t for name, network in networks.items()
                for k, t in network.state_dict().items()}
     for n, state in enumerate(optimizer):
-        tensors |= {f"optimizer/{n}/{i}/{k}": t
-                    for i, values in state["state"].items()
+        tensors |= {f"optimizer/{n}/{i}/{k}": t for i, values in state["state"].items()
                     for k, t in values.items()}
     dcp.save(tensors, checkpoint_id=partial / "shards")
     if parallel.is_first():
@@ -259,9 +249,8 @@ def newest(run_dir: Path) -> Checkpoint | None:
             return Checkpoint(path, meta, warning)
         damage.append(problem)
     if damage:
-        raise ValueError(
-            f"no usable checkpoint in {run_dir}: {'; '.join(damage)}; train again into another folder"
-        )
+        raise ValueError(f"no usable checkpoint in {run_dir}: {'; '.join(damage)}; train again "
+                         "into another folder")
     return None
 
 
@@ -269,7 +258,7 @@ def load_weights(network: nn.Module, tensors: dict[str, Tensor], source: Path) -
     """Copy a state dict into a network. Raises ValueError that names missing, unknown or misshapen
     tensors."""
     shapes = {name: tuple(t.shape) for name, t in network.state_dict().items()}
-    check_shapes(tensors, shapes, source, "use the settings it was made with")
+    check_shapes(tensors, shapes, source, SAME)
     network.load_state_dict(tensors)
 
 
@@ -281,8 +270,7 @@ def check_shapes(
     wrong = [f"{k} is missing" for k in shapes if k not in tensors]
     wrong += [f"{k} is unknown" for k in tensors if k not in shapes]
     wrong += [f"{k} has shape {list(tensors[k].shape)}, the model needs {list(shape)}"
-              for k, shape in shapes.items()
-              if k in tensors and tuple(tensors[k].shape) != shape]
+              for k, shape in shapes.items() if k in tensors and tuple(tensors[k].shape) != shape]
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError(f"{source} does not fit the model: {'; '.join(wrong[:5])}{more}; {remedy}")
@@ -290,9 +278,9 @@ def check_shapes(
 
 def _folders(run_dir: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
-    found = [
-        p for p in (run_dir / "checkpoint").glob("step_*") if re.fullmatch(r"step_\d+", p.name)]
-    return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
+    found = (run_dir / "checkpoint").glob("step_*")
+    whole = [p for p in found if re.fullmatch(r"step_\d+", p.name)]
+    return sorted(whole, key=lambda p: int(p.name[5:]), reverse=True)
 
 
 def _problem(path: Path) -> str | None:
@@ -306,22 +294,13 @@ def _problem(path: Path) -> str | None:
         if not file.exists():
             return f"{file} is missing"
         if file.stat().st_size != expected["bytes"]:
-            return (
-                f"{file} has {file.stat().st_size} bytes instead of {expected['bytes']} (truncated)"
-            )
-        if _sha256(file) != expected["sha256"]:
+            n_bytes = file.stat().st_size
+            return f"{file} has {n_bytes} bytes instead of {expected['bytes']} (truncated)"
+        if sha256(file) != expected["sha256"]:
             return f"{file} does not match its checksum"
     return None
 
 
 def _file_facts(file: Path) -> dict[str, Any]:
     """What meta.json says of a file."""
-    return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as f:
-        while block := f.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+    return {"bytes": file.stat().st_size, "sha256": sha256(file)}

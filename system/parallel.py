@@ -4,10 +4,11 @@
 its rank through the environment, which only this file reads. A process that is alone takes the same
 path: every function here then does nothing.
 
-    rows        rank r of W takes the r-th W-th of every batch; each batch is a function of (seed, step), so all agree on it
-    loss        sum of loss and gradients over all processes, divided by the count over all processes
-    rollouts    sampled from unsharded weights, gathered once a step: ranks decode for different numbers of tokens, and
-                FSDP's own gathering would wait for the shortest for ever
+    rows        rank r of n takes the r-th part of every batch; a batch is a function of (seed,
+                step), so all agree on it
+    loss        sums of losses and gradients over all processes, divided by the count over all
+    rollouts    sampled from unsharded weights, gathered once a step: ranks decode for different
+                numbers of tokens, and FSDP's own gathering would wait for the shortest for ever
 
 How to read: `start`, then `shard`, which gives `loop.fit` the network that it trains. Two ways of
 sharing the work out:
@@ -45,8 +46,6 @@ from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
 ALONE = SimpleNamespace(mode="data", dtype="fp32", activation_checkpointing=False, compile=False)
-
-
 FSDP_FROM = 500_000_000  # parameters from which mode "auto" shards
 
 
@@ -78,9 +77,8 @@ def start(settings: Any, device: torch.device) -> torch.device:
     if device.type == "cuda" and world > 1:
         n = torch.cuda.device_count()
         if local >= n:
-            raise ValueError(
-                f"torchrun started process {local + 1} on a machine with {n} GPUs; lower --nproc-per-node to {n}"
-            )
+            raise ValueError(f"torchrun started process {local + 1} on a machine with {n} GPUs; "
+                             f"lower --nproc-per-node to {n}")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
@@ -167,10 +165,9 @@ def in_turn(function: Callable[[], Any]) -> Any:
 
 def is_lost(error: Exception) -> bool:
     """Whether an error says that another process has ended or does not answer."""
-    signs = ("closed by peer", "reset by peer", "Broken pipe", "gloo", "NCCL", "imed out",
-             "TCPStore")
-    return team.world > 1 and (
-        isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs))
+    signs = "closed by peer", "reset by peer", "Broken pipe", "gloo", "NCCL", "imed out", "TCPStore"
+    said = isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
+    return team.world > 1 and said
 
 
 def parts_of(settings: Any) -> range:
@@ -216,10 +213,8 @@ def shard(network: nn.Module) -> nn.Module:
             block.forward = recomputed(block.forward)
         if c.compile:
             block.compile()
-    if is_sharded:
-        warnings.filterwarnings(
-            "ignore", message="FSDP2-wrapped module"
-        )  # of in-place changes to a block's output: none here
+    if is_sharded:  # the warning is of in-place changes to a block's output: there are none here
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
         network.to("meta")
         vectors = {p for p in dressed.parameters() if p.dim() < 2}
         options = {"mesh": init_device_mesh(team.device.type, (team.world,)),
@@ -285,8 +280,8 @@ def whole(network: nn.Module, trains: bool = False, for_sampling: bool = False) 
         return t.bfloat16() if low and is_matrix else t
 
     found = skeleton(network).requires_grad_(trains)
-    found.load_state_dict(
-        {name: weight(name, p) for name, p in network.state_dict().items()}, assign=True)
+    weights = {name: weight(name, p) for name, p in network.state_dict().items()}
+    found.load_state_dict(weights, assign=True)
     if team.gathered is not None:
         team.gathered[network, low] = found
     return found
@@ -307,8 +302,8 @@ def frozen_copy(network: nn.Module) -> nn.Module:
     """A copy that does not train, with memory of its own, sharded like the network (then only to be
     kept and gathered)."""
     copied = skeleton(network).requires_grad_(False)
-    copied.load_state_dict(
-        {name: p.detach().clone() for name, p in network.state_dict().items()}, assign=True)
+    weights = {name: p.detach().clone() for name, p in network.state_dict().items()}
+    copied.load_state_dict(weights, assign=True)
     copied.dressed = is_dressed(network)
     return copied
 

@@ -31,10 +31,9 @@ def build_model(config: Config, n_vocab: int, device: torch.device, seed: int) -
     """A freshly initialised model. Raises ValueError if model.vocab_size is too small for the
     tokenizer."""
     shape = config.model
-    require(
-        shape.vocab_size == 0 or shape.vocab_size >= n_vocab,
-        f"model.vocab_size ({shape.vocab_size}) is smaller than the tokenizer's {n_vocab}; use 0 for the tokenizer's",
-    )
+    require(shape.vocab_size == 0 or shape.vocab_size >= n_vocab,
+            f"model.vocab_size ({shape.vocab_size}) is smaller than the tokenizer's {n_vocab}; use "
+            "0 for the tokenizer's")
     torch.manual_seed(seed)
     return HybridLM(dataclasses.replace(shape, vocab_size=shape.vocab_size or n_vocab)).to(device)
 
@@ -64,8 +63,8 @@ def load_hf_weights(model: HybridLM, folder: Path, tokenizer: Tokenizer) -> None
     _, tensors = huggingface.load_hf(folder)
     n_known = len(tensors["embed.weight"])
     beyond = [i for i in range(n_known, model.config.vocab_size) if i not in tokenizer.new_ids]
-    checkpoint.load_weights(
-        model, huggingface.add_rows(tensors, sorted([*tokenizer.new_ids, *beyond])), folder)
+    tensors = huggingface.add_rows(tensors, sorted([*tokenizer.new_ids, *beyond]))
+    checkpoint.load_weights(model, tensors, folder)
 
 
 def resolve(config: Config) -> Config:
@@ -77,14 +76,13 @@ def resolve(config: Config) -> Config:
     ValueError for a file that cannot be used.
     """
     if config.rlp.prompt_file:
-        require(
-            not config.rlp.prompt, "rlp.prompt and rlp.prompt_file are both given; leave one out")
+        require(not config.rlp.prompt,
+                "rlp.prompt and rlp.prompt_file are both given; leave one out")
         try:
             text = Path(config.rlp.prompt_file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"rlp.prompt_file ({config.rlp.prompt_file}) cannot be read as UTF-8 text: {error}"
-            ) from error
+            raise ValueError(f"rlp.prompt_file ({config.rlp.prompt_file}) cannot be read as UTF-8 "
+                             f"text: {error}") from error
         config = dataclasses.replace(config, rlp=dataclasses.replace(config.rlp, prompt=text))
     folder = Path(config.init)
     if not config.init or not (folder / "config.json").is_file():
@@ -93,19 +91,22 @@ def resolve(config: Config) -> Config:
     shape = huggingface.read_config(folder)[0] if is_hf else saved_config(folder).model
     tokenizer = folder if is_hf else folder / "hf"
     if tokenizer.is_dir():
-        shape = dataclasses.replace(
-            shape, vocab_size=max(shape.vocab_size, FileTokenizer(tokenizer).n_vocab))
-        config = dataclasses.replace(
-            config, data=dataclasses.replace(config.data, tokenizer=str(tokenizer)))
+        n_vocab = max(shape.vocab_size, FileTokenizer(tokenizer).n_vocab)
+        shape = dataclasses.replace(shape, vocab_size=n_vocab)
+        config = with_tokenizer(config, tokenizer)
     return dataclasses.replace(config, model=shape)
+
+
+def with_tokenizer(config: Config, folder: Path) -> Config:
+    """The settings with the tokenizer.json of a folder."""
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(folder)))
 
 
 def logged_seconds(run_dir: Path) -> float:
     """Seconds of training in the log of a run, or of the runs one folder below; 0 for a model that
     was only cut out."""
-    logs = ([run_dir / "metrics.jsonl"]
-            if (run_dir / "metrics.jsonl").exists()
-            else run_dir.glob("*/metrics.jsonl"))
+    own = run_dir / "metrics.jsonl"
+    logs = [own] if own.exists() else run_dir.glob("*/metrics.jsonl")
     return sum(json.loads(line)["seconds"] for log in logs for line in log.read_text().splitlines())
 
 
@@ -123,44 +124,34 @@ def resume_point(config: Config, run_dir: Path) -> checkpoint.Checkpoint | None:
     """
     found = newest(run_dir)
     if not config.resume:
-        require(
-            found is None,
-            f"out ({run_dir}) already holds a run; add --resume to go on with it, or choose another --out",
-        )
+        require(found is None, f"out ({run_dir}) already holds a run; add --resume to go on with "
+                "it, or choose another --out")
         return None
     require(found, f"resume: {run_dir} holds no checkpoint; leave --resume out to start")
     warn(found.warning)
     theirs, ours = found.meta["config"], shared_settings(config)
     different = [name for name in sorted(ours) if theirs.get(name) != ours[name]]
-    require(
-        not different, f"resume: {found.path} was made with other settings: "
-        + "; ".join(f"{name} was {theirs.get(name)}, now {ours[name]}" for name in different[:5])
-        + "; use its settings, or choose another --out")
+    changes = [f"{name} was {theirs.get(name)}, now {ours[name]}" for name in different[:5]]
+    require(not different, f"resume: {found.path} was made with other settings: "
+            f"{'; '.join(changes)}; use its settings, or choose another --out")
     return found
 
 
 def check_text(start: checkpoint.Checkpoint | None, corpus: Corpus) -> None:
     """Raises ValueError if a run would go on with another text than it was started with."""
-    same = (
-        start is None or start.meta.get("corpus", corpus.key) == corpus.key
-    )  # older checkpoints do not say
-    require(
-        same,
-        "resume: the text is not what the run was started with (that of data.path, or what ships with this Python); "
-        "restore it, or choose another --out",
-    )
+    require(start is None or start.meta["corpus"] == corpus.key,
+            "resume: the text is not what the run was started with (that of data.path, or what "
+            "ships with this Python); restore it, or choose another --out")
 
 
 def shared_settings(config: Config) -> dict:
     """The settings that a resumed run must share, flat.
 
-    Those of pretraining are among them: the run's base was made with them, and they say what cpt
-    and elastic read. An RLP run that began with weights from `init` has nothing of them.
+    Those of pretraining are among them: the run's base was made with them, and they say what modes
+    read that go on with its mixture.
     """
-    groups = ["model", "data", config.mode] + (
-        [] if config.init and config.mode == "rlp" else ["pretrain"])
-    # accumulate: on fewer processes it makes up for them; baseline: rivals can be added to a run
-    # that is there
+    groups = {"model", "data", "pretrain", config.mode}
+    # accumulate: on fewer processes it makes up for them; baseline: rivals can be added later.
     free = ("cache_dir", "checkpoint_every", "log_every", "accumulate", "baseline")
     flat = {}
     for name, value in json.loads(json.dumps(config.to_dict())).items():
@@ -191,9 +182,8 @@ def prepare_run_dir(config: Config, tokenizer: Tokenizer) -> Path:
         if tokenizer.json:
             tokenizer.save(run_dir / "hf")
     except OSError as error:
-        raise ValueError(
-            f"out ({run_dir}) cannot be written to: {error.strerror}; choose another --out"
-        ) from error
+        raise ValueError(f"out ({run_dir}) cannot be written to: {error.strerror}; choose another "
+                         "--out") from error
     return run_dir
 
 
@@ -211,12 +201,10 @@ def load_run(run_dir: Path) -> tuple[HybridLM, Tokenizer, Config]:
             f"{run_dir} holds no checkpoint; give the folder of a run, such as runs/rlp-cpu-seed0")
     config = saved_config(run_dir)
     if (run_dir / "hf").is_dir():
-        config = dataclasses.replace(
-            config, data=dataclasses.replace(config.data, tokenizer=str(run_dir / "hf")))
-    require(
-        config.data.tokenizer != "corpus",
-        f"{run_dir / 'hf'}, the run's tokenizer, is missing; copy it from where the run was made, or train again",
-    )
+        config = with_tokenizer(config, run_dir / "hf")
+    require(config.data.tokenizer != "corpus",
+            f"{run_dir / 'hf'}, the run's tokenizer, is missing; copy it from where the run was "
+            "made, or train again")
     tokenizer = named_tokenizer(config.data.tokenizer)
     model = build_model(config, tokenizer.n_vocab, pick_device(config), config.seed)
     checkpoint.load_weights(model, found.tensors("model"), found.path)

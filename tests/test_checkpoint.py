@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from system import checkpoint
 from system.checkpoint import KEEP, load_weights, newest, save
+from system.files import sha256
 
 
 def network(seed=0, width=3):
@@ -194,4 +194,4 @@ def test_meta_lists_every_file_with_its_size_and_checksum(tmp_path):
     files = json.loads((path / "meta.json").read_text())["files"]
     assert set(files) | {"meta.json"} == {p.name for p in path.iterdir()}
     for name, entry in files.items():
-        assert entry == {"bytes": (path / name).stat().st_size, "sha256": checkpoint._sha256(path / name)}
+        assert entry == {"bytes": (path / name).stat().st_size, "sha256": sha256(path / name)}
