@@ -1,7 +1,7 @@
 """Grouped-query attention through scaled_dot_product_attention, with a key-value cache, optional
 RoPE and QK-norm.
 
-H query heads share K key-value heads (arXiv 2305.13245): head h reads group h // R, R = H / K.
+H query heads share K key-value heads (arXiv 2305.13245): head h reads group h // J, J = H / K.
 Nemotron-H has no positional embedding at all (the Mamba layers tell the order), Qwen3 has RoPE
 (arXiv 2104.09864) and QK-norm (arXiv 2302.05442); both are switches here.
 
@@ -22,26 +22,25 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.n_heads, self.n_kv_heads, self.head_dim = (config.n_heads, config.n_kv_heads,
-                                                        config.attn_head_dim)
+        self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
+        self.head_dim = config.attn_head_dim
         self.rope_theta = config.rope_theta
         self.q_proj = nn.Linear(config.d_model, self.n_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(config.d_model, self.n_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.d_model, self.n_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.n_heads * self.head_dim, config.d_model, bias=False)
-        self.q_norm = (
-            HeadNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity())
-        self.k_norm = (
-            HeadNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity())
+        self.q_norm, self.k_norm = (
+            HeadNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+            for _ in "qk")
 
-    def forward(
-        self, x_BTD: Tensor, cached: tuple[Tensor, Tensor] | None, mask: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Args: cached: keys and values of earlier tokens, [B, K, S, P] each, or None; mask: see
+    def forward(self, x_BTD: Tensor, cached: tuple[Tensor, Tensor] | None, mask: Tensor | None
+                ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Args: cached: keys and values of earlier tokens, [B, K, U, P] each, or None; mask: see
         `attention_mask`.
 
         Returns: y_BTD, and the keys and values of the earlier and of these tokens.
         """
+        # 1. Queries, keys and values of the new tokens; the keys and values of all behind them.
         heads = "b t (h p) -> b h t p"
         q_BHTP = self.q_norm(rearrange(self.q_proj(x_BTD), heads, p=self.head_dim))
         k_BKTP = self.k_norm(rearrange(self.k_proj(x_BTD), heads, p=self.head_dim))
@@ -53,6 +52,7 @@ class Attention(nn.Module):
             k_BKSP, v_BKSP = k_BKTP, v_BKTP
         else:
             k_BKSP, v_BKSP = append(cached[0], k_BKTP), append(cached[1], v_BKTP)
+        # 2. Attend.
         causal = mask is None and x_BTD.shape[1] > 1  # no mask and one token: it sees everything
         grouped, keys, values = self.n_heads != self.n_kv_heads, k_BKSP, v_BKSP
         if grouped and q_BHTP.is_cuda and (mask is not None or q_BHTP.dtype == torch.float32):
@@ -89,22 +89,21 @@ def append(past_BKUP: Tensor, new_BKTP: Tensor) -> Tensor:
     U, S = past_BKUP.shape[2], past_BKUP.shape[2] + new_BKTP.shape[2]
     if torch.is_grad_enabled():
         return torch.cat([past_BKUP, new_BKTP], dim=2)
-    buffer_BKZP = getattr(past_BKUP, "buffer", None)
-    if buffer_BKZP is None or buffer_BKZP.n_taken != U or buffer_BKZP.shape[2] < S:
+    buffer = getattr(past_BKUP, "buffer", None)
+    if buffer is None or buffer.n_taken != U or buffer.shape[2] < S:
         B, K, _, P = past_BKUP.shape
-        buffer_BKZP = past_BKUP.new_empty(B, K, S + ROOM, P)
-        buffer_BKZP[:, :, :U] = past_BKUP
-    buffer_BKZP[:, :, U:S] = new_BKTP
-    buffer_BKZP.n_taken = S
-    all_BKSP = buffer_BKZP[:, :, :S]
-    all_BKSP.buffer = buffer_BKZP
+        buffer = past_BKUP.new_empty(B, K, S + ROOM, P)
+        buffer[:, :, :U] = past_BKUP
+    buffer[:, :, U:S] = new_BKTP
+    buffer.n_taken = S
+    all_BKSP = buffer[:, :, :S]
+    all_BKSP.buffer = buffer
     return all_BKSP
 
 
-def attention_mask(
-    ids_BS: Tensor | None, n_tokens: int, n_cached: int, device: torch.device) -> Tensor | None:
-    """True where query t may read position s: the same document, and not later. One rule for every
-    case.
+def attention_mask(ids_BS: Tensor | None, n_tokens: int, n_cached: int,
+                   device: torch.device) -> Tensor | None:
+    """True where query t may read position s: of the same document, and not later.
 
     Args: ids_BS: document ids of the cached positions followed by the new tokens (-1 padding), None
     if all of them are of one document without padding.
@@ -128,9 +127,9 @@ def rope(x_BHTP: Tensor, start: int, theta: float) -> Tensor:
     their own.
     """
     T, P = x_BHTP.shape[-2:]
-    position = torch.arange(start, start + T, device=x_BHTP.device, dtype=torch.float32)
-    frequency = theta ** (-torch.arange(0, P, 2, device=x_BHTP.device, dtype=torch.float32) / P)
-    angle = position[:, None] * frequency
+    like = {"device": x_BHTP.device, "dtype": torch.promote_types(x_BHTP.dtype, torch.float32)}
+    frequency = theta ** (-torch.arange(0, P, 2, **like) / P)
+    angle = torch.arange(start, start + T, **like)[:, None] * frequency
     cos, sin = (
         torch.cat([f(angle), f(angle)], dim=-1).to(x_BHTP.dtype) for f in (torch.cos, torch.sin))
     left, right = x_BHTP.chunk(2, dim=-1)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import kernels
 from system.config import ModelConfig
+from system.costs import in_proj_rows
 
 
 class Mamba2(nn.Module):
@@ -32,18 +33,16 @@ class Mamba2(nn.Module):
         self.n_heads, self.head_dim = config.mamba_heads, config.mamba_head_dim
         self.n_groups, self.d_state, self.chunk = config.mamba_groups, config.d_state, config.chunk
         self.norm_eps = config.norm_eps
-        self.d_inner = self.n_heads * self.head_dim
-        self.d_bc = self.n_groups * self.d_state
-        d_conv = self.d_inner + 2 * self.d_bc
-        self.in_proj = nn.Linear(
-            config.d_model, self.d_inner + d_conv + self.n_heads, bias=False)  # z | x | B | C | dt
-        self.conv_weight = nn.Parameter(torch.empty(d_conv, config.conv_width))
-        self.conv_bias = nn.Parameter(torch.empty(d_conv))
+        self.rows = in_proj_rows(config)
+        d_inner, self.d_conv = self.rows["z"], sum(self.rows[part] for part in "xBC")
+        self.in_proj = nn.Linear(config.d_model, sum(self.rows.values()), bias=False)
+        self.conv_weight = nn.Parameter(torch.empty(self.d_conv, config.conv_width))
+        self.conv_bias = nn.Parameter(torch.empty(self.d_conv))
         self.A_log = nn.Parameter(torch.empty(self.n_heads))
         self.D = nn.Parameter(torch.empty(self.n_heads))
         self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
-        self.norm_weight = nn.Parameter(torch.empty(self.d_inner))
-        self.out_proj = nn.Linear(self.d_inner, config.d_model, bias=False)
+        self.norm_weight = nn.Parameter(torch.empty(d_inner))
+        self.out_proj = nn.Linear(d_inner, config.d_model, bias=False)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -59,33 +58,33 @@ class Mamba2(nn.Module):
         self.dt_bias.copy_(dt_H + torch.log(-torch.expm1(-dt_H)))  # the inverse of softplus
         self.norm_weight.fill_(1.0)
 
-    def forward(
-        self, u_BTD: Tensor, cached: tuple[Tensor, Tensor] | None, ids_BT: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(self, u_BTD: Tensor, cached: tuple[Tensor, Tensor] | None, ids_BT: Tensor | None
+                ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Args: cached: (convolution tail [B, W-1, E], state [B, H, P, N]) of the tokens before, or
         None.
 
         Returns: y_BTD, and the tail and the state after these tokens. Padding belongs on the left
         of whatever is continued from: the tail is made of the last W - 1 positions, padded or not.
         """
-        B, T, D = u_BTD.shape
-        tail_BXE, state_BHPN = (None, None) if cached is None else cached
+        # 1. Project, and convolve what the scan reads.
+        tail_BYE, state_BHPN = (None, None) if cached is None else cached
         z_BTI, xbc_BTE, dt_BTH = self.in_proj(u_BTD).split(
-            [self.d_inner, self.d_inner + 2 * self.d_bc, self.n_heads], dim=-1)
-        xbc_BTE, tail_BXE = kernels.causal_conv(
-            xbc_BTE, self.conv_weight, self.conv_bias, tail_BXE, ids_BT)
-        x_BTI, b_BTY, c_BTY = F.silu(xbc_BTE).split([self.d_inner, self.d_bc, self.d_bc], dim=-1)
-        x_BTHP = x_BTI.reshape(B, T, self.n_heads, self.head_dim)
-        b_BTKN, c_BTKN = (t.reshape(B, T, self.n_groups, self.d_state) for t in (b_BTY, c_BTY))
-        dt_BTH = F.softplus(dt_BTH + self.dt_bias)
-        a_H = -torch.exp(self.A_log)
-        if T == 1 and state_BHPN is not None and ids_BT is None:
+            [self.rows["z"], self.d_conv, self.rows["dt"]], dim=-1)
+        xbc_BTE, tail_BYE = kernels.causal_conv(
+            xbc_BTE, self.conv_weight, self.conv_bias, tail_BYE, ids_BT)
+        x_BTI, b, c = F.silu(xbc_BTE).split([self.rows[part] for part in "xBC"], dim=-1)
+        x_BTHP = x_BTI.unflatten(-1, (self.n_heads, self.head_dim))
+        b_BTKN, c_BTKN = (t.unflatten(-1, (self.n_groups, self.d_state)) for t in (b, c))
+        dt_BTH, a_H = F.softplus(dt_BTH + self.dt_bias), -torch.exp(self.A_log)
+        # 2. One step of the recurrence where one token goes on from a state, else the scan.
+        if u_BTD.shape[1] == 1 and state_BHPN is not None and ids_BT is None:
             y_BHP, state_BHPN = kernels.ssd_step(
                 x_BTHP[:, 0], dt_BTH[:, 0], a_H, b_BTKN[:, 0], c_BTKN[:, 0], self.D, state_BHPN)
             y_BTHP = y_BHP[:, None]
         else:
             y_BTHP, state_BHPN = kernels.ssd(
                 x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN, self.D, state_BHPN, ids_BT, self.chunk)
-        y_BTI = kernels.gated_norm(y_BTHP.reshape(B, T, self.d_inner), z_BTI, self.norm_weight,
-                                   self.n_groups, self.norm_eps)
-        return self.out_proj(y_BTI), (tail_BXE, state_BHPN)
+        # 3. Gate, norm, and back to the model's width.
+        y_BTI = kernels.gated_norm(
+            y_BTHP.flatten(2), z_BTI, self.norm_weight, self.n_groups, self.norm_eps)
+        return self.out_proj(y_BTI), (tail_BYE, state_BHPN)

@@ -3,11 +3,16 @@ pattern.
 
 `M` is a Mamba-2 mixer, `*` attention, `-` a feed-forward network, as in Nemotron-H (arXiv
 2504.03624). Every layer is y = x + mixer(norm(x)), with one RMSNorm before it; a last norm and the
-output matrix follow. One `Cache` holds what each layer needs to go on: it is made by every forward
-pass, carries gradients, and can be forked.
+output matrix follow. One `Cache` holds what each layer needs to go on.
+
+`LanguageModel` says what the methods ask of a model: a network of another make that offers it can
+be trained by them (tests/test_contract.py does so with a GRU). A new kind of layer has four places:
+`MIXERS` here, `WIDTH_FIELDS` in system/config.py, the tables of system/costs.py, and, to be read
+and written as others do, the names in system/huggingface.py.
 """
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +21,49 @@ from torch import Tensor, nn
 from attention import Attention, attention_mask
 from mamba import Mamba2
 from system.config import ModelConfig
+
+
+class LanguageCache(Protocol):
+    """What a `LanguageModel` remembers of the tokens that it has seen, a row for each sequence.
+
+    Nobody changes a cache: to go on makes a new one, so that one prefix can be continued in many
+    ways, one after the other. It carries gradients, from every continuation back into the prefix.
+    """
+
+    def select(self, rows: Tensor) -> "LanguageCache":
+        """The cache of the named rows, in that order, repeated ones too."""
+
+    def fork(self, n: int) -> "LanguageCache":
+        """Each row n times in a row: B rows become B n."""
+
+
+class LanguageModel(Protocol):
+    """What next-token prediction, distillation, the sampling of thoughts and RLP ask of a model;
+    routers and slices (Elastic) ask for a `HybridLM`.
+
+    It is an `nn.Module`, and `type(model)(model.config)` builds another of its shape: a method
+    keeps frozen copies of a model as teachers. Its vocabulary is `config.vocab_size` ids.
+    """
+
+    config: Any
+
+    def __call__(self, tokens_BT: Tensor, cache: LanguageCache | None = None,
+                 ids_BT: Tensor | None = None) -> tuple[Tensor, LanguageCache]:
+        """Args: tokens_BT: token ids; cache: of the tokens before, or None; ids_BT: the document of
+        each token, -1 for padding, None for one document without padding. Tokens see no other
+        document and no later token. What goes on from a cache, with ids None, goes on with its last
+        document; contexts that are continued are padded on the left, and their padding is as if it
+        were not there.
+
+        Returns: hidden_BTD, from which `logits` predicts each next token, and the cache after them.
+        """
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits of hidden states, [..., D] to [..., V]: hidden W^T."""
+
+    @property
+    def output_matrix(self) -> Tensor:
+        """W, [V, D], for methods that make logits in parts, or only where they are wanted."""
 
 
 class FeedForward(nn.Module):
@@ -29,9 +77,8 @@ class FeedForward(nn.Module):
             nn.Linear(config.d_model, config.d_ff, bias=False) if config.ffn == "swiglu" else None)
         self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
 
-    def forward(
-        self, x_BTD: Tensor, cached: tuple[()] | None, ids_BT: Tensor | None
-    ) -> tuple[Tensor, tuple[()]]:
+    def forward(self, x_BTD: Tensor, cached: tuple[()] | None, ids_BT: Tensor | None
+                ) -> tuple[Tensor, tuple[()]]:
         """Tokens are independent here: nothing is cached, nothing can leak. Returns y_BTD and
         ()."""
         up_BTF = self.up_proj(x_BTD)
@@ -47,7 +94,7 @@ MIXERS = {"M": Mamba2, "*": Attention, "-": FeedForward}
 
 @dataclass
 class Cache:
-    """What a model remembers of the tokens it has seen.
+    """The `LanguageCache` of a `HybridLM`.
 
     layers: a tuple per layer. `*`: keys and values, [B, K, S, P] each; `M`: the convolution's tail
     [B, W-1, E] and the state [B, H, P, N]; `-`: nothing. ids_BS: document ids of the S positions
@@ -59,14 +106,13 @@ class Cache:
     ids_BS: Tensor | None = None
 
     def select(self, rows: Tensor) -> "Cache":
-        """The cache of the named rows, in that order: to fork, to drop, to sort. Gradients add up
-        over repeated rows."""
+        """The named rows, in that order. Gradients add up over repeated rows."""
         layers = [tuple(t.index_select(0, rows) for t in layer) for layer in self.layers]
         return Cache(layers, self.n_tokens,
                      None if self.ids_BS is None else self.ids_BS.index_select(0, rows))
 
     def fork(self, n: int) -> "Cache":
-        """Each row n times in a row: B rows become B n, to be continued in n ways."""
+        """Each row n times in a row."""
         some = self.layers[next(i for i, layer in enumerate(self.layers) if layer)][0]
         return self.select(torch.arange(some.shape[0], device=some.device).repeat_interleave(n))
 
@@ -80,16 +126,15 @@ class Block(nn.Module):
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.mixer = MIXERS[kind](config)
 
-    def forward(
-        self, x_BTD: Tensor, cached: tuple | None, context: Tensor | None) -> tuple[Tensor, tuple]:
-        """context: the attention mask for `*`, the document ids for `M`."""
+    def forward(self, x_BTD: Tensor, cached: tuple | None, context: Tensor | None
+                ) -> tuple[Tensor, tuple]:
+        """context: the attention mask for attention, the document ids for other mixers."""
         y_BTD, cached = self.mixer(self.norm(x_BTD), cached, context)
         return x_BTD + y_BTD, cached
 
 
 class HybridLM(nn.Module):
-    """Tokens to final hidden states; `logits` applies the output matrix where it is wanted, and
-    only there."""
+    """A `LanguageModel`: tokens to final hidden states, through the layers of a pattern."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -99,8 +144,7 @@ class HybridLM(nn.Module):
         self.layers = nn.ModuleList(
             Block(kind, config.layer(i)) for i, kind in enumerate(config.pattern))
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.head = (None
-                     if config.tie_embeddings
+        self.head = (None if config.tie_embeddings
                      else nn.Linear(config.d_model, config.vocab_size, bias=False))
         self.reset_parameters()
 
@@ -122,24 +166,16 @@ class HybridLM(nn.Module):
             else:
                 p.normal_(0.0, 0.02 if name == "head.weight" else p.shape[1] ** -0.5)
 
-    def forward(
-        self, tokens_BT: Tensor, cache: Cache | None = None, ids_BT: Tensor | None = None
-    ) -> tuple[Tensor, Cache]:
-        """Args: tokens_BT: token ids; cache: of the tokens before, or None; ids_BT: document ids,
-        -1 for padding, None for one document without padding. A sequence that goes on from a cache
-        goes on with its document.
-
-        Returns: hidden_BTD after the last norm, and the cache after these tokens. The cache given
-        is not changed.
-        """
-        B, T = tokens_BT.shape
-        n_cached = 0 if cache is None else cache.n_tokens
-        ids_BS = _join_ids(ids_BT, cache, B, T, tokens_BT.device)
+    def forward(self, tokens_BT: Tensor, cache: Cache | None = None,
+                ids_BT: Tensor | None = None) -> tuple[Tensor, Cache]:
+        """Hidden states after the last norm, and the cache: see `LanguageModel`."""
+        T, n_cached = tokens_BT.shape[1], 0 if cache is None else cache.n_tokens
+        ids_BS = _join_ids(ids_BT, cache, tokens_BT)
         mask = attention_mask(ids_BS, T, n_cached, tokens_BT.device)
         x_BTD = self.embed(tokens_BT)
         layers = []
         for i, block in enumerate(self.layers):
-            context = mask if block.kind == "*" else ids_BT
+            context = mask if isinstance(block.mixer, Attention) else ids_BT
             x_BTD, left = block(x_BTD, None if cache is None else cache.layers[i], context)
             layers.append(left)
         return self.norm(x_BTD), Cache(layers, n_cached + T, ids_BS)
@@ -150,24 +186,20 @@ class HybridLM(nn.Module):
 
     @property
     def output_matrix(self) -> Tensor:
-        """The matrix that makes logits of hidden states, [V, D]."""
+        """[V, D]: the head, or the embedding where it serves as head."""
         return (self.embed if self.head is None else self.head).weight
 
 
-def _join_ids(
-    ids_BT: Tensor | None, cache: Cache | None, B: int, T: int, device: torch.device
-) -> Tensor | None:
+def _join_ids(ids_BT: Tensor | None, cache: Cache | None, tokens_BT: Tensor) -> Tensor | None:
     """Document ids of cached and new positions; None where both are plain (all of document 0, no
     padding)."""
     old = None if cache is None else cache.ids_BS
     if ids_BT is None and old is None:
         return None
-    parts = []
-    if cache is not None:
-        parts.append(
-            torch.zeros(B, cache.n_tokens, dtype=torch.long, device=device) if old is None else old)
-    new = (torch.zeros(B, T, dtype=torch.long, device=device)
-           if old is None
-           else old[:, -1:].clamp(min=0).expand(B, T))
-    parts.append(new if ids_BT is None else ids_BT)
-    return torch.cat(parts, dim=1)
+    if cache is None:
+        return ids_BT
+    if old is None:
+        old = ids_BT.new_zeros(len(tokens_BT), cache.n_tokens)
+    if ids_BT is None:
+        ids_BT = old[:, -1:].clamp(min=0).expand(tokens_BT.shape)
+    return torch.cat([old, ids_BT], dim=1)

@@ -19,6 +19,13 @@ def sum_of_parts(measure: Callable[[str, ModelConfig], float], config: ModelConf
         measure(kind, config.layer(i)) for i, kind in enumerate(config.pattern))
 
 
+def in_proj_rows(config: ModelConfig) -> dict[str, int]:
+    """The blocks of Mamba-2's in_proj in their order, and how many rows each has. The convolution's
+    channels are x, B and C."""
+    I, KN = config.mamba_heads * config.mamba_head_dim, config.mamba_groups * config.d_state
+    return {"z": I, "x": I, "B": KN, "C": KN, "dt": config.mamba_heads}
+
+
 def matrix_parameters(kind: str, config: ModelConfig) -> int:
     """Weights of the matrices of a layer, a closed form: nothing is built (a test holds it to what
     is built)."""

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from test_kernels import conv_inputs, conv_torch, run
 
 import kernels
+import kernels_gpu
 
-Q = kernels.TILE
+Q = kernels_gpu.TILE
 TOLERANCE = {torch.float32: 5e-5, torch.float16: 1e-2}  # of the norm
 DOCUMENTS = {  # of 2 Q + 3 tokens, in two rows
     "one": [[0] * (2 * Q + 3)] * 2,
@@ -127,14 +128,14 @@ def strided(t, row=40):
 def test_parts_of_a_projection_are_read_where_they_are():
     inputs = {name: t.float() for name, t in ssd_inputs(Q + 1).items()}
     views = {name: strided(t) if name in ("x_BTHP", "b_BTKN", "c_BTKN") else t for name, t in inputs.items()}
-    assert all(kernels._rows(views[name])[0] is views[name] for name in ("x_BTHP", "b_BTKN", "c_BTKN"))
+    assert all(kernels_gpu._rows(views[name])[0] is views[name] for name in ("x_BTHP", "b_BTKN", "c_BTKN"))
     torch.testing.assert_close(kernels.ssd_triton(**views), kernels.ssd_triton(**inputs), rtol=0, atol=0)
 
 
 def test_rows_of_another_sequence_than_their_stride_says_are_copied():
     x_BTHP = torch.arange(2.0 * 9 * 4 * 3).view(2, 9, 4, 3)
     for view in (x_BTHP[:, 2:7], x_BTHP.transpose(0, 1), x_BTHP.transpose(2, 3), x_BTHP[:1, 3:4], x_BTHP[:, ::2]):
-        rows, stride = kernels._rows(view)
+        rows, stride = kernels_gpu._rows(view)
         (B, T), n = view.shape[:2], view[0, 0].numel()
         assert torch.equal(rows.as_strided((B, T, n), (T * stride, stride, 1)).view(view.shape), view)
 
@@ -200,7 +201,7 @@ def test_packed_convolution_of_a_few_tokens_equals_its_sum(ids):
 
 
 def test_channels_wider_than_a_tile_are_all_convolved():
-    E = kernels.CONV_TILE[1] + 6
+    E = kernels_gpu.CONV_TILE[1] + 6
     inputs = {"x_BTE": torch.randn(2, 5, E), "weight_EW": torch.randn(E, 4), "bias_E": torch.randn(E)}
     assert_near(kernels.causal_conv_triton, kernels.causal_conv_reference, inputs)
 
@@ -208,9 +209,9 @@ def test_channels_wider_than_a_tile_are_all_convolved():
 # -------------------------------------------------------------------------------------------- gated norm, log-probs
 
 
-def norm_inputs(E=12):
-    y_BTE, z_BTE = torch.randn(2, 2, 35, E, dtype=torch.float64)
-    return {"y_BTE": y_BTE, "z_BTE": z_BTE, "weight_E": torch.randn(E, dtype=torch.float64)}
+def norm_inputs(I=12):
+    y_BTI, z_BTI = torch.randn(2, 2, 35, I, dtype=torch.float64)
+    return {"y_BTI": y_BTI, "z_BTI": z_BTI, "weight_I": torch.randn(I, dtype=torch.float64)}
 
 
 def as_pair(route):
@@ -233,7 +234,7 @@ def test_gated_norm_equals_its_formula(n_groups, dtype):
 @pytest.mark.parametrize("banned", [(), (2,), (0, 33, *range(16, 32))])
 def test_selected_logp_equals_token_logp_of_all_logits(monkeypatch, banned, temperature):
     """Three full parts of the vocabulary and a short one; one part may be banned as a whole."""
-    monkeypatch.setattr(kernels, "VOCABULARY_TILE", 16)
+    monkeypatch.setattr(kernels_gpu, "VOCABULARY_TILE", 16)
     token = torch.tensor([[1, 15, 32], [47, 48, 49]])
     triton, reference = (
         as_pair(functools.partial(f, token=token, banned=banned, temperature=temperature))
@@ -274,11 +275,11 @@ def test_places_beyond_two_to_the_31_are_reached(operation):
         near = {name: t[:1].half() if "B" in name else t.half() for name, t in conv_inputs(T).items()}
         name, route = "x_BTE", kernels.causal_conv_triton
     else:
-        near = {name: t.half() for name, t in zip(("y_BTE", "z_BTE"), torch.randn(2, 1, T, 3), strict=True)}
-        near["weight_E"], name = torch.randn(3), "z_BTE"
+        near = {name: t.half() for name, t in zip(("y_BTI", "z_BTI"), torch.randn(2, 1, T, 3), strict=True)}
+        near["weight_I"], name = torch.randn(3), "z_BTI"
         route = as_pair(functools.partial(kernels.gated_norm_triton, n_groups=1, eps=0.1))
     far = near | {name: far_apart(near[name])}
-    assert kernels._rows(far[name])[1] == 2**24
+    assert kernels_gpu._rows(far[name])[1] == 2**24
 
     def outputs(inputs):
         leaves = {k: v.detach().requires_grad_() for k, v in inputs.items()}
@@ -321,8 +322,8 @@ def test_the_whole_step_of_decoding_takes_two_kernels(monkeypatch, make_model, t
     """One for the convolution with its tail, one for the state, beside the norm."""
     names = []
     for name in ("conv_kernel", "ssd_step_kernel", "norm_kernel", "ssd_scan_kernel"):
-        kernel = getattr(kernels, name)
-        monkeypatch.setattr(kernels, name, Counted(kernel, names))
+        kernel = getattr(kernels_gpu, name)
+        monkeypatch.setattr(kernels_gpu, name, Counted(kernel, names))
     model = make_model(pattern="M").float()
     with torch.no_grad():
         _, cache = model(torch.zeros(1, 3, dtype=torch.long))

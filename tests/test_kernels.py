@@ -191,29 +191,29 @@ def conv_inputs(T, W=4, with_tail=True):
     generator = torch.Generator().manual_seed(0)
     randn = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
     inputs = {"x_BTE": randn(2, T, 3), "weight_EW": randn(3, W), "bias_E": randn(3)}
-    return inputs | ({"tail_BXE": randn(2, W - 1, 3)} if with_tail else {})
+    return inputs | ({"tail_BYE": randn(2, W - 1, 3)} if with_tail else {})
 
 
-def conv_parts(borders, x_BTE, weight_EW, bias_E, tail_BXE, carry):
+def conv_parts(borders, x_BTE, weight_EW, bias_E, tail_BYE, carry):
     y_list = []
     for start, end in borders:
-        y_BTE, left_BXE = kernels.causal_conv(x_BTE[:, start:end], weight_EW, bias_E, tail_BXE)
+        y_BTE, left_BYE = kernels.causal_conv(x_BTE[:, start:end], weight_EW, bias_E, tail_BYE)
         y_list.append(y_BTE)
-        tail_BXE = left_BXE if carry else None
-    return torch.cat(y_list, dim=1), left_BXE
+        tail_BYE = left_BYE if carry else None
+    return torch.cat(y_list, dim=1), left_BYE
 
 
-def conv_each_document_alone(ids_BT, tail_BXE=None, **inputs):
-    return conv_parts(spans(ids_BT), tail_BXE=tail_BXE, carry=False, **inputs)
+def conv_each_document_alone(ids_BT, tail_BYE=None, **inputs):
+    return conv_parts(spans(ids_BT), tail_BYE=tail_BYE, carry=False, **inputs)
 
 
-def conv_split(at, tail_BXE=None, **inputs):
-    return conv_parts([(0, at), (at, inputs["x_BTE"].shape[1])], tail_BXE=tail_BXE, carry=True, **inputs)
+def conv_split(at, tail_BYE=None, **inputs):
+    return conv_parts([(0, at), (at, inputs["x_BTE"].shape[1])], tail_BYE=tail_BYE, carry=True, **inputs)
 
 
-def conv_torch(x_BTE, weight_EW, bias_E, tail_BXE):
+def conv_torch(x_BTE, weight_EW, bias_E, tail_BYE):
     E, W = weight_EW.shape
-    x_all = torch.cat([tail_BXE, x_BTE], dim=1)
+    x_all = torch.cat([tail_BYE, x_BTE], dim=1)
     y_BET = F.conv1d(x_all.transpose(1, 2), weight_EW[:, None], bias_E, groups=E)
     return y_BET.transpose(1, 2), x_all[:, x_all.shape[1] - (W - 1) :]
 
@@ -254,9 +254,9 @@ def test_tail_holds_nothing_of_the_document_before_a_short_last_one(conv, n):
     """A tail belongs to the document it goes on with: what is older than that document's n tokens must be zero."""
     ids_BT = torch.tensor([[0] * 5 + [1] * n] * 2)
     inputs = conv_inputs(T=5 + n, with_tail=False)
-    _, tail_BXE = conv(**inputs, ids_BT=ids_BT)
-    _, alone_BXE = conv_each_document_alone(ids_BT, **inputs)
-    assert_close(tail_BXE, alone_BXE, **EXACT)
+    _, tail_BYE = conv(**inputs, ids_BT=ids_BT)
+    _, alone_BYE = conv_each_document_alone(ids_BT, **inputs)
+    assert_close(tail_BYE, alone_BYE, **EXACT)
 
 
 @pytest.mark.parametrize("conv", [kernels.causal_conv, kernels.causal_conv_reference])
@@ -264,8 +264,8 @@ def test_tail_holds_nothing_of_the_document_before_a_short_last_one(conv, n):
 def test_left_padding_changes_nothing_in_the_convolution(conv, n):
     inputs = conv_inputs(T=2, with_tail=False)
     padded = inputs | {"x_BTE": torch.cat([torch.full((2, n, 3), 9.0), inputs["x_BTE"]], dim=1)}
-    y_BTE, tail_BXE = conv(**padded, ids_BT=torch.tensor([[-1] * n + [0] * 2] * 2))
-    assert_close((y_BTE[:, n:], tail_BXE), conv(**inputs), **EXACT)
+    y_BTE, tail_BYE = conv(**padded, ids_BT=torch.tensor([[-1] * n + [0] * 2] * 2))
+    assert_close((y_BTE[:, n:], tail_BYE), conv(**inputs), **EXACT)
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 7])
@@ -279,25 +279,25 @@ def test_convolution_split_in_two_calls_equals_one_call(at):
 
 @pytest.mark.parametrize("n_groups", [1, 2, 3])
 def test_gated_norm_gates_first_and_then_divides_by_each_groups_rms(n_groups):
-    y_BTE, z_BTE = torch.randn(2, 2, 5, 6, dtype=torch.float64)
-    weight_E = torch.randn(6, dtype=torch.float64)
-    gated_BTE = y_BTE * z_BTE / (1 + torch.exp(-z_BTE))
-    parts = [g / (g.square().mean(-1, keepdim=True) + 0.1).sqrt() for g in gated_BTE.chunk(n_groups, dim=-1)]
-    assert_close(kernels.gated_norm(y_BTE, z_BTE, weight_E, n_groups, eps=0.1), weight_E * torch.cat(parts, -1), **EXACT)
+    y_BTI, z_BTI = torch.randn(2, 2, 5, 6, dtype=torch.float64)
+    weight_I = torch.randn(6, dtype=torch.float64)
+    gated_BTI = y_BTI * z_BTI / (1 + torch.exp(-z_BTI))
+    parts = [g / (g.square().mean(-1, keepdim=True) + 0.1).sqrt() for g in gated_BTI.chunk(n_groups, dim=-1)]
+    assert_close(kernels.gated_norm(y_BTI, z_BTI, weight_I, n_groups, eps=0.1), weight_I * torch.cat(parts, -1), **EXACT)
 
 
-def gated_norm_by_autograd(y_BTE, z_BTE, weight_E, n_groups):
-    g = (y_BTE * F.silu(z_BTE)).unflatten(-1, (n_groups, -1))
-    return weight_E * (g / (g.square().mean(-1, keepdim=True) + 0.1).sqrt()).flatten(-2)
+def gated_norm_by_autograd(y_BTI, z_BTI, weight_I, n_groups):
+    g = (y_BTI * F.silu(z_BTI)).unflatten(-1, (n_groups, -1))
+    return weight_I * (g / (g.square().mean(-1, keepdim=True) + 0.1).sqrt()).flatten(-2)
 
 
 @pytest.mark.parametrize("n_groups", [1, 2, 3])
 def test_gated_norm_has_the_gradients_of_its_formula(n_groups):
     """The gate is a slice of a wider tensor, as in the mixer."""
-    y_BTE, wide_BTE, weight_E, grad_BTE = (torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+    y_BTI, wide_BTI, weight_I, grad_BTI = (torch.randn(*shape, dtype=torch.float64, requires_grad=True)
                                            for shape in ((2, 5, 6), (2, 5, 8), (6,), (2, 5, 6)))  # fmt: skip
     found, expected = (
-        torch.autograd.grad(norm(y_BTE, wide_BTE[..., 1:7], weight_E, n_groups), (y_BTE, wide_BTE, weight_E), grad_BTE)
+        torch.autograd.grad(norm(y_BTI, wide_BTI[..., 1:7], weight_I, n_groups), (y_BTI, wide_BTI, weight_I), grad_BTI)
         for norm in (functools.partial(kernels.gated_norm, eps=0.1), gated_norm_by_autograd)
     )
     assert_close(found, expected, **EXACT)

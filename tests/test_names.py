@@ -202,5 +202,5 @@ def test_false_names_are_found_and_true_ones_are_not(names, wrong):
 
 def test_the_tracer_sees_a_false_name_in_a_function_of_the_repo():
     with traced() as found:
-        kernels.gated_norm(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), weight_E=torch.zeros(1), n_groups=2, eps=0.1)
-    assert set(found.values()) == {"E is 1 in weight_E but 4 in y_BTE"}
+        kernels.gated_norm(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), weight_I=torch.zeros(1), n_groups=2, eps=0.1)
+    assert set(found.values()) == {"I is 1 in weight_I but 4 in y_BTI"}

@@ -22,12 +22,13 @@ from torch.testing import assert_close
 
 import attention
 import kernels
+import kernels_gpu
 from mamba import Mamba2
 from system.config import ModelConfig
 
 ROOT = Path(__file__).parent.parent
-needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
-if kernels.triton is not None:
+needs_triton = pytest.mark.skipif(kernels_gpu.triton is None, reason="Triton is not installed")
+if kernels_gpu.triton is not None:
     import aot
 
 
@@ -123,7 +124,7 @@ def test_every_exponent_is_cut_off_at_zero():
 @needs_triton
 def test_places_in_memory_are_computed_in_64_bits():
     """By the only function that asks for a program's place, and by what the compiler makes of each place."""
-    source = (ROOT / "kernels.py").read_text()
+    source = (ROOT / "kernels_gpu.py").read_text()
     assert source.count("tl.program_id(") == 1
     assert "tl.program_id(axis).to(tl.int64)" in source
     for label, ttir in scan_code().items():
@@ -136,7 +137,7 @@ def test_places_in_memory_are_computed_in_64_bits():
 
 @needs_triton
 def test_no_kernel_adds_to_memory_that_another_program_writes():
-    assert not re.search(r"tl\.atomic|autotune", (ROOT / "kernels.py").read_text())
+    assert not re.search(r"tl\.atomic|autotune", (ROOT / "kernels_gpu.py").read_text())
     assert all("tt.atomic" not in ttir for ttir in scan_code().values())
 
 
@@ -207,7 +208,7 @@ def test_auto_runs_triton_on_cuda_tensors_and_pytorch_on_others(operation):
 
 
 def test_auto_runs_pytorch_on_cuda_tensors_where_triton_is_missing(operation, monkeypatch):
-    monkeypatch.setattr(kernels, "triton", None)
+    monkeypatch.setattr(kernels_gpu, "triton", None)
     assert operation(gpu_tensor()) == "fast"
 
 
@@ -236,7 +237,7 @@ def test_triton_on_the_cpu_is_refused_with_the_remedy(operation, monkeypatch):
 
 
 def test_triton_without_the_package_is_refused_with_the_remedy(monkeypatch):
-    monkeypatch.setattr(kernels, "triton", None)
+    monkeypatch.setattr(kernels_gpu, "triton", None)
     with pytest.raises(ValueError, match=r"^kernels \(triton\) needs .*: pip install triton "):
         kernels.use("triton")
 
@@ -250,8 +251,8 @@ def test_an_unknown_choice_is_refused_with_those_that_exist(choice):
 def test_kernels_import_and_run_without_triton():
     status, shown = python(
         "-c",
-        "import sys, torch; sys.modules['triton'] = None; import kernels; "
-        "print(kernels.triton, kernels.causal_conv(torch.ones(1, 2, 1), torch.ones(1, 2), torch.ones(1))[0].tolist())",
+        "import sys, torch; sys.modules['triton'] = None; import kernels, kernels_gpu; "
+        "print(kernels_gpu.triton, kernels.causal_conv(torch.ones(1, 2, 1), torch.ones(1, 2), torch.ones(1))[0].tolist())",
     )
     assert (status, shown) == (0, "None [[[2.0], [3.0]]]\n")
 
@@ -281,7 +282,7 @@ def test_step_sizes_far_below_zero_do_not_vanish_before_the_scan():
 @pytest.mark.parametrize("banned", [(), (2,), (0, 33, *range(16, 32))])
 def test_selected_logp_in_parts_equals_token_logp_of_all_logits(monkeypatch, banned, temperature):
     """Parts of 16 ids: one of them may be banned as a whole, and one token is banned itself."""
-    monkeypatch.setattr(kernels, "VOCABULARY_TILE", 16)
+    monkeypatch.setattr(kernels_gpu, "VOCABULARY_TILE", 16)
     token, keep = torch.tensor([[1, 15, 32], [47, 48, 2]]), torch.tensor([[True] * 3, [True, True, 2 not in banned]])
     inputs = {"hidden": torch.randn(2, 3, 8).double(), "weight_VD": torch.randn(50, 8).double()}
 
@@ -308,7 +309,7 @@ def test_selected_logp_needs_no_memory_that_grows_with_the_vocabulary():
                 sizes.append(result.numel())
             return result
 
-    n_tokens, part = 12, kernels.VOCABULARY_TILE
+    n_tokens, part = 12, kernels_gpu.VOCABULARY_TILE
     hidden_TD, weight_VD = torch.randn(n_tokens, 2, requires_grad=True), torch.randn(5 * part, 2)
     with Watch():
         kernels.selected_logp(hidden_TD, weight_VD, torch.arange(n_tokens) * part // 3).sum().backward()
@@ -339,7 +340,7 @@ def test_selected_logp_under_autocast_goes_the_same_way_back():
 def gpu_case(name, dtype):
     """Inputs, options, and the two routes of an operation, at sizes that fill tiles and leave some half empty."""
     randn = functools.partial(torch.randn, dtype=torch.float64)
-    B, T, H, P, K, N, E = 2, 200, 4, 80, 2, 128, 640
+    B, T, H, P, K, N, E, I = 2, 200, 4, 80, 2, 128, 640, 320
     ids_BT = torch.tensor([[-1] * 9 + [0] * 90 + [1] * 101, [0] * 64 + [1] * 64 + [2] * 72]).cuda()
     if name == "scan":
         inputs = {"x_BTHP": randn(B, T, H, P), "dt_BTH": torch.rand(B, T, H).double() * 0.1, "a_H": -torch.rand(H).double(),
@@ -347,10 +348,10 @@ def gpu_case(name, dtype):
                   "state_BHPN": randn(B, H, P, N)}  # fmt: skip
         routes, options = (kernels.ssd_triton, kernels.ssd_reference), {"ids_BT": ids_BT}
     elif name == "convolution":
-        inputs = {"x_BTE": randn(B, T, E), "weight_EW": randn(E, 4), "bias_E": randn(E), "tail_BXE": randn(B, 3, E)}
+        inputs = {"x_BTE": randn(B, T, E), "weight_EW": randn(E, 4), "bias_E": randn(E), "tail_BYE": randn(B, 3, E)}
         routes, options = (kernels.causal_conv_triton, kernels.causal_conv_reference), {"ids_BT": ids_BT}
     elif name == "norm":
-        inputs = {"y_BTE": randn(B, T, E), "z_BTE": randn(B, T, E), "weight_E": randn(E)}
+        inputs = {"y_BTI": randn(B, T, I), "z_BTI": randn(B, T, I), "weight_I": randn(I)}
         forms, options = (kernels.gated_norm_triton, kernels.gated_norm_reference), {"n_groups": K, "eps": 1e-5}
     else:
         inputs = {"hidden": randn(B, T, 64), "weight_VD": randn(9000, 64) / 8}

@@ -34,7 +34,7 @@ import torch
 
 import nested
 import routers
-from kernels import VOCABULARY_TILE
+from kernels_gpu import VOCABULARY_TILE
 from system.config import Config, ElasticConfig, FitConfig, ModelConfig
 from system.costs import (
     matrix_parameters,

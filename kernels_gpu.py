@@ -1,0 +1,672 @@
+"""The hot operations of kernels.py as Triton kernels, for CUDA GPUs; kernels.py chooses who runs.
+
+How to read, knowing PyTorch. A kernel is a program for one tile of the result. `kernel[grid](...)`
+starts it once for each point of the grid, in no order; `_program(axis)` is its point. A tensor
+comes as the address of its first number: `start + offsets` is a tile of addresses, which is loaded
+into registers, worked on in fp32, and stored. Sizes of tiles are powers of two, known when a kernel
+is compiled (`constexpr`, as all that an `if` on None or on them decides), and a matrix product
+takes no side below 16: P2 is the tile that P fits in or is cut into, and `p < P` masks what lies
+outside, which is loaded as 0 and not stored. Names end in the letters of their tile (the legend is
+in kernels.py). The SSD comes first; its kernels follow `kernels.ssd_chunked`, names included.
+
+Row (b, t) of a tensor [B, T, ...] begins at (b T + t) stride. Where a tile begins is one number of
+64 bits (61,000 tokens of a wide model pass 2^31); places inside a tile take 32 bits, for registers
+are scarce. No atomics and no autotuning: a result does not depend on timing.
+
+Where they differ from PyTorch's forms: a chunk always has 64 tokens; fp64 is not taken; products of
+fp32 numbers are as exact as torch's own (torch.set_float32_matmul_precision); the states between
+chunks are kept in the dtype of x. Not here: convolution and SiLU in one kernel, fp8, clusters or
+warp specialisation of newer cards.
+"""
+
+from __future__ import annotations  # `tl.constexpr` is no name where triton is missing
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from system.errors import require
+
+try:
+    import triton
+    import triton.language as tl
+
+    jit = triton.jit
+except ImportError:
+    triton = tl = None
+
+    def jit(function: Callable) -> Callable:
+        """Leaves the kernels below plain functions, which nobody calls."""
+        return function
+
+
+TILE = 64  # tokens of a chunk
+DBC_TILE = 32  # of N in `ssd_dbc_kernel`; more, or more than 256 bytes of x, and registers spill
+CONV_TILE = 64, 64  # tokens and channels
+NORM_ROWS = 32  # tokens whose part of a weight gradient is summed in registers
+VOCABULARY_TILE = 4096  # ids whose logits are made at a time
+
+
+def require_triton(can_launch: bool, what: str) -> None:
+    """Raises ValueError unless Triton is installed and can run: on CUDA, or in its interpreter."""
+    require(triton is not None, "kernels (triton) needs the package of that name: "
+                                "pip install triton (or choose kernels auto)")
+    require(can_launch or not isinstance(_program, triton.JITFunction),
+            f"kernels (triton) needs CUDA, and {what}; choose kernels auto, or set "
+            "TRITON_INTERPRET=1 before Python starts (slow, for tests)")
+
+
+# ------------------------------------------------------------------------------------ shared pieces
+
+
+@jit
+def _program(axis: tl.constexpr):
+    """This program's point on an axis of the grid, in 64 bits; so is every address made of it."""
+    return tl.program_id(axis).to(tl.int64)
+
+
+@jit
+def _load(start, i, j, inside_i, inside_j):
+    """The tile start[i, j] of row and column offsets, 0 outside. Swapping the arguments loads the
+    transposed tile."""
+    return tl.load(
+        start + (i[:, None] + j[None, :]), mask=inside_i[:, None] & inside_j[None, :], other=0.0)
+
+
+@jit
+def _store(start, i, j, value, inside_i, inside_j):
+    """The reverse, in the dtype of what is stored to."""
+    places = start + (i[:, None] + j[None, :])
+    tl.store(places, value.to(start.dtype.element_ty), mask=inside_i[:, None] & inside_j[None, :])
+
+
+@jit
+def _document(ids, batch, t, T):
+    """Document of position t, outside [0, T) that of the nearest inside; 0 where there are no
+    ids."""
+    t = tl.maximum(tl.minimum(t, T - 1), 0)
+    return t * 0 if ids is None else tl.load(ids + batch * T + t)
+
+
+def _rows(t: Tensor) -> tuple[Tensor, int]:
+    """The tensor and the stride s with which its row (b, t) begins at (b T + t) s. Copied only if
+    there is no such s: the parts of a split projection pass as they are."""
+    stride = t.stride(1) if t.shape[1] > 1 else t.stride(0)
+    if t[0, 0].is_contiguous() and t.stride(0) == t.shape[1] * stride:
+        return t, stride
+    return t.contiguous(), t[0, 0].numel()
+
+
+def _tile(n: int) -> int:
+    """Size of the tile that n entries fit in."""
+    return max(16, triton.next_power_of_2(n))
+
+
+def _ceil(n: int, by: int) -> int:
+    return -(-n // by)
+
+
+def _precision() -> str:
+    """Of products of fp32 numbers: three passes of tf32 are fp32; one only where torch may too."""
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+# ---------------------------------------------------------------------------------------------- SSD
+
+
+@jit
+def _chunk(dt, a, ids, batch, head, chunk, T, H: tl.constexpr, Q: tl.constexpr):
+    """What the tokens of one chunk of a head share: dt; l, the running sum of dt a; exp(l_Q - l),
+    exp(l) and exp(l_Q), the decays to the chunk's end, since its start and over all of it.
+
+    A decay that crosses from one document to another is 0. Every exponent is cut off at 0: rounding
+    can leave a difference of equal sums a little above, and far above the diagonal it would
+    overflow.
+    """
+    # 1. Tokens past the end have a step size of 0: they neither write nor decay.
+    q = tl.arange(0, Q)
+    dt_Q = tl.load(
+        dt + (batch * T + chunk * Q) * H + head + q * H, mask=q < T - chunk * Q, other=0.0)
+    l_Q = tl.cumsum(dt_Q * tl.load(a + head), 0)
+    total = tl.sum(tl.where(q == Q - 1, l_Q, 0.0), 0)  # a register cannot be indexed: l_Q[Q - 1]
+    # 2. Documents, counted within the chunk; the token before it has number 0, and so has the state
+    #    that comes in. Equal numbers mean the same document.
+    changes_Q, n_changes = q * 0, 0
+    if ids is not None:
+        changed_Q = _document(ids, batch, chunk * Q + q, T) != _document(
+            ids, batch, chunk * Q + q - 1, T)
+        changes_Q, n_changes = (tl.cumsum(changed_Q.to(tl.int32), 0),
+                                tl.sum(changed_Q.to(tl.int32), 0))
+    # 3. The decays.
+    to_end_Q = tl.where(changes_Q == n_changes, tl.exp(tl.minimum(total - l_Q, 0.0)), 0.0)
+    from_start_Q = tl.where(changes_Q == 0, tl.exp(tl.minimum(l_Q, 0.0)), 0.0)
+    carry = tl.where(n_changes == 0, tl.exp(tl.minimum(total, 0.0)), 0.0)
+    return changes_Q, dt_Q, l_Q, to_end_Q, from_start_Q, carry
+
+
+@jit
+def _decay(l_Q, changes_Q, TRANSPOSED: tl.constexpr, Q: tl.constexpr):
+    """exp(l_q - l_s) where token q sees token s, else 0: [q, s], or [s, q] if TRANSPOSED."""
+    i_Q = tl.arange(0, Q)
+    if TRANSPOSED:
+        seen_QQ, difference_QQ = i_Q[None, :] >= i_Q[:, None], l_Q[None, :] - l_Q[:, None]
+    else:
+        seen_QQ, difference_QQ = i_Q[:, None] >= i_Q[None, :], l_Q[:, None] - l_Q[None, :]
+    return tl.where(seen_QQ & (changes_Q[:, None] == changes_Q[None, :]),
+                    tl.exp(tl.minimum(difference_QQ, 0.0)), 0.0)
+
+
+@jit
+def ssd_states_kernel(x, dt, a, b, ids, first, states, last, stride_x, stride_b, T,
+                      BACKWARD: tl.constexpr, H: tl.constexpr, J: tl.constexpr, P: tl.constexpr,
+                      N: tl.constexpr, P2: tl.constexpr, N2: tl.constexpr, Q: tl.constexpr,
+                      PRECISION: tl.constexpr):
+    """h <- exp(l_Q) h + sum over s of exp(l_Q - l_s) dt_s x_s b_s^T: walks along the chunks with
+    one tile of one head's state in registers; stores it before each chunk, and at the end.
+
+    BACKWARD is the mirror: x is the gradient of y, b is c, and what is stored is the gradient of
+    the state after each chunk: g <- exp(l_Q) g + sum over q of exp(l_q) dy_q c_q^T, from the last
+    chunk to the first.
+    """
+    batch, head = _program(0) // H, _program(0) % H
+    q, n_chunks = tl.arange(0, Q), tl.cdiv(T, Q)
+    p, n = ((_program(1) * P2).to(tl.int32) + tl.arange(0, P2),
+            (_program(2) * N2).to(tl.int32) + tl.arange(0, N2))
+    state_PN = tl.zeros([P2, N2], tl.float32)
+    if first is not None:
+        state_PN += _load(first + _program(0) * P * N, p * N, n, p < P, n < N)
+    for i in range(n_chunks):
+        chunk = n_chunks - 1 - i if BACKWARD else i
+        # 1. The state as it stands before the chunk, for the kernels that do all chunks at once.
+        _store(states + ((batch * n_chunks + chunk) * H + head) * P * N, p * N, n, state_PN, p < P,
+               n < N)
+        # 2. What the chunk adds: x is loaded transposed, so that the sum over s is one product.
+        _, dt_Q, _, to_end_Q, from_start_Q, carry = _chunk(dt, a, ids, batch, head, chunk, T, H, Q)
+        row, inside_Q = batch * T + chunk * Q, q < T - chunk * Q
+        x_PQ = _load(x + row * stride_x + head * P, p, q * stride_x, p < P, inside_Q)
+        b_QN = _load(b + row * stride_b + head // J * N, q * stride_b, n, inside_Q, n < N)
+        x_PQ = x_PQ * (from_start_Q if BACKWARD else to_end_Q * dt_Q)[None, :]
+        state_PN = carry * state_PN + tl.dot(
+            x_PQ.to(x.dtype.element_ty), b_QN, input_precision=PRECISION)
+    _store(last + _program(0) * P * N, p * N, n, state_PN, p < P, n < N)
+
+
+@jit
+def ssd_scan_kernel(x, dt, a, b, c, d, ids, states, y, stride_x, stride_b, stride_c, T,
+                    H: tl.constexpr, J: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+                    P2: tl.constexpr, N2: tl.constexpr, Q: tl.constexpr, PRECISION: tl.constexpr):
+    """y_q = sum over s <= q of (c_q . b_s) exp(l_q - l_s) dt_s x_s + exp(l_q) h c_q + d x_q, for
+    one chunk of one head; h is the state before the chunk."""
+    batch, head, chunk = _program(0) // H, _program(0) % H, _program(1)
+    q, p, n = tl.arange(0, Q), tl.arange(0, P2), tl.arange(0, N2)
+    row, inside_Q = batch * T + chunk * Q, q < T - chunk * Q
+    # 1. Weights of the chunk's tokens in each other's outputs.
+    changes_Q, dt_Q, l_Q, _, from_start_Q, _ = _chunk(dt, a, ids, batch, head, chunk, T, H, Q)
+    b_NQ = _load(b + row * stride_b + head // J * N, n, q * stride_b, n < N, inside_Q)
+    c_QN = _load(c + row * stride_c + head // J * N, q * stride_c, n, inside_Q, n < N)
+    weights_QQ = (tl.dot(c_QN, b_NQ, input_precision=PRECISION)
+                  * _decay(l_Q, changes_Q, False, Q) * dt_Q[None, :])
+    # 2. What is read of the state, then the weighted inputs, then the skip.
+    at_chunk = (batch * tl.num_programs(1) + chunk) * H + head
+    state_NP = _load(states + at_chunk * P * N, n, p * N, n < N, p < P)
+    y_QP = from_start_Q[:, None] * tl.dot(c_QN, state_NP, input_precision=PRECISION)
+    x_QP = _load(x + row * stride_x + head * P, q * stride_x, p, inside_Q, p < P)
+    y_QP += tl.dot(weights_QQ.to(x.dtype.element_ty), x_QP, input_precision=PRECISION)
+    y_QP += tl.load(d + head) * x_QP
+    _store(y + (row * H + head) * P, q * (H * P), p, y_QP, inside_Q, p < P)
+
+
+@jit
+def ssd_dx_kernel(x, dt, a, b, c, d, ids, dy, dstates, dx, ddt, dd, stride_x, stride_b, stride_c, T,
+                  H: tl.constexpr, J: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+                  P2: tl.constexpr, N2: tl.constexpr, Q: tl.constexpr, PRECISION: tl.constexpr):
+    """dx of one chunk of one head, the gradient of dt other than through the decays, and the
+    chunk's part of dd.
+
+    Token s is read by the tokens q >= s of its chunk and by the state after it: u_s = sum over q of
+    (c_q . b_s) exp(l_q - l_s) dy_q + exp(l_Q - l_s) dstate b_s. Then dx_s = dt_s u_s + d dy_s, dt_s
+    has the gradient x_s . u_s, and d that of the sum of x_s . dy_s.
+    """
+    batch, head, chunk = _program(0) // H, _program(0) % H, _program(1)
+    q, p, n = tl.arange(0, Q), tl.arange(0, P2), tl.arange(0, N2)
+    row, inside_Q = batch * T + chunk * Q, q < T - chunk * Q
+    # 1. The weights, [s, q]: the roles of b and c are those of c and b in the scan.
+    changes_Q, dt_Q, l_Q, to_end_Q, _, _ = _chunk(dt, a, ids, batch, head, chunk, T, H, Q)
+    b_QN = _load(b + row * stride_b + head // J * N, q * stride_b, n, inside_Q, n < N)
+    c_NQ = _load(c + row * stride_c + head // J * N, n, q * stride_c, n < N, inside_Q)
+    weights_QQ = tl.dot(b_QN, c_NQ, input_precision=PRECISION) * _decay(l_Q, changes_Q, True, Q)
+    # 2. u: from the state after the chunk, then from its tokens.
+    at_chunk = (batch * tl.num_programs(1) + chunk) * H + head
+    dstate_NP = _load(dstates + at_chunk * P * N, n, p * N, n < N, p < P)
+    u_QP = to_end_Q[:, None] * tl.dot(b_QN, dstate_NP, input_precision=PRECISION)
+    dy_QP = _load(dy + (row * H + head) * P, q * (H * P), p, inside_Q, p < P)
+    u_QP += tl.dot(weights_QQ.to(dy.dtype.element_ty), dy_QP, input_precision=PRECISION)
+    # 3. The three gradients.
+    x_QP = _load(x + row * stride_x + head * P, q * stride_x, p, inside_Q, p < P).to(tl.float32)
+    dx_QP = dt_Q[:, None] * u_QP + tl.load(d + head) * dy_QP
+    _store(dx + (row * H + head) * P, q * (H * P), p, dx_QP, inside_Q, p < P)
+    tl.store(ddt + row * H + head + q * H, tl.sum(x_QP * u_QP, 1), mask=inside_Q)
+    tl.store(dd + at_chunk, tl.sum(x_QP * dy_QP))
+
+
+@jit
+def ssd_dbc_kernel(x, dt, a, b, c, ids, dy, states, dstates, db, dc, dda, stride_x, stride_b,
+                   stride_c, T, H: tl.constexpr, J: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+                   P2: tl.constexpr, N2: tl.constexpr, Q: tl.constexpr, PRECISION: tl.constexpr):
+    """db and dc of one chunk of one group and N2 of its N entries, and parts of dda, the gradient
+    of dt a. With w_qs = (dy_q . x_s) exp(l_q - l_s) dt_s, summed over the heads of the group:
+
+        dc_q = sum over s of w_qs b_s + exp(l_q) h^T dy_q
+        db_s = sum over q of w_qs c_q + exp(l_Q - l_s) dt_s dstate^T x_s
+
+    dda_t is the sum over all that crosses from before t to t or later. Of the chunk's own pairs
+    that is the sum of z_qs = w_qs (c_q . b_s) over s < t <= q: row sums minus column sums, from t
+    on. They must come from the same fp32 tile, for they nearly cancel.
+
+    All of it is a sum over N and P, so programs take parts of N, and the loop takes parts of P. The
+    weights are needed as [q, s] and as [s, q], and computed twice: transposing a product in
+    registers to use it in the next one has given wrong results on Hopper. And only one product is
+    added straight to each sum: two in a loop have given wrong results on Blackwell.
+    """
+    K: tl.constexpr = H // J
+    PARTS: tl.constexpr = (P + P2 - 1) // P2
+    batch, group, chunk = _program(0) // K, _program(0) % K, _program(1)
+    q, n = tl.arange(0, Q), (_program(2) * N2).to(tl.int32) + tl.arange(0, N2)
+    row, inside_Q = batch * T + chunk * Q, q < T - chunk * Q
+    b_QN = _load(b + row * stride_b + group * N, q * stride_b, n, inside_Q, n < N)
+    c_QN = _load(c + row * stride_c + group * N, q * stride_c, n, inside_Q, n < N)
+    db_QN, dc_QN = tl.zeros([Q, N2], tl.float32), tl.zeros([Q, N2], tl.float32)
+    for i in range(J * PARTS):
+        # 1. One head and P2 of its channels; what the state hands on over the whole chunk.
+        head, p = group * J + i // PARTS, i % PARTS * P2 + tl.arange(0, P2)
+        changes_Q, dt_Q, l_Q, to_end_Q, from_start_Q, carry = _chunk(
+            dt, a, ids, batch, head, chunk, T, H, Q)
+        at_chunk = ((batch * tl.num_programs(1) + chunk) * H + head) * P * N
+        state_PN = _load(states + at_chunk, p * N, n, p < P, n < N)
+        dstate_PN = _load(dstates + at_chunk, p * N, n, p < P, n < N)
+        kept = carry * tl.sum(state_PN.to(tl.float32) * dstate_PN)
+        x_QP = _load(x + row * stride_x + head * P, q * stride_x, p, inside_Q, p < P)
+        dy_QP = _load(dy + (row * H + head) * P, q * (H * P), p, inside_Q, p < P)
+
+        # 2. dc, from w as [q, s]; of dda, the chunk's pairs and what is read of the state.
+        weights_QQ = tl.dot(dy_QP, tl.trans(x_QP), input_precision=PRECISION)
+        weights_QQ *= _decay(l_Q, changes_Q, False, Q) * dt_Q[None, :]
+        read_QN = from_start_Q[:, None] * tl.dot(dy_QP, state_PN, input_precision=PRECISION)
+        dc_QN += tl.dot(weights_QQ.to(x.dtype.element_ty), b_QN, input_precision=PRECISION)
+        dc_QN += read_QN
+        z_QQ = weights_QQ * tl.dot(
+            c_QN, tl.trans(b_QN), input_precision=PRECISION)  # again for each head: kept, it spills
+        ahead_Q = tl.sum(z_QQ, 1) - tl.sum(z_QQ, 0) + tl.sum(read_QN * c_QN, 1)
+
+        # 3. db, from w as [s, q]; of dda, what is sent to the state.
+        weights_QQ = tl.dot(x_QP, tl.trans(dy_QP), input_precision=PRECISION)
+        weights_QQ *= _decay(l_Q, changes_Q, True, Q) * dt_Q[:, None]
+        sent_QN = (to_end_Q * dt_Q)[:, None] * tl.dot(x_QP, dstate_PN, input_precision=PRECISION)
+        db_QN += tl.dot(weights_QQ.to(x.dtype.element_ty), c_QN, input_precision=PRECISION)
+        db_QN += sent_QN
+        behind_Q = tl.sum(sent_QN * b_QN, 1)
+
+        # 4. dda: from t on what is ahead, before t what was sent, and what passes through.
+        dda_Q = tl.cumsum(ahead_Q, 0, reverse=True) + tl.cumsum(behind_Q, 0) - behind_Q + kept
+        at_part = (_program(2) * PARTS + i % PARTS) * (tl.num_programs(0) // K) * T
+        tl.store(dda + (at_part + row) * H + head + q * H, dda_Q, mask=inside_Q)
+    _store(db + (row * K + group) * N, q * (K * N), n, db_QN, inside_Q, n < N)
+    _store(dc + (row * K + group) * N, q * (K * N), n, dc_QN, inside_Q, n < N)
+
+
+class TritonSSD(torch.autograd.Function):
+    """The scan: `states` walks along the chunks, `scan` does all at once. Backward: the mirror of
+    the walk, `dx`, `dbc`."""
+
+    @staticmethod
+    def forward(ctx, x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN, d_H, state_BHPN, ids_BT):
+        """Takes dt, a, d and the state in fp32, and b and c in the dtype of x."""
+        (B, T, H, P), (K, N) = x_BTHP.shape, b_BTKN.shape[2:]
+        (x_BTHP, at_x), (b_BTKN, at_b), (c_BTKN, at_c) = _rows(x_BTHP), _rows(b_BTKN), _rows(c_BTKN)
+        ctx.sizes = {"H": H, "J": H // K, "P": P, "N": N, "Q": TILE, "PRECISION": _precision()}
+        ctx.strides = at_x, at_b, at_c, T
+        states_BCHPN, last_BHPN = _walk(
+            x_BTHP, dt_BTH, a_H, b_BTKN, ids_BT, state_BHPN, at_x, at_b, ctx.sizes, False)
+        y_BTHP = x_BTHP.new_empty(B, T, H, P)
+        ssd_scan_kernel[B * H, states_BCHPN.shape[1]](
+            x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN, d_H, ids_BT, states_BCHPN, y_BTHP, *ctx.strides,
+            **ctx.sizes, P2=_tile(P), N2=_tile(N), num_warps=4, num_stages=1)
+        ctx.save_for_backward(x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN, d_H, ids_BT, states_BCHPN)
+        ctx.set_materialize_grads(False)
+        return y_BTHP, last_BHPN
+
+    @staticmethod
+    def backward(ctx, dy_BTHP, dlast_BHPN):
+        """Gradients of the first seven inputs. PyTorch adds up the parts that programs leave."""
+        x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN, d_H, ids_BT, states_BCHPN = ctx.saved_tensors
+        (B, C, H, P, N), (T, K), at_c = states_BCHPN.shape, b_BTKN.shape[1:3], ctx.strides[2]
+        dy_BTHP = x_BTHP.new_zeros(B, T, H, P) if dy_BTHP is None else dy_BTHP.contiguous()
+        dstates_BCHPN, dstate_BHPN = _walk(
+            dy_BTHP, dt_BTH, a_H, c_BTKN, ids_BT, dlast_BHPN, H * P, at_c, ctx.sizes, True)
+        dx_BTHP, ddt_BTH, dd_BCH = (torch.empty_like(dy_BTHP), torch.empty_like(dt_BTH),
+                                    dt_BTH.new_empty(B, C, H))
+        ssd_dx_kernel[B * H, C](
+            x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN, d_H, ids_BT, dy_BTHP, dstates_BCHPN, dx_BTHP,
+            ddt_BTH, dd_BCH, *ctx.strides, **ctx.sizes, P2=_tile(P), N2=_tile(N),
+            num_warps=4 if P <= 64 else 8, num_stages=1)
+        P2, N2 = min(256 // x_BTHP.element_size(), _tile(P)), min(DBC_TILE, _tile(N))
+        db_BTKN, dc_BTKN = x_BTHP.new_empty(2, B, T, K, N)
+        dda = dt_BTH.new_empty(_ceil(N, N2), _ceil(P, P2), B, T, H)
+        ssd_dbc_kernel[B * K, C, len(dda)](
+            x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN, ids_BT, dy_BTHP, states_BCHPN, dstates_BCHPN,
+            db_BTKN, dc_BTKN, dda, *ctx.strides, **ctx.sizes, P2=P2, N2=N2, num_warps=8,
+            num_stages=1)
+        dda_BTH = dda.sum((0, 1))
+        ddt_BTH += dda_BTH * a_H
+        da_H, dd_H = (dda_BTH * dt_BTH).sum((0, 1)), dd_BCH.sum((0, 1))
+        return (dx_BTHP, ddt_BTH, da_H, db_BTKN, dc_BTKN, dd_H,
+                dstate_BHPN if ctx.needs_input_grad[6] else None, None)
+
+
+def _walk(x_BTHP, dt_BTH, a_H, b_BTKN, ids_BT, first_BHPN, at_x, at_b, sizes, backward):
+    """The state before each chunk in the dtype of x, and the last one in fp32; or their gradients,
+    see `ssd_states_kernel`."""
+    (B, T, H, P), N = x_BTHP.shape, b_BTKN.shape[-1]
+    states_BCHPN = x_BTHP.new_empty(B, _ceil(T, TILE), H, P, N)
+    last_BHPN = dt_BTH.new_empty(B, H, P, N)
+    first_BHPN = None if first_BHPN is None else first_BHPN.contiguous()
+    P2, N2 = min(TILE, _tile(P)), min(TILE, _tile(N))
+    ssd_states_kernel[B * H, _ceil(P, P2), _ceil(N, N2)](
+        x_BTHP, dt_BTH, a_H, b_BTKN, ids_BT, first_BHPN, states_BCHPN, last_BHPN, at_x, at_b, T,
+        backward, **sizes, P2=P2, N2=N2, num_warps=4, num_stages=2)
+    return states_BCHPN, last_BHPN
+
+
+def ssd_triton(x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN, d_H, state_BHPN=None, ids_BT=None, chunk=64):
+    """`kernels.ssd_reference` from Triton kernels. `chunk` is ignored: chunks have TILE tokens."""
+    dt_BTH = dt_BTH.float() if ids_BT is None else dt_BTH.float() * (ids_BT >= 0)[..., None]
+    state_BHPN = None if state_BHPN is None else state_BHPN.float()
+    ids_BT = None if ids_BT is None else ids_BT.contiguous()
+    b_BTKN, c_BTKN = b_BTKN.to(x_BTHP.dtype), c_BTKN.to(x_BTHP.dtype)
+    return TritonSSD.apply(
+        x_BTHP, dt_BTH.contiguous(), a_H.float(), b_BTKN, c_BTKN, d_H.float(), state_BHPN, ids_BT)
+
+
+@jit
+def ssd_step_kernel(x, dt, a, b, c, d, first, last, y, stride_x, stride_b, stride_c,
+                    H: tl.constexpr, J: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+                    P2: tl.constexpr, N2: tl.constexpr):
+    """h <- exp(dt a) h + dt x b^T and y = h c + d x, for one token and P2 channels of one head."""
+    batch, head = _program(0) // H, _program(0) % H
+    p, n = (_program(1) * P2).to(tl.int32) + tl.arange(0, P2), tl.arange(0, N2)
+    step, at_bc = tl.load(dt + _program(0)), head // J * N
+    x_P = tl.load(x + batch * stride_x + head * P + p, mask=p < P, other=0.0).to(tl.float32)
+    b_N = tl.load(b + batch * stride_b + at_bc + n, mask=n < N, other=0.0).to(tl.float32)
+    c_N = tl.load(c + batch * stride_c + at_bc + n, mask=n < N, other=0.0).to(tl.float32)
+    state_PN = tl.exp(step * tl.load(a + head)) * _load(
+        first + _program(0) * P * N, p * N, n, p < P, n < N)
+    state_PN += (step * x_P)[:, None] * b_N[None, :]
+    _store(last + _program(0) * P * N, p * N, n, state_PN, p < P, n < N)
+    y_P = tl.sum(state_PN * c_N[None, :], 1) + tl.load(d + head) * x_P
+    tl.store(y + _program(0) * P + p, y_P.to(y.dtype.element_ty), mask=p < P)
+
+
+def ssd_step_triton(x_BHP, dt_BH, a_H, b_BKN, c_BKN, d_H, state_BHPN):
+    """`kernels.ssd_step_reference` as one kernel; where gradients are wanted, a scan of one
+    token."""
+    inputs = x_BHP, dt_BH, a_H, b_BKN, c_BKN, d_H, state_BHPN
+    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+        y_BTHP, state_BHPN = ssd_triton(
+            x_BHP[:, None], dt_BH[:, None], a_H, b_BKN[:, None], c_BKN[:, None], d_H, state_BHPN)
+        return y_BTHP[:, 0], state_BHPN
+    (B, H, P), (K, N) = x_BHP.shape, b_BKN.shape[1:]
+    (x, at_x), (b, at_b), (c, at_c) = (_rows(t[:, None]) for t in (x_BHP, b_BKN, c_BKN))
+    y_BHP, last_BHPN = x_BHP.new_empty(B, H, P), x_BHP.new_empty(B, H, P, N, dtype=torch.float32)
+    ssd_step_kernel[B * H, _ceil(P, 16)](
+        x, dt_BH.float().contiguous(), a_H.float(), b, c, d_H.float(),
+        state_BHPN.float().contiguous(), last_BHPN, y_BHP, at_x, at_b, at_c, H=H, J=H // K, P=P,
+        N=N, P2=16, N2=_tile(N), num_warps=4)
+    return y_BHP, last_BHPN
+
+
+# -------------------------------------------------------------------------------------- convolution
+
+
+@jit
+def _conv_input(x, tail, batch, z, i, e, stride_x, T, E, W: tl.constexpr):
+    """Inputs z + i of the sequence that begins with the W - 1 of the tail (zeros without one):
+    token t is input z = t + W - 1."""
+    in_x = (z + i >= W - 1) & (z + i < T + W - 1)
+    x_ZE = _load(x + (batch * T + z - (W - 1)) * stride_x, i * stride_x, e, in_x, e < E).to(
+        tl.float32)
+    if tail is not None:
+        x_ZE += _load(tail + (batch * (W - 1) + z) * E, i * E, e, z + i < W - 1, e < E)
+    return x_ZE
+
+
+@jit
+def conv_kernel(x, weight, bias, tail, ids, y, left, stride_x, T, E, W: tl.constexpr,
+                Y2: tl.constexpr, T2: tl.constexpr, E2: tl.constexpr):
+    """y_t = bias + sum over j of weight_j x_{t - (W-1) + j}, for T2 tokens and E2 channels."""
+    batch, t, i = _program(2), _program(1) * T2, tl.arange(0, T2)
+    e = (_program(0) * E2).to(tl.int32) + tl.arange(0, E2)
+    own_T = _document(ids, batch, t + i, T)
+    y_TE = tl.zeros([T2, E2], tl.float32) + tl.load(bias + e, mask=e < E, other=0.0)[None, :]
+    # 1. Tap by tap: the tile of inputs moves on by one token. It is read again for each tap, from
+    #    the cache of the card.
+    for j in tl.static_range(W):
+        seen_T = (_document(ids, batch, t + i + j - (W - 1), T) == own_T) & (own_T >= 0)
+        x_TE = tl.where(
+            seen_T[:, None], _conv_input(x, tail, batch, t + j, i, e, stride_x, T, E, W), 0.0)
+        y_TE += x_TE * tl.load(weight + e * W + j, mask=e < E, other=0.0)[None, :]
+    _store(y + (batch * T + t) * E, i * E, e, y_TE, t + i < T, e < E)
+    # 2. A sequence's last tile also writes the W - 1 inputs to go on from: those of the document
+    #    that the last token is of.
+    if W > 1:  # noqa: SIM102 (this is known when the kernel is compiled, the next is not)
+        if _program(1) == tl.num_programs(1) - 1:
+            k = tl.arange(0, Y2)
+            own_Y = _document(ids, batch, T + k - (W - 1), T)
+            kept_Y = (own_Y == _document(ids, batch, T, T)) & (own_Y >= 0)
+            x_YE = tl.where(
+                kept_Y[:, None], _conv_input(x, tail, batch, T, k, e, stride_x, T, E, W), 0.0)
+            _store(left + batch * (W - 1) * E, k * E, e, x_YE, k < W - 1, e < E)
+
+
+@jit
+def conv_grad_kernel(x, weight, tail, ids, dy, dleft, dx, dw, stride_x, T, E, W: tl.constexpr,
+                     T2: tl.constexpr, E2: tl.constexpr):
+    """dx_z = sum over j of weight_j dy_{z - j}, for T2 of the T + W - 1 inputs (the tail first),
+    and this tile's parts of dweight_j = sum over z of x_z dy_{z - j} and of dbias."""
+    batch, z, i = _program(2), _program(1) * T2, tl.arange(0, T2)
+    e = (_program(0) * E2).to(tl.int32) + tl.arange(0, E2)
+    own_Z = _document(ids, batch, z + i - (W - 1), T)
+    x_ZE = _conv_input(x, tail, batch, z, i, e, stride_x, T, E, W)
+    dx_ZE = tl.zeros([T2, E2], tl.float32)
+    dw += (batch * tl.num_programs(1) + _program(1)) * (W + 1) * E
+    # 1. Through the outputs: input z is tap j of output z - j. dbias is the sum of the outputs'
+    #    gradients, each of which is at tap 0 once.
+    for j in tl.static_range(W):
+        t = z - j
+        dy_ZE = _load(dy + (batch * T + t) * E, i * E, e, (t + i >= 0) & (t + i < T), e < E).to(
+            tl.float32)
+        if j == 0:
+            tl.store(dw + W * E + e, tl.sum(dy_ZE, 0), mask=e < E)
+        seen_Z = (_document(ids, batch, t + i, T) == own_Z) & (own_Z >= 0)
+        dy_ZE = tl.where(seen_Z[:, None], dy_ZE, 0.0)
+        dx_ZE += dy_ZE * tl.load(weight + e * W + j, mask=e < E, other=0.0)[None, :]
+        tl.store(dw + j * E + e, tl.sum(dy_ZE * x_ZE, 0), mask=e < E)
+    # 2. Through the inputs that were left to go on from.
+    if dleft is not None:
+        kept_Z = ((z + i >= T) & (own_Z == _document(ids, batch, T, T)) & (own_Z >= 0)
+                  & (z + i < T + W - 1))
+        dx_ZE += _load(dleft + (batch * (W - 1) + z - T) * E, i * E, e, kept_Z, e < E)
+    _store(dx + (batch * (T + W - 1) + z) * E, i * E, e, dx_ZE, z + i < T + W - 1, e < E)
+
+
+class TritonConv(torch.autograd.Function):
+    """The convolution and the inputs it leaves behind."""
+
+    @staticmethod
+    def forward(ctx, x_BTE, weight_EW, bias_E, tail_BYE, ids_BT):
+        """Of one token too: then it is the step of decoding."""
+        (B, T, E), W = x_BTE.shape, weight_EW.shape[1]
+        x_BTE, at_x = _rows(x_BTE)
+        y_BTE, left_BYE = x_BTE.new_empty(B, T, E), x_BTE.new_empty(B, W - 1, E)
+        T2 = min(CONV_TILE[0], triton.next_power_of_2(T))
+        conv_kernel[_ceil(E, CONV_TILE[1]), _ceil(T, T2), B](
+            x_BTE, weight_EW, bias_E, tail_BYE, ids_BT, y_BTE, left_BYE, at_x, T, E, W=W,
+            Y2=triton.next_power_of_2(W), T2=T2, E2=CONV_TILE[1], num_warps=8)
+        ctx.save_for_backward(x_BTE, weight_EW, tail_BYE, ids_BT)
+        ctx.at_x = at_x
+        ctx.set_materialize_grads(False)
+        return y_BTE, left_BYE
+
+    @staticmethod
+    def backward(ctx, dy_BTE, dleft_BYE):
+        """Gradients of the inputs, the weights, the bias and the tail."""
+        x_BTE, weight_EW, tail_BYE, ids_BT = ctx.saved_tensors
+        (B, T, E), W = x_BTE.shape, weight_EW.shape[1]
+        dy_BTE = x_BTE.new_zeros(B, T, E) if dy_BTE is None else dy_BTE.contiguous()
+        dleft_BYE = None if dleft_BYE is None else dleft_BYE.contiguous()
+        dx_BZE = x_BTE.new_empty(B, T + W - 1, E)
+        n_tiles = _ceil(T + W - 1, CONV_TILE[0])
+        dw = x_BTE.new_empty(B * n_tiles, W + 1, E, dtype=torch.float32)
+        conv_grad_kernel[_ceil(E, CONV_TILE[1]), n_tiles, B](
+            x_BTE, weight_EW, tail_BYE, ids_BT, dy_BTE, dleft_BYE, dx_BZE, dw, ctx.at_x, T, E, W=W,
+            T2=CONV_TILE[0], E2=CONV_TILE[1], num_warps=8)
+        dw = dw.sum(0).to(weight_EW.dtype)
+        return (dx_BZE[:, W - 1 :], dw[:W].t(), dw[W],
+                None if tail_BYE is None else dx_BZE[:, : W - 1], None)
+
+
+def causal_conv_triton(x_BTE, weight_EW, bias_E, tail_BYE=None, ids_BT=None):
+    """`kernels.causal_conv_reference` from Triton kernels."""
+    tail_BYE = None if tail_BYE is None else tail_BYE.to(x_BTE.dtype).contiguous()
+    ids_BT = None if ids_BT is None else ids_BT.contiguous()
+    return TritonConv.apply(x_BTE, weight_EW.contiguous(), bias_E, tail_BYE, ids_BT)
+
+
+# ---------------------------------------------------------------- gated norm, passes over logits
+
+
+@jit
+def _gated(y, z, row, i, group, stride_y, stride_z, eps, GROUP: tl.constexpr):
+    """y, z and sigmoid(z) of one group of a token's channels, g = y silu(z), and 1 / rms(g)."""
+    y_I = tl.load(y + row * stride_y + group * GROUP + i, mask=i < GROUP, other=0.0).to(tl.float32)
+    z_I = tl.load(z + row * stride_z + group * GROUP + i, mask=i < GROUP, other=0.0).to(tl.float32)
+    gate_I = tl.sigmoid(z_I)
+    g_I = y_I * z_I * gate_I
+    return y_I, z_I, gate_I, g_I, tl.rsqrt(tl.sum(g_I * g_I, 0) / GROUP + eps)
+
+
+@jit
+def norm_kernel(y, z, weight, out, stride_y, stride_z, I, eps, GROUP: tl.constexpr,
+                I2: tl.constexpr):
+    """weight g / rms(g) for one group of one token, GROUP channels."""
+    row, group, i = _program(0), _program(1), tl.arange(0, I2)
+    _, _, _, g_I, scale = _gated(y, z, row, i, group, stride_y, stride_z, eps, GROUP)
+    w_I = tl.load(weight + group * GROUP + i, mask=i < GROUP, other=0.0)
+    tl.store(out + row * I + group * GROUP + i, (w_I * g_I * scale).to(out.dtype.element_ty),
+             mask=i < GROUP)
+
+
+@jit
+def norm_grad_kernel(y, z, weight, dout, dy, dz, dw, stride_y, stride_z, n_rows, I, eps,
+                     GROUP: tl.constexpr, I2: tl.constexpr, T2: tl.constexpr):
+    """With n = g / rms(g) and dn = weight dout: dg = (dn - n mean(n dn)) / rms(g), and from it dy
+    and dz, for one group of T2 tokens, one after the other; and their part of dweight."""
+    first, group, i = _program(0) * T2, _program(1), tl.arange(0, I2)
+    w_I = tl.load(weight + group * GROUP + i, mask=i < GROUP, other=0.0).to(tl.float32)
+    dw_I = tl.zeros([I2], tl.float32)
+    for t in range(tl.minimum(T2, n_rows - first)):
+        row = first + t
+        y_I, z_I, gate_I, g_I, scale = _gated(y, z, row, i, group, stride_y, stride_z, eps, GROUP)
+        at = row * I + group * GROUP
+        dout_I = tl.load(dout + at + i, mask=i < GROUP, other=0.0).to(tl.float32)
+        n_I = g_I * scale
+        dn_I = dout_I * w_I
+        dg_I = scale * (dn_I - n_I * (tl.sum(dn_I * n_I, 0) / GROUP))
+        tl.store(dy + at + i, (dg_I * z_I * gate_I).to(dy.dtype.element_ty), mask=i < GROUP)
+        dz_I = dg_I * y_I * gate_I * (1 + z_I * (1 - gate_I))
+        tl.store(dz + at + i, dz_I.to(dz.dtype.element_ty), mask=i < GROUP)
+        dw_I += dout_I * n_I
+    tl.store(dw + _program(0) * I + group * GROUP + i, dw_I, mask=i < GROUP)
+
+
+class TritonNorm(torch.autograd.Function):
+    """The gate and the grouped norm; the backward pass computes the statistics again rather than
+    store them."""
+
+    @staticmethod
+    def forward(ctx, y_BTI, z_BTI, weight_I, n_groups, eps):
+        """A program for each token and group."""
+        B, T, I = y_BTI.shape
+        (y_BTI, at_y), (z_BTI, at_z) = _rows(y_BTI), _rows(z_BTI)
+        size = I // n_groups
+        ctx.sizes = {"GROUP": size, "I2": triton.next_power_of_2(size),
+                     "num_warps": 4 if size <= 2048 else 8}
+        ctx.rest = at_y, at_z, n_groups, eps
+        ctx.save_for_backward(y_BTI, z_BTI, weight_I)
+        out_BTI = y_BTI.new_empty(B, T, I)
+        norm_kernel[B * T, n_groups](
+            y_BTI, z_BTI, weight_I, out_BTI, at_y, at_z, I, eps, **ctx.sizes)
+        return out_BTI
+
+    @staticmethod
+    def backward(ctx, dout_BTI):
+        """Gradients of y, z and the weights."""
+        y_BTI, z_BTI, weight_I = ctx.saved_tensors
+        (B, T, I), (at_y, at_z, n_groups, eps) = y_BTI.shape, ctx.rest
+        dy_BTI, dz_BTI = y_BTI.new_empty(B, T, I), z_BTI.new_empty(B, T, I)
+        n_tiles = _ceil(B * T, NORM_ROWS)
+        dw = y_BTI.new_empty(n_tiles, I, dtype=torch.float32)
+        norm_grad_kernel[n_tiles, n_groups](
+            y_BTI, z_BTI, weight_I, dout_BTI.contiguous(), dy_BTI, dz_BTI, dw, at_y, at_z, B * T, I,
+            eps, T2=NORM_ROWS, **ctx.sizes)
+        return dy_BTI, dz_BTI, dw.sum(0).to(weight_I.dtype), None, None
+
+
+def gated_norm_triton(y_BTI, z_BTI, weight_I, n_groups, eps):
+    """`kernels.gated_norm_reference` from Triton kernels."""
+    return TritonNorm.apply(y_BTI, z_BTI, weight_I, n_groups, eps)
+
+
+@jit
+def _row_logits(logits, row, v_V, width, scale):
+    """A row of a part's logits / temperature in fp32, -inf beyond its width."""
+    l_V = tl.load(logits + row * width + v_V, mask=v_V < width, other=float("-inf"))
+    return l_V.to(tl.float32) * scale
+
+
+@jit
+def add_part_kernel(logits, at, lse, chosen, width, scale, V2: tl.constexpr):
+    """`kernels._add_part` for one row of a part: its logits join the running log-sum-exp."""
+    row, v_V = _program(0), tl.arange(0, V2)
+    l_V = _row_logits(logits, row, v_V, width, scale)
+    before, token = tl.load(lse + row), tl.load(at + row)
+    top = tl.maximum(tl.maximum(before, tl.max(l_V, 0)), -3e38)  # finite, were all banned
+    tl.store(lse + row, top + tl.log(tl.exp(before - top) + tl.sum(tl.exp(l_V - top), 0)))
+    tl.store(chosen + row, tl.sum(tl.where(v_V == token, l_V, 0.0), 0),
+             mask=(token >= 0) & (token < width))
+
+
+@jit
+def part_gradient_kernel(logits, at, lse, grad, width, scale, V2: tl.constexpr):
+    """`kernels._part_gradient` for one row of a part, in place."""
+    row, v_V = _program(0), tl.arange(0, V2)
+    l_V = _row_logits(logits, row, v_V, width, scale)
+    is_token_V = (v_V == tl.load(at + row)) & (l_V > float("-inf"))
+    d_V = ((tl.where(is_token_V, 1.0, 0.0) - tl.exp(l_V - tl.load(lse + row)))
+           * tl.load(grad + row) * scale)
+    tl.store(logits + row * width + v_V, d_V.to(logits.dtype.element_ty), mask=v_V < width)
+
+
+def add_part_triton(logits, at_T, temperature, lse_T, chosen_T):
+    """`kernels._add_part` as one kernel."""
+    n_rows, width = logits.shape
+    add_part_kernel[n_rows,](
+        logits, at_T, lse_T, chosen_T, width, 1 / temperature, V2=VOCABULARY_TILE, num_warps=8)
+
+
+def part_gradient_triton(logits, at_T, temperature, lse_T, grad_T):
+    """`kernels._part_gradient` as one kernel."""
+    (n_rows, width), grad_T = logits.shape, grad_T.contiguous()
+    part_gradient_kernel[n_rows,](
+        logits, at_T, lse_T, grad_T, width, 1 / temperature, V2=VOCABULARY_TILE, num_warps=8)
+    return logits
