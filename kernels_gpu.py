@@ -583,8 +583,9 @@ def norm_grad_kernel(y, z, weight, dout, dy, dz, dw, stride_y, stride_z, n_rows,
         dn_I = dout_I * w_I
         dg_I = scale * (dn_I - n_I * (tl.sum(dn_I * n_I, 0) / GROUP))
         tl.store(dy + at + i, (dg_I * z_I * gate_I).to(dy.dtype.element_ty), mask=i < GROUP)
-        dz_I = dg_I * y_I * gate_I * (1 + z_I * (1 - gate_I))
-        tl.store(dz + at + i, dz_I.to(dz.dtype.element_ty), mask=i < GROUP)
+        tl.store(
+            dz + at + i,
+            (dg_I * y_I * gate_I * (1 + z_I * (1 - gate_I))).to(dz.dtype.element_ty), mask=i < GROUP)
         dw_I += dout_I * n_I
     tl.store(dw + _program(0) * I + group * GROUP + i, dw_I, mask=i < GROUP)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels import mask_banned, token_logp
+from kernels import mask_banned, token_logp, wide
 from model import Cache, HybridLM
 from text.tokenizer import Tokenizer
 
@@ -60,10 +60,10 @@ def sample_thoughts(model: HybridLM, context_BT: Tensor, ids_BT: Tensor, target_
     logp_plain_B, answer_plain_BX, cache = score_context(model, context_BT, ids_BT, target_BX, tags)
     cache = cache.fork(group_size)
     tokens_RM = torch.full((R, thought_len), close, device=device)
-    logp_RM = torch.zeros(R, thought_len, device=device)
+    logp_RM = logp_plain_B.new_zeros(R, thought_len)
     length_R = torch.zeros(R, dtype=torch.long, device=device)
     closed_R = torch.zeros(R, dtype=torch.bool, device=device)
-    logp_target_R = torch.zeros(R, device=device)
+    logp_target_R = logp_plain_B.new_zeros(R)
     answer_RX = torch.zeros(R, X, dtype=torch.long, device=device)
 
     rows = torch.arange(
@@ -132,7 +132,7 @@ def score_targets(model: HybridLM, hidden_BD: Tensor, cache: Cache | None, targe
         rest, _ = model(target_BX[:, :-1], cache)
         hidden_BXD = torch.cat([hidden_BXD, rest], dim=1)
     logits_BXV = mask_banned(model.logits(hidden_BXD), tags)
-    return token_logp(logits_BXV, target_BX).sum(-1).float(), logits_BXV.argmax(-1)
+    return token_logp(logits_BXV, target_BX).sum(-1), logits_BXV.argmax(-1)
 
 
 def sample(logits_RV: Tensor, banned: tuple[int, ...], temperature: float,
@@ -144,7 +144,7 @@ def sample(logits_RV: Tensor, banned: tuple[int, ...], temperature: float,
     divides the probabilities by exponential noise and takes the largest: one pass, and exact.
     """
     logp_RV = torch.log_softmax(
-        mask_banned(logits_RV.float(), banned) / (temperature or 1.0), dim=-1)
+        mask_banned(wide(logits_RV), banned) / (temperature or 1.0), dim=-1)
     if temperature == 0:
         token_R = logp_RV.argmax(-1)
     else:

@@ -636,14 +636,14 @@ def plain_rlp_step(network: HybridLM, objective: RLP, batch: dict[str, Tensor], 
             hidden_R1D, cache = network(full_RS[:, T + m, None], cache)
             steps.append(network.logits(hidden_R1D[:, 0]))
             sample(steps[-1], tags[:1], c.temperature, generator)
-        old_logp_RM = logp_of_thoughts(torch.stack(steps, dim=1)).float()
+        old_logp_RM = logp_of_thoughts(torch.stack(steps, dim=1))
         closing_R = (
             T + length_R + (~thoughts.closed_R).long()
         )  # where the tag stands that closes the thought
         logits_RV = logits(network, full_RS)[torch.arange(R, device=length_R.device), closing_R]
-        logp_target_R = token_logp(logits_RV, target_RX[:, 0], tags).float()
+        logp_target_R = token_logp(logits_RV, target_RX[:, 0], tags)
         logp_teacher_R = token_logp(
-            logits(objective.teacher, context_RT)[:, -1], target_RX[:, 0], tags).float()
+            logits(objective.teacher, context_RT)[:, -1], target_RX[:, 0], tags)
         teacher_B = logp_teacher_R.view(-1, c.group_size)[:, 0]
         gain_BG = information_gain(logp_target_R.view(-1, c.group_size), teacher_B)
         advantage_BG = group_advantages(gain_BG.clamp(min=c.reward_floor))
