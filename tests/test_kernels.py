@@ -306,12 +306,12 @@ def test_gated_norm_has_the_gradients_of_its_formula(n_groups):
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
 @pytest.mark.parametrize("banned", [(), (2,), (0, 6)])
 def test_token_logp_is_the_log_softmax_over_the_ids_that_are_kept(banned, temperature):
-    logits_BMV = torch.randn(2, 3, 7, dtype=torch.float64)
+    logits_BTV = torch.randn(2, 3, 7, dtype=torch.float64)
     kept = [v for v in range(7) if v not in banned]
-    expected_BMK = (logits_BMV[..., kept] / temperature).log_softmax(-1)
+    expected = (logits_BTV[..., kept] / temperature).log_softmax(-1)
     for i, token in enumerate(kept):
-        logp_BM = kernels.token_logp(logits_BMV, torch.full((2, 3), token), banned, temperature)
-        assert_close(logp_BM, expected_BMK[..., i], **EXACT)
+        logp_BT = kernels.token_logp(logits_BTV, torch.full((2, 3), token), banned, temperature)
+        assert_close(logp_BT, expected[..., i], **EXACT)
 
 
 def test_a_banned_token_has_log_probability_minus_infinity():

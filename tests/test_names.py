@@ -2,8 +2,10 @@
 
 A tracer looks at every function of the repo's own modules as it returns, while tiny versions of the real work are done.
 The letters after a name's last underscore give its rank; equal letters in one frame mean equal sizes; a digit is a size.
+Every letter stands in the one legend of the repo, in the docstring of kernels.py.
 """
 
+import ast
 import contextlib
 import dataclasses
 import re
@@ -29,6 +31,22 @@ from tools import bench
 
 ROOT = Path(__file__).parent.parent
 SHAPE = re.compile(r"_(?=[a-z]*[A-Z0-9])([A-Za-z0-9]{1,6})$")  # at least one capital or digit, so that `n_heads` is none
+
+
+LEGEND = re.findall(r" {3}([A-Z])  (\S+(?: \S+)*)", kernels.__doc__)
+LETTERS = {letter for letter, _ in LEGEND}
+TO_BE_RENAMED = "M"  # tokens of a thought, in rlp.py, thoughts.py, tools/bench.py and their tests: there it becomes L
+
+
+def unknown_letters(source):
+    """The names in this Python source, and strings like them (keys of a batch), with a letter that the legend lacks."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        for name in (getattr(node, field, None) for field in ("id", "arg", "attr", "name", "value")):
+            letters = SHAPE.search(name) if isinstance(name, str) and re.fullmatch(r"[a-z][a-z0-9]*(_\w+)+", name) else None
+            if letters and letters[1].lower() != letters[1] and not set(letters[1].upper()) <= {*LETTERS, *"0123456789"}:
+                found.add(name)
+    return found
 
 
 def false_names(names):
@@ -177,6 +195,34 @@ def test_every_shape_suffix_is_true(make_model, work):
     with traced() as found:
         work(model)
     assert found == {}
+
+
+# ---------------------------------------------------------------------------------------------------------- the legend
+
+
+def test_every_letter_of_a_shape_suffix_is_in_the_legend():
+    """This file has false names on purpose."""
+    folders = [ROOT / name for name in ("", "system", "text", "views", "tools", "tests")]
+    sources = [file for folder in folders for file in folder.glob("*.py") if file.name != "test_names.py"]
+    found = {f"{file.name}: {name}" for file in sources for name in unknown_letters(file.read_text())}
+    assert {name for name in found if not set(name.rsplit("_")[-1].upper()) & set(TO_BE_RENAMED)} == set()
+
+
+def test_the_legend_names_each_letter_once_and_for_one_thing():
+    assert sorted(letter for letter, _ in LEGEND) == sorted("BTUSDFVHKJPINQCWYZEOGRLX")
+    assert len({meaning for _, meaning in LEGEND}) == len(LEGEND)
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("x_BTD, token_rL, n_heads, A_log, CONV_TILE, advantage_R1 = 1, 2, 3, 4, 5, 6", set()),
+        ("def f(x_BA): return {'y_BT': self.mean_A}", {"x_BA", "mean_A"}),
+        ("batch['tokens_BM'].sum()", {"tokens_BM"}),
+    ],
+)
+def test_a_letter_that_is_not_in_the_legend_is_found(source, found):
+    assert unknown_letters(source) == found
 
 
 # --------------------------------------------------------------------------------------------------- the tracer itself
