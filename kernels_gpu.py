@@ -3,20 +3,18 @@
 How to read, knowing PyTorch. A kernel is a program for one tile of the result. `kernel[grid](...)`
 starts it once for each point of the grid, in no order; `_program(axis)` is its point. A tensor
 comes as the address of its first number: `start + offsets` is a tile of addresses, which is loaded
-into registers, worked on in fp32, and stored. Sizes of tiles are powers of two, known when a kernel
-is compiled (`constexpr`, as all that an `if` on None or on them decides), and a matrix product
-takes no side below 16: P2 is the tile that P fits in or is cut into, and `p < P` masks what lies
-outside, which is loaded as 0 and not stored. Names end in the letters of their tile (the legend is
-in kernels.py). The SSD comes first; its kernels follow `kernels.ssd_chunked`, names included.
+into registers, worked on in fp32, and stored. Sizes of tiles are powers of two and known when a
+kernel is compiled (`constexpr`); a matrix product takes no side below 16. So P is cut into tiles of
+P2, or fits in one, and `p < P` masks what lies outside: it is loaded as 0 and not stored. Names end
+in the letters of their tile. The kernels of the SSD follow `kernels.ssd_chunked`, names included.
 
 Row (b, t) of a tensor [B, T, ...] begins at (b T + t) stride. Where a tile begins is one number of
 64 bits (61,000 tokens of a wide model pass 2^31); places inside a tile take 32 bits, for registers
 are scarce. No atomics and no autotuning: a result does not depend on timing.
 
 Where they differ from PyTorch's forms: a chunk always has 64 tokens; fp64 is not taken; products of
-fp32 numbers are as exact as torch's own (torch.set_float32_matmul_precision); the states between
-chunks are kept in the dtype of x. Not here: convolution and SiLU in one kernel, fp8, clusters or
-warp specialisation of newer cards.
+fp32 numbers are as exact as torch's own (torch.set_float32_matmul_precision); states between chunks
+are kept in the dtype of x. Not here: convolution and SiLU in one kernel, fp8, clusters.
 """
 
 from __future__ import annotations  # `tl.constexpr` is no name where triton is missing
@@ -68,10 +66,9 @@ def _program(axis: tl.constexpr):
 
 @jit
 def _load(start, i, j, inside_i, inside_j):
-    """The tile start[i, j] of row and column offsets, 0 outside. Swapping the arguments loads the
-    transposed tile."""
-    return tl.load(
-        start + (i[:, None] + j[None, :]), mask=inside_i[:, None] & inside_j[None, :], other=0.0)
+    """The tile start[i, j] of row and column offsets; [j, i] where the arguments are swapped."""
+    places = start + (i[:, None] + j[None, :])
+    return tl.load(places, mask=inside_i[:, None] & inside_j[None, :], other=0.0)
 
 
 @jit
@@ -83,15 +80,14 @@ def _store(start, i, j, value, inside_i, inside_j):
 
 @jit
 def _document(ids, batch, t, T):
-    """Document of position t, outside [0, T) that of the nearest inside; 0 where there are no
-    ids."""
+    """The document of position t, beyond the ends that of the nearest; 0 where there are no ids."""
     t = tl.maximum(tl.minimum(t, T - 1), 0)
     return t * 0 if ids is None else tl.load(ids + batch * T + t)
 
 
 def _rows(t: Tensor) -> tuple[Tensor, int]:
-    """The tensor and the stride s with which its row (b, t) begins at (b T + t) s. Copied only if
-    there is no such s: the parts of a split projection pass as they are."""
+    """The tensor, and the stride s with which its row (b, t) begins at (b T + t) s: parts of a
+    projection pass as they are; what has no such s is copied."""
     stride = t.stride(1) if t.shape[1] > 1 else t.stride(0)
     if t[0, 0].is_contiguous() and t.stride(0) == t.shape[1] * stride:
         return t, stride
@@ -118,26 +114,22 @@ def _precision() -> str:
 @jit
 def _chunk(dt, a, ids, batch, head, chunk, T, H: tl.constexpr, Q: tl.constexpr):
     """What the tokens of one chunk of a head share: dt; l, the running sum of dt a; exp(l_Q - l),
-    exp(l) and exp(l_Q), the decays to the chunk's end, since its start and over all of it.
-
-    A decay that crosses from one document to another is 0. Every exponent is cut off at 0: rounding
-    can leave a difference of equal sums a little above, and far above the diagonal it would
-    overflow.
-    """
+    exp(l) and exp(l_Q), the decays to the chunk's end, since its start and over all of it, 0 where
+    documents change. Every exponent is cut off at 0: rounding can leave a difference of equal sums
+    a little above, and above the diagonal it would overflow."""
     # 1. Tokens past the end have a step size of 0: they neither write nor decay.
     q = tl.arange(0, Q)
-    dt_Q = tl.load(
-        dt + (batch * T + chunk * Q) * H + head + q * H, mask=q < T - chunk * Q, other=0.0)
+    start = dt + (batch * T + chunk * Q) * H + head
+    dt_Q = tl.load(start + q * H, mask=q < T - chunk * Q, other=0.0)
     l_Q = tl.cumsum(dt_Q * tl.load(a + head), 0)
     total = tl.sum(tl.where(q == Q - 1, l_Q, 0.0), 0)  # a register cannot be indexed: l_Q[Q - 1]
     # 2. Documents, counted within the chunk; the token before it has number 0, and so has the state
     #    that comes in. Equal numbers mean the same document.
     changes_Q, n_changes = q * 0, 0
     if ids is not None:
-        changed_Q = _document(ids, batch, chunk * Q + q, T) != _document(
-            ids, batch, chunk * Q + q - 1, T)
-        changes_Q, n_changes = (tl.cumsum(changed_Q.to(tl.int32), 0),
-                                tl.sum(changed_Q.to(tl.int32), 0))
+        own_Q = _document(ids, batch, chunk * Q + q, T)
+        changed_Q = (own_Q != _document(ids, batch, chunk * Q + q - 1, T)).to(tl.int32)
+        changes_Q, n_changes = tl.cumsum(changed_Q, 0), tl.sum(changed_Q, 0)
     # 3. The decays.
     to_end_Q = tl.where(changes_Q == n_changes, tl.exp(tl.minimum(total - l_Q, 0.0)), 0.0)
     from_start_Q = tl.where(changes_Q == 0, tl.exp(tl.minimum(l_Q, 0.0)), 0.0)
@@ -171,16 +163,16 @@ def ssd_states_kernel(x, dt, a, b, ids, first, states, last, stride_x, stride_b,
     """
     batch, head = _program(0) // H, _program(0) % H
     q, n_chunks = tl.arange(0, Q), tl.cdiv(T, Q)
-    p, n = ((_program(1) * P2).to(tl.int32) + tl.arange(0, P2),
-            (_program(2) * N2).to(tl.int32) + tl.arange(0, N2))
+    p = (_program(1) * P2).to(tl.int32) + tl.arange(0, P2)
+    n = (_program(2) * N2).to(tl.int32) + tl.arange(0, N2)
     state_PN = tl.zeros([P2, N2], tl.float32)
     if first is not None:
         state_PN += _load(first + _program(0) * P * N, p * N, n, p < P, n < N)
     for i in range(n_chunks):
         chunk = n_chunks - 1 - i if BACKWARD else i
         # 1. The state as it stands before the chunk, for the kernels that do all chunks at once.
-        _store(states + ((batch * n_chunks + chunk) * H + head) * P * N, p * N, n, state_PN, p < P,
-               n < N)
+        at_chunk = (batch * n_chunks + chunk) * H + head
+        _store(states + at_chunk * P * N, p * N, n, state_PN, p < P, n < N)
         # 2. What the chunk adds: x is loaded transposed, so that the sum over s is one product.
         _, dt_Q, _, to_end_Q, from_start_Q, carry = _chunk(dt, a, ids, batch, head, chunk, T, H, Q)
         row, inside_Q = batch * T + chunk * Q, q < T - chunk * Q
@@ -295,8 +287,8 @@ def ssd_dbc_kernel(x, dt, a, b, c, ids, dy, states, dstates, db, dc, dda, stride
         read_QN = from_start_Q[:, None] * tl.dot(dy_QP, state_PN, input_precision=PRECISION)
         dc_QN += tl.dot(weights_QQ.to(x.dtype.element_ty), b_QN, input_precision=PRECISION)
         dc_QN += read_QN
-        z_QQ = weights_QQ * tl.dot(
-            c_QN, tl.trans(b_QN), input_precision=PRECISION)  # again for each head: kept, it spills
+        products_QQ = tl.dot(c_QN, tl.trans(b_QN), input_precision=PRECISION)  # kept, it spills
+        z_QQ = weights_QQ * products_QQ
         ahead_Q = tl.sum(z_QQ, 1) - tl.sum(z_QQ, 0) + tl.sum(read_QN * c_QN, 1)
 
         # 3. db, from w as [s, q]; of dda, what is sent to the state.
@@ -316,8 +308,7 @@ def ssd_dbc_kernel(x, dt, a, b, c, ids, dy, states, dstates, db, dc, dda, stride
 
 
 class TritonSSD(torch.autograd.Function):
-    """The scan: `states` walks along the chunks, `scan` does all at once. Backward: the mirror of
-    the walk, `dx`, `dbc`."""
+    """`states` walks along the chunks, `scan` does all at once; back: the mirror, `dx`, `dbc`."""
 
     @staticmethod
     def forward(ctx, x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN, d_H, state_BHPN, ids_BT):
@@ -344,8 +335,8 @@ class TritonSSD(torch.autograd.Function):
         dy_BTHP = x_BTHP.new_zeros(B, T, H, P) if dy_BTHP is None else dy_BTHP.contiguous()
         dstates_BCHPN, dstate_BHPN = _walk(
             dy_BTHP, dt_BTH, a_H, c_BTKN, ids_BT, dlast_BHPN, H * P, at_c, ctx.sizes, True)
-        dx_BTHP, ddt_BTH, dd_BCH = (torch.empty_like(dy_BTHP), torch.empty_like(dt_BTH),
-                                    dt_BTH.new_empty(B, C, H))
+        dx_BTHP, ddt_BTH = torch.empty_like(dy_BTHP), torch.empty_like(dt_BTH)
+        dd_BCH = dt_BTH.new_empty(B, C, H)
         ssd_dx_kernel[B * H, C](
             x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN, d_H, ids_BT, dy_BTHP, dstates_BCHPN, dx_BTHP,
             ddt_BTH, dd_BCH, *ctx.strides, **ctx.sizes, P2=_tile(P), N2=_tile(N),
@@ -408,8 +399,7 @@ def ssd_step_kernel(x, dt, a, b, c, d, first, last, y, stride_x, stride_b, strid
 
 
 def ssd_step_triton(x_BHP, dt_BH, a_H, b_BKN, c_BKN, d_H, state_BHPN):
-    """`kernels.ssd_step_reference` as one kernel; where gradients are wanted, a scan of one
-    token."""
+    """`kernels.ssd_step_reference` in one kernel; with gradients it is a scan of one token."""
     inputs = x_BHP, dt_BH, a_H, b_BKN, c_BKN, d_H, state_BHPN
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
         y_BTHP, state_BHPN = ssd_triton(
@@ -430,11 +420,10 @@ def ssd_step_triton(x_BHP, dt_BH, a_H, b_BKN, c_BKN, d_H, state_BHPN):
 
 @jit
 def _conv_input(x, tail, batch, z, i, e, stride_x, T, E, W: tl.constexpr):
-    """Inputs z + i of the sequence that begins with the W - 1 of the tail (zeros without one):
-    token t is input z = t + W - 1."""
+    """Inputs z + i: the W - 1 of the tail (zeros without one), then token t as z = t + W - 1."""
     in_x = (z + i >= W - 1) & (z + i < T + W - 1)
-    x_ZE = _load(x + (batch * T + z - (W - 1)) * stride_x, i * stride_x, e, in_x, e < E).to(
-        tl.float32)
+    start = x + (batch * T + z - (W - 1)) * stride_x
+    x_ZE = _load(start, i * stride_x, e, in_x, e < E).to(tl.float32)
     if tail is not None:
         x_ZE += _load(tail + (batch * (W - 1) + z) * E, i * E, e, z + i < W - 1, e < E)
     return x_ZE
@@ -448,23 +437,21 @@ def conv_kernel(x, weight, bias, tail, ids, y, left, stride_x, T, E, W: tl.const
     e = (_program(0) * E2).to(tl.int32) + tl.arange(0, E2)
     own_T = _document(ids, batch, t + i, T)
     y_TE = tl.zeros([T2, E2], tl.float32) + tl.load(bias + e, mask=e < E, other=0.0)[None, :]
-    # 1. Tap by tap: the tile of inputs moves on by one token. It is read again for each tap, from
-    #    the cache of the card.
+    # 1. Tap by tap the tile of inputs moves on by one token; the card's cache holds what overlaps.
     for j in tl.static_range(W):
-        seen_T = (_document(ids, batch, t + i + j - (W - 1), T) == own_T) & (own_T >= 0)
-        x_TE = tl.where(
-            seen_T[:, None], _conv_input(x, tail, batch, t + j, i, e, stride_x, T, E, W), 0.0)
+        from_T = _document(ids, batch, t + i + j - (W - 1), T)
+        seen_T1 = ((from_T == own_T) & (own_T >= 0))[:, None]
+        x_TE = tl.where(seen_T1, _conv_input(x, tail, batch, t + j, i, e, stride_x, T, E, W), 0.0)
         y_TE += x_TE * tl.load(weight + e * W + j, mask=e < E, other=0.0)[None, :]
     _store(y + (batch * T + t) * E, i * E, e, y_TE, t + i < T, e < E)
-    # 2. A sequence's last tile also writes the W - 1 inputs to go on from: those of the document
-    #    that the last token is of.
+    # 2. A sequence's last tile writes the W - 1 inputs to go on from, of the last token's document.
     if W > 1:  # noqa: SIM102 (this is known when the kernel is compiled, the next is not)
         if _program(1) == tl.num_programs(1) - 1:
             k = tl.arange(0, Y2)
             own_Y = _document(ids, batch, T + k - (W - 1), T)
-            kept_Y = (own_Y == _document(ids, batch, T, T)) & (own_Y >= 0)
-            x_YE = tl.where(
-                kept_Y[:, None], _conv_input(x, tail, batch, T, k, e, stride_x, T, E, W), 0.0)
+            kept_Y1 = ((own_Y == _document(ids, batch, T, T)) & (own_Y >= 0))[:, None]
+            x_YE = _conv_input(x, tail, batch, T, k, e, stride_x, T, E, W)
+            x_YE = tl.where(kept_Y1, x_YE, 0.0)
             _store(left + batch * (W - 1) * E, k * E, e, x_YE, k < W - 1, e < E)
 
 
@@ -479,12 +466,11 @@ def conv_grad_kernel(x, weight, tail, ids, dy, dleft, dx, dw, stride_x, T, E, W:
     x_ZE = _conv_input(x, tail, batch, z, i, e, stride_x, T, E, W)
     dx_ZE = tl.zeros([T2, E2], tl.float32)
     dw += (batch * tl.num_programs(1) + _program(1)) * (W + 1) * E
-    # 1. Through the outputs: input z is tap j of output z - j. dbias is the sum of the outputs'
-    #    gradients, each of which is at tap 0 once.
+    # 1. Through the outputs: input z is tap j of output z - j, and each output has one tap 0.
     for j in tl.static_range(W):
         t = z - j
-        dy_ZE = _load(dy + (batch * T + t) * E, i * E, e, (t + i >= 0) & (t + i < T), e < E).to(
-            tl.float32)
+        dy_ZE = _load(dy + (batch * T + t) * E, i * E, e, (t + i >= 0) & (t + i < T), e < E)
+        dy_ZE = dy_ZE.to(tl.float32)
         if j == 0:
             tl.store(dw + W * E + e, tl.sum(dy_ZE, 0), mask=e < E)
         seen_Z = (_document(ids, batch, t + i, T) == own_Z) & (own_Z >= 0)
@@ -493,8 +479,8 @@ def conv_grad_kernel(x, weight, tail, ids, dy, dleft, dx, dw, stride_x, T, E, W:
         tl.store(dw + j * E + e, tl.sum(dy_ZE * x_ZE, 0), mask=e < E)
     # 2. Through the inputs that were left to go on from.
     if dleft is not None:
-        kept_Z = ((z + i >= T) & (own_Z == _document(ids, batch, T, T)) & (own_Z >= 0)
-                  & (z + i < T + W - 1))
+        kept_Z = (z + i >= T) & (own_Z == _document(ids, batch, T, T)) & (own_Z >= 0)
+        kept_Z &= z + i < T + W - 1
         dx_ZE += _load(dleft + (batch * (W - 1) + z - T) * E, i * E, e, kept_Z, e < E)
     _store(dx + (batch * (T + W - 1) + z) * E, i * E, e, dx_ZE, z + i < T + W - 1, e < E)
 
@@ -583,25 +569,22 @@ def norm_grad_kernel(y, z, weight, dout, dy, dz, dw, stride_y, stride_z, n_rows,
         dn_I = dout_I * w_I
         dg_I = scale * (dn_I - n_I * (tl.sum(dn_I * n_I, 0) / GROUP))
         tl.store(dy + at + i, (dg_I * z_I * gate_I).to(dy.dtype.element_ty), mask=i < GROUP)
-        tl.store(
-            dz + at + i,
-            (dg_I * y_I * gate_I * (1 + z_I * (1 - gate_I))).to(dz.dtype.element_ty), mask=i < GROUP)
+        dz_I = dg_I * y_I * gate_I * (1 + z_I * (1 - gate_I))
+        tl.store(dz + at + i, dz_I.to(dz.dtype.element_ty), mask=i < GROUP)
         dw_I += dout_I * n_I
     tl.store(dw + _program(0) * I + group * GROUP + i, dw_I, mask=i < GROUP)
 
 
 class TritonNorm(torch.autograd.Function):
-    """The gate and the grouped norm; the backward pass computes the statistics again rather than
-    store them."""
+    """The gate and the grouped norm. The backward pass computes the statistics again."""
 
     @staticmethod
     def forward(ctx, y_BTI, z_BTI, weight_I, n_groups, eps):
         """A program for each token and group."""
         B, T, I = y_BTI.shape
         (y_BTI, at_y), (z_BTI, at_z) = _rows(y_BTI), _rows(z_BTI)
-        size = I // n_groups
-        ctx.sizes = {"GROUP": size, "I2": triton.next_power_of_2(size),
-                     "num_warps": 4 if size <= 2048 else 8}
+        size, I2 = I // n_groups, triton.next_power_of_2(I // n_groups)
+        ctx.sizes = {"GROUP": size, "I2": I2, "num_warps": 4 if size <= 2048 else 8}
         ctx.rest = at_y, at_z, n_groups, eps
         ctx.save_for_backward(y_BTI, z_BTI, weight_I)
         out_BTI = y_BTI.new_empty(B, T, I)
@@ -653,8 +636,8 @@ def part_gradient_kernel(logits, at, lse, grad, width, scale, V2: tl.constexpr):
     row, v_V = _program(0), tl.arange(0, V2)
     l_V = _row_logits(logits, row, v_V, width, scale)
     is_token_V = (v_V == tl.load(at + row)) & (l_V > float("-inf"))
-    d_V = ((tl.where(is_token_V, 1.0, 0.0) - tl.exp(l_V - tl.load(lse + row)))
-           * tl.load(grad + row) * scale)
+    d_V = tl.where(is_token_V, 1.0, 0.0) - tl.exp(l_V - tl.load(lse + row))
+    d_V = d_V * tl.load(grad + row) * scale
     tl.store(logits + row * width + v_V, d_V.to(logits.dtype.element_ty), mask=v_V < width)
 
 
