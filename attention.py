@@ -1,12 +1,10 @@
-"""Grouped-query attention through scaled_dot_product_attention, with a key-value cache, optional
-RoPE and QK-norm.
+"""Grouped-query attention with a key-value cache, optional RoPE and QK-norm.
 
 H query heads share K key-value heads (arXiv 2305.13245): head h reads group h // J, J = H / K.
 Nemotron-H has no positional embedding at all (the Mamba layers tell the order), Qwen3 has RoPE
 (arXiv 2104.09864) and QK-norm (arXiv 2302.05442); both are switches here.
 
-How to read: `Attention.forward`, then `attention_mask`, the one rule for padding, packing,
-causality and the cache.
+How to read: `Attention.forward`, then `attention_mask`: one rule for padding, packing, causality.
 """
 
 import torch
@@ -58,20 +56,18 @@ class Attention(nn.Module):
         if grouped and q_BHTP.is_cuda and (mask is not None or q_BHTP.dtype == torch.float32):
             # Flash attention takes neither masks nor fp32 there, and the other kernel without all
             # scores takes no groups.
-            grouped = False
-            keys, values = (t.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1)
-                            for t in (k_BKSP, v_BKSP))
+            grouped, J = False, self.n_heads // self.n_kv_heads
+            keys, values = (t.repeat_interleave(J, dim=1) for t in (k_BKSP, v_BKSP))
         y_BHTP = F.scaled_dot_product_attention(
             q_BHTP, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
         return self.o_proj(rearrange(y_BHTP, "b h t p -> b t (h p)")), (k_BKSP, v_BKSP)
 
 
 class HeadNorm(nn.RMSNorm):
-    """RMSNorm over the channels of a head, in the dtype of its weights; its result has that of its
-    input, for the cache."""
+    """RMSNorm over the channels of a head, in the dtype of its weights."""
 
     def forward(self, x_BHTP: Tensor) -> Tensor:
-        """x / rms(x) * weight."""
+        """x / rms(x) * weight, in the dtype of x, for the cache."""
         return super().forward(x_BHTP.to(self.weight.dtype)).to(x_BHTP.dtype)
 
 
@@ -79,8 +75,7 @@ ROOM = 32  # positions
 
 
 def append(past_BKUP: Tensor, new_BKTP: Tensor) -> Tensor:
-    """The new positions behind those of the past, S = U + T of them. The past itself stays as it
-    is.
+    """The new positions behind those of the past, which stays as it is.
 
     Without gradients the result is the front of a longer buffer, and the next call writes into its
     room: decoding does not copy its past for every token. The room is for whoever goes on first; a
@@ -120,11 +115,9 @@ def attention_mask(ids_BS: Tensor | None, n_tokens: int, n_cached: int,
 
 
 def rope(x_BHTP: Tensor, start: int, theta: float) -> Tensor:
-    """Rotate channel pairs (i, i + P/2) of token t by the angle (start + t) theta^(-2i/P) (arXiv
-    2104.09864, eq. 34).
-
-    Scores depend on differences of positions only, so left padding and packing need no positions of
-    their own.
+    """Rotate channel pairs (i, i + P/2) of token t by (start + t) theta^(-2i/P) (arXiv 2104.09864,
+    eq. 34). Scores depend on differences of positions only, so left padding and packing need no
+    positions of their own.
     """
     T, P = x_BHTP.shape[-2:]
     like = {"device": x_BHTP.device, "dtype": torch.promote_types(x_BHTP.dtype, torch.float32)}

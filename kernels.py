@@ -11,10 +11,9 @@ T/Q states are passed from chunk to chunk. kernels_gpu.py does the same in Trito
 
 `ssd`, `ssd_step`, `causal_conv`, `gated_norm` and `selected_logp`, at the end of the file, are what
 the model calls. `use` chooses their form: "auto" runs Triton on CUDA tensors and the fast PyTorch
-form on others, "reference" and "triton" run that form everywhere.
-
-How to read: the references first; they are the specification. Then `ssd_chunked`. The tests hold
-the forms equal, in values, final states and every gradient. Conventions of all operations here:
+form on others, "reference" and "triton" run that form everywhere. The references are the
+specification: the other forms have their arguments, and the tests hold all of them equal, in
+values, final states and every gradient. Conventions:
 
 * `ids_BT` holds a document id per token. Tokens of different documents do not see each other; id -1
 is padding, a document of its own that writes nothing. `None` means one document and no padding.
@@ -83,9 +82,7 @@ def ssd_reference(x_BTHP: Tensor, dt_BTH: Tensor, a_H: Tensor, b_BTKN: Tensor, c
     return torch.stack(y_list, dim=1).to(x_BTHP.dtype), state_BHPN
 
 
-def ssd_chunked(x_BTHP: Tensor, dt_BTH: Tensor, a_H: Tensor, b_BTKN: Tensor, c_BTKN: Tensor,
-                d_H: Tensor, state_BHPN: Tensor | None = None, ids_BT: Tensor | None = None,
-                chunk: int = 64) -> tuple[Tensor, Tensor]:
+def ssd_chunked(x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN, d_H, state_BHPN=None, ids_BT=None, chunk=64):
     """`ssd_reference` from matrix products over chunks (arXiv 2405.21060, section 6).
 
     With l the running sum of dt a inside a chunk, token q receives from token s <= q of its chunk
@@ -133,8 +130,7 @@ def ssd_chunked(x_BTHP: Tensor, dt_BTH: Tensor, a_H: Tensor, b_BTKN: Tensor, c_B
 
 
 class ChunkProducts(torch.autograd.Function):
-    """The heavy part of `ssd_chunked`: its matrix products, and the recurrence over chunks, with a
-    backward pass.
+    """The heavy part of `ssd_chunked`: its matrix products and the recurrence over chunks.
 
     Time goes into passes over large tensors as much as into the products. Autograd would make twice
     as many passes, most of them into new memory. Two more traps of speed on CPU: the exp of -inf
@@ -144,11 +140,9 @@ class ChunkProducts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x_BCQHP: Tensor, b_BCKQN: Tensor, c_BCKQN: Tensor, l_BCHQ: Tensor,
-                m_BCHQ: Tensor, seen: Tensor, to_end_BCHQ: Tensor, from_start_BCHQ: Tensor,
-                carry_BCH: Tensor, d_H: Tensor, state_BHPN: Tensor) -> tuple[Tensor, Tensor]:
-        """Args: seen: 1 or 0, of the shape [Q, Q] or [B, C, 1, Q, Q]. Returns y_BCQHP and the last
-        state."""
+    def forward(ctx, x_BCQHP, b_BCKQN, c_BCKQN, l_BCHQ, m_BCHQ, seen, to_end_BCHQ, from_start_BCHQ,
+                carry_BCH, d_H, state_BHPN):
+        """seen: 1 or 0, [Q, Q] or [B, C, 1, Q, Q]. Returns y_BCQHP and the last state."""
         B, C, K, Q, N = b_BCKQN.shape
         to_end, from_start = (t.transpose(2, 3)[..., None] for t in (to_end_BCHQ, from_start_BCHQ))
         # 1. Inside a chunk. The skip is a token's weight in its own output.
@@ -173,9 +167,8 @@ class ChunkProducts(torch.autograd.Function):
         return y_BCQHP, state_BHPN
 
     @staticmethod
-    def backward(ctx, dy_BCQHP: Tensor, dstate_BHPN: Tensor) -> tuple[Tensor | None, ...]:
-        """The same steps in reverse. Gradients of l and m are row and column sums of one matrix:
-        what cancels, cancels."""
+    def backward(ctx, dy_BCQHP, dstate_BHPN):
+        """The same in reverse. Gradients of l and m come from one matrix: they nearly cancel."""
         (x_BCQHP, x_BCHQP, b_BCKQN, c_BCKQN, scores, decay_BCHQQ, weights_BCHQQ, to_end, from_start,
          carry_BCH, xend, start_BCHPN, read_BCQHP) = ctx.saved_tensors
         B, C, K, Q, N = b_BCKQN.shape
@@ -208,9 +201,8 @@ class ChunkProducts(torch.autograd.Function):
 def _recur(added_BCHPN: Tensor, carry_BCH: Tensor, state_BHPN: Tensor,
            chunks: Iterable[int]) -> tuple[Tensor, Tensor]:
     """state <- carry state + added, chunk by chunk: the state before each, and the one after all.
-
-    Walked from the last chunk to the first it is its own gradient: from those of the states before
-    the chunks to those of what the chunks add.
+    From the last chunk to the first it is its own gradient: from those of the states before the
+    chunks to those of what the chunks add.
     """
     before_BCHPN, state_BHPN = torch.empty_like(added_BCHPN), state_BHPN.clone()
     for i in chunks:
@@ -231,19 +223,16 @@ def _by_head(t: Tensor, like_BCQHP: Tensor) -> Tensor:
 
 def ssd_step_reference(x_BHP: Tensor, dt_BH: Tensor, a_H: Tensor, b_BKN: Tensor, c_BKN: Tensor,
                        d_H: Tensor, state_BHPN: Tensor) -> tuple[Tensor, Tensor]:
-    """One token of the recurrence: the new y_BHP and the new state. Differentiable; nothing is
-    changed in place."""
+    """One token of the recurrence: y_BHP and the new state, nothing changed in place."""
     x_BTHP, dt_BTH, b_BTKN, c_BTKN = (t[:, None] for t in (x_BHP, dt_BH, b_BKN, c_BKN))
     y_BTHP, state_BHPN = ssd_reference(x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN, d_H, state_BHPN)
     return y_BTHP[:, 0], state_BHPN
 
 
-def ssd_step_torch(x_BHP: Tensor, dt_BH: Tensor, a_H: Tensor, b_BKN: Tensor, c_BKN: Tensor,
-                   d_H: Tensor, state_BHPN: Tensor) -> tuple[Tensor, Tensor]:
-    """`ssd_step_reference` with as few passes over the state as PyTorch allows.
-
-    The J heads of a group are one matrix [J P, N]: B and C need no copy a head. What is read is a
-    row times a matrix; a matrix times a column takes eight times as long.
+def ssd_step_torch(x_BHP, dt_BH, a_H, b_BKN, c_BKN, d_H, state_BHPN):
+    """The same with as few passes over the state as PyTorch allows. The J heads of a group are one
+    matrix [J P, N]: B and C need no copy a head. It is read by a row times a matrix; a matrix times
+    a column takes eight times as long.
     """
     B, H, P = x_BHP.shape
     K, N = b_BKN.shape[1:]
@@ -281,11 +270,8 @@ def causal_conv_reference(x_BTE: Tensor, weight_EW: Tensor, bias_E: Tensor,
     return torch.stack(rows, dim=1), x_BZE[:, T:] * _kept(ids_BZ[:, T:], ids_BT)[..., None]
 
 
-def causal_conv_torch(x_BTE: Tensor, weight_EW: Tensor, bias_E: Tensor,
-                      tail_BYE: Tensor | None = None,
-                      ids_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`causal_conv_reference` as W shifted multiply-adds over whole sequences (faster on CPU than
-    F.conv1d)."""
+def causal_conv_torch(x_BTE, weight_EW, bias_E, tail_BYE=None, ids_BT=None):
+    """The same as W multiply-adds over whole shifted sequences, on CPU faster than F.conv1d."""
     T, W = x_BTE.shape[1], weight_EW.shape[1]
     (x_BZE, ids_BZ), cuts = _with_tail(x_BTE, tail_BYE, ids_BT, W), None
     tail_BYE = x_BZE[:, T:]
@@ -306,14 +292,12 @@ def _with_tail(x_BTE: Tensor, tail_BYE: Tensor | None, ids_BT: Tensor | None, W:
 
 
 def _kept(ids_BY: Tensor, ids_BT: Tensor) -> Tensor:
-    """Which of the last W - 1 inputs the next token may read: those of the last token's document,
-    unless it is padding."""
+    """Which of the last W - 1 inputs the next token may read: the last document's, no padding."""
     return (ids_BY == ids_BT[:, -1:]) & (ids_BY >= 0)
 
 
 class ShiftedSum(torch.autograd.Function):
-    """y_t = bias + sum over j of weight_j x_{t+j}: the convolution, with a backward pass that adds
-    in place.
+    """y_t = bias + sum over j of weight_j x_{t+j}: T + W - 1 inputs give T outputs.
 
     Autograd would make a padded copy of the gradient for each of the W taps; this makes one. Two
     traps of speed: rows of weight_EW are strided, which keeps the multiply-adds from being
@@ -322,9 +306,8 @@ class ShiftedSum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x_BZE: Tensor, weight_EW: Tensor, bias_E: Tensor,
-                cuts: list[tuple[Tensor, Tensor]] | None) -> Tensor:
-        """T + W - 1 inputs give T outputs."""
+    def forward(ctx, x_BZE, weight_EW, bias_E, cuts):
+        """The last tap first: it begins with the bias."""
         weight_WE = weight_EW.t().contiguous()
         ctx.save_for_backward(x_BZE, weight_WE)
         ctx.cuts = cuts
@@ -335,7 +318,7 @@ class ShiftedSum(torch.autograd.Function):
         return y_BTE
 
     @staticmethod
-    def backward(ctx, grad_BTE: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx, grad_BTE):
         """Gradients of the inputs, the weights and the bias."""
         x_BZE, weight_WE = ctx.saved_tensors
         T, dx_BZE, dw = grad_BTE.shape[1], torch.zeros_like(x_BZE), []
@@ -361,21 +344,18 @@ def _cut(t_BTE: Tensor, cuts: list[tuple[Tensor, Tensor]] | None, j: int) -> Ten
 
 def gated_norm_reference(
         y_BTI: Tensor, z_BTI: Tensor, weight_I: Tensor, n_groups: int, eps: float) -> Tensor:
-    """Mamba-2's gate and grouped RMSNorm: g = y silu(z); g / sqrt(mean over its group of g^2 + eps)
-    * weight. The gate comes before the norm, as in NVIDIA's Nemotron-H."""
+    """weight g / sqrt(mean of g^2 over its group + eps), g = y silu(z): gate, then norm."""
     return GatedNorm.apply(wide(y_BTI), wide(z_BTI), weight_I, n_groups, eps).to(y_BTI.dtype)
 
 
 class GatedNorm(torch.autograd.Function):
-    """`gated_norm` in fp32 or wider, with half as many passes over large tensors as autograd makes,
-    most of them in place.
+    """`gated_norm` with half as many passes over large tensors as autograd makes, most in place.
 
     With n = g / rms(g): dg = (dn - n mean(n dn)) / rms(g), the mean being over a group.
     """
 
     @staticmethod
-    def forward(ctx, y_BTI: Tensor, z_BTI: Tensor, weight_I: Tensor, n_groups: int, eps: float
-                ) -> Tensor:
+    def forward(ctx, y_BTI, z_BTI, weight_I, n_groups, eps):
         """The gate, the norm, the weight."""
         n_BTI = y_BTI * F.silu(z_BTI)
         groups = n_BTI.unflatten(-1, (n_groups, -1))
@@ -387,9 +367,8 @@ class GatedNorm(torch.autograd.Function):
         return weight_I * n_BTI
 
     @staticmethod
-    def backward(ctx, grad_BTI: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        """Gradients of y, z and the weight. One buffer serves n grad, then n dn, then dn and at
-        last dg."""
+    def backward(ctx, grad_BTI):
+        """One buffer serves n grad, then n dn, then dn and at last dg."""
         y_BTI, z_BTI, weight_I, n_BTI, scale = ctx.saved_tensors
         buffer_BTI = grad_BTI * n_BTI
         dweight_I = buffer_BTI.sum(dim=(0, 1))
@@ -412,11 +391,8 @@ def mask_banned(logits: Tensor, banned: tuple[int, ...]) -> Tensor:
 
 def token_logp(logits: Tensor, token: Tensor, banned: tuple[int, ...] = (),
                temperature: float = 1.0) -> Tensor:
-    """log softmax(logits / temperature)[token], the softmax taken over the vocabulary without the
-    `banned` ids.
-
-    Leading dimensions are free: logits [..., V] and token [...] give [...]. A banned token itself
-    gets -inf.
+    """log softmax(logits / temperature)[token], the softmax being over the ids that are not banned:
+    logits [..., V] and token [...] give [...]. A banned token itself gets -inf.
     """
     logits = mask_banned(wide(logits), banned) / temperature
     return logits.gather(-1, token[..., None])[..., 0] - logits.logsumexp(-1)
@@ -424,14 +400,12 @@ def token_logp(logits: Tensor, token: Tensor, banned: tuple[int, ...] = (),
 
 def selected_logp_reference(hidden: Tensor, weight_VD: Tensor, token: Tensor,
                             banned: tuple[int, ...] = (), temperature: float = 1.0) -> Tensor:
-    """`token_logp` of the logits hidden W^T, made and kept as a whole: hidden [..., D] and token
-    [...] give [...]."""
+    """`token_logp` of the logits hidden W^T, all made at once: hidden [..., D], token [...]."""
     return token_logp(F.linear(hidden, weight_VD), token, banned, temperature)
 
 
 class SelectedLogp(torch.autograd.Function):
-    """Log-probabilities of given tokens without a tensor of [tokens, vocabulary], forward or
-    backward.
+    """Log-probabilities of given tokens without a tensor of [tokens, vocabulary], there and back.
 
     The vocabulary is cut into parts of VOCABULARY_TILE ids. Forward keeps a running log-sum-exp;
     backward computes each part's logits again and turns them into their gradient. The matrix
@@ -441,8 +415,7 @@ class SelectedLogp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_TD, weight_VD, token_T, banned, temperature, add_part, part_gradient):
-        """add_part and part_gradient: the two passes over a part's logits, from PyTorch or from
-        Triton."""
+        """add_part and part_gradient: the two passes over a part, from PyTorch or from Triton."""
         lse_T = wide(hidden_TD[:, 0]).new_full(token_T.shape, float("-inf"))
         chosen_T = lse_T.clone()
         for first, logits in _vocabulary_parts(hidden_TD, weight_VD, banned):
@@ -479,8 +452,7 @@ def _vocabulary_parts(hidden_TD: Tensor, weight_VD: Tensor, banned: tuple[int, .
 
 def _add_part(logits: Tensor, at_T: Tensor, temperature: float, lse_T: Tensor,
               chosen_T: Tensor) -> None:
-    """Adds a part's logits to the running log-sum-exp, and notes those of the tokens that lie in
-    it, in place."""
+    """In place: a part's logits join the running log-sum-exp; those of tokens in it are noted."""
     logits = wide(logits).div_(temperature)
     rows = ((at_T >= 0) & (at_T < logits.shape[1])).nonzero()[:, 0]
     chosen_T[rows] = logits[rows, at_T[rows]]
@@ -492,8 +464,7 @@ def _add_part(logits: Tensor, at_T: Tensor, temperature: float, lse_T: Tensor,
 
 def _part_gradient(logits: Tensor, at_T: Tensor, temperature: float, lse_T: Tensor,
                    grad_T: Tensor) -> Tensor:
-    """Gradient of a part's logits: (1 at the token - softmax) grad / temperature, 0 at banned
-    ids."""
+    """Gradient of a part's logits: (1 at the token - softmax) grad / temperature; banned ids 0."""
     rows = ((at_T >= 0) & (at_T < logits.shape[1])).nonzero()[:, 0]
     rows = rows[logits[rows, at_T[rows]] > float("-inf")]
     p = wide(logits).div_(temperature).sub_(lse_T[:, None]).exp_()
@@ -501,11 +472,9 @@ def _part_gradient(logits: Tensor, at_T: Tensor, temperature: float, lse_T: Tens
     return p.mul_(grad_T[:, None] / -temperature).to(logits.dtype)
 
 
-def selected_logp_torch(
-        hidden: Tensor, weight_VD: Tensor, token: Tensor, banned: tuple[int, ...] = (),
-        temperature: float = 1.0, passes: tuple[Callable, Callable] = (_add_part, _part_gradient)
-) -> Tensor:
-    """`selected_logp_reference` in parts of the vocabulary, with these two passes over a part."""
+def selected_logp_torch(hidden, weight_VD, token, banned=(), temperature=1.0,
+                        passes=(_add_part, _part_gradient)):
+    """The same in parts of the vocabulary, with these two passes over a part."""
     device = hidden.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)  # here, so that backward is in it too
@@ -515,8 +484,7 @@ def selected_logp_torch(
 
 
 selected_logp_triton = functools.partial(
-    selected_logp_torch,
-    passes=(kernels_gpu.add_part_triton, kernels_gpu.part_gradient_triton))
+    selected_logp_torch, passes=(kernels_gpu.add_part_triton, kernels_gpu.part_gradient_triton))
 
 
 # ----------------------------------------------------------------------------------- the dispatcher
@@ -525,8 +493,7 @@ _chosen = "auto"
 
 
 def use(choice: str) -> None:
-    """Choose the form of every operation from now on: "auto", "reference" or "triton", see the
-    module's docstring. Raises ValueError for another word, and for "triton" where it cannot run."""
+    """Choose the form of every operation. Raises ValueError for an unknown one, or no Triton."""
     global _chosen
     require(choice in ("auto", "reference", "triton"),
             f"kernels ({choice!r}) is unknown; choose auto, reference or triton")

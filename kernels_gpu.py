@@ -19,8 +19,6 @@ are kept in the dtype of x. Not here: convolution and SiLU in one kernel, fp8, c
 
 from __future__ import annotations  # `tl.constexpr` is no name where triton is missing
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -29,15 +27,9 @@ from system.errors import require
 try:
     import triton
     import triton.language as tl
-
-    jit = triton.jit
-except ImportError:
+except ImportError:  # the kernels below stay plain functions, which nobody calls
     triton = tl = None
-
-    def jit(function: Callable) -> Callable:
-        """Leaves the kernels below plain functions, which nobody calls."""
-        return function
-
+jit = triton.jit if triton else lambda function: function
 
 TILE = 64  # tokens of a chunk
 DBC_TILE = 32  # of N in `ssd_dbc_kernel`; more, or more than 256 bytes of x, and registers spill
@@ -86,8 +78,7 @@ def _document(ids, batch, t, T):
 
 
 def _rows(t: Tensor) -> tuple[Tensor, int]:
-    """The tensor, and the stride s with which its row (b, t) begins at (b T + t) s: parts of a
-    projection pass as they are; what has no such s is copied."""
+    """The tensor, and the s with which its row (b, t) begins at (b T + t) s; else a copy."""
     stride = t.stride(1) if t.shape[1] > 1 else t.stride(0)
     if t[0, 0].is_contiguous() and t.stride(0) == t.shape[1] * stride:
         return t, stride
@@ -97,10 +88,6 @@ def _rows(t: Tensor) -> tuple[Tensor, int]:
 def _tile(n: int) -> int:
     """Size of the tile that n entries fit in."""
     return max(16, triton.next_power_of_2(n))
-
-
-def _ceil(n: int, by: int) -> int:
-    return -(-n // by)
 
 
 def _precision() -> str:
@@ -116,7 +103,8 @@ def _chunk(dt, a, ids, batch, head, chunk, T, H: tl.constexpr, Q: tl.constexpr):
     """What the tokens of one chunk of a head share: dt; l, the running sum of dt a; exp(l_Q - l),
     exp(l) and exp(l_Q), the decays to the chunk's end, since its start and over all of it, 0 where
     documents change. Every exponent is cut off at 0: rounding can leave a difference of equal sums
-    a little above, and above the diagonal it would overflow."""
+    a little above, and above the diagonal it would overflow.
+    """
     # 1. Tokens past the end have a step size of 0: they neither write nor decay.
     q = tl.arange(0, Q)
     start = dt + (batch * T + chunk * Q) * H + head
@@ -145,8 +133,8 @@ def _decay(l_Q, changes_Q, TRANSPOSED: tl.constexpr, Q: tl.constexpr):
         seen_QQ, difference_QQ = i_Q[None, :] >= i_Q[:, None], l_Q[None, :] - l_Q[:, None]
     else:
         seen_QQ, difference_QQ = i_Q[:, None] >= i_Q[None, :], l_Q[:, None] - l_Q[None, :]
-    return tl.where(seen_QQ & (changes_Q[:, None] == changes_Q[None, :]),
-                    tl.exp(tl.minimum(difference_QQ, 0.0)), 0.0)
+    seen_QQ = seen_QQ & (changes_Q[:, None] == changes_Q[None, :])
+    return tl.where(seen_QQ, tl.exp(tl.minimum(difference_QQ, 0.0)), 0.0)
 
 
 @jit
@@ -188,8 +176,7 @@ def ssd_states_kernel(x, dt, a, b, ids, first, states, last, stride_x, stride_b,
 def ssd_scan_kernel(x, dt, a, b, c, d, ids, states, y, stride_x, stride_b, stride_c, T,
                     H: tl.constexpr, J: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
                     P2: tl.constexpr, N2: tl.constexpr, Q: tl.constexpr, PRECISION: tl.constexpr):
-    """y_q = sum over s <= q of (c_q . b_s) exp(l_q - l_s) dt_s x_s + exp(l_q) h c_q + d x_q, for
-    one chunk of one head; h is the state before the chunk."""
+    """y_q = sum over s <= q of (c_q . b_s) exp(l_q - l_s) dt_s x_s + exp(l_q) h c_q + d x_q."""
     batch, head, chunk = _program(0) // H, _program(0) % H, _program(1)
     q, p, n = tl.arange(0, Q), tl.arange(0, P2), tl.arange(0, N2)
     row, inside_Q = batch * T + chunk * Q, q < T - chunk * Q
@@ -199,7 +186,7 @@ def ssd_scan_kernel(x, dt, a, b, c, d, ids, states, y, stride_x, stride_b, strid
     c_QN = _load(c + row * stride_c + head // J * N, q * stride_c, n, inside_Q, n < N)
     weights_QQ = (tl.dot(c_QN, b_NQ, input_precision=PRECISION)
                   * _decay(l_Q, changes_Q, False, Q) * dt_Q[None, :])
-    # 2. What is read of the state, then the weighted inputs, then the skip.
+    # 2. What is read of the state before the chunk, then the weighted inputs, then the skip.
     at_chunk = (batch * tl.num_programs(1) + chunk) * H + head
     state_NP = _load(states + at_chunk * P * N, n, p * N, n < N, p < P)
     y_QP = from_start_Q[:, None] * tl.dot(c_QN, state_NP, input_precision=PRECISION)
@@ -312,7 +299,7 @@ class TritonSSD(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN, d_H, state_BHPN, ids_BT):
-        """Takes dt, a, d and the state in fp32, and b and c in the dtype of x."""
+        """dt, a, d and the state are in fp32, b and c in the dtype of x."""
         (B, T, H, P), (K, N) = x_BTHP.shape, b_BTKN.shape[2:]
         (x_BTHP, at_x), (b_BTKN, at_b), (c_BTKN, at_c) = _rows(x_BTHP), _rows(b_BTKN), _rows(c_BTKN)
         ctx.sizes = {"H": H, "J": H // K, "P": P, "N": N, "Q": TILE, "PRECISION": _precision()}
@@ -343,7 +330,7 @@ class TritonSSD(torch.autograd.Function):
             num_warps=4 if P <= 64 else 8, num_stages=1)
         P2, N2 = min(256 // x_BTHP.element_size(), _tile(P)), min(DBC_TILE, _tile(N))
         db_BTKN, dc_BTKN = x_BTHP.new_empty(2, B, T, K, N)
-        dda = dt_BTH.new_empty(_ceil(N, N2), _ceil(P, P2), B, T, H)
+        dda = dt_BTH.new_empty(triton.cdiv(N, N2), triton.cdiv(P, P2), B, T, H)
         ssd_dbc_kernel[B * K, C, len(dda)](
             x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN, ids_BT, dy_BTHP, states_BCHPN, dstates_BCHPN,
             db_BTKN, dc_BTKN, dda, *ctx.strides, **ctx.sizes, P2=P2, N2=N2, num_warps=8,
@@ -356,14 +343,13 @@ class TritonSSD(torch.autograd.Function):
 
 
 def _walk(x_BTHP, dt_BTH, a_H, b_BTKN, ids_BT, first_BHPN, at_x, at_b, sizes, backward):
-    """The state before each chunk in the dtype of x, and the last one in fp32; or their gradients,
-    see `ssd_states_kernel`."""
+    """States before the chunks in the dtype of x, the last one in fp32; or their gradients."""
     (B, T, H, P), N = x_BTHP.shape, b_BTKN.shape[-1]
-    states_BCHPN = x_BTHP.new_empty(B, _ceil(T, TILE), H, P, N)
+    states_BCHPN = x_BTHP.new_empty(B, triton.cdiv(T, TILE), H, P, N)
     last_BHPN = dt_BTH.new_empty(B, H, P, N)
     first_BHPN = None if first_BHPN is None else first_BHPN.contiguous()
     P2, N2 = min(TILE, _tile(P)), min(TILE, _tile(N))
-    ssd_states_kernel[B * H, _ceil(P, P2), _ceil(N, N2)](
+    ssd_states_kernel[B * H, triton.cdiv(P, P2), triton.cdiv(N, N2)](
         x_BTHP, dt_BTH, a_H, b_BTKN, ids_BT, first_BHPN, states_BCHPN, last_BHPN, at_x, at_b, T,
         backward, **sizes, P2=P2, N2=N2, num_warps=4, num_stages=2)
     return states_BCHPN, last_BHPN
@@ -408,7 +394,7 @@ def ssd_step_triton(x_BHP, dt_BH, a_H, b_BKN, c_BKN, d_H, state_BHPN):
     (B, H, P), (K, N) = x_BHP.shape, b_BKN.shape[1:]
     (x, at_x), (b, at_b), (c, at_c) = (_rows(t[:, None]) for t in (x_BHP, b_BKN, c_BKN))
     y_BHP, last_BHPN = x_BHP.new_empty(B, H, P), x_BHP.new_empty(B, H, P, N, dtype=torch.float32)
-    ssd_step_kernel[B * H, _ceil(P, 16)](
+    ssd_step_kernel[B * H, triton.cdiv(P, 16)](
         x, dt_BH.float().contiguous(), a_H.float(), b, c, d_H.float(),
         state_BHPN.float().contiguous(), last_BHPN, y_BHP, at_x, at_b, at_c, H=H, J=H // K, P=P,
         N=N, P2=16, N2=_tile(N), num_warps=4)
@@ -459,7 +445,8 @@ def conv_kernel(x, weight, bias, tail, ids, y, left, stride_x, T, E, W: tl.const
 def conv_grad_kernel(x, weight, tail, ids, dy, dleft, dx, dw, stride_x, T, E, W: tl.constexpr,
                      T2: tl.constexpr, E2: tl.constexpr):
     """dx_z = sum over j of weight_j dy_{z - j}, for T2 of the T + W - 1 inputs (the tail first),
-    and this tile's parts of dweight_j = sum over z of x_z dy_{z - j} and of dbias."""
+    and this tile's parts of dweight_j = sum over z of x_z dy_{z - j} and of dbias.
+    """
     batch, z, i = _program(2), _program(1) * T2, tl.arange(0, T2)
     e = (_program(0) * E2).to(tl.int32) + tl.arange(0, E2)
     own_Z = _document(ids, batch, z + i - (W - 1), T)
@@ -495,7 +482,7 @@ class TritonConv(torch.autograd.Function):
         x_BTE, at_x = _rows(x_BTE)
         y_BTE, left_BYE = x_BTE.new_empty(B, T, E), x_BTE.new_empty(B, W - 1, E)
         T2 = min(CONV_TILE[0], triton.next_power_of_2(T))
-        conv_kernel[_ceil(E, CONV_TILE[1]), _ceil(T, T2), B](
+        conv_kernel[triton.cdiv(E, CONV_TILE[1]), triton.cdiv(T, T2), B](
             x_BTE, weight_EW, bias_E, tail_BYE, ids_BT, y_BTE, left_BYE, at_x, T, E, W=W,
             Y2=triton.next_power_of_2(W), T2=T2, E2=CONV_TILE[1], num_warps=8)
         ctx.save_for_backward(x_BTE, weight_EW, tail_BYE, ids_BT)
@@ -511,9 +498,9 @@ class TritonConv(torch.autograd.Function):
         dy_BTE = x_BTE.new_zeros(B, T, E) if dy_BTE is None else dy_BTE.contiguous()
         dleft_BYE = None if dleft_BYE is None else dleft_BYE.contiguous()
         dx_BZE = x_BTE.new_empty(B, T + W - 1, E)
-        n_tiles = _ceil(T + W - 1, CONV_TILE[0])
+        n_tiles = triton.cdiv(T + W - 1, CONV_TILE[0])
         dw = x_BTE.new_empty(B * n_tiles, W + 1, E, dtype=torch.float32)
-        conv_grad_kernel[_ceil(E, CONV_TILE[1]), n_tiles, B](
+        conv_grad_kernel[triton.cdiv(E, CONV_TILE[1]), n_tiles, B](
             x_BTE, weight_EW, tail_BYE, ids_BT, dy_BTE, dleft_BYE, dx_BZE, dw, ctx.at_x, T, E, W=W,
             T2=CONV_TILE[0], E2=CONV_TILE[1], num_warps=8)
         dw = dw.sum(0).to(weight_EW.dtype)
@@ -542,8 +529,8 @@ def _gated(y, z, row, i, group, stride_y, stride_z, eps, GROUP: tl.constexpr):
 
 
 @jit
-def norm_kernel(y, z, weight, out, stride_y, stride_z, I, eps, GROUP: tl.constexpr,
-                I2: tl.constexpr):
+def norm_kernel(
+        y, z, weight, out, stride_y, stride_z, I, eps, GROUP: tl.constexpr, I2: tl.constexpr):
     """weight g / rms(g) for one group of one token, GROUP channels."""
     row, group, i = _program(0), _program(1), tl.arange(0, I2)
     _, _, _, g_I, scale = _gated(y, z, row, i, group, stride_y, stride_z, eps, GROUP)
@@ -556,7 +543,8 @@ def norm_kernel(y, z, weight, out, stride_y, stride_z, I, eps, GROUP: tl.constex
 def norm_grad_kernel(y, z, weight, dout, dy, dz, dw, stride_y, stride_z, n_rows, I, eps,
                      GROUP: tl.constexpr, I2: tl.constexpr, T2: tl.constexpr):
     """With n = g / rms(g) and dn = weight dout: dg = (dn - n mean(n dn)) / rms(g), and from it dy
-    and dz, for one group of T2 tokens, one after the other; and their part of dweight."""
+    and dz, for one group of T2 tokens, one after the other; and their part of dweight.
+    """
     first, group, i = _program(0) * T2, _program(1), tl.arange(0, I2)
     w_I = tl.load(weight + group * GROUP + i, mask=i < GROUP, other=0.0).to(tl.float32)
     dw_I = tl.zeros([I2], tl.float32)
@@ -598,7 +586,7 @@ class TritonNorm(torch.autograd.Function):
         y_BTI, z_BTI, weight_I = ctx.saved_tensors
         (B, T, I), (at_y, at_z, n_groups, eps) = y_BTI.shape, ctx.rest
         dy_BTI, dz_BTI = y_BTI.new_empty(B, T, I), z_BTI.new_empty(B, T, I)
-        n_tiles = _ceil(B * T, NORM_ROWS)
+        n_tiles = triton.cdiv(B * T, NORM_ROWS)
         dw = y_BTI.new_empty(n_tiles, I, dtype=torch.float32)
         norm_grad_kernel[n_tiles, n_groups](
             y_BTI, z_BTI, weight_I, dout_BTI.contiguous(), dy_BTI, dz_BTI, dw, at_y, at_z, B * T, I,

@@ -47,8 +47,7 @@ class Mamba2(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """A = -(1..H); D = 1; softplus(dt_bias) log-uniform in [0.001, 0.1]: memories from a few to
-        a thousand tokens."""
+        """A = -(1..H), D = 1, softplus(dt_bias) log-uniform in [0.001, 0.1]: up to 1,000 tokens."""
         bound = self.conv_weight.shape[1] ** -0.5
         self.conv_weight.uniform_(-bound, bound)
         self.conv_bias.zero_()

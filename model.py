@@ -1,5 +1,4 @@
-"""The hybrid language model: a stack of Mamba-2, attention and feed-forward layers, written as a
-pattern.
+"""The hybrid language model: Mamba-2, attention and feed-forward layers in the order of a pattern.
 
 `M` is a Mamba-2 mixer, `*` attention, `-` a feed-forward network, as in Nemotron-H (arXiv
 2504.03624). Every layer is y = x + mixer(norm(x)), with one RMSNorm before it; a last norm and the
@@ -67,8 +66,7 @@ class LanguageModel(Protocol):
 
 
 class FeedForward(nn.Module):
-    """down(relu(up(x))^2) (`relu2`, Nemotron) or down(silu(gate(x)) up(x)) (`swiglu`, Qwen and
-    Llama)."""
+    """down(relu(up(x))^2) (`relu2`, Nemotron) or down(silu(gate(x)) up(x)) (`swiglu`, Qwen)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -79,13 +77,10 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BTD: Tensor, cached: tuple[()] | None, ids_BT: Tensor | None
                 ) -> tuple[Tensor, tuple[()]]:
-        """Tokens are independent here: nothing is cached, nothing can leak. Returns y_BTD and
-        ()."""
+        """Tokens are independent here: nothing is cached, nothing can leak."""
         up_BTF = self.up_proj(x_BTD)
-        if self.gate_proj is None:
-            h_BTF = F.relu(up_BTF).square()
-        else:
-            h_BTF = F.silu(self.gate_proj(x_BTD)) * up_BTF
+        h_BTF = (F.relu(up_BTF).square() if self.gate_proj is None
+                 else F.silu(self.gate_proj(x_BTD)) * up_BTF)
         return self.down_proj(h_BTF), ()
 
 
@@ -151,15 +146,13 @@ class HybridLM(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Embeddings N(0, 1); matrices N(0, 1/fan_in); those that write to the residual stream 0,
-        and the head N(0, 0.02).
-
-        The stream begins as the tokens themselves, not buried under the noise of untrained layers.
-        Tied embeddings also serve as head, so they are N(0, 0.02).
+        for it begins as the tokens themselves, not buried under the noise of untrained layers; the
+        head N(0, 0.02), and tied embeddings too, for they serve as head.
         """
         for name, p in self.named_parameters():
             if p.dim() < 2 or "conv" in name:
                 continue
-            elif name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight")):
+            if name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight")):
                 p.zero_()
             elif name == "embed.weight":
                 p.normal_(0.0, 0.02 if self.head is None else 1.0)
@@ -191,8 +184,7 @@ class HybridLM(nn.Module):
 
 
 def _join_ids(ids_BT: Tensor | None, cache: Cache | None, tokens_BT: Tensor) -> Tensor | None:
-    """Document ids of cached and new positions; None where both are plain (all of document 0, no
-    padding)."""
+    """Document ids of cached and new positions; None where all are of document 0, none padded."""
     old = None if cache is None else cache.ids_BS
     if ids_BT is None and old is None:
         return None
