@@ -186,9 +186,7 @@ class HybridLM(nn.Module):
 def _join_ids(ids_BT: Tensor | None, cache: Cache | None, tokens_BT: Tensor) -> Tensor | None:
     """Document ids of cached and new positions; None where all are of document 0, none padded."""
     old = None if cache is None else cache.ids_BS
-    if ids_BT is None and old is None:
-        return None
-    if cache is None:
+    if cache is None or (ids_BT is None and old is None):
         return ids_BT
     if old is None:
         old = ids_BT.new_zeros(len(tokens_BT), cache.n_tokens)
