@@ -19,7 +19,6 @@ from system.config import ModelConfig
 from system.costs import count_parameters
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
-ROPE = {"rtol": 1e-5, "atol": 1e-5}  # its angles are fp32, and these tests shift positions
 VARIANTS = {
     "M-M*-": {},
     "M": {"pattern": "M"},
@@ -66,10 +65,6 @@ def rms_norm(x, norm):
     return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight
 
 
-def tolerance(model):
-    return ROPE if model.config.rope_theta else EXACT
-
-
 # --------------------------------------------------------------------------------------- pieces, causality, padding
 
 
@@ -108,7 +103,7 @@ def test_left_padding_changes_no_hidden_state(model):
     hidden_BTD, _ = model(tokens_BT, ids_BT=ids_BT)
     for row, n in enumerate([0, 2, 5]):
         alone_BTD, _ = model(tokens_BT[row : row + 1, n:])
-        assert_close(hidden_BTD[row : row + 1, n:], alone_BTD, **tolerance(model))
+        assert_close(hidden_BTD[row : row + 1, n:], alone_BTD, **EXACT)
 
 
 @pytest.mark.parametrize("sizes", [[4], [1, 3], [1, 1, 1, 1]], ids=str)
@@ -118,7 +113,7 @@ def test_left_padding_changes_nothing_in_what_goes_on_from_its_cache(model, size
     hidden_BTD, _ = run_pieces(model, sizes, tokens_BT[:, 5:], cache)
     for row, n in enumerate([0, 2, 4]):
         alone_BTD, _ = model(tokens_BT[row : row + 1, n:])
-        assert_close(hidden_BTD[row : row + 1], alone_BTD[:, 5 - n :], **tolerance(model))
+        assert_close(hidden_BTD[row : row + 1], alone_BTD[:, 5 - n :], **EXACT)
 
 
 @pytest.mark.parametrize("sizes", [[4, 3, 4], [1, 1, 9], [5, 6]], ids=str)
@@ -127,8 +122,8 @@ def test_packed_documents_equal_each_document_alone(model, sizes):
     ids_BT = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).expand(2, -1)
     packed_BTD, _ = model(tokens_BT, ids_BT=ids_BT)
     alone_BTD = torch.cat([model(document_BT)[0] for document_BT in tokens_BT.split(sizes, dim=1)], dim=1)
-    assert_close(packed_BTD, alone_BTD, **tolerance(model))
-    assert_close(gradients(model, packed_BTD), gradients(model, alone_BTD), **tolerance(model))
+    assert_close(packed_BTD, alone_BTD, **EXACT)
+    assert_close(gradients(model, packed_BTD), gradients(model, alone_BTD), **EXACT)
 
 
 @pytest.mark.parametrize("n_last", [1, 5])
@@ -138,7 +133,7 @@ def test_a_packed_cache_goes_on_with_its_last_document(model, n_last):
     _, cache = model(tokens_BT[:, :8], ids_BT=torch.tensor([[0] * (8 - n_last) + [1] * n_last] * 2))
     hidden_BTD, _ = model(tokens_BT[:, 8:], cache)
     alone_BTD, _ = model(tokens_BT[:, 8 - n_last :])
-    assert_close(hidden_BTD, alone_BTD[:, n_last:], **tolerance(model))
+    assert_close(hidden_BTD, alone_BTD[:, n_last:], **EXACT)
 
 
 # ------------------------------------------------------------------------------------------------------------- cache
@@ -275,7 +270,7 @@ def test_rope_scores_depend_on_differences_of_positions_only(shift):
     def scores(start):
         return rope(q_BHTP, start, 1e4) @ rope(k_BHTP, start, 1e4).transpose(-1, -2)
 
-    assert_close(scores(shift), scores(0), rtol=1e-4, atol=1e-4)
+    assert_close(scores(shift), scores(0), **EXACT)
 
 
 def test_rope_turns_each_pair_at_its_own_rate():
