@@ -6,16 +6,17 @@ A GRU whose hidden state is its cache. Left padding leaves the state at zero; a 
 import dataclasses
 from types import SimpleNamespace
 
-import elastic
 import pytest
-import rlp
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.testing import assert_close
+
+import elastic
+import rlp
 from kernels import token_logp
 from system.config import ElasticConfig, RLPConfig
 from system.objective import NextToken
-from torch import nn
-from torch.testing import assert_close
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 THINK, CLOSE, END = 9, 10, 11
