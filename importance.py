@@ -12,6 +12,7 @@ How to read: `SCORES`, `rank`, `order_weights`; `score_table` compares the score
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -58,32 +59,25 @@ def activation_sums(
         for name, value in ((key, x.square().sum(0)), (f"{key}.abs", x.abs().sum(0))):
             sums[name] = sums.get(name, 0) + value.cpu()
 
-    def add_stream(norm: nn.RMSNorm, args: tuple[Tensor]) -> None:
-        x_TD = F.rms_norm(args[0].flatten(0, 1).double(), norm.normalized_shape, eps=norm.eps)
-        sums["stream"] = sums.get("stream", 0) + (x_TD.T @ x_TD).cpu()
+    def see(name: str, module: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
+        if isinstance(module, nn.Linear):
+            add(f"{name}.in", args[0])
+            add(f"{name}.out", out)
+            return
+        add(name, out)
+        if with_stream:
+            x_TD = args[0].flatten(0, 1).double()
+            x_TD = F.rms_norm(x_TD, module.normalized_shape, eps=module.eps)
+            sums["stream"] = sums.get("stream", 0) + (x_TD.T @ x_TD).cpu()
 
-    hooks = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name.startswith("layers."):
-            hooks += [
-                module.register_forward_pre_hook(lambda _, args, n=name: add(f"{n}.in", args[0])),
-                module.register_forward_hook(lambda _, args, out, n=name: add(f"{n}.out", out))]
-        elif name.split(".")[-1] == "norm":
-            hooks.append(module.register_forward_hook(lambda _, args, out, n=name: add(n, out)))
-            if with_stream:
-                hooks.append(module.register_forward_pre_hook(add_stream))
+    hooks = [module.register_forward_hook(partial(see, name))
+             for name, module in model.named_modules() if name.split(".")[-1] == "norm"
+             or (name.startswith("layers.") and isinstance(module, nn.Linear))]
     for batch in batches:
         model(batch["tokens_BT"], ids_BT=batch["ids_BT"])
     for hook in hooks:
         hook.remove()
     return sums
-
-
-def contribution(model: HybridLM, sums: Sums, i: int, matrix: str) -> Tensor:
-    """Root of the sum over tokens of |x_j W_j|^2: how much input j of the matrix that writes to the
-    stream adds to it."""
-    weight = getattr(model.layers[i].mixer, matrix).weight
-    return sums[f"layers.{i}.mixer.{matrix}.in"].sqrt() * weight.detach().double().norm(dim=0).cpu()
 
 
 def principal_axes(model: HybridLM, sums: Sums) -> Tensor:
@@ -96,13 +90,13 @@ def principal_axes(model: HybridLM, sums: Sums) -> Tensor:
     return torch.linalg.eigh(sums["stream"]).eigenvectors.flip(1)
 
 
-def stream_size(model: HybridLM, sums: Sums) -> Tensor:
+def stream_paper(model: HybridLM, sums: Sums) -> Tensor:
     """Sum of |norm(x)_i| over all norms (eq. 1)."""
     norms = ["norm", *(f"layers.{i}.norm" for i in range(len(model.layers)))]
     return sum(sums[f"{norm}.abs"] for norm in norms)
 
 
-def stream_readers(model: HybridLM, sums: Sums) -> Tensor:
+def stream_output(model: HybridLM, sums: Sums) -> Tensor:
     """The same, at every norm times the size of what reads channel i."""
     readers = {"norm": [model.output_matrix]}
     for name, weight in weights_of(model.config).items():
@@ -112,50 +106,48 @@ def stream_readers(model: HybridLM, sums: Sums) -> Tensor:
                for norm, matrices in readers.items())
 
 
-def ffn_size(model: HybridLM, sums: Sums, i: int) -> dict[str, Tensor]:
+def ffn_paper(model: HybridLM, sums: Sums, i: int) -> dict[str, Tensor]:
     """Sum of |X W1_i^T| before the activation (eq. 2)."""
     return {"F": sums[f"layers.{i}.mixer.up_proj.out.abs"]}
 
 
-def ffn_output(model: HybridLM, sums: Sums, i: int) -> dict[str, Tensor]:
-    """Size of what a neuron adds to the stream."""
-    return {"F": contribution(model, sums, i, "down_proj")}
-
-
-def mamba_size(model: HybridLM, sums: Sums, i: int) -> dict[str, Tensor]:
-    """Of s = norm(X) W_x^T, see `heads_and_channels`."""
+def mamba_paper(model: HybridLM, sums: Sums, i: int) -> dict[str, Tensor]:
+    """Of s = norm(X) W_x^T (eq. 3 and 4), see `by_heads`."""
     rows = in_proj_rows(model.config)
-    return heads_and_channels(
-        model, sums[f"layers.{i}.mixer.in_proj.out"][rows["z"] : rows["z"] + rows["x"]])
+    square = sums[f"layers.{i}.mixer.in_proj.out"]
+    return by_heads("M", model, square[rows["z"] : rows["z"] + rows["x"]])
 
 
-def mamba_output(model: HybridLM, sums: Sums, i: int) -> dict[str, Tensor]:
-    """The same from what each channel adds to the stream."""
-    return heads_and_channels(model, contribution(model, sums, i, "out_proj").square())
+def attn_paper(model: HybridLM, sums: Sums, i: int) -> dict[str, Tensor]:
+    """Size of a head's queries."""
+    return by_heads("*", model, sums[f"layers.{i}.mixer.q_proj.out"])
 
 
-def heads_and_channels(model: HybridLM, square_I: Tensor) -> dict[str, Tensor]:
-    """A Mamba channel's score is its norm over all heads (eq. 3), a head's is its norm over the
-    better half of the channels (eq. 4)."""
-    square_HP = square_I.view(model.config.mamba_heads, model.config.mamba_head_dim)
+def output(model: HybridLM, sums: Sums, i: int) -> dict[str, Tensor]:
+    """Size of what a unit adds to the stream: for input j of the matrix W that writes there, the
+    root of the sum over tokens of |x_j W_j|^2."""
+    kind = model.config.pattern[i]
+    matrix = {"-": "down_proj", "*": "o_proj", "M": "out_proj"}[kind]
+    weight = getattr(model.layers[i].mixer, matrix).weight.detach().double()
+    size = sums[f"layers.{i}.mixer.{matrix}.in"].sqrt() * weight.norm(dim=0).cpu()
+    return {"F": size} if kind == "-" else by_heads(kind, model, size.square())
+
+
+def by_heads(kind: str, model: HybridLM, square_I: Tensor) -> dict[str, Tensor]:
+    """Scores of heads from a sum of squares per channel: the norm over the head.
+
+    Mamba-2: a channel's score is its norm over all heads (eq. 3), a head's is its norm over the
+    better half of the channels (eq. 4).
+    """
+    square_HP = square_I.view(-1, axis_sizes(kind, model.config)["P"])
+    if kind == "*":
+        return {"H": square_HP.sum(1).sqrt()}
     channels = square_HP.sum(0).sqrt()
     top = channels.argsort(descending=True)[: -(-len(channels) // 2)]
     return {"H": square_HP[:, top].sum(1).sqrt(), "P": channels}
 
 
-def attn_size(model: HybridLM, sums: Sums, i: int) -> dict[str, Tensor]:
-    """Size of a head's queries."""
-    square_I = sums[f"layers.{i}.mixer.q_proj.out"]
-    return {"H": square_I.view(-1, model.config.attn_head_dim).sum(1).sqrt()}
-
-
-def attn_output(model: HybridLM, sums: Sums, i: int) -> dict[str, Tensor]:
-    """Size of what a head adds to the stream."""
-    square_I = contribution(model, sums, i, "o_proj").square()
-    return {"H": square_I.view(-1, model.config.attn_head_dim).sum(1).sqrt()}
-
-
-def depth_alone(n: int, score: Callable[[set[int]], float]) -> list[int]:
+def depth_paper(n: int, score: Callable[[set[int]], float]) -> list[int]:
     """By s_j, what the logits change by without layer j (eq. 5)."""
     return sorted(range(n), key=lambda j: score({j}))
 
@@ -168,14 +160,14 @@ def depth_greedy(n: int, score: Callable[[set[int]], float]) -> list[int]:
     return gone
 
 
-# The values of `elastic.score_AXIS`, beside "random". ffn, mamba, attn: scores of layer i's units
+# The values of `elastic.score_AXIS`, beside "random". ffn, mamba, attn: scores of layer i's units,
 # by axis; d_model: scores of the stream's channels, or a basis to turn it to; depth: the order.
 SCORES: dict[str, dict[str, Callable]] = {
-    "d_model": {"pca": principal_axes, "paper": stream_size, "output": stream_readers},
-    "ffn": {"paper": ffn_size, "output": ffn_output},
-    "mamba": {"paper": mamba_size, "output": mamba_output},
-    "attn": {"paper": attn_size, "output": attn_output},
-    "depth": {"paper": depth_alone, "greedy": depth_greedy},
+    "d_model": {"pca": principal_axes, "paper": stream_paper, "output": stream_output},
+    "ffn": {"paper": ffn_paper, "output": output},
+    "mamba": {"paper": mamba_paper, "output": output},
+    "attn": {"paper": attn_paper, "output": output},
+    "depth": {"paper": depth_paper, "greedy": depth_greedy},
 }
 AXIS_OF = {"-": "ffn", "M": "mamba", "*": "attn"}
 
@@ -268,10 +260,9 @@ def order_weights(model: HybridLM, ranking: Ranking) -> None:
     model.load_state_dict(take(weights, model.config, ranking.units))
 
 
-# ---------------------------------------------------------------------------- scores side by side
+# ----------------------------------------------------------------------------- scores side by side
 
-
-# What `score_table` halves: for each axis its score, the kind of layer, and the share of each width.
+# What `score_table` halves: for each axis its score, the kind of layer, the shares of its widths.
 HALVES = {"d_model": ("d_model", "", ()), "depth": ("depth", "", ()), "ffn": ("ffn", "-", (0.5,)),
           "mamba_heads": ("mamba", "M", (0.5, 1)), "mamba_channels": ("mamba", "M", (1, 0.5)),
           "attn_heads": ("attn", "*", (0.5,))}
@@ -288,16 +279,16 @@ def score_table(model: HybridLM, batches: list[dict[str, Tensor]], c: ElasticCon
     """
     full = full_widths(model.config)
 
-    def half(axis: str, kind: str, seed: int) -> float:
-        score, letter, shares = HALVES[axis]
+    def half(axis: str, score: str, seed: int) -> float:
+        field, kind, shares = HALVES[axis]
         # 1. rank by that score; pca is not for all models, and no other axis depends on it
         ordered, n = copy.deepcopy(model), len(full.layers)
-        changes = {"score_d_model": "paper", f"score_{score}": kind}
-        ranking = rank(ordered, batches, replace(
-            c, depth_choices=(n, n - 1) if axis == "depth" else (), **changes), seed)
+        changes = {"score_d_model": "paper", f"score_{field}": score,
+                   "depth_choices": (n, n - 1) if axis == "depth" else ()}
+        ranking = rank(ordered, batches, replace(c, **changes), seed)
         order_weights(ordered, ranking)
         # 2. cut
-        layers = [tuple(int(w * s) for w, s in zip(own, shares, strict=True)) if k == letter else own
+        layers = [tuple(int(w * s) for w, s in zip(own, shares, strict=True)) if k == kind else own
                   for k, own in zip(model.config.pattern, full.layers, strict=True)]
         if axis == "depth":
             layers[ranking.depth[0]] = ()
@@ -305,9 +296,9 @@ def score_table(model: HybridLM, batches: list[dict[str, Tensor]], c: ElasticCon
         return loss(submodel(ordered, Widths(d_model, tuple(layers))))
 
     table = {}
-    for axis, (score, *_) in HALVES.items():
-        kinds = [k for k in SCORES[score] if k != "pca" or not model.config.tie_embeddings]
-        table[axis] = {kind: half(axis, kind, 0) for kind in kinds}
+    for axis, (field, *_) in HALVES.items():
+        known = [s for s in SCORES[field] if s != "pca" or not model.config.tie_embeddings]
+        table[axis] = {score: half(axis, score, 0) for score in known}
         table[axis]["random"] = (
             sum(half(axis, "random", seed) for seed in range(n_random)) / n_random)
     return table

@@ -1,10 +1,10 @@
 """Models inside a model: what a smaller one consists of; to permute, cut, mask and widen (Nemotron
 Elastic, arXiv 2511.16664).
 
-Every unit of a model belongs to an axis: channels of the residual stream (D), FFN neurons (F), heads
-(H) and their channels (P), layers. `costs.WEIGHTS` says along which axes each weight runs. To
-permute, to cut, to mask and to widen a model are then four loops over that one table. A smaller
-model is the first units of every axis.
+Every unit of a model belongs to an axis: channels of the residual stream (D), FFN neurons (F),
+heads (H) and their channels (P), layers. `costs.WEIGHTS` says along which axes each weight runs. To
+permute, to cut, to mask and to widen a model are then loops over that one table. A smaller model is
+the first units of every axis.
 
 A masked model equals the sliced one exactly: masked channels are zero in the residual stream, and
 the mean in every RMSNorm is taken over the active ones. With a share s of the channels active that
@@ -26,7 +26,7 @@ from system.config import WIDTH_FIELDS, ModelConfig
 from system.costs import WEIGHTS, axis_sizes, in_proj_rows, weights_of
 from system.errors import require
 
-# The units of a layer, in the order of `WIDTH_FIELDS`. The other axes follow from them, see `along`.
+# The units of a layer, in the order of `WIDTH_FIELDS`; other axes follow from them, see `along`.
 UNITS = {"-": "F", "*": "H", "M": "HP"}
 
 # Which dimensions a mask multiplies: what the norms give and what the blocks write (D), z, x and dt
@@ -50,10 +50,9 @@ class Widths:
 
 def full_widths(config: ModelConfig) -> Widths:
     """Everything."""
-    shapes = [(kind, config.layer(i)) for i, kind in enumerate(config.pattern)]
-    return Widths(
-        config.d_model,
-        tuple(tuple(getattr(shape, f) for f in WIDTH_FIELDS[kind]) for kind, shape in shapes))
+    return Widths(config.d_model, tuple(
+        tuple(getattr(config.layer(i), field) for field in WIDTH_FIELDS[kind])
+        for i, kind in enumerate(config.pattern)))
 
 
 def shrink(config: ModelConfig, widths: Widths) -> ModelConfig:
@@ -97,7 +96,7 @@ def along(kind: str, config: ModelConfig, units: dict[str, Tensor]) -> dict[str,
     i = (units["H"][:, None] * P + units.get("P", torch.arange(P))).flatten()
     if kind == "*":
         return {"H": units["H"], "I": i}
-    # The rows of in_proj are z and x, all channels of the heads; B and C, which stay; dt, the heads.
+    # Rows of in_proj: z and x, all channels of the heads; B and C, which stay; dt, the heads.
     own, blocks, start = {"z": i, "x": i, "dt": units["H"]}, {}, 0
     for name, n in in_proj_rows(config).items():
         blocks[name] = start + own.get(name, torch.arange(n))
@@ -106,10 +105,12 @@ def along(kind: str, config: ModelConfig, units: dict[str, Tensor]) -> dict[str,
     return {"H": units["H"], "I": i, "E": E, "O": torch.cat(list(blocks.values()))}
 
 
-def along_all(config: ModelConfig, units: Units) -> list[dict[str, Tensor] | None]:
-    """`along` of every layer, with the stream; None for a layer that is left out."""
-    return [u and {"D": units.d_model, **along(kind, config, u)}
-            for kind, u in zip(config.pattern, units.layers, strict=True)]
+def along_all(config: ModelConfig, units: Units) -> dict[int | None, dict[str, Tensor] | None]:
+    """Indices along every axis, the stream's too, of each layer (None if left out) and, under None,
+    of what is in no layer."""
+    stream = {"D": units.d_model}
+    return {None: stream} | {i: u and {**stream, **along(config.pattern[i], config, u)}
+                             for i, u in enumerate(units.layers)}
 
 
 def take(weights: dict[str, Tensor], config: ModelConfig, units: Units) -> dict[str, Tensor]:
@@ -120,15 +121,14 @@ def take(weights: dict[str, Tensor], config: ModelConfig, units: Units) -> dict[
     is left out, the ones after it move up.
     """
     table, inside, out = weights_of(config), along_all(config, units), {}
-    place = {i: n for n, i in enumerate(i for i, u in enumerate(inside) if u)}
+    place = {i: n for n, i in enumerate(i for i, u in inside.items() if i is not None and u)}
     for name, t in weights.items():
         i, rest, axes = table[name]
-        if i is not None and not inside[i]:
+        if not inside[i]:
             continue
-        index = {"D": units.d_model} if i is None else inside[i]
         for dim, axis in enumerate(axes):
-            if axis in index:
-                t = _pick(t, dim, index[axis])
+            if axis in inside[i]:
+                t = _pick(t, dim, inside[i][axis])
         out[name if i is None else f"layers.{place[i]}.{rest}"] = t
     return out
 
@@ -145,9 +145,9 @@ def widen(config: ModelConfig, weights: dict[str, Tensor]) -> tuple[ModelConfig,
     returned gives the weights back.
 
     A model that was cut out may have its own width in every layer; the formats of Hugging Face know
-    one for all. Zeros are added, to heads inside their group, so that every old head reads the keys,
-    or the B and C, that it read before. In a feed-forward or attention layer nothing changes. In a
-    Mamba-2 layer the zeros shrink the mean that the gated norm divides by, s = old / new channels:
+    one for all. Zeros are added, to heads inside their group, so that every old head reads the
+    keys, or the B and C, that it read before. In a feed-forward or attention layer nothing changes.
+    In a Mamba-2 layer they shrink the mean that the gated norm divides by, s = old / new channels:
 
         w g / sqrt(mean + eps) = (w sqrt(s)) g / sqrt(s mean + s eps)
 
@@ -156,25 +156,23 @@ def widen(config: ModelConfig, weights: dict[str, Tensor]) -> tuple[ModelConfig,
     Raises ValueError for weights that are not of that shape.
     """
     # 1. the widest layer of each kind
-    table = weights_of(config)
-    check_shapes(weights, {name: w.shape for name, w in table.items()}, "the state dict",
+    narrow = weights_of(config)
+    check_shapes(weights, {name: w.shape for name, w in narrow.items()}, "the state dict",
                  "give the settings that the weights were made with")
-    widths = full_widths(config)
-    largest: dict[str, int] = {}
-    for kind, own in zip(config.pattern, widths.layers, strict=True):
-        for field, n in zip(WIDTH_FIELDS[kind], own, strict=True):
-            largest[field] = max(n, largest.get(field, 0))
-    wide = replace(config, widths=(), **largest)
+    layers = [(kind, config.layer(i)) for i, kind in enumerate(config.pattern)]
+    wide = replace(config, widths=(), **{
+        field: max(getattr(own, field) for k, own in layers if k == kind)
+        for kind in set(config.pattern) for field in WIDTH_FIELDS[kind]})
     # 2. zeros, and in them the old weights where `take` would find them
-    inside, out = along_all(wide, kept_units(wide, widths)), {}
+    inside, out = along_all(wide, kept_units(wide, full_widths(config))), {}
     for name, (i, rest, axes) in weights_of(wide).items():
-        index, t = {} if i is None else inside[i], weights[name]
+        t = weights[name]
         for dim, (axis, n) in enumerate(axes.items()):
-            if axis in index:
+            if axis in inside[i]:
                 zeros = t.new_zeros(*t.shape[:dim], n, *t.shape[dim + 1 :])
-                t = zeros.index_copy(dim, index[axis].to(t.device), t)
+                t = zeros.index_copy(dim, inside[i][axis].to(t.device), t)
         if rest == "mixer.norm_weight":
-            t = t * (table[name].axes["I"] / axes["I"]) ** 0.5
+            t = t * (narrow[name].axes["I"] / axes["I"]) ** 0.5
         out[name] = t
     return wide, out
 
@@ -208,11 +206,9 @@ def rotate(weights: dict[str, Tensor], config: ModelConfig, axes_DD: Tensor) -> 
 
 def require_untied(config: ModelConfig) -> None:
     """Raises ValueError for a model whose stream cannot be turned."""
-    require(
-        not config.tie_embeddings,
-        "elastic.score_d_model (pca) turns the residual stream, which a model with tied embeddings cannot follow; "
-        "choose paper or output",
-    )
+    require(not config.tie_embeddings,
+            "elastic.score_d_model (pca) turns the residual stream, which a model with tied "
+            "embeddings cannot follow; choose paper or output")
 
 
 @dataclass
@@ -260,19 +256,18 @@ def mask_weights(
 
     Masked are the dimensions in `MASKED`. Norms are rescaled, see the module's docstring.
     """
-    inside = [{"D": masks.d_model, **masks_along(kind, config, m)}
-              for kind, m in zip(config.pattern, masks.layers, strict=True)]
-    table, out = weights_of(config), {}
+    stream, table, out = {"D": masks.d_model}, weights_of(config), {}
+    inside = {None: stream} | {i: {**stream, **masks_along(config.pattern[i], config, m)}
+                               for i, m in enumerate(masks.layers)}
     for name, t in weights.items():
         i, rest, axes = table[name]
-        mask = {"D": masks.d_model} if i is None else inside[i]
         for dim, axis in enumerate(axes):
             if axis in MASKED.get(rest, ""):
-                m = mask[axis].to(t)
+                m = inside[i][axis].to(t)
                 m = m * masks.gamma[i].to(t) if rest in WRITERS and dim == 0 else m
                 t = t * (m[:, None] if t.dim() == 2 and dim == 0 else m)
         if rest in NORMS:
-            t = t * share(mask[NORMS[rest]]).sqrt().to(t)
+            t = t * share(inside[i][NORMS[rest]]).sqrt().to(t)
         out[name] = t
     return out
 
@@ -284,12 +279,12 @@ def share(mask: Tensor) -> Tensor:
 
 def masked_skeleton(config: ModelConfig, masks: Masks) -> HybridLM:
     """A full-size model without weights whose norms have the epsilon that goes with the masks."""
-    skeleton = bare_model(config)
+    skeleton, eps = bare_model(config), config.norm_eps
+    for norm in (skeleton.norm, *(block.norm for block in skeleton.layers)):
+        norm.eps = eps * float(share(masks.d_model).detach())
     for block, m in zip(skeleton.layers, masks.layers, strict=True):
-        block.norm.eps = config.norm_eps * float(share(masks.d_model).detach())
         if block.kind == "M":
-            block.mixer.norm_eps = config.norm_eps * float((share(m["H"]) * share(m["P"])).detach())
-    skeleton.norm.eps = config.norm_eps * float(share(masks.d_model).detach())
+            block.mixer.norm_eps = eps * float((share(m["H"]) * share(m["P"])).detach())
     return skeleton
 
 

@@ -50,7 +50,7 @@ class Space:
         self.config, n = config, len(config.pattern)
         self.layers = {axis: [i for i, k in enumerate(config.pattern) if k == kind]
                        for axis, kind in KIND_OF.items()}
-        # setting, its values, full width; without values: steps in all, of the smallest width; unit
+        # setting, values, full width; without values: steps in all, of the smallest width; unit
         heads, queries = config.mamba_heads, config.n_heads
         choices = {
             "d_model": _choices("d_model", c.d_model_choices, config.d_model, 8, 4),
@@ -116,7 +116,8 @@ class Space:
 
         layers = [{LETTER[a]: mask(a, p[a][self.decision(a, i)]) for a in self.axes_of(i)}
                   for i in range(len(self.config.pattern))]
-        return Masks(mask("d_model", p["d_model"][0]), layers, self.gamma(p["depth"][0], depth_order))
+        return Masks(
+            mask("d_model", p["d_model"][0]), layers, self.gamma(p["depth"][0], depth_order))
 
 
 def _choices(name: str, given: tuple[int, ...], full: int, n_steps: int, n_least: int,
@@ -134,8 +135,8 @@ def _choices(name: str, given: tuple[int, ...], full: int, n_steps: int, n_least
         require(1 <= w <= full,
                 f"elastic.{name}_choices ({w}) must lie between 1 and the full model's {full}")
         require(w % unit == 0,
-                f"elastic.{name}_choices ({w}) must be a multiple of the number of groups ({unit}), "
-                "so that all groups keep the same count; nearest is "
+                f"elastic.{name}_choices ({w}) must be a multiple of the number of groups ({unit}),"
+                " so that all groups keep the same count; nearest is "
                 f"{max(unit, round(w / unit) * unit)}")
     require(full in given, f"elastic.{name}_choices {given} must contain the full model's {full}")
     return tuple(sorted(set(given), reverse=True))
@@ -350,8 +351,8 @@ class Router(nn.Module):
         reached = self.costs.exact(choice, self.depth_order) / self.full_cost
         require(abs(reached / self.fraction(budget) - 1) <= within,
                 f"budget ({budget:g}) cannot be met within {100 * within:g} %: the nearest model "
-                f"that the choices make has {reached:.4f} of the full {self.settings.cost}; ask for "
-                "that, or train with finer elastic.*_choices")
+                f"that the choices make has {reached:.4f} of the full {self.settings.cost}; ask "
+                "for that, or train with finer elastic.*_choices")
 
     def check_budgets(self, is_ranked: bool) -> None:
         """Raises ValueError for a budget above the full model or out of reach, and where the full
@@ -400,7 +401,7 @@ def unmeasured_router(config: ModelConfig, c: ElasticConfig) -> Router:
     return Router(space, c, Costs(space, lambda *_: 0.0), list(range(len(config.pattern))))
 
 
-# ------------------------------------------------------------------------------- choosing for a cost
+# ------------------------------------------------------------------------------ choosing for a cost
 
 
 def fit_to_budget(

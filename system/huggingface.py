@@ -1,15 +1,15 @@
 """Hugging Face directories in and out: Nemotron-H, Qwen3 and Llama. Works on state dicts and
 ModelConfig alone.
 
-    DIR/config.json          the shape, under the names of `FIELDS`; what else it must say is in `NEEDS`
-    DIR/model.safetensors    the weights, under the names of `names`; or model.safetensors.index.json and its shards
+    DIR/config.json          the shape, under the names of `FIELDS`; what else it says is in `NEEDS`
+    DIR/model.safetensors    the weights, named by `names`; or model.safetensors.index.json, shards
     DIR/tokenizer.json       see text/tokenizer.py
 
 The tables are read in both directions. A layer of Nemotron-H (arXiv 2504.03624) is one of ours. A
 layer of Qwen3 (arXiv 2505.09388) or Llama is two of ours, `*-`, each with its own norm. Weights are
 loaded as fp32, in which they are trained; bf16 values survive the way in and out bit for bit.
 
-    python -m tools.export RUN --out DIR       write what a run has trained, for transformers, vLLM and others
+    python -m tools.export RUN --out DIR       write what a run has trained, for transformers, vLLM
 
 How to read: the tables, `names`, then `load_hf` and `save_hf`. The formats know one width for all
 layers of a kind; a model whose layers have widths of their own is brought to that by `nested.widen`
@@ -45,32 +45,26 @@ FAMILIES = {"nemotron_h": "NemotronHForCausalLM", "qwen3": "Qwen3ForCausalLM",
 # "model.": both are read.
 PREFIX = {"nemotron_h": "backbone.", "qwen3": "model.", "llama": "model."}
 
-# By the kind of a layer ("": in no layer), how names of ours begin and how theirs do; a name without
-# an entry is the same. Nemotron-H, then Qwen3 and Llama.
-RENAMED: list[dict[str, dict[str, str]]] = [
-    {"": {"embed.": "embeddings.", "norm.": "norm_f.", "head.": "lm_head."},
-     "M": {"mixer.conv_": "mixer.conv1d.", "mixer.norm_": "mixer.norm."}},
-    {"": {"embed.": "embed_tokens.", "head.": "lm_head."},
-     "*": {"norm.": "input_layernorm.", "mixer.": "self_attn."},
-     "-": {"norm.": "post_attention_layernorm.", "mixer.": "mlp."}},
-]
+# By the kind of a layer ("": in no layer), how names of ours begin and how theirs do; others
+# are the same.
+TRANSFORMER = {"": {"embed.": "embed_tokens.", "head.": "lm_head."},
+               "*": {"norm.": "input_layernorm.", "mixer.": "self_attn."},
+               "-": {"norm.": "post_attention_layernorm.", "mixer.": "mlp."}}
+RENAMED: dict[str, dict[str, dict[str, str]]] = {
+    "nemotron_h": {"": {"embed.": "embeddings.", "norm.": "norm_f.", "head.": "lm_head."},
+                   "M": {"mixer.conv_": "mixer.conv1d.", "mixer.norm_": "mixer.norm."}},
+    "qwen3": TRANSFORMER, "llama": TRANSFORMER}
 
-# Our setting, its name in Nemotron-H's config.json, its name in that of Qwen3 and Llama.
-FIELDS: list[tuple[str, str, str | None]] = [
-    ("vocab_size", "vocab_size", "vocab_size"),
-    ("d_model", "hidden_size", "hidden_size"),
-    ("d_ff", "intermediate_size", "intermediate_size"),
-    ("n_heads", "num_attention_heads", "num_attention_heads"),
-    ("n_kv_heads", "num_key_value_heads", "num_key_value_heads"),
-    ("attn_head_dim", "head_dim", "head_dim"),
-    ("norm_eps", "layer_norm_epsilon", "rms_norm_eps"),
-    ("mamba_heads", "mamba_num_heads", None),
-    ("mamba_head_dim", "mamba_head_dim", None),
-    ("mamba_groups", "n_groups", None),
-    ("d_state", "ssm_state_size", None),
-    ("conv_width", "conv_kernel", None),
-    ("chunk", "chunk_size", None),
-]
+# Our settings and their names in config.json.
+SHARED = {"vocab_size": "vocab_size", "d_model": "hidden_size", "d_ff": "intermediate_size",
+          "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads",
+          "attn_head_dim": "head_dim"}
+FIELDS: dict[str, dict[str, str]] = {
+    "nemotron_h": SHARED | {"norm_eps": "layer_norm_epsilon", "mamba_heads": "mamba_num_heads",
+                            "mamba_head_dim": "mamba_head_dim", "mamba_groups": "n_groups",
+                            "d_state": "ssm_state_size", "conv_width": "conv_kernel",
+                            "chunk": "chunk_size"},
+    "qwen3": SHARED | {"norm_eps": "rms_norm_eps"}, "llama": SHARED | {"norm_eps": "rms_norm_eps"}}
 
 # What config.json must say, or leave out, for its model to be one that model.py can be. Written out
 # with every export.
@@ -80,9 +74,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "nemotron_h": {"mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "use_conv_bias": True,
                    "use_bias": False, "attention_bias": False, "mlp_bias": False,
                    "mamba_proj_bias": False, "tie_word_embeddings": False},
-    "qwen3": ROTARY,
-    "llama": ROTARY,
-}
+    "qwen3": ROTARY, "llama": ROTARY}
 
 # Their words for a layer; the last one of each kind is written.
 LAYER_TYPES = {"mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*",
@@ -104,7 +96,7 @@ def names(
             kind, place = (config.pattern[weight.layer],
                            f"{place}layers.{weight.layer // (1 + rotary)}.")
         theirs, shape = weight.name, weight.shape
-        for begin, other in RENAMED[rotary].get(kind, {}).items():
+        for begin, other in RENAMED[family].get(kind, {}).items():
             if theirs.startswith(begin):
                 theirs = other + theirs.removeprefix(begin)
                 break
@@ -112,12 +104,6 @@ def names(
             shape = (shape[0], 1, shape[1])
         found[ours] = (theirs if ours == "head.weight" else place + theirs, shape)
     return found
-
-
-def fields(family: str) -> dict[str, str]:
-    """Our name of each setting -> its name in a config.json of that family."""
-    column = 1 if family == "nemotron_h" else 2
-    return {row[0]: row[column] for row in FIELDS if row[column]}
 
 
 def is_hf(folder: Path) -> bool:
@@ -163,11 +149,11 @@ def read_config(folder: Path) -> tuple[ModelConfig, str]:
     hf = {key: value for key, value in read_json(file).items() if value is not None}
     family = hf.get("model_type")
     require(family in FAMILIES, f"{file}: model_type ({family!r}) is not supported; choose one of "
-                                f"{', '.join(FAMILIES)}")
+            f"{', '.join(FAMILIES)}")
     for key, needed in [*NEEDS[family].items(), ("quantization_config", None)]:
         value = hf.get(key, needed)
         require(value == needed, f"{file}: {key} ({value!r}) is not supported, only {needed!r}; "
-                                 "choose another checkpoint")
+                "choose another checkpoint")
     # 2. what transformers takes where a setting is left out
     hf.setdefault("num_key_value_heads", hf.get("num_attention_heads"))
     hf.setdefault("layer_norm_epsilon", hf.get("rms_norm_eps", 1e-5))
@@ -179,9 +165,9 @@ def read_config(folder: Path) -> tuple[ModelConfig, str]:
     # 3. layers, widths, the rest
     rotary = family != "nemotron_h"
     pattern = "*-" * _number(hf, "num_hidden_layers", file) if rotary else _pattern(hf, file)
-    hf, widths = _widths(hf, pattern, fields(family), file)
+    hf, widths = _widths(hf, pattern, FIELDS[family], file)
     config = ModelConfig(
-        **{ours: _number(hf, theirs, file) for ours, theirs in fields(family).items()},
+        **{ours: _number(hf, theirs, file) for ours, theirs in FIELDS[family].items()},
         pattern=pattern, widths=widths, ffn="swiglu" if rotary else "relu2",
         rope_theta=_rope_theta(hf, file) if rotary else 0.0, qk_norm=family == "qwen3",
         tie_embeddings=hf.get("tie_word_embeddings", False))
@@ -320,7 +306,7 @@ def save_hf(folder: Path, config: ModelConfig, tensors: dict[str, Tensor],
     rotary = family != "nemotron_h"
     hf = {"architectures": [FAMILIES[family]], "model_type": family,
           "torch_dtype": str(dtype).removeprefix("torch."),
-          **{theirs: _one_or_all(config, ours) for ours, theirs in fields(family).items()},
+          **{theirs: _one_or_all(config, ours) for ours, theirs in FIELDS[family].items()},
           "num_hidden_layers": len(config.pattern) // (1 + rotary),
           "tie_word_embeddings": config.tie_embeddings, **NEEDS[family],
           "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **(more or {})}

@@ -1,4 +1,4 @@
-"""Write what a run has trained as a Hugging Face directory: `python -m tools.export RUN --out DIR`."""
+"""A run as a Hugging Face directory: `python -m tools.export RUN --out DIR`."""
 
 import shutil
 import sys
