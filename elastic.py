@@ -3,12 +3,12 @@
 
 A trained parent becomes elastic in four steps:
 
-1. Axes (nested.py): one table says along which units each weight runs. Permuting, cutting and
+1. Axes (nested.py). One table says along which units each weight runs; permuting, cutting and
    masking follow from it.
 2. Importance (importance.py, eq. 1 to 5). Units are ranked once, and the weights permuted: the
-   parent computes the same function as before, and the best w units of an axis are its first w, so
-   every smaller model is a slice of the parent. The channels of the residual stream are turned onto
-   its principal axes, for no channel of it is unimportant.
+   parent computes the same function as before, and every smaller model is a slice of it, the first
+   units of every axis. The channels of the residual stream are turned onto its principal axes, for
+   no channel of it is unimportant.
 3. Routers (routers.py, eq. 6 to 12). For a budget they choose the widths of every layer, on masks
    that carry gradients.
 4. Distillation (eq. 13 to 19). Each sequence has a budget. The chosen model learns from the frozen

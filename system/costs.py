@@ -30,7 +30,7 @@ WEIGHTS = {
 
 
 def in_proj_rows(config: ModelConfig) -> dict[str, int]:
-    """The blocks of Mamba-2's in_proj in their order, and how many rows each has. The convolution's
+    """The blocks of Mamba-2's in_proj in their order, and the rows of each. The convolution's
     channels are x, B and C."""
     I, KN = config.mamba_heads * config.mamba_head_dim, config.mamba_groups * config.d_state
     return {"z": I, "x": I, "B": KN, "C": KN, "dt": config.mamba_heads}
@@ -54,12 +54,11 @@ def axis_sizes(kind: str, config: ModelConfig) -> dict[str, int]:
 
 def part_weights(kind: str, config: ModelConfig) -> dict[str, dict[str, int]]:
     """The weights that a layer of this shape has, each with its axes and their sizes."""
-    sizes, absent = axis_sizes(kind, config), set()
-    absent |= {"head.weight"} if config.tie_embeddings else set()
-    absent |= {"mixer.gate_proj.weight"} if config.ffn == "relu2" else set()
-    absent |= set() if config.qk_norm else {"mixer.q_norm.weight", "mixer.k_norm.weight"}
+    sizes, has = axis_sizes(kind, config), {
+        "head.weight": not config.tie_embeddings, "mixer.gate_proj.weight": config.ffn == "swiglu",
+        "mixer.q_norm.weight": config.qk_norm, "mixer.k_norm.weight": config.qk_norm}
     return {name: {axis: sizes[axis] for axis in axes.split()}
-            for name, axes in WEIGHTS[kind].items() if name not in absent}
+            for name, axes in WEIGHTS[kind].items() if has.get(name, True)}
 
 
 class Weight(NamedTuple):
