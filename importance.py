@@ -106,45 +106,45 @@ def stream_output(model: HybridLM, sums: Sums) -> Tensor:
                for norm, matrices in readers.items())
 
 
-def ffn_paper(model: HybridLM, sums: Sums, i: int) -> dict[str, Tensor]:
+def ffn_paper(model: HybridLM, sums: Sums, i: int) -> Tensor:
     """Sum of |X W1_i^T| before the activation (eq. 2)."""
-    return {"F": sums[f"layers.{i}.mixer.up_proj.out.abs"]}
+    return sums[f"layers.{i}.mixer.up_proj.out.abs"]
 
 
-def mamba_paper(model: HybridLM, sums: Sums, i: int) -> dict[str, Tensor]:
+def mamba_paper(model: HybridLM, sums: Sums, i: int) -> tuple[Tensor, Tensor]:
     """Of s = norm(X) W_x^T (eq. 3 and 4), see `by_heads`."""
     rows = in_proj_rows(model.config)
     square = sums[f"layers.{i}.mixer.in_proj.out"]
     return by_heads("M", model, square[rows["z"] : rows["z"] + rows["x"]])
 
 
-def attn_paper(model: HybridLM, sums: Sums, i: int) -> dict[str, Tensor]:
+def attn_paper(model: HybridLM, sums: Sums, i: int) -> Tensor:
     """Size of a head's queries."""
     return by_heads("*", model, sums[f"layers.{i}.mixer.q_proj.out"])
 
 
-def output(model: HybridLM, sums: Sums, i: int) -> dict[str, Tensor]:
+def output(model: HybridLM, sums: Sums, i: int) -> Tensor | tuple[Tensor, Tensor]:
     """Size of what a unit adds to the stream: for input j of the matrix W that writes there, the
     root of the sum over tokens of |x_j W_j|^2."""
     kind = model.config.pattern[i]
     matrix = {"-": "down_proj", "*": "o_proj", "M": "out_proj"}[kind]
     weight = getattr(model.layers[i].mixer, matrix).weight.detach().double()
     size = sums[f"layers.{i}.mixer.{matrix}.in"].sqrt() * weight.norm(dim=0).cpu()
-    return {"F": size} if kind == "-" else by_heads(kind, model, size.square())
+    return size if kind == "-" else by_heads(kind, model, size.square())
 
 
-def by_heads(kind: str, model: HybridLM, square_I: Tensor) -> dict[str, Tensor]:
-    """Scores of heads from a sum of squares per channel: the norm over the head.
+def by_heads(kind: str, model: HybridLM, square_I: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    """Scores from a sum of squares per channel: of attention's heads, their norms.
 
-    Mamba-2: a channel's score is its norm over all heads (eq. 3), a head's is its norm over the
-    better half of the channels (eq. 4).
+    Of Mamba-2's heads and channels: a channel's is its norm over all heads (eq. 3), a head's is its
+    norm over the better half of the channels (eq. 4).
     """
     square_HP = square_I.view(-1, axis_sizes(kind, model.config)["P"])
     if kind == "*":
-        return {"H": square_HP.sum(1).sqrt()}
+        return square_HP.sum(1).sqrt()
     channels = square_HP.sum(0).sqrt()
     top = channels.argsort(descending=True)[: -(-len(channels) // 2)]
-    return {"H": square_HP[:, top].sum(1).sqrt(), "P": channels}
+    return square_HP[:, top].sum(1).sqrt(), channels
 
 
 def depth_paper(n: int, score: Callable[[set[int]], float]) -> list[int]:
@@ -160,8 +160,9 @@ def depth_greedy(n: int, score: Callable[[set[int]], float]) -> list[int]:
     return gone
 
 
-# The values of `elastic.score_AXIS`, beside "random". ffn, mamba, attn: scores of layer i's units,
-# by axis; d_model: scores of the stream's channels, or a basis to turn it to; depth: the order.
+# The values of `elastic.score_AXIS`, beside "random". ffn, mamba, attn: scores of layer i's units, a
+# tensor for each axis in `UNITS`; d_model: scores of the stream's channels, or a basis to turn it
+# to; depth: the order.
 SCORES: dict[str, dict[str, Callable]] = {
     "d_model": {"pca": principal_axes, "paper": stream_paper, "output": stream_output},
     "ffn": {"paper": ffn_paper, "output": output},
@@ -204,9 +205,11 @@ def rank(
     layers: list[dict[str, Tensor] | None] = []
     for i, kind in enumerate(config.pattern):
         name, size = getattr(c, f"score_{AXIS_OF[kind]}"), axis_sizes(kind, config)
-        scores = ({a: torch.rand(size[a], generator=generator) for a in UNITS[kind]}
+        scores = ([torch.rand(size[a], generator=generator) for a in UNITS[kind]]
                   if name == "random" else SCORES[AXIS_OF[kind]][name](model, sums, i))
-        layers.append({a: order(scores[a], size["K"] if a == "H" else 1) for a in UNITS[kind]})
+        scores = [scores] if isinstance(scores, Tensor) else scores
+        layers.append({a: order(score, size["K"] if a == "H" else 1)
+                       for a, score in zip(UNITS[kind], scores, strict=True)})
     # 2. the stream: scores [D], or a basis [D, D]
     scores = (torch.rand(config.d_model, generator=generator) if c.score_d_model == "random"
               else SCORES["d_model"][c.score_d_model](model, sums))

@@ -182,8 +182,8 @@ def test_scores_of_ffn_neurons_by_hand():
     model = plain_model(pattern="*-", d_ff=3)
     model.layers[1].mixer.up_proj.weight.data = f64([1, 0], [1, 1], [0, -2])
     model.layers[1].mixer.down_proj.weight.data = f64([3, 0, 0], [4, 1, 0.5])
-    assert_close(scores(model, "ffn", "paper", 1)["F"], f64(2, 2, 4))
-    assert_close(scores(model, "ffn", "output", 1)["F"], f64(5 * math.sqrt(2), 4, 2))
+    assert_close(scores(model, "ffn", "paper", 1), f64(2, 2, 4))
+    assert_close(scores(model, "ffn", "output", 1), f64(5 * math.sqrt(2), 4, 2))
 
 
 def test_scores_of_mamba_heads_and_channels_by_hand():
@@ -194,15 +194,16 @@ def test_scores_of_mamba_heads_and_channels_by_hand():
     """
     model = plain_model(pattern="M", mamba_heads=2, mamba_head_dim=2, mamba_groups=1)
     model.layers[0].mixer.in_proj.weight.data[4:8] = f64([1, 0], [2, 1], [1, 2], [0, 0])
-    found = scores(model, "mamba", "paper", 0)
-    assert_close(found, {"H": f64(2, 10).sqrt(), "P": f64(12, 10).sqrt()})
+    heads, channels = scores(model, "mamba", "paper", 0)
+    assert_close(channels, f64(12, 10).sqrt())
+    assert_close(heads, f64(2, 10).sqrt())
 
 
 def test_scores_of_query_heads_by_hand():
     """Queries are ((1, 2), (1, 0)) in the first head and ((3, 0), (-3, 0)) in the second: sqrt 6 and sqrt 18."""
     model = plain_model(pattern="*", n_heads=2, n_kv_heads=1, attn_head_dim=2)
     model.layers[0].mixer.q_proj.weight.data = f64([1, 0], [1, 1], [0, 3], [0, 0])
-    assert_close(scores(model, "attn", "paper", 0)["H"], f64(6, 18).sqrt())
+    assert_close(scores(model, "attn", "paper", 0), f64(6, 18).sqrt())
 
 
 @pytest.mark.parametrize(
@@ -218,13 +219,13 @@ def test_output_scores_are_the_size_of_what_each_unit_adds_to_the_stream(i, matr
     hook.remove()
     square = torch.einsum("bti,di->btid", seen[0], writer.weight).square().sum((0, 1, 3))
     if score == "ffn":
-        expected = {"F": square.sqrt()}
+        expected = square.sqrt()
     elif score == "attn":
-        expected = {"H": square.view(4, 4).sum(1).sqrt()}
+        expected = square.view(4, 4).sum(1).sqrt()
     else:
         channels = square.view(4, 3).sum(0).sqrt()
         best = channels.argsort(descending=True)[:2]
-        expected = {"H": square.view(4, 3)[:, best].sum(1).sqrt(), "P": channels}
+        expected = square.view(4, 3)[:, best].sum(1).sqrt(), channels
     assert_close(found, expected, **EXACT)
 
 
