@@ -160,8 +160,8 @@ def depth_greedy(n: int, score: Callable[[set[int]], float]) -> list[int]:
     return gone
 
 
-# The values of `elastic.score_AXIS`, beside "random". ffn, mamba, attn: scores of layer i's units, a
-# tensor for each axis in `UNITS`; d_model: scores of the stream's channels, or a basis to turn it
+# The values of `elastic.score_AXIS`, beside "random". ffn, mamba, attn: scores of layer i's units,
+# a tensor for each axis in `UNITS`; d_model: scores of the stream's channels, or a basis to turn it
 # to; depth: the order.
 SCORES: dict[str, dict[str, Callable]] = {
     "d_model": {"pca": principal_axes, "paper": stream_paper, "output": stream_output},
@@ -173,12 +173,15 @@ SCORES: dict[str, dict[str, Callable]] = {
 AXIS_OF = {"-": "ffn", "M": "mamba", "*": "attn"}
 
 
-def check_scores(c: ElasticConfig) -> None:
-    """Raises ValueError for a score that is not in `SCORES`."""
-    for axis, known in SCORES.items():
-        score = getattr(c, f"score_{axis}")
-        require(score in (*known, "random"), f"elastic.score_{axis} ({score!r}) is unknown; choose "
-                                             f"one of {', '.join((*known, 'random'))}")
+def chosen_scores(c: ElasticConfig) -> dict[str, str]:
+    """The name of each axis's score. Raises ValueError for one that is not in `SCORES`."""
+    chosen = {"d_model": c.score_d_model, "ffn": c.score_ffn, "mamba": c.score_mamba,
+              "attn": c.score_attn, "depth": c.score_depth}
+    for axis, score in chosen.items():
+        known = [*SCORES[axis], "random"]
+        require(score in known, f"elastic.score_{axis} ({score!r}) is unknown; choose one of "
+                f"{', '.join(known)}")
+    return chosen
 
 
 # -------------------------------------------------------------------------------------------- ranks
@@ -193,9 +196,9 @@ def rank(
     Layers, which take a pass each, are ranked only where `depth_choices` can drop some. Raises
     ValueError for an unknown score.
     """
-    check_scores(c)
-    config, generator = model.config, torch.Generator().manual_seed(seed)
-    sums = activation_sums(model, batches, with_stream=c.score_d_model == "pca")
+    chosen, config = chosen_scores(c), model.config
+    generator = torch.Generator().manual_seed(seed)
+    sums = activation_sums(model, batches, with_stream=chosen["d_model"] == "pca")
 
     def order(scores: Tensor, n_groups: int = 1) -> Tensor:
         within = scores.view(n_groups, -1).argsort(dim=1, descending=True, stable=True)
@@ -204,22 +207,23 @@ def rank(
     # 1. inside the layers, heads within their group
     layers: list[dict[str, Tensor] | None] = []
     for i, kind in enumerate(config.pattern):
-        name, size = getattr(c, f"score_{AXIS_OF[kind]}"), axis_sizes(kind, config)
+        name, size = chosen[AXIS_OF[kind]], axis_sizes(kind, config)
         scores = ([torch.rand(size[a], generator=generator) for a in UNITS[kind]]
                   if name == "random" else SCORES[AXIS_OF[kind]][name](model, sums, i))
         scores = [scores] if isinstance(scores, Tensor) else scores
         layers.append({a: order(score, size["K"] if a == "H" else 1)
                        for a, score in zip(UNITS[kind], scores, strict=True)})
     # 2. the stream: scores [D], or a basis [D, D]
-    scores = (torch.rand(config.d_model, generator=generator) if c.score_d_model == "random"
-              else SCORES["d_model"][c.score_d_model](model, sums))
+    name = chosen["d_model"]
+    scores = (torch.rand(config.d_model, generator=generator) if name == "random"
+              else SCORES["d_model"][name](model, sums))
     is_basis = scores.dim() == 2
     stream = torch.arange(config.d_model) if is_basis else order(scores)
     # 3. the layers; the last to go is one that mixes tokens: without any a model could not read its
     # context
     depth = list(range(len(layers)))
     if any(n < len(layers) for n in c.depth_choices):
-        depth = rank_layers(model, batches, c.score_depth, generator)
+        depth = rank_layers(model, batches, chosen["depth"], generator)
         last = [i for i in depth if config.pattern[i] != "-"][-1]
         depth = [i for i in depth if i != last] + [last]
     return Ranking(Units(stream, layers), depth, scores if is_basis else None)

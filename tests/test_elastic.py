@@ -353,6 +353,14 @@ def test_channels_of_all_heads_take_one_order_by_hand():
     assert_close(new.A_log, old.A_log[[1, 0]], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("axis", importance.SCORES)
+def test_an_unknown_score_is_refused_with_those_that_are_known(axis):
+    c = ElasticConfig(**{f"score_{axis}": "activation"})
+    known = ", ".join([*importance.SCORES[axis], "random"])
+    with pytest.raises(ValueError, match=rf"elastic.score_{axis} \('activation'\) is unknown; choose one of {known}"):
+        importance.rank(tiny_model(), [], c)
+
+
 def test_a_random_order_depends_on_the_seed_alone():
     model, batch = tiny_model(), [{"tokens_BT": TOKENS_BT, "ids_BT": None}]
     names = ("d_model", "ffn", "mamba", "attn", "depth")

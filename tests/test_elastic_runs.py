@@ -596,6 +596,12 @@ def test_unusable_settings_are_refused_before_a_base_is_trained(program, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("mode", ["elastic", "rlp"])
+def test_a_dry_run_refuses_an_unknown_score_too(program, tmp_path, capsys, mode):
+    assert program(tmp_path, "--mode", mode, "--dry-run", "--elastic.score-attn", "activation") == 2
+    assert "elastic.score_attn ('activation') is unknown" in " ".join(capsys.readouterr().out.split())
+
+
 def test_resuming_with_other_elastic_settings_is_refused_by_name(program, finished, tmp_path, capsys):
     run_dir = shutil.copytree(finished, tmp_path / "run")
     words = ("--mode", "elastic", "--elastic.baseline", "scratch", "separate", "fixed", "--resume")
