@@ -39,18 +39,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint as recompute
 
+import nested
 from kernels import selected_logp
 from model import HybridLM
-from nested import (
-    Widths,
-    bare_model,
-    kept_units,
-    mask_weights,
-    masked_skeleton,
-    shrink,
-    submodel,
-    take,
-)
 from routers import Router, budget_loss, mask_weighting, probabilities, unmeasured_router
 from system import checkpoint, parallel
 from system.config import Config, ElasticConfig
@@ -156,7 +147,7 @@ class Elastic(Distillation):
         self.router, self.step = router, 0
         self.n_search = round(c.search_share * c.steps) if c.choose == "router" else 0
         self.stage1: HybridLM | None = None  # the end of stage 1, to see what stage 2 brings
-        self.widths: dict[float, Widths] = {}
+        self.widths: dict[float, nested.Widths] = {}
         self.bare: dict[float, HybridLM] = {}
 
     def prepare(self, model: HybridLM, batch: dict[str, Tensor], step: int,
@@ -212,19 +203,19 @@ class Elastic(Distillation):
             ) -> tuple[Tensor, Tensor]:
         """Final hidden states of the model of a budget, and its output matrix: masked where p is
         given, else sliced."""
-        network = model
+        network, shape = model, model.config
         if p is not None:
             with parallel.exactly():
                 masks = self.router.space.masks(
                     mask_weighting(p, self.c.mask), self.router.depth_order)
-                weights, network = (mask_weights(weights, model.config, masks),
-                                    masked_skeleton(model.config, masks))
+                weights, network = (nested.mask_weights(weights, shape, masks),
+                                    nested.masked_skeleton(shape, masks))
         elif not self.router.is_full(budget):
             if budget not in self.widths:
                 self.widths[budget] = self.router.choose(budget)
-                self.bare[budget] = bare_model(shrink(model.config, self.widths[budget]))
-            network = self.bare[budget]
-            weights = take(weights, model.config, kept_units(model.config, self.widths[budget]))
+                self.bare[budget] = nested.bare_model(nested.shrink(shape, self.widths[budget]))
+            network, kept = self.bare[budget], nested.kept_units(shape, self.widths[budget])
+            weights = nested.take(weights, shape, kept)
         call = parallel.recomputed(functional_call)
         hidden_BTd, _ = call(network, weights, (batch["tokens_BT"],), {"ids_BT": batch["ids_BT"]})
         return hidden_BTd, weights.get("head.weight", weights["embed.weight"])
@@ -277,7 +268,7 @@ def extract(run_dir: Path, budget: float, out: Path) -> dict:
     model, router, _, config = load_family(run_dir)
     began = time.perf_counter()
     widths = router.choose(budget)
-    small = submodel(model, widths)
+    small = nested.submodel(model, widths)
     # 2. write: the weights, where they come from, their settings
     origin = {"extracted_from": str(run_dir), "budget": budget}
     out.mkdir(parents=True, exist_ok=True)
