@@ -3,16 +3,17 @@
 
 A trained parent becomes elastic in four steps:
 
-1. Axes (nested.py): one table says which units each weight belongs to. Permuting, cutting and
-masking follow from it. 2. Importance (eq. 1 to 5). Units are ranked once, and the weights permuted:
-the parent computes the same function as
-   before, and the best w units of an axis are its first w, so every smaller model is a slice of the parent. The channels
-   of the residual stream are turned onto its principal axes, for no channel of it is unimportant.
+1. Axes (nested.py). One table says along which units each weight runs; permuting, cutting and
+   masking follow from it.
+2. Importance (importance.py, eq. 1 to 5). Units are ranked once, and the weights permuted: the
+   parent computes the same function as before, and every smaller model is a slice of it, the first
+   units of every axis. The channels of the residual stream are turned onto its principal axes, for
+   no channel of it is unimportant.
 3. Routers (routers.py, eq. 6 to 12). For a budget they choose the widths of every layer, on masks
-that carry gradients. 4. Distillation (eq. 13 to 19). Each sequence has a budget. The chosen model
-learns from the frozen parent,
-   KL(parent || chosen), or from the full model, or from the text. First short sequences and all budgets alike; then long
-   ones, the larger budgets more often.
+   that carry gradients.
+4. Distillation (eq. 13 to 19). Each sequence has a budget. The chosen model learns from the frozen
+   parent, KL(parent || chosen), or from the full model, or from the text. First short sequences and
+   all budgets alike; then long ones, the larger budgets more often.
 
 `extract` then cuts a model for any budget out of one checkpoint; nothing is trained again.
 
@@ -38,18 +39,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint as recompute
 
+import nested
 from kernels import selected_logp
 from model import HybridLM
-from nested import (
-    Widths,
-    bare_model,
-    kept_units,
-    mask_weights,
-    masked_skeleton,
-    shrink,
-    submodel,
-    take,
-)
 from routers import Router, budget_loss, mask_weighting, probabilities, unmeasured_router
 from system import checkpoint, parallel
 from system.config import Config, ElasticConfig
@@ -62,13 +54,53 @@ from text.tokenizer import Tokenizer
 # ------------------------------------------------------------------------------------- distillation
 
 
+def distillation_loss(teachers: list[tuple[float, Tensor, Tensor]], student_Td: Tensor,
+                      student_Vd: Tensor, token_T: Tensor, ce: float, temperature: float,
+                      at_once: int = 2**24) -> Tensor:
+    """sum_T (sum_i w_i KL(p_i || q) - ce log q(token)), in nats (eq. 13 to 16).
+
+    p_i and q are softmax(logits / temperature), q(token) is at temperature 1. Each teacher is (w_i,
+    its hidden states [T, D], its output matrix [V, D]), and learns nothing here. All of them and
+    the token share one softmax of the student, and its gradient, as one mixed target: sum_i w_i
+    KL(p_i || q) is sum_i w_i p_i log p_i - (sum_i w_i p_i) log q. Logits are made for at most
+    `at_once` numbers at a time, and made again in the backward pass if that takes more than one
+    piece.
+    """
+
+    def piece(student_td: Tensor, token_t: Tensor, *teacher_tD: Tensor) -> Tensor:
+        logits_tV = F.linear(student_td / temperature, student_Vd)
+        total, wanted_tV = logits_tV.new_zeros(()), None
+        # 1. the mixed target, and the teachers' own sums p log p
+        with torch.no_grad():
+            for (weight, _, matrix_VD), hidden_tD in zip(teachers, teacher_tD, strict=True):
+                logp_tV = F.log_softmax(F.linear(hidden_tD / temperature, matrix_VD), dim=-1)
+                p_tV = logp_tV.exp()
+                total = total + weight * logp_tV.mul_(p_tV).sum()
+                wanted_tV = (p_tV.mul_(weight) if wanted_tV is None
+                             else wanted_tV.add_(p_tV, alpha=weight))
+            if temperature == 1:
+                wanted_tV.scatter_(1, token_t[:, None], ce, reduce="add")
+        # 2. the cross-entropy, where it is at another temperature than the divergences
+        if ce and temperature != 1:
+            logp_tV = F.log_softmax(logits_tV * temperature, dim=-1)
+            total = total - ce * logp_tV.gather(1, token_t[:, None]).sum()
+        return total - (wanted_tV * F.log_softmax(logits_tV, dim=-1)).sum()
+
+    n = max(1, math.ceil(len(student_Td) * len(student_Vd) / at_once))
+    hidden = [hidden_TD for _, hidden_TD, _ in teachers]
+    if n == 1:
+        return piece(student_Td, token_T, *hidden)
+    pieces = zip(*(t.chunk(n) for t in (student_Td, token_T, *hidden)), strict=True)
+    return sum(recompute(piece, *each, use_reentrant=False) for each in pieces)
+
+
 class Distillation(Objective):
     """A model learns from a frozen teacher, from the text, or from both (eq. 13 to 16)."""
 
-    def __init__(self, c: ElasticConfig, teacher: HybridLM | None):
+    def __init__(self, c: ElasticConfig, teacher: nn.Module | None):
         self.c, self.teacher = c, teacher
 
-    def loss(self, model: HybridLM, batch: dict) -> tuple[Tensor, int, dict[str, Tensor]]:
+    def loss(self, model: nn.Module, batch: dict) -> tuple[Tensor, int, dict[str, Tensor]]:
         """Sum over tokens of kl KL(teacher || model) + ce CE."""
         hidden_BTD, _ = model(batch["tokens_BT"], ids_BT=batch["ids_BT"])
         total, n_tokens = self.task(
@@ -76,25 +108,24 @@ class Distillation(Objective):
         return total, n_tokens, {}
 
     def task(self, hidden_BTd: Tensor, head_Vd: Tensor, batch: dict,
-             teachers: list[tuple[float, HybridLM]], ce: float) -> tuple[Tensor, int]:
+             teachers: list[tuple[float, nn.Module]], ce: float) -> tuple[Tensor, int]:
         """Sum over tokens of the weighted divergences from the teachers and of the cross-entropy;
         number of targets."""
+        # 1. the positions that have a target, one after the other
         target = batch["targets_BT"].flatten()
         inside = target != -100
-        hidden_Xd, token_X = hidden_BTd.flatten(0, 1)[inside], target[inside]
+        student_td, token_t = hidden_BTd.flatten(0, 1)[inside], target[inside]
+        # 2. what the teachers that count say there
         with torch.no_grad():
             wanted = [
                 (weight, t(batch["tokens_BT"], ids_BT=batch["ids_BT"])[0].flatten(0, 1)[inside],
-                 t.output_matrix)
-                for weight, t in teachers
-                if weight
-            ]
+                 t.output_matrix) for weight, t in teachers if weight]
         if wanted:
             total = distillation_loss(
-                wanted, hidden_Xd, head_Vd, token_X, ce, self.c.kl_temperature)
+                wanted, student_td, head_Vd, token_t, ce, self.c.kl_temperature)
         else:
-            total = -ce * selected_logp(hidden_Xd, head_Vd, token_X).sum()
-        return total, len(token_X)
+            total = -ce * selected_logp(student_td, head_Vd, token_t).sum()
+        return total, len(token_t)
 
 
 class Elastic(Distillation):
@@ -108,19 +139,15 @@ class Elastic(Distillation):
 
     runs_whole = True
 
-    def __init__(self, c: ElasticConfig, router: Router, teacher: HybridLM):
+    def __init__(self, c: ElasticConfig, router: Router, teacher: nn.Module):
         super().__init__(c, teacher)
-        ours, theirs = router.space.config.vocab_size, teacher.config.vocab_size
-        require(
-            ours == theirs,
-            f"the teacher has {theirs} tokens in its vocabulary, the model {ours}; they must be the same",
-        )
+        ours, theirs = router.space.config.vocab_size, len(teacher.output_matrix)
+        require(ours == theirs, f"the teacher has {theirs} tokens in its vocabulary, the model "
+                                f"{ours}; they must be the same")
         self.router, self.step = router, 0
         self.n_search = round(c.search_share * c.steps) if c.choose == "router" else 0
-        self.stage1: HybridLM | None = (
-            None  # the weights at the end of stage 1, to see what stage 2 brings
-        )
-        self.widths: dict[float, Widths] = {}
+        self.stage1: HybridLM | None = None  # the end of stage 1, to see what stage 2 brings
+        self.widths: dict[float, nested.Widths] = {}
         self.bare: dict[float, HybridLM] = {}
 
     def prepare(self, model: HybridLM, batch: dict[str, Tensor], step: int,
@@ -128,9 +155,8 @@ class Elastic(Distillation):
         """Draw the Gumbel noise of every decision, for every budget."""
 
         def gumbel(*shape: int) -> Tensor:
-            return (
-                -torch.empty(shape, device=generator.device).exponential_(generator=generator).log()
-            )
+            uniform = torch.empty(shape, device=generator.device)
+            return -uniform.exponential_(generator=generator).log()
 
         self.step, space = step, self.router.space
         noise = {b: {a: gumbel(space.n_decisions(a), len(w)) for a, w in space.choices.items()}
@@ -140,21 +166,23 @@ class Elastic(Distillation):
     def loss(self, model: HybridLM, batch: dict) -> tuple[Tensor, int, dict[str, Tensor]]:
         """Sum over tokens of the task loss at each sequence's budget, plus lambda times the budget
         loss of all budgets."""
-        c = self.c
-        weights, count, total, metrics = dict(model.named_parameters()), 0, 0.0, {}
+        c, weights = self.c, dict(model.named_parameters())
+        count, total, metrics = 0, 0.0, {}
         p = self.choices(batch["noise"]) if self.step < self.n_search else {}
+        # 1. the sequences of each budget through its model
         for n, budget in enumerate(c.budgets):
             rows = (batch["budget_B"] == n).nonzero()[:, 0]
             if len(rows) == 0:
                 continue
             part = {k: batch[k][rows] for k in ("tokens_BT", "targets_BT", "ids_BT")}
-            hidden_BTD, head_VD = self.run(model, weights, p.get(budget), budget, part)
+            hidden_BTd, head_Vd = self.run(model, weights, p.get(budget), budget, part)
             is_full = self.router.is_full(budget)
             teachers = [(c.kl, self.teacher), (0.0 if is_full else c.self_kl, model)]
             part_loss, n_tokens = self.task(
-                hidden_BTD, head_VD, part, teachers, c.ce + is_full * c.full_ce)
+                hidden_BTd, head_Vd, part, teachers, c.ce + is_full * c.full_ce)
             total, count = total + part_loss, count + n_tokens
             metrics[f"loss_{budget:g}"] = part_loss.detach() / n_tokens
+        # 2. how far the routers are from their budgets; times count, for the loop divides by it
         if p:
             with parallel.exactly():
                 off = torch.stack([budget_loss(self.router, p[b], b) for b in p])
@@ -171,27 +199,26 @@ class Elastic(Distillation):
         with parallel.exactly():
             return {b: probabilities(self.router(b), noise[b], scale, tau) for b in smaller}
 
-    def run(
-        self, model: HybridLM, weights: dict, p: dict | None, budget: float, batch: dict
-    ) -> tuple[Tensor, Tensor]:
+    def run(self, model: HybridLM, weights: dict, p: dict | None, budget: float, batch: dict
+            ) -> tuple[Tensor, Tensor]:
         """Final hidden states of the model of a budget, and its output matrix: masked where p is
         given, else sliced."""
-        network = model
+        network, shape = model, model.config
         if p is not None:
             with parallel.exactly():
                 masks = self.router.space.masks(
                     mask_weighting(p, self.c.mask), self.router.depth_order)
-                weights, network = (mask_weights(weights, model.config, masks),
-                                    masked_skeleton(model.config, masks))
+                weights, network = (nested.mask_weights(weights, shape, masks),
+                                    nested.masked_skeleton(shape, masks))
         elif not self.router.is_full(budget):
             if budget not in self.widths:
                 self.widths[budget] = self.router.choose(budget)
-                self.bare[budget] = bare_model(shrink(model.config, self.widths[budget]))
-            network = self.bare[budget]
-            weights = take(weights, model.config, kept_units(model.config, self.widths[budget]))
+                self.bare[budget] = nested.bare_model(nested.shrink(shape, self.widths[budget]))
+            network, kept = self.bare[budget], nested.kept_units(shape, self.widths[budget])
+            weights = nested.take(weights, shape, kept)
         call = parallel.recomputed(functional_call)
-        hidden_BTD, _ = call(network, weights, (batch["tokens_BT"],), {"ids_BT": batch["ids_BT"]})
-        return hidden_BTD, weights.get("head.weight", weights["embed.weight"])
+        hidden_BTd, _ = call(network, weights, (batch["tokens_BT"],), {"ids_BT": batch["ids_BT"]})
+        return hidden_BTd, weights.get("head.weight", weights["embed.weight"])
 
     def after_step(self, model: HybridLM) -> None:
         """Keep the weights at the end of stage 1."""
@@ -214,46 +241,6 @@ class Elastic(Distillation):
             self.stage1 = parallel.frozen_copy(model)
 
 
-def distillation_loss(teachers: list[tuple[float, Tensor, Tensor]], student_Xd: Tensor,
-                      student_Vd: Tensor, token_X: Tensor, ce: float, temperature: float,
-                      at_once: int = 2**24) -> Tensor:
-    """sum_X (sum_i w_i KL(p_i || q) - ce log q(token)), in nats (eq. 13 to 16).
-
-    p_i and q are softmax(logits / temperature), q(token) is at temperature 1. Each teacher is (w_i,
-    its hidden states [X, D], its output matrix [V, D]), and learns nothing here. All of them and
-    the token share one softmax of the student, and its gradient, as one mixed target: sum_i w_i
-    KL(p_i || q) is sum_i w_i p_i log p_i - (sum_i w_i p_i) log q. Logits are made for at most
-    `at_once` numbers at a time, and made again in the backward pass if that takes more than one
-    piece.
-    """
-
-    def piece(student_xd: Tensor, token_x: Tensor, *teacher_xD: Tensor) -> Tensor:
-        logits_xV = F.linear(student_xd / temperature, student_Vd)
-        total, wanted_xV = logits_xV.new_zeros(()), None
-        with torch.no_grad():
-            for (weight, _, matrix_VD), hidden_xD in zip(teachers, teacher_xD, strict=True):
-                logp_xV = F.log_softmax(F.linear(hidden_xD / temperature, matrix_VD), dim=-1)
-                p_xV = logp_xV.exp()
-                total = total + weight * logp_xV.mul_(p_xV).sum()
-                wanted_xV = (
-                    p_xV.mul_(weight) if wanted_xV is None else wanted_xV.add_(p_xV, alpha=weight))
-            if temperature == 1:
-                wanted_xV.scatter_(1, token_x[:, None], ce, reduce="add")
-        if ce and temperature != 1:
-            total = (
-                total
-                - ce
-                * F.log_softmax(logits_xV * temperature, dim=-1).gather(1, token_x[:, None]).sum())
-        return total - (wanted_xV * F.log_softmax(logits_xV, dim=-1)).sum()
-
-    n = max(1, math.ceil(len(student_Xd) * len(student_Vd) / at_once))
-    hidden = [hidden_XD for _, hidden_XD, _ in teachers]
-    if n == 1:
-        return piece(student_Xd, token_X, *hidden)
-    pieces = zip(*(t.chunk(n) for t in (student_Xd, token_X, *hidden)), strict=True)
-    return sum(recompute(piece, *each, use_reentrant=False) for each in pieces)
-
-
 # --------------------------------------------------------------------------------------- deployment
 
 
@@ -262,39 +249,32 @@ def load_family(run_dir: Path) -> tuple[HybridLM, Router, Tokenizer, Config]:
     router."""
     model, tokenizer, config = load_run(run_dir)
     found = checkpoint.newest(run_dir)
-    step, steps = found.meta["step"], config.elastic.steps
-    require(
-        "router" in found.networks(),
-        f"{run_dir} has no router, so it holds one size only; give the folder of a run of --mode elastic",
-    )
+    require("router" in found.networks(), f"{run_dir} has no router, so it holds one size only; "
+                                          "give the folder of a run of --mode elastic")
     router = unmeasured_router(model.config, config.elastic)
     checkpoint.load_weights(router, found.tensors("router"), found.path)
-    warn(f"{run_dir} has made {step} of its {steps} steps; --resume goes on with it"
-         if step < steps
-         else "")
+    step, steps = found.meta["step"], config.elastic.steps
+    if step < steps:
+        warn(f"{run_dir} has made {step} of its {steps} steps; --resume goes on with it")
     return model, router, tokenizer, config
 
 
 def extract(run_dir: Path, budget: float, out: Path) -> dict:
     """Write the model of a budget as a run folder of its own. Returns its facts. Raises ValueError
     before it writes."""
-    require(
-        not (out / "config.json").exists(), f"out ({out}) already holds a run; choose another --out"
-    )
+    # 1. load and cut
+    require(not (out / "config.json").exists(),
+            f"out ({out}) already holds a run; choose another --out")
     model, router, _, config = load_family(run_dir)
     began = time.perf_counter()
     widths = router.choose(budget)
-    small = submodel(model, widths)
+    small = nested.submodel(model, widths)
+    # 2. write: the weights, where they come from, their settings
+    origin = {"extracted_from": str(run_dir), "budget": budget}
     out.mkdir(parents=True, exist_ok=True)
-    checkpoint.save(
-        out, 0, {"model": small}, [], {"extracted_from": str(run_dir), "budget": budget})
-    facts = {
-        "extracted_from": str(run_dir),
-        "budget": budget,
-        "parameters": count_parameters(small),
-        "widths": asdict(widths),
-        "seconds": time.perf_counter() - began,
-    }
+    checkpoint.save(out, 0, {"model": small}, [], origin)
+    facts = {**origin, "parameters": count_parameters(small), "widths": asdict(widths),
+             "seconds": time.perf_counter() - began}
     text = {**facts, "config": replace(config, model=small.config, init=str(run_dir)).to_dict()}
     (out / "config.json").write_text(json.dumps(text, indent=1) + "\n")
     if (run_dir / "hf").is_dir():  # the tokenizer, where it is not one that the corpus brings

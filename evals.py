@@ -12,7 +12,6 @@ without a thought. Intervals treat problems (not thoughts) as the independent ob
 1.96 standard errors over problems.
 """
 
-import copy
 import dataclasses
 import itertools
 import math
@@ -24,9 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import importance
-import nested
-import routers
 from kernels import selected_logp, token_logp
 from model import HybridLM
 from system.config import Config
@@ -418,56 +414,3 @@ def family_bytes(model: HybridLM, router: torch.nn.Module, sizes: list[HybridLM]
         "separate_memory": sum(s.numel() * s.element_size() for m in sizes for s in m.parameters()),
         "router_parameters": count_parameters(router),
     }
-
-
-@torch.no_grad()
-def score_table(
-    model: HybridLM, corpus: Corpus, config: Config, n_random: int = 3
-) -> dict[str, dict[str, float]]:
-    """How well each importance score orders each axis: loss with half of that axis alone,
-    untrained.
-
-    For depth: with one layer less. Ranked on training text, measured on the validation split.
-    `random` is the mean over n_random orders.
-    """
-    c, full = config.elastic, nested.full_widths(model.config)
-    batches = [to_device(mixture(corpus, config, 10**6, c.calibration_rows, c.seq_len), model)]
-    held_out = [
-        to_device(mixture(corpus, config, i, 16, c.seq_len, "val"), model) for i in range(6)]
-    halves = {
-        "ffn": {"-": (0.5,)},
-        "mamba_heads": {"M": (0.5, 1)},
-        "mamba_channels": {"M": (1, 0.5)},
-        "attn_heads": {"*": (0.5,)},
-    }
-
-    def cut(axis: str, first_to_go: int) -> nested.Widths:
-        shares = halves.get(axis, {})
-        layers = [tuple(int(w * s) for w, s in zip(own, shares.get(kind, (1, 1)), strict=False))
-                  for kind, own in zip(model.config.pattern, full.layers, strict=True)]
-        if axis == "depth":
-            layers[first_to_go] = ()
-        return nested.Widths(full.d_model // (2 if axis == "d_model" else 1), tuple(layers))
-
-    def loss(axis: str, kind: str, seed: int) -> float:
-        field = "score_" + {"mamba_heads": "mamba", "mamba_channels": "mamba",
-                            "attn_heads": "attn"}.get(axis, axis)
-        ordered = copy.deepcopy(model)
-        depths = (len(full.layers), len(full.layers) - 1) if axis == "depth" else ()
-        # pca is not for all models, and the other axes do not depend on it
-        scores = {"score_d_model": "paper", field: kind}
-        ranking = importance.rank(
-            ordered, batches, dataclasses.replace(c, depth_choices=depths, **scores), seed)
-        importance.order_weights(ordered, ranking)
-        small = nested.submodel(ordered, cut(axis, ranking.depth[0]))
-        return float(torch.cat([_logp_and_loss(small, batch)[1] for batch in held_out]).mean())
-
-    table = {}
-    for axis in routers.AXES:
-        kinds = ("paper", "greedy" if axis == "depth" else "output")
-        if axis == "d_model" and not model.config.tie_embeddings:
-            kinds = ("pca", *kinds)
-        table[axis] = {kind: loss(axis, kind, 0) for kind in kinds}
-        table[axis]["random"] = (
-            sum(loss(axis, "random", seed) for seed in range(n_random)) / n_random)
-    return table

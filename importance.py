@@ -1,17 +1,30 @@
 """Which units of a model matter: scores, ranks, the same model with its best units first (arXiv
-2511.16664, eq. 1 to 5)."""
+2511.16664, eq. 1 to 5).
 
-from dataclasses import dataclass
+`SCORES` names the scores of every axis. A score of your own is a function and its entry there;
+`--elastic.score-ffn NAME` then takes it. A score looks at sums over calibration tokens
+(`activation_sums`) and at the weights: the channels of a layer are good where much goes through
+them (paper), or where what they add to the residual stream is large (output).
+
+How to read: `SCORES`, `rank`, `order_weights`; `score_table` compares the scores on a model.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import HybridLM
-from nested import Units, named_dims, rotate, take
+from nested import UNITS, Units, Widths, full_widths, rotate, submodel, take
 from system.config import ElasticConfig
+from system.costs import axis_sizes, in_proj_rows, weights_of
+from system.errors import require
 
-# --------------------------------------------------------------------------------------- importance
+Sums = dict[str, Tensor]  # see `activation_sums`
 
 
 @dataclass
@@ -27,54 +40,221 @@ class Ranking:
     axes_DD: Tensor | None = None
 
 
+# ------------------------------------------------------------------------------------------- scores
+
+
+def activation_sums(
+    model: HybridLM, batches: list[dict[str, Tensor]], with_stream: bool = False) -> Sums:
+    """Over all tokens, for each channel: sums of |x| of what the norms give, and of x^2 of what
+    matrices read and give.
+
+    Keys: `layers.I.norm` and `norm`; `layers.I.mixer.NAME.in` and `.out` for each matrix of a
+    mixer; `....abs` for |x|. If asked for, `stream`: sum of x x^T over all norms, x = what the norm
+    reads / its rms, [D, D].
+    """
+    sums: Sums = {}
+
+    def add(key: str, x_BTE: Tensor) -> None:
+        x = x_BTE.detach().flatten(0, 1).double()
+        for name, value in ((key, x.square().sum(0)), (f"{key}.abs", x.abs().sum(0))):
+            sums[name] = sums.get(name, 0) + value.cpu()
+
+    def see(name: str, module: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
+        if isinstance(module, nn.Linear):
+            add(f"{name}.in", args[0])
+            add(f"{name}.out", out)
+            return
+        add(name, out)
+        if with_stream:
+            x_TD = args[0].flatten(0, 1).double()
+            x_TD = F.rms_norm(x_TD, module.normalized_shape, eps=module.eps)
+            sums["stream"] = sums.get("stream", 0) + (x_TD.T @ x_TD).cpu()
+
+    hooks = [module.register_forward_hook(partial(see, name))
+             for name, module in model.named_modules() if name.split(".")[-1] == "norm"
+             or (name.startswith("layers.") and isinstance(module, nn.Linear))]
+    for batch in batches:
+        model(batch["tokens_BT"], ids_BT=batch["ids_BT"])
+    for hook in hooks:
+        hook.remove()
+    return sums
+
+
+def principal_axes(model: HybridLM, sums: Sums) -> Tensor:
+    """Eigenvectors of the stream's sum of x x^T, as columns, the largest value first.
+
+    Of all the bases, each prefix of this one keeps most of what the layers read (as in SliceGPT,
+    arXiv 2401.15024, which turns the stream anew for every layer; with one basis for all of them
+    the residual connections stay as they are).
+    """
+    return torch.linalg.eigh(sums["stream"]).eigenvectors.flip(1)
+
+
+def stream_paper(model: HybridLM, sums: Sums) -> Tensor:
+    """Sum of |norm(x)_i| over all norms (eq. 1)."""
+    norms = ["norm", *(f"layers.{i}.norm" for i in range(len(model.layers)))]
+    return sum(sums[f"{norm}.abs"] for norm in norms)
+
+
+def stream_output(model: HybridLM, sums: Sums) -> Tensor:
+    """The same, at every norm times the size of what reads channel i."""
+    readers = {"norm": [model.output_matrix]}
+    for name, weight in weights_of(model.config).items():
+        if weight.layer is not None and list(weight.axes)[1:] == ["D"]:
+            readers.setdefault(f"layers.{weight.layer}.norm", []).append(model.get_parameter(name))
+    return sum(sums[f"{norm}.abs"] * torch.cat(matrices).double().norm(dim=0).cpu()
+               for norm, matrices in readers.items())
+
+
+def ffn_paper(model: HybridLM, sums: Sums, i: int) -> Tensor:
+    """Sum of |X W1_i^T| before the activation (eq. 2)."""
+    return sums[f"layers.{i}.mixer.up_proj.out.abs"]
+
+
+def mamba_paper(model: HybridLM, sums: Sums, i: int) -> tuple[Tensor, Tensor]:
+    """Of s = norm(X) W_x^T (eq. 3 and 4), see `by_heads`."""
+    rows = in_proj_rows(model.config)
+    square = sums[f"layers.{i}.mixer.in_proj.out"]
+    return by_heads("M", model, square[rows["z"] : rows["z"] + rows["x"]])
+
+
+def attn_paper(model: HybridLM, sums: Sums, i: int) -> Tensor:
+    """Size of a head's queries."""
+    return by_heads("*", model, sums[f"layers.{i}.mixer.q_proj.out"])
+
+
+def output(model: HybridLM, sums: Sums, i: int) -> Tensor | tuple[Tensor, Tensor]:
+    """Size of what a unit adds to the stream: for input j of the matrix W that writes there, the
+    root of the sum over tokens of |x_j W_j|^2."""
+    kind = model.config.pattern[i]
+    matrix = {"-": "down_proj", "*": "o_proj", "M": "out_proj"}[kind]
+    weight = getattr(model.layers[i].mixer, matrix).weight.detach().double()
+    size = sums[f"layers.{i}.mixer.{matrix}.in"].sqrt() * weight.norm(dim=0).cpu()
+    return size if kind == "-" else by_heads(kind, model, size.square())
+
+
+def by_heads(kind: str, model: HybridLM, square_I: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    """Scores from a sum of squares per channel: of attention's heads, their norms.
+
+    Of Mamba-2's heads and channels: a channel's is its norm over all heads (eq. 3), a head's is its
+    norm over the better half of the channels (eq. 4).
+    """
+    square_HP = square_I.view(-1, axis_sizes(kind, model.config)["P"])
+    if kind == "*":
+        return square_HP.sum(1).sqrt()
+    channels = square_HP.sum(0).sqrt()
+    top = channels.argsort(descending=True)[: -(-len(channels) // 2)]
+    return square_HP[:, top].sum(1).sqrt(), channels
+
+
+def depth_paper(n: int, score: Callable[[set[int]], float]) -> list[int]:
+    """By s_j, what the logits change by without layer j (eq. 5)."""
+    return sorted(range(n), key=lambda j: score({j}))
+
+
+def depth_greedy(n: int, score: Callable[[set[int]], float]) -> list[int]:
+    """The least important layer goes first, and the rest are scored again without it."""
+    gone: list[int] = []
+    while len(gone) < n:
+        gone.append(min((j for j in range(n) if j not in gone), key=lambda j: score({*gone, j})))
+    return gone
+
+
+# The values of `elastic.score_AXIS`, beside "random". ffn, mamba, attn: scores of layer i's units,
+# a tensor for each axis in `UNITS`; d_model: scores of the stream's channels, or a basis to turn it
+# to; depth: the order.
+SCORES: dict[str, dict[str, Callable]] = {
+    "d_model": {"pca": principal_axes, "paper": stream_paper, "output": stream_output},
+    "ffn": {"paper": ffn_paper, "output": output},
+    "mamba": {"paper": mamba_paper, "output": output},
+    "attn": {"paper": attn_paper, "output": output},
+    "depth": {"paper": depth_paper, "greedy": depth_greedy},
+}
+AXIS_OF = {"-": "ffn", "M": "mamba", "*": "attn"}
+
+
+def chosen_scores(c: ElasticConfig) -> dict[str, str]:
+    """The name of each axis's score. Raises ValueError for one that is not in `SCORES`."""
+    chosen = {"d_model": c.score_d_model, "ffn": c.score_ffn, "mamba": c.score_mamba,
+              "attn": c.score_attn, "depth": c.score_depth}
+    for axis, score in chosen.items():
+        known = [*SCORES[axis], "random"]
+        require(score in known, f"elastic.score_{axis} ({score!r}) is unknown; choose one of "
+                f"{', '.join(known)}")
+    return chosen
+
+
+# -------------------------------------------------------------------------------------------- ranks
+
+
 @torch.no_grad()
 def rank(
     model: HybridLM, batches: list[dict[str, Tensor]], c: ElasticConfig, seed: int = 0) -> Ranking:
     """Rank all units by the scores that the settings name, from forward passes over calibration
     batches.
 
-    Layers, which take a pass each, are ranked only where `depth_choices` can drop some.
+    Layers, which take a pass each, are ranked only where `depth_choices` can drop some. Raises
+    ValueError for an unknown score.
     """
-    config, generator = model.config, torch.Generator().manual_seed(seed)
-    is_turned = c.score_d_model == "pca"
-    sums = activation_sums(model, batches, with_stream=is_turned)
+    chosen, config = chosen_scores(c), model.config
+    generator = torch.Generator().manual_seed(seed)
+    sums = activation_sums(model, batches, with_stream=chosen["d_model"] == "pca")
 
-    def order(scores: Tensor, kind: str, n_groups: int = 1) -> Tensor:
-        if kind == "random":
-            scores = torch.rand(scores.shape, generator=generator)
+    def order(scores: Tensor, n_groups: int = 1) -> Tensor:
         within = scores.view(n_groups, -1).argsort(dim=1, descending=True, stable=True)
         return (within + torch.arange(n_groups)[:, None] * within.shape[1]).flatten()
 
+    # 1. inside the layers, heads within their group
     layers: list[dict[str, Tensor] | None] = []
     for i, kind in enumerate(config.pattern):
-        if kind == "-":
-            layers.append({"F": order(ffn_scores(model, sums, i, c.score_ffn), c.score_ffn)})
-        elif kind == "*":
-            layers.append(
-                {
-                    "A": order(
-                        attn_scores(model, sums, i, c.score_attn), c.score_attn, config.n_kv_heads)
-                }
-            )
-        else:
-            heads, channels = mamba_scores(model, sums, i, c.score_mamba)
-            layers.append(
-                {"H": order(heads, c.score_mamba, config.mamba_groups),
-                 "P": order(channels, c.score_mamba)}
-            )
-    if is_turned:
-        stream, axes_DD = torch.arange(config.d_model), principal_axes(sums)
-    else:
-        stream, axes_DD = order(stream_scores(model, sums, c.score_d_model), c.score_d_model), None
-    n = len(layers)
-    is_elastic = any(depth < n for depth in c.depth_choices)
-    depth = list(range(n))
-    if is_elastic:
-        depth = rank_layers(model, batches, c.score_depth, generator)
-        # The last to go is one that mixes tokens: without any a model could not read its context.
+        name, size = chosen[AXIS_OF[kind]], axis_sizes(kind, config)
+        scores = ([torch.rand(size[a], generator=generator) for a in UNITS[kind]]
+                  if name == "random" else SCORES[AXIS_OF[kind]][name](model, sums, i))
+        scores = [scores] if isinstance(scores, Tensor) else scores
+        layers.append({a: order(score, size["K"] if a == "H" else 1)
+                       for a, score in zip(UNITS[kind], scores, strict=True)})
+    # 2. the stream: scores [D], or a basis [D, D]
+    name = chosen["d_model"]
+    scores = (torch.rand(config.d_model, generator=generator) if name == "random"
+              else SCORES["d_model"][name](model, sums))
+    is_basis = scores.dim() == 2
+    stream = torch.arange(config.d_model) if is_basis else order(scores)
+    # 3. the layers; the last to go is one that mixes tokens: without any a model could not read its
+    # context
+    depth = list(range(len(layers)))
+    if any(n < len(layers) for n in c.depth_choices):
+        depth = rank_layers(model, batches, chosen["depth"], generator)
         last = [i for i in depth if config.pattern[i] != "-"][-1]
         depth = [i for i in depth if i != last] + [last]
-    return Ranking(Units(stream, layers), depth, axes_DD)
+    return Ranking(Units(stream, layers), depth, scores if is_basis else None)
+
+
+def rank_layers(model: HybridLM, batches: list[dict[str, Tensor]], kind: str,
+                generator: torch.Generator) -> list[int]:
+    """Layers, the least important first. The score of a set of layers is sum (M_full - M)^2 / sum
+    M_full^2 on the logits M without them (eq. 5)."""
+    n = len(model.layers)
+    if kind == "random":
+        return torch.randperm(n, generator=generator).tolist()
+    full = [_logits(model, batch, set()) for batch in batches]
+    size = sum(f.square().sum() for f in full)
+
+    def score(without: set[int]) -> float:
+        changed = (_logits(model, batch, without) for batch in batches)
+        return float(sum((f - c).square().sum() for f, c in zip(full, changed, strict=True)) / size)
+
+    return SCORES["depth"][kind](n, score)
+
+
+def _logits(model: HybridLM, batch: dict[str, Tensor], without: set[int]) -> Tensor:
+    """Logits with some layers skipped."""
+    whole = model.layers
+    model.layers = nn.ModuleList(block for i, block in enumerate(whole) if i not in without)
+    try:
+        hidden_BTD, _ = model(batch["tokens_BT"], ids_BT=batch["ids_BT"])
+    finally:
+        model.layers = whole
+    return model.logits(hidden_BTD)
 
 
 @torch.no_grad()
@@ -87,145 +267,45 @@ def order_weights(model: HybridLM, ranking: Ranking) -> None:
     model.load_state_dict(take(weights, model.config, ranking.units))
 
 
-def activation_sums(
-    model: HybridLM, batches: list[dict[str, Tensor]], with_stream: bool = False
-) -> dict[str, Tensor]:
-    """Over all tokens, for each channel: sums of |x| of what the norms give, and of x^2 of what
-    matrices read and give.
+# ----------------------------------------------------------------------------- scores side by side
 
-    Keys: `layers.I.norm` and `norm`; `layers.I.mixer.NAME.in` and `.out` for each matrix of a
-    mixer; `....abs` for |x|. If asked for, `stream`: sum of x x^T over all norms, x = what the norm
-    reads / its rms, [D, D].
+# What `score_table` halves: for each axis its score, the kind of layer, the shares of its widths.
+HALVES = {"d_model": ("d_model", "", ()), "depth": ("depth", "", ()), "ffn": ("ffn", "-", (0.5,)),
+          "mamba_heads": ("mamba", "M", (0.5, 1)), "mamba_channels": ("mamba", "M", (1, 0.5)),
+          "attn_heads": ("attn", "*", (0.5,))}
+
+
+def score_table(model: HybridLM, batches: list[dict[str, Tensor]], c: ElasticConfig,
+                loss: Callable[[HybridLM], float], n_random: int = 3
+                ) -> dict[str, dict[str, float]]:
+    """How well each importance score orders each axis: the loss with half of that axis alone (for
+    depth: with one layer less), untrained.
+
+    Args: batches: to rank on; loss: a model's, on held-out text. `random` is the mean over n_random
+    orders.
     """
-    sums: dict[str, Tensor] = {}
+    full = full_widths(model.config)
 
-    def add(key: str, x_BTE: Tensor) -> None:
-        x = x_BTE.detach().flatten(0, 1).double()
-        for name, value in ((key, x.square().sum(0)), (f"{key}.abs", x.abs().sum(0))):
-            sums[name] = sums.get(name, 0) + value.cpu()
+    def half(axis: str, score: str, seed: int) -> float:
+        field, kind, shares = HALVES[axis]
+        # 1. rank by that score; pca is not for all models, and no other axis depends on it
+        ordered, n = copy.deepcopy(model), len(full.layers)
+        changes = {"score_d_model": "paper", f"score_{field}": score,
+                   "depth_choices": (n, n - 1) if axis == "depth" else ()}
+        ranking = rank(ordered, batches, replace(c, **changes), seed)
+        order_weights(ordered, ranking)
+        # 2. cut
+        layers = [tuple(int(w * s) for w, s in zip(own, shares, strict=True)) if k == kind else own
+                  for k, own in zip(model.config.pattern, full.layers, strict=True)]
+        if axis == "depth":
+            layers[ranking.depth[0]] = ()
+        d_model = full.d_model // (2 if axis == "d_model" else 1)
+        return loss(submodel(ordered, Widths(d_model, tuple(layers))))
 
-    def add_stream(norm: nn.RMSNorm, args: tuple[Tensor]) -> None:
-        x_XD = F.rms_norm(args[0].flatten(0, 1).double(), norm.normalized_shape, eps=norm.eps)
-        sums["stream"] = sums.get("stream", 0) + (x_XD.T @ x_XD).cpu()
-
-    hooks = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name.startswith("layers."):
-            hooks.append(
-                module.register_forward_pre_hook(lambda _, args, n=name: add(f"{n}.in", args[0])))
-            hooks.append(
-                module.register_forward_hook(lambda _, args, out, n=name: add(f"{n}.out", out)))
-        elif name.split(".")[-1] == "norm":
-            hooks.append(module.register_forward_hook(lambda _, args, out, n=name: add(n, out)))
-            if with_stream:
-                hooks.append(module.register_forward_pre_hook(add_stream))
-    for batch in batches:
-        model(batch["tokens_BT"], ids_BT=batch["ids_BT"])
-    for hook in hooks:
-        hook.remove()
-    return sums
-
-
-def principal_axes(sums: dict[str, Tensor]) -> Tensor:
-    """Eigenvectors of the stream's sum of x x^T, as columns, the largest value first.
-
-    Of all the bases, each prefix of this one keeps most of what the layers read (as in SliceGPT,
-    arXiv 2401.15024, which turns the stream anew for every layer; with one basis for all of them
-    the residual connections stay as they are).
-    """
-    return torch.linalg.eigh(sums["stream"]).eigenvectors.flip(1)
-
-
-def stream_scores(model: HybridLM, sums: dict[str, Tensor], kind: str) -> Tensor:
-    """Channels of the stream. paper: sum of |norm(x)_i| over all norms (eq. 1); output: times the
-    size of what reads i."""
-    readers = {"norm": [model.output_matrix]}
-    for name, i, _, dims in named_dims(
-        [n for n, _ in model.named_parameters()], model.config.pattern):
-        if i is not None and dims[1:] == ["D"]:
-            readers.setdefault(f"layers.{i}.norm", []).append(model.get_parameter(name))
-    total = torch.zeros(model.config.d_model, dtype=torch.float64)
-    for norm, matrices in readers.items():
-        size = torch.cat(matrices).double().norm(dim=0).cpu() if kind == "output" else 1.0
-        total += sums[f"{norm}.abs"] * size
-    return total
-
-
-def ffn_scores(model: HybridLM, sums: dict[str, Tensor], i: int, kind: str) -> Tensor:
-    """FFN neurons. paper: sum of |X W1_i^T| before the activation (eq. 2); output: size of what it
-    adds to the stream."""
-    if kind == "output":
-        return _contribution(model, sums, i, "down_proj")
-    return sums[f"layers.{i}.mixer.up_proj.out.abs"]
-
-
-def mamba_scores(
-    model: HybridLM, sums: dict[str, Tensor], i: int, kind: str) -> tuple[Tensor, Tensor]:
-    """Mamba heads and head channels, from a size per (head, channel).
-
-    paper: of s = norm(X) W_x^T; a channel's score is its norm over all heads (eq. 3), a head's is
-    its norm over the better half of the channels (eq. 4). output: the same from what each adds to
-    the stream.
-    """
-    config = model.config
-    if kind == "output":
-        square = _contribution(model, sums, i, "out_proj").square()
-    else:
-        inner = config.mamba_heads * config.mamba_head_dim
-        square = sums[f"layers.{i}.mixer.in_proj.out"][inner : 2 * inner]
-    square_HP = square.view(config.mamba_heads, config.mamba_head_dim)
-    channels = square_HP.sum(0).sqrt()
-    top = channels.argsort(descending=True)[: -(-len(channels) // 2)]
-    return square_HP[:, top].sum(1).sqrt(), channels
-
-
-def attn_scores(model: HybridLM, sums: dict[str, Tensor], i: int, kind: str) -> Tensor:
-    """Query heads. paper: size of the head's queries; output: size of what the head adds to the
-    stream."""
-    square = (_contribution(model, sums, i, "o_proj").square()
-              if kind == "output"
-              else sums[f"layers.{i}.mixer.q_proj.out"])
-    return square.view(model.config.n_heads, model.config.attn_head_dim).sum(1).sqrt()
-
-
-def _contribution(model: HybridLM, sums: dict[str, Tensor], i: int, matrix: str) -> Tensor:
-    """Root of the sum over tokens of |x_j W_j|^2: how much input j of the matrix that writes to the
-    stream adds to it."""
-    weight = getattr(model.layers[i].mixer, matrix).weight
-    return sums[f"layers.{i}.mixer.{matrix}.in"].sqrt() * weight.detach().double().norm(dim=0).cpu()
-
-
-def rank_layers(
-    model: HybridLM, batches: list[dict[str, Tensor]], kind: str, generator: torch.Generator
-) -> list[int]:
-    """Layers, the least important first. s_j = sum (M_full - M_-j)^2 / sum M_full^2 on the logits
-    (eq. 5)."""
-    n = len(model.layers)
-    if kind == "random":
-        return torch.randperm(n, generator=generator).tolist()
-    full = [_logits(model, batch, set()) for batch in batches]
-    size = sum(f.square().sum() for f in full)
-
-    def score(without: set[int]) -> float:
-        changed = (_logits(model, batch, without) for batch in batches)
-        return float(sum((f - c).square().sum() for f, c in zip(full, changed, strict=True)) / size)
-
-    if kind == "paper":
-        return sorted(range(n), key=lambda j: score({j}))
-    removed: list[int] = []
-    while len(removed) < n:
-        removed.append(
-            min((j for j in range(n) if j not in removed), key=lambda j: score({*removed, j})))
-    return removed
-
-
-def _logits(model: HybridLM, batch: dict[str, Tensor], without: set[int]) -> Tensor:
-    """Logits with some layers skipped."""
-    kept = [block for i, block in enumerate(model.layers) if i not in without]
-    whole = model.layers
-    model.layers = nn.ModuleList(kept)
-    try:
-        hidden_BTD, _ = model(batch["tokens_BT"], ids_BT=batch["ids_BT"])
-    finally:
-        model.layers = whole
-    return model.logits(hidden_BTD)
+    table = {}
+    for axis, (field, *_) in HALVES.items():
+        known = [s for s in SCORES[field] if s != "pca" or not model.config.tie_embeddings]
+        table[axis] = {score: half(axis, score, 0) for score in known}
+        table[axis]["random"] = (
+            sum(half(axis, "random", seed) for seed in range(n_random)) / n_random)
+    return table

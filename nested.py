@@ -1,71 +1,42 @@
-"""Models inside a model: what a smaller one consists of; to permute, cut and mask (Nemotron
+"""Models inside a model: what a smaller one consists of; to permute, cut, mask and widen (Nemotron
 Elastic, arXiv 2511.16664).
 
-Every unit of the model belongs to an axis: channels of the residual stream (D), FFN neurons (F),
-Mamba heads (H) and their channels (P), query heads (A), layers. `DIMS` says along which axis each
-dimension of each weight runs. To permute, to cut and to mask a model are then three loops over that
-one table. A smaller model is the first units of every axis.
+Every unit of a model belongs to an axis: channels of the residual stream (D), FFN neurons (F),
+heads (H) and their channels (P), layers. `costs.WEIGHTS` says along which axes each weight runs. To
+permute, to cut, to mask and to widen a model are then loops over that one table. A smaller model is
+the first units of every axis.
 
 A masked model equals the sliced one exactly: masked channels are zero in the residual stream, and
 the mean in every RMSNorm is taken over the active ones. With a share s of the channels active that
 is the same as the norm over all of them with weight sqrt(s) w and epsilon s eps, so masks touch
 weights only, and the model's code does not know of them.
 
-How to read: `DIMS`; `take`, which permutes and cuts; `rotate`, which turns the stream;
-`mask_weights`.
+How to read: `UNITS` and `along`, the units of a layer and what runs along them; `take`, which
+permutes and cuts, and `widen`, its inverse; `rotate`, which turns the stream; `mask_weights`.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from model import HybridLM
+from system.checkpoint import check_shapes
 from system.config import WIDTH_FIELDS, ModelConfig
+from system.costs import WEIGHTS, axis_sizes, in_proj_rows, weights_of
 from system.errors import require
 
-# The axis of every dimension of every weight ("." has none); a mask multiplies the dimensions with
-# a star. Derived axes: I, the heads' channels (H x P); E, the convolution's (I and B, C); X, the
-# rows of in_proj (z and x over I, B and C, dt over H); Q, the query heads' channels. Norms take the
-# square root of the active share besides.
-OUTER = {"embed.weight": ". D*", "norm.weight": "D*", "head.weight": ". D"}
+# The units of a layer, in the order of `WIDTH_FIELDS`; other axes follow from them, see `along`.
+UNITS = {"-": "F", "*": "H", "M": "HP"}
 
-
-DIMS = {
-    "-": {
-        "norm.weight": "D*",
-        "mixer.up_proj.weight": "F D",
-        "mixer.gate_proj.weight": "F D",
-        "mixer.down_proj.weight": "D* F*",
-    },
-    "*": {
-        "norm.weight": "D*",
-        "mixer.q_proj.weight": "Q* D",
-        "mixer.k_proj.weight": ". D",
-        "mixer.v_proj.weight": ". D",
-        "mixer.o_proj.weight": "D* Q*",
-        "mixer.q_norm.weight": ".",
-        "mixer.k_norm.weight": ".",
-    },
-    "M": {
-        "norm.weight": "D*",
-        "mixer.in_proj.weight": "X* D",
-        "mixer.conv_weight": "E .",
-        "mixer.conv_bias": "E*",
-        "mixer.A_log": "H",
-        "mixer.D": "H",
-        "mixer.dt_bias": "H",
-        "mixer.norm_weight": "I",
-        "mixer.out_proj.weight": "D* I",
-    },
-}
-
-
-NORMS = {"norm.weight": "D", "mixer.norm_weight": "I"}
-
-
-WRITERS = ("mixer.down_proj.weight", "mixer.o_proj.weight", "mixer.out_proj.weight")
+# Which dimensions a mask multiplies: what the norms give and what the blocks write (D), z, x and dt
+# of Mamba (O) with the convolution's bias (E), queries and what o_proj reads (I), the FFN's hidden
+# layer (F).
+MASKED = {"embed.weight": "D", "norm.weight": "D", "mixer.down_proj.weight": "DF",
+          "mixer.q_proj.weight": "I", "mixer.o_proj.weight": "DI", "mixer.in_proj.weight": "O",
+          "mixer.conv_bias": "E", "mixer.out_proj.weight": "D"}
+NORMS = {"norm.weight": "D", "mixer.norm_weight": "I"}  # what their mean is taken over
+WRITERS = tuple(name for kind in UNITS for name, axes in WEIGHTS[kind].items() if axes[:2] == "D ")
 
 
 @dataclass(frozen=True)
@@ -79,10 +50,9 @@ class Widths:
 
 def full_widths(config: ModelConfig) -> Widths:
     """Everything."""
-    shapes = [(kind, config.layer(i)) for i, kind in enumerate(config.pattern)]
-    return Widths(
-        config.d_model,
-        tuple(tuple(getattr(shape, f) for f in WIDTH_FIELDS[kind]) for kind, shape in shapes))
+    return Widths(config.d_model, tuple(
+        tuple(getattr(config.layer(i), field) for field in WIDTH_FIELDS[kind])
+        for i, kind in enumerate(config.pattern)))
 
 
 def shrink(config: ModelConfig, widths: Widths) -> ModelConfig:
@@ -109,49 +79,38 @@ def in_groups(n: int, total: int, n_groups: int) -> Tensor:
 
 def kept_units(config: ModelConfig, widths: Widths) -> Units:
     """The first units of every axis, of every group for heads."""
-    layers: list[dict[str, Tensor] | None] = []
+    layers = []
     for kind, w in zip(config.pattern, widths.layers, strict=True):
-        if not w:
-            layers.append(None)
-        elif kind == "-":
-            layers.append({"F": torch.arange(w[0])})
-        elif kind == "*":
-            layers.append({"A": in_groups(w[0], config.n_heads, config.n_kv_heads)})
-        else:
-            layers.append(
-                {"H": in_groups(w[0], config.mamba_heads, config.mamba_groups),
-                 "P": torch.arange(w[1])}
-            )
+        size = axis_sizes(kind, config)
+        own = {a: in_groups(n, size[a], size["K"] if a == "H" else 1)
+               for a, n in zip(UNITS[kind], w, strict=False)}
+        layers.append(own or None)
     return Units(torch.arange(widths.d_model), layers)
 
 
-def derived(kind: str, config: ModelConfig, units: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Indices along every axis of a layer, from those of its units."""
+def along(kind: str, config: ModelConfig, units: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Indices along every axis of a layer that its units lie on, from those of the units."""
     if kind == "-":
         return units
+    P = axis_sizes(kind, config)["P"]
+    i = (units["H"][:, None] * P + units.get("P", torch.arange(P))).flatten()
     if kind == "*":
-        return {
-            "Q": (
-                units["A"][:, None] * config.attn_head_dim + torch.arange(config.attn_head_dim)
-            ).flatten()
-        }
-    inner, n_bc = (config.mamba_heads * config.mamba_head_dim,
-                   2 * config.mamba_groups * config.d_state)
-    i = (units["H"][:, None] * config.mamba_head_dim + units["P"]).flatten()
-    bc = torch.arange(n_bc)
-    x = torch.cat([i, inner + i, 2 * inner + bc, 2 * inner + n_bc + units["H"]])
-    return {"H": units["H"], "I": i, "E": torch.cat([i, inner + bc]), "X": x}
+        return {"H": units["H"], "I": i}
+    # Rows of in_proj: z and x, all channels of the heads; B and C, which stay; dt, the heads.
+    own, blocks, start = {"z": i, "x": i, "dt": units["H"]}, {}, 0
+    for name, n in in_proj_rows(config).items():
+        blocks[name] = start + own.get(name, torch.arange(n))
+        start += n
+    E = torch.cat([blocks["x"], blocks["B"], blocks["C"]]) - in_proj_rows(config)["z"]
+    return {"H": units["H"], "I": i, "E": E, "O": torch.cat(list(blocks.values()))}
 
 
-def named_dims(names: list[str], pattern: str) -> Iterator[tuple[str, int | None, str, list[str]]]:
-    """For each weight: its name, its layer (None if outside), its name in there, and the axes of
-    its dimensions."""
-    for name in names:
-        if name.startswith("layers."):
-            _, i, rest = name.split(".", 2)
-            yield name, int(i), rest, DIMS[pattern[int(i)]][rest].split()
-        else:
-            yield name, None, name, OUTER[name].split()
+def along_all(config: ModelConfig, units: Units) -> dict[int | None, dict[str, Tensor] | None]:
+    """Indices along every axis, the stream's too, of each layer (None if left out) and, under None,
+    of what is in no layer."""
+    stream = {"D": units.d_model}
+    return {None: stream} | {i: u and {**stream, **along(config.pattern[i], config, u)}
+                             for i, u in enumerate(units.layers)}
 
 
 def take(weights: dict[str, Tensor], config: ModelConfig, units: Units) -> dict[str, Tensor]:
@@ -161,19 +120,61 @@ def take(weights: dict[str, Tensor], config: ModelConfig, units: Units) -> dict[
     Differentiable. Where the first units of an axis are kept, the result is a view; where a layer
     is left out, the ones after it move up.
     """
-    inside = [u and {"D": units.d_model, **derived(kind, config, u)}
-              for kind, u in zip(config.pattern, units.layers, strict=True)]
-    place = {i: n for n, i in enumerate(i for i, u in enumerate(inside) if u)}
-    out = {}
-    for name, i, rest, dims in named_dims(list(weights), config.pattern):
-        if i is not None and not inside[i]:
+    table, inside, out = weights_of(config), along_all(config, units), {}
+    place = {i: n for n, i in enumerate(i for i, u in inside.items() if i is not None and u)}
+    for name, t in weights.items():
+        i, rest, axes = table[name]
+        if not inside[i]:
             continue
-        index, t = {"D": units.d_model} if i is None else inside[i], weights[name]
-        for dim, axis in enumerate(dims):
-            if axis[0] in index:
-                t = _pick(t, dim, index[axis[0]])
+        for dim, axis in enumerate(axes):
+            if axis in inside[i]:
+                t = _pick(t, dim, inside[i][axis])
         out[name if i is None else f"layers.{place[i]}.{rest}"] = t
     return out
+
+
+def _pick(t: Tensor, dim: int, index: Tensor) -> Tensor:
+    """index_select, as a view where the index is 0, 1, 2, ..."""
+    if torch.equal(index, torch.arange(len(index))):
+        return t.narrow(dim, 0, len(index))
+    return t.index_select(dim, index.to(t.device))
+
+
+def widen(config: ModelConfig, weights: dict[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The same function with one width for all layers of a kind, the widest: `take` of what is
+    returned gives the weights back.
+
+    A model that was cut out may have its own width in every layer; the formats of Hugging Face know
+    one for all. Zeros are added, to heads inside their group, so that every old head reads the
+    keys, or the B and C, that it read before. In a feed-forward or attention layer nothing changes.
+    In a Mamba-2 layer they shrink the mean that the gated norm divides by, s = old / new channels:
+
+        w g / sqrt(mean + eps) = (w sqrt(s)) g / sqrt(s mean + s eps)
+
+    sqrt(s) goes into the norm's weight w. But eps is one number for the whole model: the widened
+    layer computes as if its eps were eps / s, which matters only where mean is not far above eps.
+    Raises ValueError for weights that are not of that shape.
+    """
+    # 1. the widest layer of each kind
+    narrow = weights_of(config)
+    check_shapes(weights, {name: w.shape for name, w in narrow.items()}, "the state dict",
+                 "give the settings that the weights were made with")
+    layers = [(kind, config.layer(i)) for i, kind in enumerate(config.pattern)]
+    wide = replace(config, widths=(), **{
+        field: max(getattr(own, field) for k, own in layers if k == kind)
+        for kind in set(config.pattern) for field in WIDTH_FIELDS[kind]})
+    # 2. zeros, and in them the old weights where `take` would find them
+    inside, out = along_all(wide, kept_units(wide, full_widths(config))), {}
+    for name, (i, rest, axes) in weights_of(wide).items():
+        t = weights[name]
+        for dim, (axis, n) in enumerate(axes.items()):
+            if axis in inside[i]:
+                zeros = t.new_zeros(*t.shape[:dim], n, *t.shape[dim + 1 :])
+                t = zeros.index_copy(dim, inside[i][axis].to(t.device), t)
+        if rest == "mixer.norm_weight":
+            t = t * (narrow[name].axes["I"] / axes["I"]) ** 0.5
+        out[name] = t
+    return wide, out
 
 
 def rotate(weights: dict[str, Tensor], config: ModelConfig, axes_DD: Tensor) -> dict[str, Tensor]:
@@ -186,36 +187,28 @@ def rotate(weights: dict[str, Tensor], config: ModelConfig, axes_DD: Tensor) -> 
     what reads the last norm.
     """
     require_untied(config)
-    out = {}
-    for name, i, _, dims in named_dims(list(weights), config.pattern):
+    table, out = weights_of(config), {}
+    for name, before in weights.items():
+        i, rest, axes = table[name]
         norm = weights["norm.weight" if i is None else f"layers.{i}.norm.weight"].double()
-        Q_DD, t = axes_DD.to(norm), weights[name].double()
-        if dims == ["D*"]:
+        Q_DD, t = axes_DD.to(norm), before.double()
+        if list(axes) == ["D"]:
             t = torch.ones_like(t)
-        elif dims[0] == "D*":
+        elif rest in WRITERS:
             t = Q_DD.T @ t
-        elif dims[1:] == ["D"]:
-            t = t * norm @ Q_DD
-        elif dims[1:] == ["D*"]:
+        elif name == "embed.weight":
             t = t @ Q_DD
-        out[name] = t.to(weights[name])
+        elif "D" in axes:
+            t = t * norm @ Q_DD
+        out[name] = t.to(before)
     return out
 
 
 def require_untied(config: ModelConfig) -> None:
     """Raises ValueError for a model whose stream cannot be turned."""
-    require(
-        not config.tie_embeddings,
-        "elastic.score_d_model (pca) turns the residual stream, which a model with tied embeddings cannot follow; "
-        "choose paper or output",
-    )
-
-
-def _pick(t: Tensor, dim: int, index: Tensor) -> Tensor:
-    """index_select, as a view where the index is 0, 1, 2, ..."""
-    if torch.equal(index, torch.arange(len(index))):
-        return t.narrow(dim, 0, len(index))
-    return t.index_select(dim, index.to(t.device))
+    require(not config.tie_embeddings,
+            "elastic.score_d_model (pca) turns the residual stream, which a model with tied "
+            "embeddings cannot follow; choose paper or output")
 
 
 @dataclass
@@ -229,35 +222,31 @@ class Masks:
 
 
 def hard_masks(config: ModelConfig, widths: Widths) -> Masks:
-    """1 for what is active, 0 for the rest."""
+    """1 for what is active, 0 for the rest; inside a layer that is left out 1 too, for its gamma is
+    0."""
 
-    def mask(n: int, index: Tensor) -> Tensor:
-        return torch.zeros(n, dtype=torch.float64).index_fill(0, index, 1.0)
+    def mask(n: int, index: Tensor | None) -> Tensor:
+        ones = torch.ones(n, dtype=torch.float64)
+        return ones if index is None else torch.zeros_like(ones).index_fill(0, index, 1.0)
 
     units = kept_units(config, widths)
-    size = {
-        "F": config.d_ff,
-        "A": config.n_heads,
-        "H": config.mamba_heads,
-        "P": config.mamba_head_dim,
-    }
-    axes = {"-": "F", "*": "A", "M": "HP"}
-    layers = [{a: mask(size[a], u[a] if u else torch.arange(size[a])) for a in axes[kind]}
+    layers = [{a: mask(axis_sizes(kind, config)[a], u and u[a]) for a in UNITS[kind]}
               for kind, u in zip(config.pattern, units.layers, strict=True)]
     gamma = [torch.tensor(float(u is not None), dtype=torch.float64) for u in units.layers]
     return Masks(mask(config.d_model, units.d_model), layers, gamma)
 
 
-def derived_masks(kind: str, config: ModelConfig, m: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Masks along every axis of a layer, from those of its units (`derived` does the same for
-    indices)."""
+def masks_along(kind: str, config: ModelConfig, m: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Masks along every axis of a layer, from those of its units: `along` for masks."""
     if kind == "-":
         return m
     if kind == "*":
-        return {"Q": m["A"].repeat_interleave(config.attn_head_dim)}
+        return {"I": m["H"].repeat_interleave(config.attn_head_dim)}
     i = torch.outer(m["H"], m["P"]).flatten()
-    ones = i.new_ones(2 * config.mamba_groups * config.d_state)
-    return {"H": m["H"], "I": i, "E": torch.cat([i, ones]), "X": torch.cat([i, i, ones, m["H"]])}
+    own = {"z": i, "x": i, "dt": m["H"]}
+    blocks = {name: own.get(name, i.new_ones(n)) for name, n in in_proj_rows(config).items()}
+    return {"I": i, "E": torch.cat([blocks["x"], blocks["B"], blocks["C"]]),
+            "O": torch.cat(list(blocks.values()))}
 
 
 def mask_weights(
@@ -265,22 +254,20 @@ def mask_weights(
     """Weights whose full-size model computes what the masked one would (eq. 20 to 51).
     Differentiable in both arguments.
 
-    Masked are what the norms give and what the blocks write (D), z, x and dt of Mamba (X) with the
-    convolution's bias (E), queries and what o_proj reads (Q), and the FFN's hidden layer (F). Norms
-    are rescaled, see the module's docstring.
+    Masked are the dimensions in `MASKED`. Norms are rescaled, see the module's docstring.
     """
-    inside = [{"D": masks.d_model, **derived_masks(kind, config, m)}
-              for kind, m in zip(config.pattern, masks.layers, strict=True)]
-    out = {}
-    for name, i, rest, dims in named_dims(list(weights), config.pattern):
-        mask, t = {"D": masks.d_model} if i is None else inside[i], weights[name]
-        for dim, axis in enumerate(dims):
-            if axis.endswith("*"):
-                m = mask[axis[0]].to(t)
+    stream, table, out = {"D": masks.d_model}, weights_of(config), {}
+    inside = {None: stream} | {i: {**stream, **masks_along(config.pattern[i], config, m)}
+                               for i, m in enumerate(masks.layers)}
+    for name, t in weights.items():
+        i, rest, axes = table[name]
+        for dim, axis in enumerate(axes):
+            if axis in MASKED.get(rest, ""):
+                m = inside[i][axis].to(t)
                 m = m * masks.gamma[i].to(t) if rest in WRITERS and dim == 0 else m
                 t = t * (m[:, None] if t.dim() == 2 and dim == 0 else m)
         if rest in NORMS:
-            t = t * share(mask[NORMS[rest]]).sqrt().to(t)
+            t = t * share(inside[i][NORMS[rest]]).sqrt().to(t)
         out[name] = t
     return out
 
@@ -292,12 +279,12 @@ def share(mask: Tensor) -> Tensor:
 
 def masked_skeleton(config: ModelConfig, masks: Masks) -> HybridLM:
     """A full-size model without weights whose norms have the epsilon that goes with the masks."""
-    skeleton = bare_model(config)
+    skeleton, eps = bare_model(config), config.norm_eps
+    for norm in (skeleton.norm, *(block.norm for block in skeleton.layers)):
+        norm.eps = eps * float(share(masks.d_model).detach())
     for block, m in zip(skeleton.layers, masks.layers, strict=True):
-        block.norm.eps = config.norm_eps * float(share(masks.d_model).detach())
         if block.kind == "M":
-            block.mixer.norm_eps = config.norm_eps * float((share(m["H"]) * share(m["P"])).detach())
-    skeleton.norm.eps = config.norm_eps * float(share(masks.d_model).detach())
+            block.mixer.norm_eps = eps * float((share(m["H"]) * share(m["P"])).detach())
     return skeleton
 
 

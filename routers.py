@@ -7,8 +7,8 @@ their expected cost C near the budget. `Costs` has it as sums over tables, for p
 FLOPs or measured latency. The last choice is repaired to meet its budget (`fit_to_budget`), which
 also serves budgets that were never trained.
 
-How to read: `Space`, what can be chosen; `Costs`; `Router`; `probabilities`, `mask_weighting` and
-`budget_loss`, a step of the search.
+How to read: `Space`, what can be chosen; `COSTS` and `Costs`; `Router`; `probabilities`,
+`mask_weighting` and `budget_loss`, a step of the search.
 """
 
 import functools
@@ -25,21 +25,18 @@ from model import Block
 from nested import Masks, Widths, full_widths, in_groups
 from system import parallel
 from system.config import WIDTH_FIELDS, ElasticConfig, ModelConfig
-from system.costs import part_cache_bytes, part_flops, part_parameters, sum_of_parts
+from system.costs import axis_sizes, part_cache_bytes, part_flops, part_parameters, sum_of_parts
 from system.errors import require
 
-AXES = ("d_model", "depth", "ffn", "mamba_heads", "mamba_channels", "attn_heads")
-
-
+# Beside the stream and the depth, the axes of each kind of layer, in the order of `WIDTH_FIELDS`;
+# each with its letter in nested.py.
 KIND_OF = {"ffn": "-", "mamba_heads": "M", "mamba_channels": "M", "attn_heads": "*"}
-
-
+LETTER = {"d_model": "D", "ffn": "F", "mamba_heads": "H", "mamba_channels": "P", "attn_heads": "H"}
+AXES = ("d_model", "depth", *KIND_OF)
 TABLES = {"-": "ffn", "*": "attention", "M": "mamba"}
 
-
-Choice = dict[
-    str, list[int]
-]  # for each axis the index of the width chosen, one for all layers or one for each of its kind
+# For each axis the index of the width chosen, one for all layers or one for each of its kind.
+Choice = dict[str, list[int]]
 
 
 class Space:
@@ -47,27 +44,25 @@ class Space:
     decisions it takes."""
 
     def __init__(self, config: ModelConfig, c: ElasticConfig):
-        require(
-            not config.widths,
-            "elastic cannot start from a model whose layers have widths of their own, as one cut out of a family has; "
-            "start from its parent",
-        )
-        n = len(config.pattern)
-        self.config = config
+        require(not config.widths,
+                "elastic cannot start from a model whose layers have widths of their own, as one "
+                "cut out of a family has; start from its parent")
+        self.config, n = config, len(config.pattern)
         self.layers = {axis: [i for i, k in enumerate(config.pattern) if k == kind]
                        for axis, kind in KIND_OF.items()}
-        self.choices = {
+        # setting, values, full width; without values: steps in all, of the smallest width; unit
+        heads, queries = config.mamba_heads, config.n_heads
+        choices = {
             "d_model": _choices("d_model", c.d_model_choices, config.d_model, 8, 4),
             "depth": _choices("depth", c.depth_choices or (n,), n, 1, 1),
             "ffn": _choices("ffn", c.ffn_choices, config.d_ff, 24, 6),
             "mamba_heads": _choices(
-                "mamba_head", c.mamba_head_choices, config.mamba_heads, 8, 4, config.mamba_groups),
+                "mamba_head", c.mamba_head_choices, heads, 8, 4, config.mamba_groups),
             "mamba_channels": _choices(
                 "mamba_channel", c.mamba_channel_choices, config.mamba_head_dim, 4, 2),
-            "attn_heads": _choices("attn_head", c.attn_head_choices, config.n_heads, config.n_heads,
-                                   config.n_heads // 2, config.n_kv_heads),
-        }
-        self.choices = {a: w for a, w in self.choices.items() if self.layers.get(a, [0])}
+            "attn_heads": _choices("attn_head", c.attn_head_choices, queries, queries, queries // 2,
+                                   config.n_kv_heads)}
+        self.choices = {a: w for a, w in choices.items() if self.layers.get(a, [0])}
         self.shared = {a: a not in c.heterogeneous for a in self.choices}
 
     def n_decisions(self, axis: str) -> int:
@@ -75,28 +70,30 @@ class Space:
         one for each layer."""
         return 1 if axis not in KIND_OF or self.shared[axis] else len(self.layers[axis])
 
+    def decision(self, axis: str, i: int) -> int:
+        """Which decision of an axis holds for layer i."""
+        return 0 if self.shared[axis] else self.layers[axis].index(i)
+
+    def axes_of(self, i: int) -> list[str]:
+        """The axes that layer i has, in the order of `WIDTH_FIELDS`."""
+        return [axis for axis, kind in KIND_OF.items() if kind == self.config.pattern[i]]
+
     def extreme(self, smallest: bool = False) -> Choice:
         """The full model, or the smallest one."""
         return {a: [len(w) - 1 if smallest else 0] * self.n_decisions(a)
                 for a, w in self.choices.items()}
 
-    def decision(self, axis: str, i: int) -> int:
-        """Which decision of an axis holds for layer i."""
-        return 0 if self.shared[axis] else self.layers[axis].index(i)
-
-    def axes_of(self, i: int) -> tuple[str, ...]:
-        """The axes that layer i has, in the order of `WIDTH_FIELDS`."""
-        return tuple(axis for axis, kind in KIND_OF.items() if kind == self.config.pattern[i])
+    def indifferent(self) -> dict[str, Tensor]:
+        """A logit of 0 for every width of every decision."""
+        return {a: torch.zeros(self.n_decisions(a), len(w)) for a, w in self.choices.items()}
 
     def widths(self, choice: Choice, depth_order: list[int]) -> Widths:
         """What a choice keeps. depth_order: layers, the first to go first."""
-        gone = set(
-            depth_order[: len(self.config.pattern) - self.choices["depth"][choice["depth"][0]]])
+        n_kept = self.choices["depth"][choice["depth"][0]]
+        kept = set(depth_order[len(depth_order) - n_kept :])
         layers = tuple(
-            ()
-            if i in gone
-            else tuple(self.choices[a][choice[a][self.decision(a, i)]] for a in self.axes_of(i))
-            for i in range(len(self.config.pattern)))
+            tuple(self.choices[a][choice[a][self.decision(a, i)]] for a in self.axes_of(i))
+            if i in kept else () for i in range(len(self.config.pattern)))
         return Widths(self.choices["d_model"][choice["d_model"][0]], layers)
 
     def gamma(self, p_depth: Tensor, depth_order: list[int]) -> list[Tensor]:
@@ -109,29 +106,22 @@ class Space:
     def masks(self, p: dict[str, Tensor], depth_order: list[int]) -> Masks:
         """Sum of the masks of all widths, weighted by p: probabilities, or 1 for the width that is
         chosen."""
-        c = self.config
-        groups = {"mamba_heads": (c.mamba_heads, c.mamba_groups),
-                  "attn_heads": (c.n_heads, c.n_kv_heads)}
-        sizes = {"d_model": c.d_model, "ffn": c.d_ff, "mamba_channels": c.mamba_head_dim}
 
-        def table(axis: str) -> Tensor:
-            n, k = groups.get(axis, (sizes.get(axis, 0), 1))
-            return torch.stack(
-                [torch.zeros(n).index_fill(0, in_groups(w, n, k), 1.0) for w in self.choices[axis]])
+        def mask(axis: str, weight: Tensor) -> Tensor:
+            size = axis_sizes(KIND_OF.get(axis, ""), self.config)
+            n, n_groups = size[LETTER[axis]], size["K"] if LETTER[axis] == "H" else 1
+            one_each = [torch.zeros(n).index_fill(0, in_groups(w, n, n_groups), 1.0)
+                        for w in self.choices[axis]]
+            return weight @ torch.stack(one_each).to(weight)
 
-        def mask(axis: str, i: int) -> Tensor:
-            weight = p[axis][self.decision(axis, i)]
-            return weight @ table(axis).to(weight)
-
-        letter = {"ffn": "F", "mamba_heads": "H", "mamba_channels": "P", "attn_heads": "A"}
-        layers = [{letter[a]: mask(a, i) for a in self.axes_of(i)} for i in range(len(c.pattern))]
-        stream = p["d_model"][0] @ table("d_model").to(p["d_model"])
-        return Masks(stream, layers, self.gamma(p["depth"][0], depth_order))
+        layers = [{LETTER[a]: mask(a, p[a][self.decision(a, i)]) for a in self.axes_of(i)}
+                  for i in range(len(self.config.pattern))]
+        return Masks(
+            mask("d_model", p["d_model"][0]), layers, self.gamma(p["depth"][0], depth_order))
 
 
-def _choices(
-    name: str, given: tuple[int, ...], full: int, n_steps: int, n_least: int, unit: int = 1
-) -> tuple[int, ...]:
+def _choices(name: str, given: tuple[int, ...], full: int, n_steps: int, n_least: int,
+             unit: int = 1) -> tuple[int, ...]:
     """Widths to choose from, the largest first: those given, checked, or k / n_steps of the full
     width from n_least on.
 
@@ -144,13 +134,56 @@ def _choices(
     for w in given:
         require(1 <= w <= full,
                 f"elastic.{name}_choices ({w}) must lie between 1 and the full model's {full}")
-        require(
-            w % unit == 0,
-            f"elastic.{name}_choices ({w}) must be a multiple of the number of groups ({unit}), so that all groups keep "
-            f"the same count; nearest is {max(unit, round(w / unit) * unit)}",
-        )
+        require(w % unit == 0,
+                f"elastic.{name}_choices ({w}) must be a multiple of the number of groups ({unit}),"
+                " so that all groups keep the same count; nearest is "
+                f"{max(unit, round(w / unit) * unit)}")
     require(full in given, f"elastic.{name}_choices {given} must contain the full model's {full}")
     return tuple(sorted(set(given), reverse=True))
+
+
+# -------------------------------------------------------------------------------------------- costs
+
+
+@functools.cache  # a run builds its router twice: to refuse choices early, and to train it
+@torch.no_grad()
+def part_latency_ns(kind: str, shape: ModelConfig, n_rows: int, device: torch.device,
+                    n_tokens: int = 64) -> float:
+    """Measured nanoseconds a token of a forward pass of a layer (kind "": of the output matrix);
+    median of seven."""
+    part = Block(kind, shape) if kind else nn.Linear(shape.d_model, shape.vocab_size, bias=False)
+    part, x_BTD = part.to(device), torch.randn(n_rows, n_tokens, shape.d_model, device=device)
+    times = []
+    for _ in range(8):
+        began = time.perf_counter()
+        part(x_BTD, None, None) if kind else part(x_BTD)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return sorted(times[1:])[3] * 1e9 / (n_rows * n_tokens)
+
+
+# The values of `elastic.cost`: of a part of the model, its cost in parameters, FLOPs a token, bytes
+# of weights and caches, nanoseconds a token.
+COSTS: dict[str, Callable[[str, ModelConfig, ElasticConfig, torch.device], float]] = {
+    "parameters": lambda kind, shape, c, device: float(part_parameters(kind, shape)),
+    "flops": lambda kind, shape, c, device: part_flops(kind, shape, c.cost_len),
+    "memory": lambda kind, shape, c, device: float(
+        part_parameters(kind, shape) * c.cost_bytes
+        + c.cost_batch * part_cache_bytes(kind, shape, c.cost_len, c.cost_bytes)),
+    "latency": lambda kind, shape, c, device: parallel.on_first(
+        lambda: part_latency_ns(kind, shape, c.cost_batch, device)),
+}
+
+
+def cost_measure(c: ElasticConfig, device: torch.device) -> Callable[[str, ModelConfig], float]:
+    """The cost of a part of the model in the unit of `elastic.cost`."""
+    return lambda kind, shape: COSTS[c.cost](kind, shape, c, device)
+
+
+def total_cost(config: ModelConfig, c: ElasticConfig, device: torch.device) -> float:
+    """Cost of a whole model, of any shape."""
+    return sum_of_parts(cost_measure(c, device), config)
 
 
 class Costs(nn.Module):
@@ -169,16 +202,14 @@ class Costs(nn.Module):
         outside = [measure("", replace(config, d_model=d)) for d in streams]
         self.register_buffer("outside", torch.tensor(outside, dtype=torch.float64))
         for kind in sorted(set(config.pattern)):
-            axes = [a for a in KIND_OF if KIND_OF[a] == kind]
-            shape = [len(streams), *(len(space.choices[a]) for a in axes)]
-            table = torch.zeros(shape, dtype=torch.float64)
-            for at in (torch.cartesian_prod(*(torch.arange(n) for n in shape))
-                       .view(-1, len(shape))
-                       .tolist()):
-                own = {
-                    WIDTH_FIELDS[kind][j]: space.choices[a][at[1 + j]] for j, a in enumerate(axes)}
-                table[tuple(at)] = measure(kind, replace(config, d_model=streams[at[0]], **own))
-            for axis in range(len(shape)):  # a wider part costs no less, whatever the clock says
+            # 1. every combination of widths of the stream and of the layer
+            names = ["d_model", *WIDTH_FIELDS[kind]]
+            widths = [streams, *(space.choices[a] for a in KIND_OF if KIND_OF[a] == kind)]
+            found = [measure(kind, replace(config, **dict(zip(names, each, strict=True))))
+                     for each in itertools.product(*widths)]
+            table = torch.tensor(found, dtype=torch.float64).view([len(w) for w in widths])
+            # 2. a wider part costs no less, whatever the clock says
+            for axis in range(len(widths)):
                 table = table.flip(axis).cummax(axis).values.flip(axis)
             self.register_buffer(TABLES[kind], table)
 
@@ -228,42 +259,7 @@ class Costs(nn.Module):
         return price
 
 
-def cost_measure(c: ElasticConfig, device: torch.device) -> Callable[[str, ModelConfig], float]:
-    """Cost of a part of the model in the unit of `elastic.cost`: parameters, bytes, FLOPs a token,
-    nanoseconds a token."""
-    if c.cost == "parameters":
-        return lambda kind, shape: float(part_parameters(kind, shape))
-    if c.cost == "flops":
-        return lambda kind, shape: part_flops(kind, shape, c.cost_len)
-    if c.cost == "memory":
-        return lambda kind, shape: float(
-            part_parameters(kind, shape) * c.cost_bytes
-            + c.cost_batch * part_cache_bytes(kind, shape, c.cost_len, c.cost_bytes))
-    return lambda kind, shape: parallel.on_first(
-        lambda: part_latency_ns(kind, shape, c.cost_batch, device))
-
-
-def total_cost(config: ModelConfig, c: ElasticConfig, device: torch.device) -> float:
-    """Cost of a whole model, of any shape."""
-    return sum_of_parts(cost_measure(c, device), config)
-
-
-@functools.cache  # a run builds its router twice: to refuse choices early, and to train it
-@torch.no_grad()
-def part_latency_ns(
-    kind: str, shape: ModelConfig, n_rows: int, device: torch.device, n_tokens: int = 64) -> float:
-    """Measured nanoseconds a token of a forward pass of a layer (kind "": of the output matrix);
-    median of seven."""
-    part = Block(kind, shape) if kind else nn.Linear(shape.d_model, shape.vocab_size, bias=False)
-    part, x_BTD = part.to(device), torch.randn(n_rows, n_tokens, shape.d_model, device=device)
-    times = []
-    for _ in range(8):
-        began = time.perf_counter()
-        part(x_BTD, None, None) if kind else part(x_BTD)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return sorted(times[1:])[3] * 1e9 / (n_rows * n_tokens)
+# ----------------------------------------------------------------------------------------- a router
 
 
 class Router(nn.Module):
@@ -294,6 +290,19 @@ class Router(nn.Module):
         """Layers, the first to go first."""
         return self.depth.tolist()
 
+    @property
+    def full_cost(self) -> float:
+        """Cost of the full model."""
+        return self.costs.exact(self.space.extreme(), self.depth_order)
+
+    def fraction(self, budget: float) -> float:
+        """A budget as a fraction of the full model's cost; above 1 it is an absolute cost."""
+        return budget if budget <= 1 else budget / self.full_cost
+
+    def is_full(self, budget: float) -> bool:
+        """Whether a budget is that of the full model, which needs no router."""
+        return self.fraction(budget) >= 1 - 1e-9
+
     def forward(self, budget: float) -> dict[str, Tensor]:
         """Logits [decisions, widths] of every axis."""
         x = self.one_hot(budget).to(self.mlps["d_model"][0].weight)
@@ -307,11 +316,10 @@ class Router(nn.Module):
         """
         trained = [self.fraction(b) for b in self.settings.budgets]
         b = self.fraction(budget)
-        require(
-            trained[-1] - 1e-9 <= b <= trained[0] + 1e-9,
-            f"budget ({budget:g}) is unknown: this model was trained for {', '.join(f'{t:g}' for t in trained)} of the "
-            f"full {self.settings.cost}, and for what lies between; choose one of those",
-        )
+        require(trained[-1] - 1e-9 <= b <= trained[0] + 1e-9,
+                f"budget ({budget:g}) is unknown: this model was trained for "
+                f"{', '.join(f'{t:g}' for t in trained)} of the full {self.settings.cost}, and for "
+                "what lies between; choose one of those")
         x = torch.zeros(len(trained))
         above = max(i for i, t in enumerate(trained) if t >= b - 1e-9)
         below = min(above + 1, len(trained) - 1)
@@ -319,51 +327,6 @@ class Router(nn.Module):
         x[above] += weight
         x[below] += 1 - weight
         return x
-
-    def fraction(self, budget: float) -> float:
-        """A budget as a fraction of the full model's cost; above 1 it is an absolute cost."""
-        return budget if budget <= 1 else budget / self.full_cost
-
-    @property
-    def full_cost(self) -> float:
-        """Cost of the full model."""
-        return self.costs.exact(self.space.extreme(), self.depth_order)
-
-    def check_budgets(self, is_ranked: bool) -> None:
-        """Raises ValueError for a budget above the full model or out of reach, and where the full
-        one must be among them.
-
-        is_ranked: whether the order is known in which layers go; if not, only the least that any
-        order makes counts.
-        """
-        kl, largest = self.settings.self_kl, self.settings.budgets[0]
-        full, least = (self.full_cost,
-                       self.costs.exact(self.space.extreme(smallest=True), self.depth_order))
-        for b in self.settings.budgets:
-            require(
-                self.fraction(b) <= 1 + 1e-9,
-                f"elastic.budgets ({b:g}) is more than the full model's {full:g} {self.settings.cost}; lower it",
-            )
-            require(
-                self.fraction(b) >= least / full,
-                f"elastic.budgets ({b:g}) is below the smallest model that the choices can make: {least:g} "
-                f"{self.settings.cost}, {least / full:.3f} of the full model (above 1 a budget is an absolute cost); "
-                "raise it, or give smaller choices",
-            )
-            if is_ranked and not self.is_full(b):
-                indifferent = {a: torch.zeros(self.space.n_decisions(a), len(w))
-                               for a, w in self.space.choices.items()}
-                self.check_met(fit_to_budget(indifferent, self, b), b)
-        require(
-            kl == 0 or self.is_full(largest),
-            f"elastic.self_kl ({kl:g}) makes the full model a teacher, so it must be trained, and the largest of "
-            f"elastic.budgets is {largest:g}; begin them with {1 if largest <= 1 else full:.15g}, or set "
-            "elastic.self_kl to 0",
-        )
-
-    def is_full(self, budget: float) -> bool:
-        """Whether a budget is that of the full model, which needs no router."""
-        return self.fraction(budget) >= 1 - 1e-9
 
     @torch.no_grad()
     def choose(self, budget: float) -> Widths:
@@ -378,20 +341,67 @@ class Router(nn.Module):
         if self.settings.choose == "fixed":
             choice = by_hand(self, budget)
         else:
-            choice = fit_to_budget(
-                {a: v.log_softmax(-1) for a, v in self(budget).items()}, self, budget)
+            logp = {a: v.log_softmax(-1) for a, v in self(budget).items()}
+            choice = fit_to_budget(logp, self, budget)
         self.check_met(choice, budget)
         return self.space.widths(choice, self.depth_order)
 
     def check_met(self, choice: Choice, budget: float, within: float = 0.02) -> None:
         """Raises ValueError for a choice that costs something else than its budget says."""
-        wanted, reached = (self.fraction(budget),
-                           self.costs.exact(choice, self.depth_order) / self.full_cost)
-        require(
-            abs(reached / wanted - 1) <= within,
-            f"budget ({budget:g}) cannot be met within {100 * within:g} %: the nearest model that the choices make has "
-            f"{reached:.4f} of the full {self.settings.cost}; ask for that, or train with finer elastic.*_choices",
-        )
+        reached = self.costs.exact(choice, self.depth_order) / self.full_cost
+        require(abs(reached / self.fraction(budget) - 1) <= within,
+                f"budget ({budget:g}) cannot be met within {100 * within:g} %: the nearest model "
+                f"that the choices make has {reached:.4f} of the full {self.settings.cost}; ask "
+                "for that, or train with finer elastic.*_choices")
+
+    def check_budgets(self, is_ranked: bool) -> None:
+        """Raises ValueError for a budget above the full model or out of reach, and where the full
+        one must be among them.
+
+        is_ranked: whether the order is known in which layers go; if not, only the least that any
+        order makes counts.
+        """
+        kl, budgets, unit = self.settings.self_kl, self.settings.budgets, self.settings.cost
+        full = self.full_cost
+        least = self.costs.exact(self.space.extreme(smallest=True), self.depth_order)
+        for b in budgets:
+            require(self.fraction(b) <= 1 + 1e-9,
+                    f"elastic.budgets ({b:g}) is more than the full model's {full:g} {unit}; lower "
+                    "it")
+            require(self.fraction(b) >= least / full,
+                    f"elastic.budgets ({b:g}) is below the smallest model that the choices can "
+                    f"make: {least:g} {unit}, {least / full:.3f} of the full model (above 1 a "
+                    "budget is an absolute cost); raise it, or give smaller choices")
+            if is_ranked and not self.is_full(b):
+                self.check_met(fit_to_budget(self.space.indifferent(), self, b), b)
+        require(kl == 0 or self.is_full(budgets[0]),
+                f"elastic.self_kl ({kl:g}) makes the full model a teacher, so it must be trained, "
+                f"and the largest of elastic.budgets is {budgets[0]:g}; begin them with "
+                f"{1 if budgets[0] <= 1 else full:.15g}, or set elastic.self_kl to 0")
+
+
+def build_router(config: ModelConfig, c: ElasticConfig, depth_order: list[int] | None,
+                 device: torch.device) -> Router:
+    """A router over the choices of a model. Raises ValueError for choices or budgets that do not
+    fit.
+
+    depth_order: layers, the first to go first; None where they are not ranked yet: only what no
+    order can reach is refused.
+    """
+    space = Space(config, c)
+    costs = Costs(space, cost_measure(c, device))
+    router = Router(space, c, costs, depth_order or costs.dearest_first()).to(device)
+    router.check_budgets(is_ranked=depth_order is not None or len(space.choices["depth"]) == 1)
+    return router
+
+
+def unmeasured_router(config: ModelConfig, c: ElasticConfig) -> Router:
+    """A router that knows no costs yet: to be loaded, or to be counted."""
+    space = Space(config, c)
+    return Router(space, c, Costs(space, lambda *_: 0.0), list(range(len(config.pattern))))
+
+
+# ------------------------------------------------------------------------------ choosing for a cost
 
 
 def fit_to_budget(
@@ -403,26 +413,25 @@ def fit_to_budget(
     tolerance is taken, and where there is none, the nearest one, after changing two widths at once
     where one alone came no nearer.
     """
+    # 1. plain lists, for there are many look-ups: log-probabilities, the likeliest, the target
     scores = {a: v.tolist() for a, v in logp.items()}
-    likeliest = {
-        a: [max(range(len(row)), key=row.__getitem__) for row in rows] for a, rows in scores.items()
-    }
+    likeliest = {a: [max(range(len(row)), key=row.__getitem__) for row in rows]
+                 for a, rows in scores.items()}
     target = router.fraction(budget) * router.full_cost
-    near = tolerance * target
+    near, cost = tolerance * target, router.costs.pricer(router.depth_order)
 
-    def price(result: tuple[Choice, float]) -> tuple[float, float]:
+    def rank(result: tuple[Choice, float]) -> tuple[float, float]:
         choice, gap = result
         return max(gap, near), -sum(
             row[k] for a in scores for row, k in zip(scores[a], choice[a], strict=True))
 
-    cost = router.costs.pricer(router.depth_order)
+    # 2. from every width of the stream and every depth towards the target; the best of them
+    coarse = list(itertools.product(
+        range(len(scores["d_model"][0])), range(len(scores["depth"][0]))))
     for n_at_once in (1, 2):
-        results = []
-        for d, n in itertools.product(
-            range(len(scores["d_model"][0])), range(len(scores["depth"][0]))):
-            start = {**likeliest, "d_model": [d], "depth": [n]}
-            results.append(_approach(start, scores, cost, target, near, n_at_once))
-        choice, gap = min(results, key=price)
+        results = [_approach({**likeliest, "d_model": [d], "depth": [n]}, scores, cost, target,
+                             near, n_at_once) for d, n in coarse]
+        choice, gap = min(results, key=rank)
         if gap <= near:
             break
     return choice
@@ -437,11 +446,8 @@ def _approach(choice: Choice, scores: dict[str, list], cost: Callable[[Choice], 
     log-probability for each unit that it comes nearer. Returns the choice, and its distance from
     the target.
     """
-    single = [(a, j, k)
-              for a in scores
-              if a in KIND_OF
-              for j, row in enumerate(scores[a])
-              for k in range(len(row))]
+    single = [(a, j, k) for a in scores if a in KIND_OF
+              for j, row in enumerate(scores[a]) for k in range(len(row))]
     gap = abs(cost(choice) - target)
     while gap > near:
         best = None
@@ -469,11 +475,13 @@ def by_hand(router: Router, budget: float) -> Choice:
     full_cost, fraction = router.full_cost, router.fraction(budget)
 
     def logp(factor: float) -> dict[str, Tensor]:
-        full = {a: float(w[0]) for a, w in space.choices.items()}
-        aim = {a: (1.0, 1e6) if a == "depth" else (factor, 10.0) for a in full}
-        rows = {a: -(torch.tensor(w) / full[a] - aim[a][0]).abs() * aim[a][1]
-                for a, w in space.choices.items()}
-        return {a: row.expand(space.n_decisions(a), -1) for a, row in rows.items()}
+        """The nearer to that factor the likelier; depth must not change."""
+        rows = {}
+        for a, w in space.choices.items():
+            aim, weight = (1.0, 1e6) if a == "depth" else (factor, 10.0)
+            row = -(torch.tensor(w) / float(w[0]) - aim).abs() * weight
+            rows[a] = row.expand(space.n_decisions(a), -1)
+        return rows
 
     def off(factor: float) -> float:
         choice = {a: v.argmax(-1).tolist() for a, v in logp(factor).items()}
@@ -482,22 +490,28 @@ def by_hand(router: Router, budget: float) -> Choice:
     return fit_to_budget(logp(min((k / 100 for k in range(1, 101)), key=off)), router, budget)
 
 
-def probabilities(
-    logits: dict[str, Tensor], noise: dict[str, Tensor], scale: float, tau: float
-) -> dict[str, Tensor]:
+# --------------------------------------------------------------------------- a step of the search
+
+
+def probabilities(logits: dict[str, Tensor], noise: dict[str, Tensor], scale: float, tau: float
+                  ) -> dict[str, Tensor]:
     """Gumbel-softmax: softmax((scale logits + noise) / tau) over the widths of each decision (eq. 8
     to 10)."""
     return {a: torch.softmax((scale * v + noise[a]) / tau, dim=-1) for a, v in logits.items()}
 
 
+# The values of `elastic.mask`: weights of the masks from probabilities p, and 1 for the likeliest.
+MASK_MODES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "soft": lambda p, likeliest: p,
+    "top1": lambda p, likeliest: likeliest * p,
+    "straight-through": lambda p, likeliest: likeliest + p - p.detach(),
+}
+
+
 def mask_weighting(p: dict[str, Tensor], mode: str) -> dict[str, Tensor]:
     """How much each width's mask counts: see `elastic.mask`."""
-    if mode == "soft":
-        return p
-    hard = {a: F.one_hot(v.argmax(-1), v.shape[-1]).to(v) for a, v in p.items()}
-    if mode == "top1":
-        return {a: hard[a] * v for a, v in p.items()}
-    return {a: hard[a] + v - v.detach() for a, v in p.items()}
+    return {a: MASK_MODES[mode](v, F.one_hot(v.argmax(-1), v.shape[-1]).to(v))
+            for a, v in p.items()}
 
 
 def budget_loss(router: Router, p: dict[str, Tensor], budget: float) -> Tensor:
@@ -506,25 +520,3 @@ def budget_loss(router: Router, p: dict[str, Tensor], budget: float) -> Tensor:
     ratio = router.costs.expected(p, router.depth_order) / (
         router.fraction(budget) * router.full_cost)
     return F.relu((ratio - 1).abs() - router.settings.dead_zone)
-
-
-def build_router(
-    config: ModelConfig, c: ElasticConfig, depth_order: list[int] | None, device: torch.device
-) -> Router:
-    """A router over the choices of a model. Raises ValueError for choices or budgets that do not
-    fit.
-
-    depth_order: layers, the first to go first; None where they are not ranked yet: only what no
-    order can reach is refused.
-    """
-    space = Space(config, c)
-    costs = Costs(space, cost_measure(c, device))
-    router = Router(space, c, costs, depth_order or costs.dearest_first()).to(device)
-    router.check_budgets(is_ranked=depth_order is not None or len(space.choices["depth"]) == 1)
-    return router
-
-
-def unmeasured_router(config: ModelConfig, c: ElasticConfig) -> Router:
-    """A router that knows no costs yet: to be loaded, or to be counted."""
-    space = Space(config, c)
-    return Router(space, c, Costs(space, lambda *_: 0.0), list(range(len(config.pattern))))

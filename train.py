@@ -112,6 +112,7 @@ def run(config: Config) -> dict:
     """
     began = time.perf_counter()
     config = resolve(config.check())
+    importance.chosen_scores(config.elastic)  # refuses unknown ones
     if config.dry_run:
         return dry_run(config)
     mode, run_dir = MODES[config.mode], config.run_dir()

@@ -363,18 +363,19 @@ class ElasticConfig(FitConfig):
     dead_zone: float = 0.01
     # Channels of the residual stream: pca turns the stream onto its principal axes, the parent's
     # function unchanged, and the first channels hold most of it. The others only put them in order:
-    # paper is equation 1, output weighs that by what reads the channel.
-    score_d_model: Literal["pca", "paper", "output", "random"] = "pca"
+    # paper is equation 1, output weighs that by what reads the channel. For this and the next four
+    # random is a score too, and importance.SCORES has them all.
+    score_d_model: str = "pca"
     # Order of FFN neurons: paper is equation 2 (before the activation), output what a neuron adds
     # to the stream.
-    score_ffn: Literal["paper", "output", "random"] = "output"
+    score_ffn: str = "output"
     # Order of Mamba heads and channels: paper is equations 3 and 4, output what they add to the
     # stream.
-    score_mamba: Literal["paper", "output", "random"] = "output"
+    score_mamba: str = "output"
     # Order of query heads: paper is the size of the queries, output what a head adds to the stream.
-    score_attn: Literal["paper", "output", "random"] = "paper"
+    score_attn: str = "paper"
     # Order of layers: paper is equation 5, greedy scores the rest again after each removal.
-    score_depth: Literal["paper", "greedy", "random"] = "paper"
+    score_depth: str = "paper"
     # Sequences of training text that importance is measured on.
     calibration_rows: int = 32
     # Weight of the forward KL divergence from the frozen parent.

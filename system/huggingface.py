@@ -1,20 +1,19 @@
 """Hugging Face directories in and out: Nemotron-H, Qwen3 and Llama. Works on state dicts and
 ModelConfig alone.
 
-    DIR/config.json          the shape, under the names of `FIELDS`; what else it must say is in `NEEDS`
-    DIR/model.safetensors    the weights, under the names of `TENSORS`; or model.safetensors.index.json and its shards
-    DIR/tokenizer.json       see data.FileTokenizer
+    DIR/config.json          the shape, under the names of `FIELDS`; what else it says is in `NEEDS`
+    DIR/model.safetensors    the weights, named by `names`; or model.safetensors.index.json, shards
+    DIR/tokenizer.json       see text/tokenizer.py
 
-Both tables of names are read in both directions. A layer of Nemotron-H (arXiv 2504.03624) is one of
-ours. A layer of Qwen3 (arXiv 2505.09388) or Llama is two of ours, `*-`, each with its own norm.
-Weights are loaded as fp32, in which they are trained; bf16 values survive the way in and out bit
-for bit.
+The tables are read in both directions. A layer of Nemotron-H (arXiv 2504.03624) is one of ours. A
+layer of Qwen3 (arXiv 2505.09388) or Llama is two of ours, `*-`, each with its own norm. Weights are
+loaded as fp32, in which they are trained; bf16 values survive the way in and out bit for bit.
 
-    python -m tools.export RUN --out DIR       write what a run has trained, for transformers, vLLM and others
+    python -m tools.export RUN --out DIR       write what a run has trained, for transformers, vLLM
 
 How to read: the tables, `names`, then `load_hf` and `save_hf`. The formats know one width for all
-layers; a model whose layers have widths of their own is brought to that by widen.py, or its widths
-are written as lists, which we read again.
+layers of a kind; a model whose layers have widths of their own is brought to that by `nested.widen`
+first, or its widths are written as lists, which we read again.
 
 Step sizes of Mamba-2 are not clamped here, nor in Megatron's training. transformers 5.23 raises
 them to config.json's time_step_min when it reads a prompt and not when it decodes; what is written
@@ -35,109 +34,51 @@ from torch import Tensor
 
 from system import checkpoint
 from system.config import WIDTH_FIELDS, ModelConfig
+from system.costs import weights_of
 from system.errors import require
 from system.files import read_json
-from system.widen import homogeneous
 
 FAMILIES = {"nemotron_h": "NemotronHForCausalLM", "qwen3": "Qwen3ForCausalLM",
             "llama": "LlamaForCausalLM"}
-
 
 # Before every name but lm_head's. Nemotron-H on the hub has "backbone.", transformers 5 itself
 # "model.": both are read.
 PREFIX = {"nemotron_h": "backbone.", "qwen3": "model.", "llama": "model."}
 
+# By the kind of a layer ("": in no layer), how names of ours begin and how theirs do; others
+# are the same.
+TRANSFORMER = {"": {"embed.": "embed_tokens.", "head.": "lm_head."},
+               "*": {"norm.": "input_layernorm.", "mixer.": "self_attn."},
+               "-": {"norm.": "post_attention_layernorm.", "mixer.": "mlp."}}
+RENAMED: dict[str, dict[str, dict[str, str]]] = {
+    "nemotron_h": {"": {"embed.": "embeddings.", "norm.": "norm_f.", "head.": "lm_head."},
+                   "M": {"mixer.conv_": "mixer.conv1d.", "mixer.norm_": "mixer.norm."}},
+    "qwen3": TRANSFORMER, "llama": TRANSFORMER}
 
-# Our name, shape, name in Nemotron-H, name in Qwen3 and Llama. V vocabulary, D model width, F
-# neurons; attention: Q and G rows of all query and key heads, P channels of one; Mamba-2: H heads,
-# I inner width, Z rows of in_proj, E channels and W taps of the convolution. The 1 is theirs alone:
-# our convolution is [E, W].
-TENSORS: dict[str, list[tuple[str, str, str | None, str | None]]] = {
-    "": [("embed.weight", "VD", "embeddings.weight", "embed_tokens.weight"),
-         ("norm.weight", "D", "norm_f.weight", "norm.weight"),
-         ("head.weight", "VD", "lm_head.weight", "lm_head.weight")],
-    "M": [
-        ("norm.weight", "D", "norm.weight", None),
-        ("mixer.in_proj.weight", "ZD", "mixer.in_proj.weight", None),
-        ("mixer.conv_weight", "E1W", "mixer.conv1d.weight", None),
-        ("mixer.conv_bias", "E", "mixer.conv1d.bias", None),
-        ("mixer.A_log", "H", "mixer.A_log", None),
-        ("mixer.D", "H", "mixer.D", None),
-        ("mixer.dt_bias", "H", "mixer.dt_bias", None),
-        ("mixer.norm_weight", "I", "mixer.norm.weight", None),
-        ("mixer.out_proj.weight", "DI", "mixer.out_proj.weight", None),
-    ],
-    "*": [
-        ("norm.weight", "D", "norm.weight", "input_layernorm.weight"),
-        ("mixer.q_proj.weight", "QD", "mixer.q_proj.weight", "self_attn.q_proj.weight"),
-        ("mixer.k_proj.weight", "GD", "mixer.k_proj.weight", "self_attn.k_proj.weight"),
-        ("mixer.v_proj.weight", "GD", "mixer.v_proj.weight", "self_attn.v_proj.weight"),
-        ("mixer.o_proj.weight", "DQ", "mixer.o_proj.weight", "self_attn.o_proj.weight"),
-        ("mixer.q_norm.weight", "P", None, "self_attn.q_norm.weight"),
-        ("mixer.k_norm.weight", "P", None, "self_attn.k_norm.weight"),
-    ],
-    "-": [
-        ("norm.weight", "D", "norm.weight", "post_attention_layernorm.weight"),
-        ("mixer.up_proj.weight", "FD", "mixer.up_proj.weight", "mlp.up_proj.weight"),
-        ("mixer.gate_proj.weight", "FD", None, "mlp.gate_proj.weight"),
-        ("mixer.down_proj.weight", "DF", "mixer.down_proj.weight", "mlp.down_proj.weight"),
-    ],
-}
-
-
-# Our setting, its name in Nemotron-H's config.json, its name in that of Qwen3 and Llama.
-FIELDS: list[tuple[str, str, str | None]] = [
-    ("vocab_size", "vocab_size", "vocab_size"),
-    ("d_model", "hidden_size", "hidden_size"),
-    ("d_ff", "intermediate_size", "intermediate_size"),
-    ("n_heads", "num_attention_heads", "num_attention_heads"),
-    ("n_kv_heads", "num_key_value_heads", "num_key_value_heads"),
-    ("attn_head_dim", "head_dim", "head_dim"),
-    ("norm_eps", "layer_norm_epsilon", "rms_norm_eps"),
-    ("mamba_heads", "mamba_num_heads", None),
-    ("mamba_head_dim", "mamba_head_dim", None),
-    ("mamba_groups", "n_groups", None),
-    ("d_state", "ssm_state_size", None),
-    ("conv_width", "conv_kernel", None),
-    ("chunk", "chunk_size", None),
-]
-
+# Our settings and their names in config.json.
+SHARED = {"vocab_size": "vocab_size", "d_model": "hidden_size", "d_ff": "intermediate_size",
+          "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads",
+          "attn_head_dim": "head_dim"}
+FIELDS: dict[str, dict[str, str]] = {
+    "nemotron_h": SHARED | {"norm_eps": "layer_norm_epsilon", "mamba_heads": "mamba_num_heads",
+                            "mamba_head_dim": "mamba_head_dim", "mamba_groups": "n_groups",
+                            "d_state": "ssm_state_size", "conv_width": "conv_kernel",
+                            "chunk": "chunk_size"},
+    "qwen3": SHARED | {"norm_eps": "rms_norm_eps"}, "llama": SHARED | {"norm_eps": "rms_norm_eps"}}
 
 # What config.json must say, or leave out, for its model to be one that model.py can be. Written out
 # with every export.
-ROTARY = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "use_sliding_window": False,
-}
-
-
+ROTARY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+          "use_sliding_window": False}
 NEEDS: dict[str, dict[str, Any]] = {
-    "nemotron_h": {
-        "mlp_hidden_act": "relu2",
-        "mamba_hidden_act": "silu",
-        "use_conv_bias": True,
-        "use_bias": False,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "mamba_proj_bias": False,
-        "tie_word_embeddings": False,
-    },
-    "qwen3": ROTARY,
-    "llama": ROTARY,
-}
+    "nemotron_h": {"mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "use_conv_bias": True,
+                   "use_bias": False, "attention_bias": False, "mlp_bias": False,
+                   "mamba_proj_bias": False, "tie_word_embeddings": False},
+    "qwen3": ROTARY, "llama": ROTARY}
 
-
-LAYER_TYPES = {
-    "mamba": "M",
-    "linear_attention": "M",
-    "attention": "*",
-    "full_attention": "*",
-    "mlp": "-",
-    "moe": "E",
-}
-
+# Their words for a layer; the last one of each kind is written.
+LAYER_TYPES = {"mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*",
+               "mlp": "-", "moe": "E"}
 
 # Heads that predict several tokens ahead, and constants that old Llama files hold: not part of the
 # model.
@@ -148,42 +89,21 @@ def names(
     config: ModelConfig, family: str, prefix: str = "") -> dict[str, tuple[str, tuple[int, ...]]]:
     """Our name of each tensor -> its name and shape in a checkpoint of that family, with that
     prefix or the hub's."""
-    absent = {"head.weight"} if config.tie_embeddings else set()
-    absent |= set() if config.qk_norm else {"mixer.q_norm.weight", "mixer.k_norm.weight"}
-    absent |= set() if config.ffn == "swiglu" else {"mixer.gate_proj.weight"}
-    column, per_layer = (
-        (2, 1) if family == "nemotron_h" else (3, 2))  # how many of our layers one of theirs is
-    places = [("", "", "", config)]
-    for i, kind in enumerate(config.pattern):
-        places.append((kind, f"layers.{i}.", f"layers.{i // per_layer}.", config.layer(i)))
-    found = {}
-    for kind, ours, theirs, shape in places:
-        sizes = _sizes(shape)
-        for row in TENSORS[kind]:
-            if row[0] not in absent:
-                before = "" if row[0] == "head.weight" else (prefix or PREFIX[family]) + theirs
-                found[ours + row[0]] = (f"{before}{row[column]}",
-                                        tuple(sizes[letter] for letter in row[1]))
+    rotary, found = family != "nemotron_h", {}
+    for ours, weight in weights_of(config).items():
+        kind, place = "", prefix or PREFIX[family]
+        if weight.layer is not None:  # one of theirs is one of ours, or two
+            kind, place = (config.pattern[weight.layer],
+                           f"{place}layers.{weight.layer // (1 + rotary)}.")
+        theirs, shape = weight.name, weight.shape
+        for begin, other in RENAMED[family].get(kind, {}).items():
+            if theirs.startswith(begin):
+                theirs = other + theirs.removeprefix(begin)
+                break
+        if weight.name == "mixer.conv_weight":  # theirs is [E, 1, W]
+            shape = (shape[0], 1, shape[1])
+        found[ours] = (theirs if ours == "head.weight" else place + theirs, shape)
     return found
-
-
-def _sizes(config: ModelConfig) -> dict[str, int]:
-    """What the letters of `TENSORS` stand for in a layer of this shape."""
-    d_inner, d_bc = config.mamba_heads * config.mamba_head_dim, config.mamba_groups * config.d_state
-    return {
-        "V": config.vocab_size,
-        "D": config.d_model,
-        "F": config.d_ff,
-        "Q": config.n_heads * config.attn_head_dim,
-        "G": config.n_kv_heads * config.attn_head_dim,
-        "P": config.attn_head_dim,
-        "I": d_inner,
-        "H": config.mamba_heads,
-        "E": d_inner + 2 * d_bc,
-        "Z": 2 * d_inner + 2 * d_bc + config.mamba_heads,
-        "W": config.conv_width,
-        "1": 1,
-    }
 
 
 def is_hf(folder: Path) -> bool:
@@ -202,60 +122,55 @@ def load_hf(
     Raises ValueError that names the file, and in it the setting that is missing or not supported,
     or the tensors that are missing, unknown or misshapen.
     """
+    # 1. config.json, the tensors, and what they should be called
     config, family = read_config(folder)
     theirs = {name: t for name, t in _read_tensors(folder).items() if not IGNORED.search(name)}
     prefix = "backbone." if any(name.startswith("backbone.") for name in theirs) else "model."
     table = names(config, family, prefix)
+    # 2. a head beside tied embeddings is redundant, or says that they are not tied
     if config.tie_embeddings and "lm_head.weight" in theirs:
         head_VD, embed_VD = theirs.pop("lm_head.weight"), theirs.get(table["embed.weight"][0])
-        require(
-            embed_VD is None or torch.equal(head_VD, embed_VD),
-            f"{folder}: tie_word_embeddings is true, but lm_head.weight differs from {table['embed.weight'][0]}; "
-            "set tie_word_embeddings to false in config.json if both are meant",
-        )
+        require(embed_VD is None or torch.equal(head_VD, embed_VD),
+                f"{folder}: tie_word_embeddings is true, but lm_head.weight differs from "
+                f"{table['embed.weight'][0]}; set tie_word_embeddings to false in config.json if "
+                "both are meant")
+    # 3. all there, of the right shapes: under our names
     checkpoint.check_shapes(
         theirs, dict(table.values()), folder, "config.json and weights must be of the same model")
-    return config, {ours: theirs[name].reshape(_our_shape(shape)).to(dtype)
-                    for ours, (name, shape) in table.items()}
+    return config, {ours: theirs[table[ours][0]].reshape(weight.shape).to(dtype)
+                    for ours, weight in weights_of(config).items()}
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, str]:
     """The shape and the family that config.json tells. Raises ValueError for what is missing or
     model.py cannot be."""
+    # 1. the family, and what rules a model out
     file = folder / "config.json"
     hf = {key: value for key, value in read_json(file).items() if value is not None}
     family = hf.get("model_type")
-    require(
-        family in FAMILIES,
-        f"{file}: model_type ({family!r}) is not supported; choose one of {', '.join(FAMILIES)}")
+    require(family in FAMILIES, f"{file}: model_type ({family!r}) is not supported; choose one of "
+            f"{', '.join(FAMILIES)}")
     for key, needed in [*NEEDS[family].items(), ("quantization_config", None)]:
         value = hf.get(key, needed)
-        require(
-            value == needed,
-            f"{file}: {key} ({value!r}) is not supported, only {needed!r}; choose another checkpoint",
-        )
+        require(value == needed, f"{file}: {key} ({value!r}) is not supported, only {needed!r}; "
+                "choose another checkpoint")
+    # 2. what transformers takes where a setting is left out
     hf.setdefault("num_key_value_heads", hf.get("num_attention_heads"))
     hf.setdefault("layer_norm_epsilon", hf.get("rms_norm_eps", 1e-5))
     hf.setdefault("rms_norm_eps", 1e-6)
     if family == "llama":
-        hf.setdefault(
-            "head_dim", _number(hf, "hidden_size", file) // _number(hf, "num_attention_heads", file)
-        )
+        hf.setdefault("head_dim", _number(hf, "hidden_size", file)
+                      // _number(hf, "num_attention_heads", file))
     hf.setdefault("head_dim", hf.get("attention_head_dim", 128))
+    # 3. layers, widths, the rest
     rotary = family != "nemotron_h"
     pattern = "*-" * _number(hf, "num_hidden_layers", file) if rotary else _pattern(hf, file)
-    hf, widths = _widths(hf, pattern, rotary, file)
+    hf, widths = _widths(hf, pattern, FIELDS[family], file)
     config = ModelConfig(
-        **{ours: _number(hf, theirs, file)
-           for ours, *columns in FIELDS
-           if (theirs := columns[rotary])},
-        pattern=pattern,
-        widths=widths,
-        ffn="swiglu" if rotary else "relu2",
-        rope_theta=_rope_theta(hf, file) if rotary else 0.0,
-        qk_norm=family == "qwen3",
-        tie_embeddings=hf.get("tie_word_embeddings", False),
-    )
+        **{ours: _number(hf, theirs, file) for ours, theirs in FIELDS[family].items()},
+        pattern=pattern, widths=widths, ffn="swiglu" if rotary else "relu2",
+        rope_theta=_rope_theta(hf, file) if rotary else 0.0, qk_norm=family == "qwen3",
+        tie_embeddings=hf.get("tie_word_embeddings", False))
     config.check()
     return config, family
 
@@ -263,30 +178,26 @@ def read_config(folder: Path) -> tuple[ModelConfig, str]:
 def _pattern(hf: dict[str, Any], file: Path) -> str:
     """Nemotron-H's layers as our letters, from whichever of its two spellings is there."""
     types = hf.get("layers_block_type", hf.get("hybrid_override_pattern"))
-    require(
-        types,
-        f"{file} has neither layers_block_type nor hybrid_override_pattern; one of them must name the layers",
-    )
+    require(types, f"{file} has neither layers_block_type nor hybrid_override_pattern; one of them "
+                   "must name the layers")
     pattern = "".join(LAYER_TYPES.get(kind, kind) for kind in types)
     require("E" not in pattern,
             f"{file}: layer {pattern.find('E')} is a mixture of experts, which is not supported")
     return pattern
 
 
-def _widths(
-    hf: dict[str, Any], pattern: str, rotary: bool, file: Path) -> tuple[dict[str, Any], tuple]:
+def _widths(hf: dict[str, Any], pattern: str, keys: dict[str, str], file: Path
+            ) -> tuple[dict[str, Any], tuple]:
     """config.json with the largest width where it lists those of the layers of a kind, and all
     layers' widths, or ()."""
-    keys = {ours: columns[rotary] for ours, *columns in FIELDS}
     lists = {}
-    for kind, fields in WIDTH_FIELDS.items():
-        for field in fields:
-            given, n = hf.get(keys[field]), pattern.count(kind)
+    for kind, own in WIDTH_FIELDS.items():
+        for field in own:
+            given, n = hf.get(keys.get(field)), pattern.count(kind)
             if isinstance(given, list):
-                require(
-                    len(given) == n > 0 and all(isinstance(width, int) for width in given),
-                    f"{file}: {keys[field]} ({given}) must be a number, or list one for each of {n} layers",
-                )
+                require(len(given) == n > 0 and all(isinstance(width, int) for width in given),
+                        f"{file}: {keys[field]} ({given}) must be a number, or list one for each "
+                        f"of {n} layers")
                 lists[field], hf = given, hf | {keys[field]: max(given)}
     if not lists:
         return hf, ()
@@ -304,16 +215,13 @@ def _rope_theta(hf: dict[str, Any], file: Path) -> float:
     rope = {**hf, **(hf.get("rope_parameters") or hf.get("rope_scaling") or {})}
     kind, part = (rope.get("rope_type", rope.get("type", "default")),
                   rope.get("partial_rotary_factor", 1.0))
-    require(
-        kind == "default",
-        f"{file}: rope_type ({kind!r}) is not supported, only 'default'; choose another checkpoint")
-    require(
-        part == 1,
-        f"{file}: partial_rotary_factor ({part}) is not supported, only 1; choose another checkpoint",
-    )
+    require(kind == "default", f"{file}: rope_type ({kind!r}) is not supported, only 'default'; "
+                               "choose another checkpoint")
+    require(part == 1, f"{file}: partial_rotary_factor ({part}) is not supported, only 1; choose "
+                       "another checkpoint")
     other = set(hf.get("layer_types", [])) - {"full_attention"}
-    require(
-        not other, f"{file}: layer_types {sorted(other)} are not supported, only full_attention")
+    require(not other, f"{file}: layer_types {sorted(other)} are not supported, only "
+                       "full_attention; choose another checkpoint")
     return float(_number({"rope_theta": 10000.0, **rope}, "rope_theta", file))
 
 
@@ -329,10 +237,9 @@ def _number(hf: dict[str, Any], key: str, file: Path) -> Any:
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of model.safetensors, or of the shards that its index lists. Raises ValueError
     for a damaged file."""
-    index = folder / "model.safetensors.index.json"
-    shards = (sorted(set(read_json(index).get("weight_map", {}).values()))
-              if index.is_file()
-              else ["model.safetensors"])
+    index, shards = folder / "model.safetensors.index.json", ["model.safetensors"]
+    if index.is_file():
+        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
     tensors: dict[str, Tensor] = {}
     for shard in shards:
         require((folder / shard).is_file(),
@@ -342,11 +249,6 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise ValueError(f"{folder / shard} cannot be read ({error}); copy it again") from error
     return tensors
-
-
-def _our_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Without the middle 1 of their convolution."""
-    return shape if len(shape) < 3 else (shape[0], shape[2])
 
 
 def add_rows(tensors: dict[str, Tensor], new_ids: list[int]) -> dict[str, Tensor]:
@@ -359,11 +261,10 @@ def add_rows(tensors: dict[str, Tensor], new_ids: list[int]) -> dict[str, Tensor
         return tensors
     grown = dict(tensors)
     for name in {"embed.weight", "head.weight"} & tensors.keys():
-        old_VD = tensors[name]
-        first, mean_1D = new_ids[0], old_VD[: new_ids[0]].mean(dim=0, keepdim=True)
+        old_VD, (first, last) = tensors[name], (new_ids[0], new_ids[-1])
+        mean_1D = old_VD[:first].mean(dim=0, keepdim=True)
         grown[name] = torch.cat(
-            [old_VD[:first], mean_1D.expand(new_ids[-1] + 1 - first, -1), old_VD[new_ids[-1] + 1 :]]
-        )
+            [old_VD[:first], mean_1D.expand(last + 1 - first, -1), old_VD[last + 1 :]])
     return grown
 
 
@@ -376,88 +277,76 @@ def save_hf(folder: Path, config: ModelConfig, tensors: dict[str, Tensor],
             listed: bool = False) -> None:
     """Write a model as a Hugging Face directory of the one family that it can be (see `family_of`).
 
-    Layers with widths of their own are filled up with zeros to the widest (see widen.py), unless
-    they are to be listed.
-
     Args: dtype: of the weights; prefix: of their names, instead of the hub's; more: what
     config.json shall say beside the shape, such as eos_token_id; shard_bytes: size over which the
-    weights are split; listed: the layers stay as wide as they are, and config.json lists their
-    widths, in the order of the layers of a kind.
-    Raises ValueError if no family has such a model, if the weights are not of that shape, or if the
-    folder is in use.
+    weights are split; listed: config.json lists the widths of layers that have their own, in the
+    order of the layers of a kind.
+    Raises ValueError if no family has such a model, if its layers differ in width and that is not
+    to be listed, if the weights are not of that shape, or if the folder is in use.
     """
+    # 1. refusals, before anything is written
     require(not (folder / "config.json").exists(),
             f"out ({folder}) already holds a model; choose another --out")
-    family = family_of(config)
+    require(listed or not config.widths,
+            f"model.widths {config.widths} differ by layer, and config.json has one width for all; "
+            "bring the layers to one by nested.widen, or write lists (listed)")
+    family, remedy = family_of(config), "give the settings that the weights were made with"
     config = dataclasses.replace(config, vocab_size=len(tensors["embed.weight"]))
-    shapes = {ours: _our_shape(shape) for ours, (_, shape) in names(config, family).items()}
-    checkpoint.check_shapes(
-        tensors, shapes, folder, "give the settings that the weights were made with")
-    if config.widths and not listed:
-        config, tensors = homogeneous(config, tensors)
-    if family == "nemotron_h" and config.tie_embeddings:  # that family has no tied embeddings
+    shapes = {name: weight.shape for name, weight in weights_of(config).items()}
+    checkpoint.check_shapes(tensors, shapes, folder, remedy)
+    # 2. the weights; Nemotron-H has no tied embeddings, so its head is written out
+    if family == "nemotron_h" and config.tie_embeddings:
         config = dataclasses.replace(config, tie_embeddings=False)
         tensors = {**tensors, "head.weight": tensors["embed.weight"].clone()}
-    table = names(config, family, prefix)
     theirs = {name: tensors[ours].reshape(shape).to(dtype).contiguous()
-              for ours, (name, shape) in table.items()}
+              for ours, (name, shape) in names(config, family, prefix).items()}
     folder.mkdir(parents=True, exist_ok=True)
     _write_tensors(folder, theirs, shard_bytes)
+    # 3. config.json
     rotary = family != "nemotron_h"
-    hf = {
-        "architectures": [FAMILIES[family]],
-        "model_type": family,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        **{theirs: _one_or_all(config, ours)
-           for ours, *columns in FIELDS
-           if (theirs := columns[rotary])},
-        "num_hidden_layers": len(config.pattern) // (1 + rotary),
-        "tie_word_embeddings": config.tie_embeddings,
-        **NEEDS[family],
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
-        **(more or {}),
-    }
+    hf = {"architectures": [FAMILIES[family]], "model_type": family,
+          "torch_dtype": str(dtype).removeprefix("torch."),
+          **{theirs: _one_or_all(config, ours) for ours, theirs in FIELDS[family].items()},
+          "num_hidden_layers": len(config.pattern) // (1 + rotary),
+          "tie_word_embeddings": config.tie_embeddings, **NEEDS[family],
+          "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **(more or {})}
     if rotary:
         hf |= {"rope_theta": config.rope_theta,
                "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
     else:
-        kinds = {"M": "linear_attention", "*": "full_attention", "-": "mlp"}
+        words = {kind: word for word, kind in LAYER_TYPES.items()}
         hf |= {"hybrid_override_pattern": config.pattern,
-               "layers_block_type": [kinds[kind] for kind in config.pattern]}
-        hf["time_step_min"] = 1e-12
+               "layers_block_type": [words[kind] for kind in config.pattern],
+               "time_step_min": 1e-12}
     (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
 
 
 def _one_or_all(config: ModelConfig, field: str) -> Any:
     """A setting; where layers have widths of their own, those of all layers that have it."""
-    of = [
-        i for i, kind in enumerate(config.pattern) if config.widths and field in WIDTH_FIELDS[kind]]
-    return [getattr(config.layer(i), field) for i in of] or getattr(config, field)
+    own = [i for i, kind in enumerate(config.pattern)
+           if config.widths and field in WIDTH_FIELDS[kind]]
+    return [getattr(config.layer(i), field) for i in own] or getattr(config, field)
 
 
 def family_of(config: ModelConfig) -> str:
     """The one family that a model can be written as. Raises ValueError that names what stands in
     the way."""
     if re.fullmatch(r"(\*-)+", config.pattern) and config.ffn == "swiglu" and config.rope_theta > 0:
-        family = "qwen3" if config.qk_norm else "llama"
-        require(
-            family == "qwen3" or config.d_model % config.n_heads == 0,
-            f"model.d_model ({config.d_model}) is no multiple of model.n_heads ({config.n_heads}), and Llama needs that",
-        )
-        return family
-    wrong = ([]
-             if config.ffn == "relu2" or "-" not in config.pattern
-             else [f"model.ffn ({config.ffn!r})"])
-    if "*" in config.pattern:
-        wrong += [f"model.rope_theta ({config.rope_theta})"] if config.rope_theta else []
-        wrong += [f"model.qk_norm ({config.qk_norm})"] if config.qk_norm else []
-    require(
-        not wrong,
-        f"no family has the pattern {config.pattern!r} with {' and '.join(wrong)}: Nemotron-H has any pattern, with relu2 "
-        "and plain attention; Qwen3 and Llama have '*-' repeated, with swiglu and RoPE",
-    )
+        require(config.qk_norm or config.d_model % config.n_heads == 0,
+                f"model.d_model ({config.d_model}) is no multiple of model.n_heads "
+                f"({config.n_heads}), and Llama needs that; set model.qk_norm, which is Qwen3")
+        return "qwen3" if config.qk_norm else "llama"
+    wrong = []
+    if "-" in config.pattern and config.ffn != "relu2":
+        wrong.append(f"model.ffn ({config.ffn!r})")
+    if "*" in config.pattern and config.rope_theta:
+        wrong.append(f"model.rope_theta ({config.rope_theta})")
+    if "*" in config.pattern and config.qk_norm:
+        wrong.append(f"model.qk_norm ({config.qk_norm})")
+    require(not wrong,
+            f"no family has the pattern {config.pattern!r} with {' and '.join(wrong)}: Nemotron-H "
+            "has any pattern, with relu2 and plain attention; Qwen3 and Llama have '*-' repeated, "
+            "with swiglu and RoPE")
     return "nemotron_h"
 
 
@@ -466,16 +355,16 @@ def _write_tensors(folder: Path, tensors: dict[str, Tensor], shard_bytes: int) -
     and their index."""
     shards: list[dict[str, Tensor]] = [{}]
     for name, t in tensors.items():
-        if (shards[-1]
-            and sum(other.nbytes for other in shards[-1].values()) + t.nbytes > shard_bytes):
+        size = sum(other.nbytes for other in shards[-1].values())
+        if shards[-1] and size + t.nbytes > shard_bytes:
             shards.append({})
         shards[-1][name] = t
-    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    files = files if len(shards) > 1 else ["model.safetensors"]
-    for file, shard in zip(files, shards, strict=True):
+    n, places = len(shards), {}
+    for i, shard in enumerate(shards):
+        file = "model.safetensors" if n == 1 else f"model-{i + 1:05d}-of-{n:05d}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})
-    if len(shards) > 1:
-        places = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        places |= dict.fromkeys(shard, file)
+    if n > 1:
         index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
                  "weight_map": places}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

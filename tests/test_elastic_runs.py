@@ -577,6 +577,8 @@ def test_an_extracted_model_is_refused_as_a_parent(program, extracted, tmp_path,
         ("attn-head-choices 4 3", "elastic.attn_head_choices (3) must be a multiple of the number of groups (2), "
                                   "so that all groups keep the same count; nearest is 4"),
         ("mamba-head-choices 4 1", "elastic.mamba_head_choices (1) must be a multiple of the number of groups (2)"),
+        ("score-ffn activation", "elastic.score_ffn ('activation') is unknown; choose one of paper, output, random"),
+        ("score-depth output", "elastic.score_depth ('output') is unknown; choose one of paper, greedy, random"),
         ("score-d-model pca", "elastic.score_d_model (pca) turns the residual stream, which a model with tied embeddings"),
     ],
     ids=lambda v: v if v[0] != "e" else "",
@@ -587,11 +589,17 @@ def test_unusable_settings_are_refused_before_a_base_is_trained(program, tmp_pat
     options = {"--elastic.budgets": (1, 0.5), "--elastic.long-weights": (1, 1)} | {f"--elastic.{name}": values}
     if "head-choices" in name:  # groups of two
         options |= {"--model.n-heads": [4], "--model.n-kv-heads": [2], "--model.mamba-groups": [2]}
-    if "score" in name:
+    if values == ["pca"]:
         options |= {"--model.tie-embeddings": []}
     assert program(tmp_path / "run", "--mode", "elastic", *(w for k, v in options.items() for w in (k, *v))) == 2
     assert message in " ".join(capsys.readouterr().out.split())
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("mode", ["elastic", "rlp"])
+def test_a_dry_run_refuses_an_unknown_score_too(program, tmp_path, capsys, mode):
+    assert program(tmp_path, "--mode", mode, "--dry-run", "--elastic.score-attn", "activation") == 2
+    assert "elastic.score_attn ('activation') is unknown" in " ".join(capsys.readouterr().out.split())
 
 
 def test_resuming_with_other_elastic_settings_is_refused_by_name(program, finished, tmp_path, capsys):
@@ -653,7 +661,8 @@ def test_kl_and_loss_of_a_size_are_means_over_targets_by_hand(corpus, monkeypatc
         kl_B.append(float((p[row, at].exp() * (p[row, at] - q[row, at])).sum(-1).mean()))
         loss_B.append(-float(q[row, at, target[at]].mean()))
     assert found["kl_nats"]["mean"] == pytest.approx(sum(kl_B) / 16, rel=1e-4)
-    assert found["text_loss_nats"]["mean"] == found["problem_loss_nats"]["mean"] == found["loss_nats"]["mean"]
+    for name in ("text_loss_nats", "problem_loss_nats"):
+        assert found[name]["mean"] == pytest.approx(found["loss_nats"]["mean"], rel=1e-12)
     assert found["loss_nats"]["mean"] == pytest.approx(sum(loss_B) / 16, rel=1e-5)
 
 
@@ -690,7 +699,7 @@ def test_scores_of_every_axis_are_compared_on_a_trained_model(finished, capsys):
 
 def test_scores_of_a_model_with_tied_embeddings_leave_out_the_one_that_it_cannot_have(corpus):
     tied = replace(SMOKE, model=replace(SMOKE.model, tie_embeddings=True))
-    table = evals.score_table(noisy_model(tied, corpus), corpus, tied, n_random=1)
+    table = scores.table_of(noisy_model(tied, corpus), corpus, tied, n_random=1)
     assert list(table["d_model"]) == ["paper", "output", "random"]
     assert set(table) == set(routers.AXES)
 

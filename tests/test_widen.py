@@ -1,6 +1,7 @@
 """A model whose layers have widths of their own, and the same filled up to one width: equal, in fp64."""
 
 import dataclasses
+import json
 
 import hf_models  # noqa: F401  # before transformers
 import pytest
@@ -10,10 +11,11 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from model import HybridLM
-from system.checkpoint import load_weights
-from system.config import ModelConfig
+from nested import Widths, kept_units, take, widen
+from system.checkpoint import load_weights, save
+from system.config import Config, ModelConfig
 from system.huggingface import load_hf, save_hf
-from system.widen import homogeneous
+from tools import export
 
 PATTERN = "M-*M-*M"
 # Heads come in two groups, of 2, 4 and 6 heads; layer 3 has one channel a head, and so a sixth of the widest one's.
@@ -39,7 +41,7 @@ def logits(model, n_tokens=11):
 def logits_of_both(config):
     """Of the layered model and of the filled one, and the filled one's shape."""
     model = layered(config)
-    wide, tensors = homogeneous(config, model.state_dict())
+    wide, tensors = widen(config, model.state_dict())
     filled = HybridLM(wide).double()
     load_weights(filled, tensors, "filled")
     return logits(model), logits(filled), wide
@@ -79,24 +81,63 @@ def test_with_the_usual_eps_the_difference_is_small():
 def test_a_model_of_one_width_comes_back_bit_for_bit():
     base = dataclasses.replace(BASE, widths=())
     model = layered(base)
-    wide, tensors = homogeneous(base, model.state_dict())
+    wide, tensors = widen(base, model.state_dict())
     assert wide == base
     assert_close(tensors, dict(model.state_dict()), rtol=0, atol=0)
 
 
-def test_an_export_fills_up_what_the_format_cannot_say(tmp_path):
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("options", [{}, {"ffn": "swiglu", "qk_norm": True}], ids=["plain", "swiglu, qk-norm"])
+def test_what_is_taken_out_of_the_wide_model_is_the_old_one_bit_for_bit_and_the_rest_is_zero(tied, options):
+    """But for the gated norm of Mamba-2: sqrt(old / new channels) times the old weights."""
+    config = dataclasses.replace(BASE, tie_embeddings=tied, **options)
+    old = dict(layered(config).state_dict())
+    wide, new = widen(config, old)
+    assert new.keys() == old.keys() == dict(HybridLM(wide).state_dict()).keys()
+    back = take(new, wide, kept_units(wide, Widths(8, WIDTHS)))
+    for i, channels in ((0, 6), (3, 4), (6, 24)):
+        old[f"layers.{i}.mixer.norm_weight"] = old[f"layers.{i}.mixer.norm_weight"] * (channels / 24) ** 0.5
+    assert_close(back, old, rtol=0, atol=0)
+    assert all((new[name] != 0).sum() == (old[name] != 0).sum() for name in old)
+
+
+# -------------------------------------------------------------------------------------------------------------- export
+
+
+def save_run(folder, config, model):
+    """A run folder with these weights and settings."""
+    save(folder, 0, {"model": model}, [], {})
+    (folder / "config.json").write_text(json.dumps({"config": Config(model=config).to_dict()}))
+    return str(folder)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_an_export_fills_up_what_the_format_cannot_say(tmp_path, tied):
     """transformers then computes what the layered model does; what we read again is the wide one."""
-    model = layered(dataclasses.replace(BASE, norm_eps=1e-8)).float()
-    save_hf(tmp_path / "out", model.config, model.state_dict())
+    model = layered(dataclasses.replace(BASE, norm_eps=1e-8, tie_embeddings=tied)).float()
+    run = save_run(tmp_path / "run", dataclasses.replace(model.config, vocab_size=0), model)
+    assert export.main([run, "--out", str(tmp_path / "out")]) == 0
     theirs, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(report.values())
     assert_close(theirs(torch.arange(22).view(2, 11) * 5 % 12).logits.detach(), logits(model), rtol=1e-3, atol=1e-3)
-    assert load_hf(tmp_path / "out")[0] == homogeneous(model.config, model.state_dict())[0]
+    wide, tensors = widen(model.config, model.state_dict())
+    config, again = load_hf(tmp_path / "out")
+    assert config == dataclasses.replace(wide, tie_embeddings=False)
+    assert_close({name: again[name] for name in tensors}, tensors, rtol=0, atol=0)
 
 
-def test_weights_that_do_not_fit_the_widths_are_refused_before_anything_is_written(tmp_path):
+def test_layers_of_different_widths_are_written_only_as_lists(tmp_path):
     model = layered(BASE)
-    other = dataclasses.replace(BASE, widths=((4, 3), *WIDTHS[1:]))
-    with pytest.raises(ValueError, match=r"layers.0.mixer.in_proj.weight has shape"):
-        save_hf(tmp_path / "out", other, model.state_dict())
+    with pytest.raises(ValueError, match=r"model.widths .* differ by layer.* nested.widen, or write lists"):
+        save_hf(tmp_path / "out", model.config, model.state_dict())
+    assert not (tmp_path / "out").exists()
+    run = save_run(tmp_path / "run", BASE, model.float())
+    assert export.main([run, "--out", str(tmp_path / "out"), "--widths", "listed"]) == 0
+    assert load_hf(tmp_path / "out")[0].widths == WIDTHS
+
+
+def test_weights_that_do_not_fit_the_widths_are_refused_before_anything_is_written(tmp_path, capsys):
+    run = save_run(tmp_path / "run", dataclasses.replace(BASE, widths=((4, 3), *WIDTHS[1:])), layered(BASE))
+    assert export.main([run, "--out", str(tmp_path / "out")]) == 2
+    assert "layers.0.mixer.in_proj.weight has shape" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -1,21 +1,22 @@
-"""Write what a run has trained as a Hugging Face directory: `python -m tools.export RUN --out
-DIR`."""
+"""A run as a Hugging Face directory: `python -m tools.export RUN --out DIR`."""
 
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 import tyro
 
+from nested import widen
 from system import checkpoint
 from system.config import saved_config
 from system.errors import exit_code, require
 from system.files import read_json
 from system.huggingface import family_of, save_hf
 
-# ------------------------------------------------------------------------------------------ program
+KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
 
 
 def export(run: tyro.conf.Positional[Path], out: Path,
@@ -27,26 +28,27 @@ def export(run: tyro.conf.Positional[Path], out: Path,
         run: Folder of a run, such as runs/rlp-cpu-seed0.
         out: Folder to write; it must not hold a model yet.
         dtype: Of the weights.
-        widths: Layers of different widths are padded with zeros to one, which all programs read; or they stay as they
-            are, and config.json lists their widths, as vLLM reads intermediate_size; transformers reads no lists.
+        widths: Layers of different widths are padded with zeros to one, which all programs read;
+            or they stay as they are, and config.json lists their widths, as vLLM reads
+            intermediate_size; transformers reads no lists.
     """
     found = checkpoint.newest(run)
     require(
         found, f"{run} holds no checkpoint; give the folder of a run, such as runs/rlp-cpu-seed0")
-    config = saved_config(run).model
-    source, kept = (run / "hf",
-                    ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings"))
-    theirs = read_json(source / "config.json") if source.is_dir() else {}
-    more = {key: theirs[key] for key in kept if key in theirs}
-    save_hf(out, config, found.tensors("model"), getattr(torch, dtype), more=more,
-            listed=widths == "listed")
-    if source.is_dir():
-        shutil.copyfile(source / "tokenizer.json", out / "tokenizer.json")
+    config, tensors = saved_config(run).model, found.tensors("model")
+    if config.widths and widths == "padded":
+        config = replace(config, vocab_size=len(tensors["embed.weight"]))
+        config, tensors = widen(config, tensors)
+    theirs = read_json(run / "hf/config.json") if (run / "hf").is_dir() else {}
+    save_hf(out, config, tensors, getattr(torch, dtype),
+            more={key: theirs[key] for key in KEPT if key in theirs}, listed=widths == "listed")
+    if (run / "hf").is_dir():
+        shutil.copyfile(run / "hf/tokenizer.json", out / "tokenizer.json")
     print(f"wrote {out} ({family_of(config)})")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`python -m tools.export RUN --out DIR`. Returns 0, or 2 for what cannot be written."""
+    """Returns 0, or 2 for what cannot be written."""
     return exit_code(lambda: tyro.cli(export, args=argv, prog="python -m tools.export"))
 
 
