@@ -1,10 +1,10 @@
-"""Tables and plots of README.md and RESULTS.md, made from results/ and never by hand.
+"""Figures of README.md and RESULTS.md, made from results/ and never by hand.
 
     python -m tools.report                          write them anew
     python -m tools.report runs/rlp-cpu-seed0       take a run into results/ first
 
-RESULTS.md is generated as a whole. A table of README.md stands between the lines
-`<!-- table NAME -->` and `<!-- end -->`. A test compares both with what this file would write.
+RESULTS.md is written as a whole, README.md's tables between the lines `<!-- table NAME -->` and
+`<!-- end -->`. A test compares both with what this file would write.
 """
 
 import re
@@ -111,13 +111,13 @@ def n_seeds(runs: list[dict]) -> str:
 
 RULE = """A claim is reproduced where all its checks hold, in part where some do. A check is of a
 95 % interval: over seeds (Student's t, paired), or over problems or sequences where there is one
-seed. What `results/` lacks is not tested here."""
+seed. What `results/` lacks is not tested here. Sizes stand in order, the largest first."""
 
 
 def above(leaves: list[dict], others: list[dict] | None = None) -> bool:
     """Whether figures are surely larger than others, or than 0 if there are none: see RULE."""
-    if len(leaves) == 1:
-        return leaves[0]["low"] > (others[0]["high"] if others else 0)
+    if len(leaves) < 2:
+        return bool(leaves) and leaves[0]["low"] > (others[0]["high"] if others else 0)
     d = [a["mean"] - b["mean"] for a, b in zip(leaves, others or [{"mean": 0}] * len(leaves),
                                                strict=True)]
     return statistics.mean(d) > T95[min(len(d), 5)] * statistics.stdev(d) / len(d) ** 0.5
@@ -125,13 +125,14 @@ def above(leaves: list[dict], others: list[dict] | None = None) -> bool:
 
 def claims(found: dict[str, list[dict]]) -> list[list[str]]:
     """The table of claims; the first row is its head."""
-    rows = [["claim of the paper", "here", "figure", "command, with `--seed N`", "commit"]]
+    rows = [["claim of the paper", "here", "figure", "seeds", "command", "commit"]]
 
     def add(claim: str, command: str, runs: list[dict] = (), checks: list[bool] = (),
             figures: str = "") -> None:
         verdict = ("reproduced" if all(checks) else "in part" if any(checks)
                    else "**not reproduced**") if runs else "not tested here"
-        rows.append([claim, verdict, figures * bool(runs), f"`{command}`" * bool(command),
+        rows.append([claim, verdict, figures * bool(runs), ", ".join(str(r["seed"]) for r in runs),
+                     f"`python train.py {command}`",
                      ", ".join(sorted({view.commit(run) for run in runs}))])
 
     def get(path: str, runs: list[dict], who: str = "rlp") -> list[dict]:
@@ -141,61 +142,60 @@ def claims(found: dict[str, list[dict]]) -> list[list[str]]:
         return view.cell(view.over_seeds(get(path, runs, who)), form)
 
     # 1. RLP
-    rlp, random, cpt = found["rlp-cpu"], found["rlp-cpu-random"], found["cpt-cpu"]
-    both = [run for run in rlp if run["seed"] in [other["seed"] for other in cpt]]
+    rlp, random = found["rlp-cpu"], found["rlp-cpu-random"]
+    pairs = [(a, b) for a in rlp for b in found["cpt-cpu"] if a["seed"] == b["seed"]]
+    ours, cpt = [a for a, _ in pairs], [b for _, b in pairs]
     sampled, greedy = "accuracy/sampled/all/WHO", "accuracy/greedy/all/WHO"
-    position, base = "text_positions/WHO/gain_nats/frozen_base", "gain_nats/frozen_base"
-    change, command = "loss_nats/no_think_text_change", "python train.py --mode rlp"
-    add("RLP: thoughts learn to answer where thinking is needed", command, rlp,
+    position, change = "text_positions/WHO/gain_nats/frozen_base", "loss_nats/no_think_text_change"
+    add("RLP: thoughts learn to answer where thinking is needed", "--mode rlp", rlp,
         [above(get(sampled, rlp), get(sampled, rlp, "base"))],
         f"accuracy {text(sampled, rlp, 'base')} → {text(sampled, rlp)}")
-    add("RLP: thoughts gain over the EMA teacher, which does not think", command, rlp,
+    add("RLP: thoughts gain over the EMA teacher, which does not think", "--mode rlp", rlp,
         [above(get("gain_nats/ema", rlp))], f"{text('gain_nats/ema', rlp)} nats at answers")
     add("RLP: thoughts gain at random positions of ordinary text",
-        f"{command} --rlp.positions random", random, [above(get(position, random))],
-        f"{text(position, random)} nats; at answers of problems {text(base, random)}")
-    add("RLP: better than continued pretraining at equal compute", "python train.py --mode cpt",
-        both and cpt, [above(get(path, both), get(path, cpt, "cpt")) for path in (sampled, greedy)],
-        f"accuracy {text(sampled, both)} against {text(sampled, cpt, 'cpt')}; with a greedy "
-        f"thought {text(greedy, both)} against {text(greedy, cpt, 'cpt')}")
-    add("RLP: prediction without a thought does not collapse; it gets better", command, rlp,
+        "--mode rlp --rlp.positions random", random, [above(get(position, random))],
+        f"{text(position, random)} nats; at answers {text('gain_nats/frozen_base', random)}")
+    add("RLP: better than continued pretraining at equal compute", "--mode cpt", cpt,
+        [above(get(path, ours), get(path, cpt, "cpt")) for path in (sampled, greedy)],
+        f"accuracy {text(sampled, ours)} against {text(sampled, cpt, 'cpt')}; with a greedy "
+        f"thought {text(greedy, ours)} against {text(greedy, cpt, 'cpt')}")
+    add("RLP: prediction without a thought does not collapse; it gets better", "--mode rlp", rlp,
         [all(leaf["high"] < bound for leaf in get(change, rlp)) for bound in (0.05, 0)],
         f"loss on text {text(change, rlp, form='+.1%')}")
-    add("RLP: it holds for models of 1.7B and 12B",
-        "python train.py --preset qwen3-1.7b-rlp --dry-run")
+    add("RLP: it holds for models of 1.7B and 12B", "--preset qwen3-1.7b-rlp")
 
     # 2. Elastic
-    runs, command = found["elastic-cpu"], "python train.py --mode elastic"
+    runs, alone = found["elastic-cpu"], "--mode elastic"
     families = [run["budgets"] for run in runs]
-    off = max((abs(e["cost"] / e["target"] - 1) for f in families for e in f), default=0)
-    add("Elastic: one run gives all sizes, and each meets its budget", command, runs, [off < 0.01],
+    sizes = [e for family in families for e in family]
+    off = max((abs(e["cost"] / e["target"] - 1) for e in sizes), default=0)
+    add("Elastic: one run gives all sizes, and each meets its budget", alone, runs, [off < 0.01],
         f"off by {off:.1%} at most")
-    add("Elastic: sizes are cut out with no further training, as good as the parent", command, runs,
-        [e["loss_change"]["high"] < 0.01 for f in families for e in f],
-        "loss " + ", ".join(over_sizes(families, "loss_change", "+.1%")))
+    add("Elastic: sizes are cut out with no further training, as good as the parent", alone, runs,
+        [e["loss_change"]["high"] < 0.01 for e in sizes],
+        f"loss {', '.join(over_sizes(families, 'loss_change', '+.1%'))}")
     for claim, name in (("better than sizes distilled alone, equal tokens in all", "separate"),
                         ("as good as sizes distilled alone with n times the tokens", "minitron"),
                         ("the order of importance matters", "random-order"),
                         ("unequal weights of budgets in stage 2 help", "uniform")):
         theirs = [run for run in runs if name in run["baselines"]]
         rivals = [run["baselines"][name] for run in theirs]
-        add(f"Elastic: {claim}", f"{command} --elastic.baseline {name}", theirs,
+        shown = ", ".join(over_sizes(rivals, "difference_nats", "+.3f"))
+        add(f"Elastic: {claim}", f"{alone} --elastic.baseline {name}", theirs,
             [above([e["difference_nats"] for e in size]) for size in zip(*rivals, strict=True)],
-            f"{view.RIVALS[name]}: " + ", ".join(over_sizes(rivals, "difference_nats", "+.3f")) + " nats")
-    long = [[s["long_loss_nats"]["mean"] - e["long_loss_nats"]["mean"] for s, e in zip(
+            f"{view.RIVALS[name]} minus elastic: {shown} nats")
+    less = [[s["long_loss_nats"]["mean"] - e["long_loss_nats"]["mean"] for s, e in zip(
         run["stage1"], run["budgets"], strict=True)] for run in runs if run["stage1"]]
-    less = [[{"mean": value, "low": value, "high": value} for value in size]
-            for size in zip(*long, strict=True)]
-    add("Elastic: the second stage, of long texts, helps on them", command, long and runs,
-        [above(size) for size in less],
-        "loss lower by " + ", ".join(view.cell(view.over_seeds(size), ".3f") for size in less) + " nats")
+    less = [[{"mean": x, "low": x, "high": x} for x in size] for size in zip(*less, strict=True)]
+    shown = ", ".join(view.cell(view.over_seeds(size), ".3f") for size in less)
+    add("Elastic: the second stage, of long texts, helps on them", alone, less and runs,
+        [above(size) for size in less], f"loss lower by {shown} nats")
     memory = [[run["memory"][f"{k}_memory"] / 1e6 for k in ("family", "separate")] for run in runs]
-    add("Elastic: the memory of a family is that of its largest model and of routers", command,
-        runs, [family < 0.6 * separate for family, separate in memory],
+    add("Elastic: a family needs the memory of its largest model and of routers", alone, runs,
+        [family < 0.6 * separate for family, separate in memory],
         "; ".join(f"{family:.2f} MB, apart {separate:.2f}" for family, separate in memory[:1]))
-    add("Elastic: accuracy at each budget", "")
-    add("Elastic: it holds for a model of 12B",
-        "python train.py --preset nemotron-12b-elastic --dry-run")
+    add("Elastic: accuracy at each budget", alone)
+    add("Elastic: it holds for a model of 12B", "--preset nemotron-12b-elastic")
     return rows
 
 
@@ -241,14 +241,15 @@ def results(folder: Path) -> str:
                 if run["seed"] == seed}
         columns = {"base": ([next(iter(runs.values()))], "base"),
                    **{name: ([run], run["mode"]) for name, run in runs.items()}}
-        costs = [f"{name}: {view.total_minutes(run):.1f} min with the base, {run['peak_memory_gib']:.1f}"
-                 f" GiB, commit {view.commit(run)}." for name, run in runs.items()]
-        parts += [f"### Seed {seed}", view.markdown(view.thought_rows(columns)), "\n".join(costs)]
+        costs = [f"{name} {view.total_minutes(run):.1f} min with the base, "
+                 f"{run['peak_memory_gib']:.1f} GiB, commit {view.commit(run)}"
+                 for name, run in runs.items()]
+        parts += [f"### Seed {seed}", view.markdown(view.thought_rows(columns)), "; ".join(costs)]
     parts.append(ELASTIC)
     for run in found["elastic-cpu"]:
         parts += [f"### Seed {run['seed']}", view.markdown(view.budget_rows(run)),
                   *[view.markdown(view.rival_rows(run))] * bool(run["baselines"]),
-                  f"The family trained for {run['train_s']['elastic']:.0f} s; commit {view.commit(run)}."]
+                  f"Family: {run['train_s']['elastic']:.0f} s, commit {view.commit(run)}"]
     parts.append(SPEED)
     for device in ("cpu", "cuda"):
         for bench in found[f"bench-{device}"]:

@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-RIVALS = {  # of an elastic family: the name of `elastic.baseline`, and what tables and plots call it
+RIVALS = {  # what tables and plots call an elastic family and each `elastic.baseline`
     "elastic": "elastic, one run",
     "separate": "alone, equal tokens in all",
     "minitron": "alone, n times the tokens",
@@ -38,8 +38,8 @@ def short(leaf: dict[str, Any] | None, form: str = ".2f") -> str:
 
 def over_seeds(leaves: list[dict[str, Any] | None]) -> dict[str, Any] | None:
     """Of several seeds the mean, with the smallest and the largest as bounds; of one its figure."""
-    if len(leaves) == 1 or None in leaves:
-        return leaves[0]
+    if len(leaves) < 2 or None in leaves:
+        return leaves[0] if leaves else None
     means = [leaf["mean"] for leaf in leaves]
     return {"mean": sum(means) / len(means), "low": min(means), "high": max(means)}
 
@@ -59,21 +59,19 @@ def figures(families: list[str]) -> dict[str, tuple[str, str]]:
     gains = {"frozen_base": "the frozen base", "ema": "the EMA teacher",
              "own_no_think": "no thought", "empty_thought": "an empty thought"}
     kinds = {"sampled": "sampled thoughts", "greedy": "greedy thought", "no_think": "no thought"}
-    alike = {
-        **{f"accuracy, {label}": f"accuracy/{kind}/all/WHO" for kind, label in kinds.items()},
-        **{f"  {family}, sampled thoughts": f"accuracy/sampled/{family}/WHO"
-           for family in families},
-        "loss on text, no thought, nats": "loss_nats/no_think_text/WHO",
-        "gain at ordinary text, nats": "text_positions/WHO/gain_nats/frozen_base",
-        "thought, tokens": "thought_tokens/all/WHO",
-        "thoughts that close": "closed/all/WHO"}
-    return {
-        **{f"gain over {name}, nats": (f"gain_nats/{key}", f"gain_nats_before/{key}")
-           for key, name in gains.items()},
-        **{label: (path, path) for label, path in alike.items()},
-        "change of the loss on text": ("loss_nats/no_think_text_change", ""),
-        **{f"accuracy, style forced, T = {t}": ("", f"forced_style_base/temperature_{t}/all")
-           for t in ("0", "0.7", "1")}}
+    found = {f"gain over {name}, nats": (f"gain_nats/{key}", f"gain_nats_before/{key}")
+             for key, name in gains.items()}
+    found |= {f"accuracy, {label}": (f"accuracy/{kind}/all/WHO",) * 2
+              for kind, label in kinds.items()}
+    found |= {f"  {family}, sampled thoughts": (f"accuracy/sampled/{family}/WHO",) * 2
+              for family in families}
+    found |= {"loss on text, no thought, nats": ("loss_nats/no_think_text/WHO",) * 2,
+              "gain at ordinary text, nats": ("text_positions/WHO/gain_nats/frozen_base",) * 2,
+              "thought, tokens": ("thought_tokens/all/WHO",) * 2,
+              "thoughts that close": ("closed/all/WHO",) * 2,
+              "change of the loss on text": ("loss_nats/no_think_text_change", "")}
+    return found | {f"accuracy, style forced, T = {t}":
+                    ("", f"forced_style_base/temperature_{t}/all") for t in ("0", "0.7", "1")}
 
 
 def figure(summary: dict, path: str, who: str) -> dict[str, Any] | None:
@@ -88,9 +86,9 @@ def thought_rows(columns: dict[str, tuple[list[dict], str]], labels: list[str] |
                  show: Callable[..., str] = cell) -> list[list[str]]:
     """Figures (those named, or all that are there) by columns: each is runs of several seeds, and
     whose figures they are. The first row is the head."""
-    first = next(iter(columns.values()))[0][0]
-    paths = figures([name for name in first["accuracy"]["sampled"] if name != "all"])
-    rows = [[f"{first['accuracy']['greedy']['all']['base']['n']} problems", *columns]]
+    accuracy = next(iter(columns.values()))[0][0]["accuracy"]
+    paths = figures([name for name in accuracy["sampled"] if name != "all"])
+    rows = [[f"{accuracy['greedy']['all']['base']['n']} problems", *columns]]
     for label in labels or paths:
         leaves = []
         for runs, who in columns.values():
@@ -102,12 +100,7 @@ def thought_rows(columns: dict[str, tuple[list[dict], str]], labels: list[str] |
     return rows
 
 
-def columns_who(summary: dict) -> str:
-    """Whose figures a run reports beside the base's; of pretraining, the base's own."""
-    return "base" if summary["mode"] == "pretrain" else summary["mode"]
-
-
-# -------------------------------------------------------------------------------------- elastic runs
+# ------------------------------------------------------------------------------------- elastic runs
 
 
 def budget_heads(summary: dict) -> list[str]:
@@ -115,27 +108,26 @@ def budget_heads(summary: dict) -> list[str]:
     return [f"{100 * e['fraction']:.0f} %" for e in summary["budgets"]]
 
 
-def budget_rows(summary: dict) -> list[list[str]]:
+def budget_rows(summary: dict, show: Callable[..., str] = cell) -> list[list[str]]:
     """What each budget of an elastic run reaches; the first row is the head."""
     facts: dict[str, Callable[[dict], str]] = {
+        "loss, nats a token": lambda e: show(e["loss_nats"], ".3f"),
+        "against the parent": lambda e: show(e["loss_change"], "+.1%"),
+        "loss on text": lambda e: show(e["text_loss_nats"], ".3f"),
+        "loss on problems": lambda e: show(e["problem_loss_nats"], ".3f"),
+        "KL from the parent": lambda e: show(e["kl_nats"], ".3f"),
+        "same likeliest token": lambda e: show(e["top1"]),
         "parameters": lambda e: f"{e['parameters']:,}",
         "cost, of its target": lambda e: f"{e['cost'] / e['target']:.1%}" if "cost" in e else "",
         "MFLOPs a token": lambda e: f"{e['flops_per_token'] / 1e6:.2f}",
         "MB of weights": lambda e: f"{e['bytes'] / 1e6:.2f}",
-        "tokens a second, forward": lambda e: f"{e['tokens_per_second']:,.0f}",
-        "loss, nats a token": lambda e: cell(e["loss_nats"], ".3f"),
-        "of text alone": lambda e: cell(e["text_loss_nats"], ".3f"),
-        "of problems alone": lambda e: cell(e["problem_loss_nats"], ".3f"),
-        "against the parent": lambda e: cell(e["loss_change"], "+.1%"),
-        "KL from the parent, nats": lambda e: cell(e["kl_nats"], ".3f"),
-        "same likeliest token as the parent": lambda e: cell(e["top1"])}
-    parent, entries, long = summary["teacher"], summary["budgets"], "loss on long text, after stage"
-    rows = [[f"n = {parent['loss_nats']['n']}", "parent", *budget_heads(summary)],
+        "tokens a second": lambda e: f"{e['tokens_per_second']:,.0f}"}
+    parent, entries = summary["teacher"], summary["budgets"]
+    rows = [[f"{parent['loss_nats']['n']} sequences", "parent", *budget_heads(summary)],
             *([name, *map(f, [parent, *entries])] for name, f in facts.items())]
-    if summary["stage1"]:
-        for stage, sizes in ((1, summary["stage1"]), (2, entries)):
-            losses = [f"{e['long_loss_nats']['mean']:.3f}" for e in [parent, *sizes]]
-            rows.append([f"{long} {stage}", *losses])
+    for stage, sizes in ((1, summary["stage1"]), (2, entries if summary["stage1"] else [])):
+        losses = [f"{e['long_loss_nats']['mean']:.3f}" for e in [parent, *sizes]]
+        rows += [[f"long text, stage {stage}", *losses]] * bool(sizes)
     return rows
 
 
@@ -148,7 +140,7 @@ def rival_rows(summary: dict, show: Callable[..., str] = cell) -> list[list[str]
     return rows
 
 
-# ---------------------------------------------------------------------------------------- benchmarks
+# --------------------------------------------------------------------------------------- benchmarks
 
 
 def bench_table(found: dict) -> str:
@@ -165,9 +157,7 @@ def bench_table(found: dict) -> str:
         g = found["growth"]
         rows = [["tokens", *map(str, g["tokens"])], ["ms", *(f"{ms:.4g}" for ms in g["ms"])],
                 ["peak MiB", *(f"{n / 2**20:.3g}" for n in g["peak_bytes"])]]
-        parts += [markdown(rows), f"Time grows with the power {g['exponent']:.2f} of the length. "
-                  f"The line {g['fixed_ms']:.2g} ms + {g['ms_per_thousand_tokens']:.3g} ms per "
-                  f"thousand tokens is within {100 * g['largest_deviation']:.0f} % of every point."]
+        parts += [markdown(rows), f"Time grows with the power {g['exponent']:.2f} of the length."]
     return "\n\n".join(parts)
 
 
@@ -185,12 +175,12 @@ def commit(found: dict) -> str:
     return found["versions"].get("commit") or "before 2026-11-26"
 
 
-# -------------------------------------------------------------------------------------- the terminal
+# ------------------------------------------------------------------------------------- the terminal
 
 
 def print_rows(rows: list[list[str]], console: Console) -> None:
     """Rows as a table in the terminal's own colours; words that do not fit go on below."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
     for i, name in enumerate(rows[0]):
         table.add_column(name, justify="right" if i else "left", overflow="fold")
     for row in rows[1:]:
@@ -204,17 +194,12 @@ def print_summary(summary: dict, console: Console) -> None:
     console.print(f"\nheld-out figures, seed {summary['seed']}: "
                   "mean ± half of the 95 % interval\n")
     if summary["mode"] == "elastic":
-        sizes = zip(["parent", *budget_heads(summary)], [summary["teacher"], *summary["budgets"]],
-                    strict=True)
-        print_rows([["size", "parameters", "loss, nats", "against the parent", "tokens/s"],
-                    *([name, f"{e['parameters']:,}", short(e["loss_nats"], ".3f"),
-                       "" if name == "parent" else short(e["loss_change"], "+.1%"),
-                       f"{e['tokens_per_second']:,.0f}"] for name, e in sizes)], console)
+        print_rows(budget_rows(summary, short), console)
         if summary["baselines"]:
             print_rows(rival_rows(summary, short), console)
     else:
-        columns = {who: ([summary], who) for who in dict.fromkeys(["base", columns_who(summary)])}
-        print_rows(thought_rows(columns, show=short), console)
+        who = dict.fromkeys(["base", summary["mode"]][: 1 + (summary["mode"] != "pretrain")])
+        print_rows(thought_rows({w: ([summary], w) for w in who}, show=short), console)
     console.print(f"{summary['wall_s']:.0f} s, {summary['peak_memory_gib']:.2f} GiB at the peak; "
                   f"all figures are in summary.json")
 
@@ -238,9 +223,9 @@ def print_estimate(facts: dict, console: Console) -> None:
             rows.append([part, *(f"{memory[part] / 1e9:,.3g}" for memory in kept.values())])
     print_rows(rows, console)
     if "family" in facts:
-        model, router, separate = (facts["family"][k] / 1e9 for k in ("model", "router", "separate"))
+        model, router, apart = (facts["family"][k] / 1e9 for k in ("model", "router", "separate"))
         console.print(f"all sizes, bf16: {model + router:,.3g} GB in one checkpoint (router "
-                      f"{100 * router / model:.2g} %), {separate:,.3g} GB in one for each")
+                      f"{100 * router / model:.2g} %), {apart:,.3g} GB in one for each")
 
 
 def total_minutes(summary: dict) -> float:
