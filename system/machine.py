@@ -1,10 +1,13 @@
 """The machine that a run is on: device, threads, memory, versions."""
 
+import functools
 import os
 import platform
 import resource
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -89,6 +92,26 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the libraries that results may depend on."""
+    """Of Python and the libraries that results may depend on, and the commit of the code."""
     return {"python": platform.python_version(), "torch": torch.__version__,
-            "numpy": np.__version__}
+            "numpy": np.__version__, "commit": commit()}
+
+
+@functools.cache
+def commit() -> str:
+    """Short hash of the commit that the code is at, with "+" where a .py file differs from it; ""
+    without git.
+    """
+    root = Path(__file__).parent.parent
+
+    def git(*words: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["git", "-C", root, *words], capture_output=True, text=True,
+                              timeout=60)
+
+    if not (root / ".git").exists():  # a folder above may belong to another project
+        return ""
+    try:
+        differs = git("diff", "--quiet", "HEAD", "--", "*.py").returncode == 1
+        return git("rev-parse", "--short", "HEAD").stdout.strip() + "+" * differs
+    except (OSError, subprocess.SubprocessError):
+        return ""

@@ -5,9 +5,7 @@ One smoke run with three baselines (`finished`) serves most tests. What a step c
 
 import collections
 import copy
-import dataclasses
 import gc
-import io
 import json
 import math
 import re
@@ -18,7 +16,6 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import contents, die, disturb, metrics_of, press_ctrl_c, summary_of, weights_of
-from rich.console import Console
 from torch.testing import assert_close
 
 import elastic
@@ -35,8 +32,7 @@ from system.presets import PRESETS
 from text import batches
 from text.batches import elastic_batch
 from text.problems import FAMILIES
-from tools import extract, report, scores
-from views import plots, tables
+from tools import extract, scores
 
 CPU = torch.device("cpu")
 SMOKE = PRESETS["smoke"]
@@ -729,100 +725,3 @@ def test_facts_of_a_size_by_another_count(corpus):
     assert facts["bytes"] == 4 * facts["parameters"]
     assert facts["flops_per_token"] == pytest.approx(flops)
     assert facts["cache_bytes"] == sum(part_cache_bytes(kind, model.config, 1024, 4) for kind in "M*-")
-
-
-# -------------------------------------------------------------------------------------------------------------- report
-
-
-def leaf(mean, half=0.01):
-    return {"mean": mean, "low": mean - half, "high": mean + half, "n": 7}
-
-
-def entry(fraction, layers, loss):
-    """One size of a made-up run on M*-: what the report reads of it."""
-    return {"budget": fraction, "fraction": fraction, "target": 1000 * fraction, "cost": 1005 * fraction,
-            "parameters": int(1e6 * fraction), "flops_per_token": 2e6 * fraction, "bytes": 4e6 * fraction,
-            "tokens_per_second": 5e4, "loss_nats": leaf(loss), "loss_change": leaf(loss / 3 - 1), "kl_nats": leaf(loss - 3),
-            "top1": leaf(0.9), "long_loss_nats": leaf(loss + 1), "text_loss_nats": leaf(loss + 0.5),
-            "problem_loss_nats": leaf(loss - 0.5), "difference_nats": leaf(loss - 3.2),
-            "widths": {"d_model": int(32 * fraction), "layers": layers}}  # fmt: skip
-
-
-@pytest.fixture
-def made_up():
-    """Two budgets, none of them the full one, the smaller one without its attention layer."""
-    full = entry(1.0, [[4, 16], [2], [64]], 3.0)
-    sizes = [entry(0.75, [[4, 12], [2], [48]], 3.1), entry(0.5, [[2, 8], [], [16]], 3.4)]
-    return {"mode": "elastic", "seed": 3, "teacher": {"pattern": "M*-", **full}, "budgets": sizes, "stage1": [],
-            "baselines": {"scratch": sizes[::-1], "unheard": sizes}, "wall_s": 1.0, "peak_memory_gib": 0.5}  # fmt: skip
-
-
-def test_rows_of_the_budgets_by_hand(made_up):
-    rows = {row[0]: row[1:] for row in tables.budget_rows(made_up)}
-    assert rows["n = 7"] == ["parent", "75 %", "50 %"]
-    assert rows["parameters"] == ["1,000,000", "750,000", "500,000"]
-    assert rows["cost, of its target"] == ["", "100.5 %", "100.5 %"]
-    assert rows["MFLOPs a token"] == ["2.00", "1.50", "1.00"]
-    assert rows["MB of weights"] == ["4.00", "3.00", "2.00"]
-    assert rows["loss, nats a token"][1] == "3.100 (3.090 to 3.110)"
-    assert rows["of text alone"] == [f"{m:.3f} ({m - 0.01:.3f} to {m + 0.01:.3f})" for m in (3.5, 3.6, 3.9)]
-    assert rows["of problems alone"][0] == "2.500 (2.490 to 2.510)"
-    assert rows["against the parent"] == ["", "+3.3 % (+2.3 to +4.3)", "+13.3 % (+12.3 to +14.3)"]
-    assert rows["KL from the parent, nats"][2] == "0.400 (0.390 to 0.410)"
-    assert rows["same likeliest token as the parent"][1] == "0.90 (0.89 to 0.91)"
-    assert not any("stage" in name for name in rows)
-    assert {len(row) for row in tables.budget_rows(made_up)} == {4}
-
-
-def test_rows_of_both_stages_stand_below_each_other(made_up):
-    made_up["stage1"] = [entry(b["fraction"], [], 5.0) for b in made_up["budgets"]]
-    *_, first, second = tables.budget_rows(made_up)
-    assert first == ["loss on long text, after stage 1", "4.000 (parent)", "6.000", "6.000"]
-    assert second == ["loss on long text, after stage 2", "", "4.100", "4.400"]
-
-
-def test_rows_of_the_rivals_by_hand(made_up):
-    low, high = "3.100 (3.090 to 3.110)", "3.400 (3.390 to 3.410)"
-    less, more = "-0.100 (-0.110 to -0.090)", "+0.200 (+0.190 to +0.210)"
-    assert tables.rival_rows(made_up) == [
-        ["loss, nats a token, n = 7", "75 %", "minus elastic", "50 %", "minus elastic"],
-        ["**elastic**, one run", low, "", high, ""],
-        [tables.RIVALS["scratch"], high, more, low, less],
-        ["unheard", low, less, high, more],
-    ]
-
-
-def test_every_baseline_has_a_name_for_the_table():
-    (field,) = [f for f in dataclasses.fields(SMOKE.elastic) if f.name == "baseline"]
-    assert all(f"'{name}'" in str(field.type) for name in tables.RIVALS if name != "elastic")
-    assert len(tables.RIVALS) == 7
-
-
-def test_widths_and_sizes_are_drawn_with_a_skipped_layer_and_without_the_full_budget(made_up, tmp_path, monkeypatch):
-    """The skipped layer is drawn at 0; bars are shares of the full widths, 24 and 16 of 32 for the stream."""
-    bars = []
-    bar = plots.plt.Axes.bar
-    monkeypatch.setattr(plots.plt.Axes, "bar", lambda axis, x, y, *a, **k: [bars.append(y), bar(axis, x, y, *a, **k)][1])
-    plots.plot_widths(made_up, tmp_path / "widths.png")
-    plots.plot_sizes(made_up, tmp_path / "sizes.png")
-    assert bars == [[0.75, 1.0, 0.75, 1.0, 0.75], [0.5, 0.5, 0.5, 0.0, 0.25]]
-    for name in ("widths", "sizes"):
-        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_closing_tables_show_budgets_and_rivals(made_up):
-    console = Console(width=200, record=True, file=io.StringIO())
-    tables.print_summary(made_up, console)
-    shown = console.export_text()
-    assert "seed 3" in shown
-    assert tables.RIVALS["scratch"] in shown
-    assert "3.100 (3.090 to 3.110)" in shown
-
-
-def test_readme_tables_are_made_of_elastic_results(made_up, tmp_path):
-    assert report.tables(tmp_path)["elastic-cpu"] == report.tables(tmp_path)["elastic-cpu-rivals"] == "Not run."
-    (tmp_path / "elastic-cpu-seed3.json").write_text(json.dumps(made_up | {"train_s": {"elastic": 700.4}}))
-    made = report.tables(tmp_path)
-    assert made["elastic-cpu"] == report.markdown(tables.budget_rows(made_up))
-    head = "Seed 3, whose family trained for 700 s:\n\n"
-    assert made["elastic-cpu-rivals"] == head + report.markdown(tables.rival_rows(made_up))

@@ -1,158 +1,273 @@
-"""What a person sees: plots and tables, made from results and never by hand.
+"""Figures of README.md and RESULTS.md, made from results/ and never by hand.
 
-    python -m tools.report                          rewrite the tables and figures of README.md from results/
+    python -m tools.report                          write them anew
     python -m tools.report runs/rlp-cpu-seed0       take a run into results/ first
 
-`plot_run` and `print_summary` serve train.py at the end of each run. A table in README.md stands
-between the lines `<!-- table NAME -->` and `<!-- end -->`; a test compares what stands there with
-what this file would write.
+RESULTS.md is written as a whole, README.md's tables between the lines `<!-- table NAME -->` and
+`<!-- end -->`. A test compares both with what this file would write.
 """
 
-import json
 import re
 import shutil
+import statistics
 import sys
+from collections import defaultdict
 from pathlib import Path
 
-import matplotlib
+from system.errors import exit_code, require
+from system.files import read_json
+from views import plots
+from views import tables as view
 
-from views.plots import plot_accuracy, plot_sizes, plot_widths
-from views.tables import budget_rows, cell, percent, rival_rows, total_minutes
-
-matplotlib.use("Agg")
-
-
-BENCHES = ("ssd", "mixer", "decode", "logp", "rlp-step", "elastic-step")  # of bench.py
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # of a 95 % interval from so many seeds, Student's t
 
 
-def main_table(summaries: list[dict]) -> str:
-    """README: what the default run reaches, a column a seed."""
-    rows = [("gain against the frozen base, nats", lambda s: cell(s["gain_nats"]["frozen_base"]))]
-    for name, kind, family, who in (
-        ("accuracy, base without a thought", "no_think", "all", "base"),
-        ("accuracy, base with its own thoughts", "sampled", "all", "base"),
-        ("accuracy, base, greedy thought", "greedy", "all", "base"),
-        ("**accuracy after RLP, sampled thoughts**", "sampled", "all", "rlp"),
-        ("accuracy after RLP, greedy thought", "greedy", "all", "rlp")):
-        rows.append((name, lambda s, k=kind, f=family, w=who: cell(s["accuracy"][k][f][w])))
-    for family in [f for f in summaries[0]["accuracy"]["sampled"] if f != "all"]:
-        rows.append(
-            (
-                f"&nbsp;&nbsp;{family}: base → RLP, sampled",
-                lambda s, f=family: " → ".join(
-                    f"{s['accuracy']['sampled'][f][w]['mean']:.2f}" for w in ("base", "rlp")),
-            )
-        )
-    rows += [
-        ("gain against the EMA teacher", lambda s: cell(s["gain_nats"]["ema"])),
-        ("gain against its own no-think prediction",
-         lambda s: cell(s["gain_nats"]["own_no_think"])),
-        ("gain against an empty thought", lambda s: cell(s["gain_nats"]["empty_thought"])),
-        (
-            "base, worked style forced, accuracy at temperature 0 / 0.7 / 1",
-            lambda s: " / ".join(
-                f"{v['all']['mean']:.2f}" for v in s["forced_style_base"].values()),
-        ),
-        ("no-think loss on ordinary text, change",
-         lambda s: percent(s["loss_nats"]["no_think_text_change"])),
-        ("gain at ordinary-text positions, nats",
-         lambda s: cell(s["text_positions"]["rlp"]["gain_nats"]["frozen_base"])),
-        ("the same for the base's own thoughts",
-         lambda s: cell(s["text_positions"]["base"]["gain_nats"]["frozen_base"])),
-        (
-            "thought length in tokens, base → RLP",
-            lambda s: " → ".join(
-                f"{s['thought_tokens']['all'][w]['mean']:.1f}" for w in ("base", "rlp")),
-        ),
-        ("time with the base, peak memory",
-         lambda s: f"{total_minutes(s):.1f} min, {s['peak_memory_gib']:.1f} GiB"),
-    ]
-    head = ["n = " + str(summaries[0]["gain_nats"]["frozen_base"]["n"]),
-            *(f"seed {s['seed']}" for s in summaries)]
-    return markdown([head, *[[name, *(f(s) for s in summaries)] for name, f in rows]])
+def load(folder: Path) -> dict[str, list[dict]]:
+    """What results/ holds: for each kind of run, such as `rlp-cpu`, its summaries in the order of
+    seeds; benchmarks under `bench-cpu` and `bench-cuda`."""
+    found = defaultdict(list)
+    for file in sorted(folder.glob("*.json"), key=lambda file: (len(file.stem), file.stem)):
+        kind = re.sub(r"-seed\d+$", "", re.sub(r"^bench-.*-", "bench-", file.stem))
+        found[kind].append(read_json(file))
+    return found
 
 
-def rival_table(rlp: dict, cpt: dict) -> str:
-    """README: the base, RLP, and the same base pretrained on its own mixture for about as long."""
-    rows = [
-        ["n = " + str(rlp["gain_nats"]["frozen_base"]["n"]) + f", seed {rlp['seed']}", "base",
-         "RLP", "CPT, about equal time"]
-    ]
-    for kind, label in (("sampled", "sampled thoughts"), ("greedy", "greedy thought"),
-                        ("no_think", "without a thought")):
-        leaves = rlp["accuracy"][kind]["all"], cpt["accuracy"][kind]["all"]
-        rows.append(
-            [f"accuracy, {label}", cell(leaves[0]["base"]), cell(leaves[0]["rlp"]),
-             cell(leaves[1]["cpt"])]
-        )
-    gains = [s["gain_nats"]["frozen_base"] for s in (rlp, cpt)]
-    rows.append(
-        ["gain against the frozen base, nats", cell(rlp["gain_nats_before"]["frozen_base"]),
-         *map(cell, gains)]
-    )
-    text = [s["loss_nats"]["no_think_text_change"] for s in (rlp, cpt)]
-    rows.append(["no-think loss on text, change", "", *map(percent, text)])
-    return markdown(rows)
+# --------------------------------------------------------------------------------- tables of README
 
 
-def bench_table(found: dict) -> str:
-    """README: one benchmark of bench.py, a row a contestant, and what it was measured on."""
-    rows = [[found["title"], "ms", "times ours", "thousand tokens/s", "peak MiB"]]
-    for row in found["rows"]:
-        cells = [row["note"], "", "", ""]
-        if "ms" in row:
-            times = f"{row['times_ours']:.2f}"
-            cells = [f"{row['ms']:.4g}", times, f"{row['tokens_per_s'] / 1e3:.3g}",
-                     f"{row['peak_bytes'] / 2**20:.3g}"]
-        rows.append([row["name"], *cells])
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    threads = "" if found["device"] == "cuda" else f", threads: {found['threads']}"
-    text = f"{markdown(rows)}\n\n{found['machine']}{threads}, fp32 ({found['precision']}), {versions}; medians."
-    text += f"\n\n{growth_table(found['growth'])}" if "growth" in found else ""
-    return text + (
-        f"\n\n{step_shares(found['rows'])}" if found["title"].startswith("Elastic step") else "")
+def tables(folder: Path) -> dict[str, str]:
+    """Every generated part of README.md by its name; `Not run.` where results/ lacks it."""
+    found, shown = load(folder), folder / "rlp-cpu-seed0.txt"
+    made = {"rlp": found["rlp-cpu"] and rlp_table(found),
+            "elastic": found["elastic-cpu"] and elastic_table(found["elastic-cpu"]),
+            "speed": speed_table(found["bench-cpu"]), "samples": shown.exists() and samples(shown)}
+    return {name: text or "Not run." for name, text in made.items()}
 
 
-def step_shares(rows: list[dict]) -> str:
-    """README: what a step of the smaller budget takes of the full model's."""
-    ms = {row["name"]: row["ms"] for row in rows}
-    alone = ms["50 %, on the text alone"] / ms["100 %, on the text alone"]
-    taught = ms["50 % of the parameters, on slices"] / ms["100 %"]
-    return (
-        f"A step at 50 % takes {alone:.2f} of one at 100 % on the text alone, and {taught:.2f} with the pass of the "
-        "parent, which is the full model for every budget."
-    )
+def rlp_table(found: dict[str, list[dict]]) -> str:
+    """The base, RLP, and the same base pretrained for about as long as RLP took."""
+    kinds = (("base", "rlp-cpu", "base"), ("RLP", "rlp-cpu", "rlp"),
+             ("CPT, about equal time", "cpt-cpu", "cpt"))
+    columns = {f"{name}, {n_seeds(found[kind])}": (found[kind], who)
+               for name, kind, who in kinds if found[kind]}
+    return view.markdown(view.thought_rows(columns, [
+        "gain over the frozen base, nats", "accuracy, sampled thoughts",
+        "accuracy, greedy thought", "loss on text, no thought, nats",
+        "gain at ordinary text, nats"]))
 
 
-def growth_table(growth: dict) -> str:
-    """README: cost by length, and how straight the line is."""
-    rows = [["tokens", *map(str, growth["tokens"])], ["ms", *(f"{ms:.4g}" for ms in growth["ms"])]]
-    rows.append(["peak MiB", *(f"{n / 2**20:.3g}" for n in growth["peak_bytes"])])
-    return (
-        f"{markdown(rows)}\n\nTime grows with the power {growth['exponent']:.2f} of the length. The line "
-        f"{growth['fixed_ms']:.2g} ms + {growth['ms_per_thousand_tokens']:.3g} ms per thousand tokens is within "
-        f"{100 * growth['largest_deviation']:.0f} % of every point."
-    )
+def elastic_table(runs: list[dict]) -> str:
+    """A family over its seeds, and how far the losses of its rivals are from it."""
+    families = [run["budgets"] for run in runs]
+    rows = [[n_seeds(runs), *view.budget_heads(runs[0])],
+            ["parameters, mean", *(f"{statistics.mean(e['parameters'] for e in size):,.0f}"
+                                   for size in zip(*families, strict=True))],
+            ["loss, of the parent's", *over_sizes(families, "loss_change", "+.1%")]]
+    for name in ("separate", "minitron", "random-order"):
+        rivals = [run["baselines"][name] for run in runs if name in run["baselines"]]
+        if rivals:
+            rows.append([f"{view.RIVALS[name]}: nats minus elastic",
+                         *over_sizes(rivals, "difference_nats", "+.3f")])
+    return view.markdown(rows)
 
 
-def markdown(rows: list[list[str]]) -> str:
-    """A Markdown table; the first row is its head."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
+def over_sizes(families: list[list[dict]], key: str, form: str) -> list[str]:
+    """For each budget a figure over the seeds; `families` has a family for each seed."""
+    return [view.cell(view.over_seeds([e[key] for e in size]), form)
+            for size in zip(*families, strict=True)]
 
 
-def load_results(folder: Path, prefix: str) -> list[dict]:
-    """Summaries in results/ whose name begins with the prefix, in the order of their seeds."""
-    found = [json.loads(f.read_text()) for f in sorted(folder.glob(f"{prefix}-seed*.json"))]
-    return sorted(found, key=lambda s: s["seed"])
+def speed_table(found: list[dict]) -> str:
+    """A row a benchmark: ours beside the fastest of the others that do the same work. The scan is
+    left out: it is a part of the mixer."""
+    rows = [["one CPU thread", "ours, ms", "the fastest other", "ms", "times as long",
+             "times the memory"]]
+    for bench in found:
+        ours, *others = bench["rows"]
+        same = [r for r in others
+                if "ms" in r and "difference" in r and not r["name"].startswith("ours")]
+        if same and bench["bench"] != "ssd":
+            best = min(same, key=lambda row: row["ms"])
+            rows.append([bench["title"].split(", ")[0], f"{ours['ms']:.4g}", best["name"],
+                         f"{best['ms']:.4g}", f"{best['times_ours']:.1f}",
+                         f"{best['peak_bytes'] / ours['peak_bytes']:.1f}"])
+    return view.markdown(rows) if rows[1:] else ""
 
 
 def samples(file: Path) -> str:
-    """README: the first problem of each family in a run's samples.txt, with a thought before and
-    after."""
+    """The first problem of each family in a run's samples.txt, with a thought before and after."""
     blocks = re.split(r"(?m)^(?=\[)", file.read_text())
     first = {block.split("]")[0]: block for block in reversed(blocks) if block.startswith("[")}
     return "```text\n" + "".join(first[name] for name in sorted(first)) + "```"
+
+
+def n_seeds(runs: list[dict]) -> str:
+    """`3 seeds`."""
+    return f"{len(runs)} seed{'s' * (len(runs) != 1)}"
+
+
+# ------------------------------------------------------------------------------------------- claims
+
+
+RULE = """A claim is reproduced where all its checks hold, in part where some do. A check is of a
+95 % interval: over seeds (Student's t, paired), or over problems or sequences where there is one
+seed. What `results/` lacks is not tested here. Sizes stand in order, the largest first."""
+
+
+def above(leaves: list[dict], others: list[dict] | None = None) -> bool:
+    """Whether figures are surely larger than others, or than 0 if there are none: see RULE."""
+    if len(leaves) < 2:
+        return bool(leaves) and leaves[0]["low"] > (others[0]["high"] if others else 0)
+    d = [a["mean"] - b["mean"] for a, b in zip(leaves, others or [{"mean": 0}] * len(leaves),
+                                               strict=True)]
+    return statistics.mean(d) > T95[min(len(d), 5)] * statistics.stdev(d) / len(d) ** 0.5
+
+
+def claims(found: dict[str, list[dict]]) -> list[list[str]]:
+    """The table of claims; the first row is its head."""
+    rows = [["claim of the paper", "here", "figure", "seeds", "command", "commit"]]
+
+    def add(claim: str, command: str, runs: list[dict] = (), checks: list[bool] = (),
+            figures: str = "") -> None:
+        verdict = ("reproduced" if all(checks) else "in part" if any(checks)
+                   else "**not reproduced**") if runs else "not tested here"
+        rows.append([claim, verdict, figures * bool(runs), ", ".join(str(r["seed"]) for r in runs),
+                     f"`python train.py {command}`",
+                     ", ".join(sorted({view.commit(run) for run in runs}))])
+
+    def get(path: str, runs: list[dict], who: str = "rlp") -> list[dict]:
+        return [view.figure(run, path, who) for run in runs]
+
+    def text(path: str, runs: list[dict], who: str = "rlp", form: str = ".2f") -> str:
+        return view.cell(view.over_seeds(get(path, runs, who)), form)
+
+    # 1. RLP
+    rlp, random = found["rlp-cpu"], found["rlp-cpu-random"]
+    pairs = [(a, b) for a in rlp for b in found["cpt-cpu"] if a["seed"] == b["seed"]]
+    ours, cpt = [a for a, _ in pairs], [b for _, b in pairs]
+    sampled, greedy = "accuracy/sampled/all/WHO", "accuracy/greedy/all/WHO"
+    position, change = "text_positions/WHO/gain_nats/frozen_base", "loss_nats/no_think_text_change"
+    add("RLP: thoughts learn to answer where thinking is needed", "--mode rlp", rlp,
+        [above(get(sampled, rlp), get(sampled, rlp, "base"))],
+        f"accuracy {text(sampled, rlp, 'base')} → {text(sampled, rlp)}")
+    add("RLP: thoughts gain over the EMA teacher, which does not think", "--mode rlp", rlp,
+        [above(get("gain_nats/ema", rlp))], f"{text('gain_nats/ema', rlp)} nats at answers")
+    add("RLP: thoughts gain at random positions of ordinary text",
+        "--mode rlp --rlp.positions random", random, [above(get(position, random))],
+        f"{text(position, random)} nats; at answers {text('gain_nats/frozen_base', random)}")
+    add("RLP: better than continued pretraining at equal compute", "--mode cpt", cpt,
+        [above(get(path, ours), get(path, cpt, "cpt")) for path in (sampled, greedy)],
+        f"accuracy {text(sampled, ours)} against {text(sampled, cpt, 'cpt')}; with a greedy "
+        f"thought {text(greedy, ours)} against {text(greedy, cpt, 'cpt')}")
+    add("RLP: prediction without a thought does not collapse; it gets better", "--mode rlp", rlp,
+        [all(leaf["high"] < bound for leaf in get(change, rlp)) for bound in (0.05, 0)],
+        f"loss on text {text(change, rlp, form='+.1%')}")
+    add("RLP: it holds for models of 1.7B and 12B", "--preset qwen3-1.7b-rlp")
+
+    # 2. Elastic
+    runs, alone = found["elastic-cpu"], "--mode elastic"
+    families = [run["budgets"] for run in runs]
+    sizes = [e for family in families for e in family]
+    off = max((abs(e["cost"] / e["target"] - 1) for e in sizes), default=0)
+    add("Elastic: one run gives all sizes, and each meets its budget", alone, runs, [off < 0.01],
+        f"off by {off:.1%} at most")
+    add("Elastic: sizes are cut out with no further training, as good as the parent", alone, runs,
+        [e["loss_change"]["high"] < 0.01 for e in sizes],
+        f"loss {', '.join(over_sizes(families, 'loss_change', '+.1%'))}")
+    for claim, name in (("better than sizes distilled alone, equal tokens in all", "separate"),
+                        ("as good as sizes distilled alone with n times the tokens", "minitron"),
+                        ("the order of importance matters", "random-order"),
+                        ("unequal weights of budgets in stage 2 help", "uniform")):
+        theirs = [run for run in runs if name in run["baselines"]]
+        rivals = [run["baselines"][name] for run in theirs]
+        shown = ", ".join(over_sizes(rivals, "difference_nats", "+.3f"))
+        add(f"Elastic: {claim}", f"{alone} --elastic.baseline {name}", theirs,
+            [above([e["difference_nats"] for e in size]) for size in zip(*rivals, strict=True)],
+            f"{view.RIVALS[name]} minus elastic: {shown} nats")
+    less = [[s["long_loss_nats"]["mean"] - e["long_loss_nats"]["mean"] for s, e in zip(
+        run["stage1"], run["budgets"], strict=True)] for run in runs if run["stage1"]]
+    less = [[{"mean": x, "low": x, "high": x} for x in size] for size in zip(*less, strict=True)]
+    shown = ", ".join(view.cell(view.over_seeds(size), ".3f") for size in less)
+    add("Elastic: the second stage, of long texts, helps on them", alone, less and runs,
+        [above(size) for size in less], f"loss lower by {shown} nats")
+    memory = [[run["memory"][f"{k}_memory"] / 1e6 for k in ("family", "separate")] for run in runs]
+    add("Elastic: a family needs the memory of its largest model and of routers", alone, runs,
+        [family < 0.6 * separate for family, separate in memory],
+        "; ".join(f"{family:.2f} MB, apart {separate:.2f}" for family, separate in memory[:1]))
+    add("Elastic: accuracy at each budget", alone)
+    add("Elastic: it holds for a model of 12B", "--preset nemotron-12b-elastic")
+    return rows
+
+
+# --------------------------------------------------------------------------------------- RESULTS.md
+
+
+INTRO = """# Results
+
+Made from `results/` by `python -m tools.report`, never by hand. In brackets stands the 95 %
+interval of a figure over problems, positions or sequences; where a figure is a mean over seeds, the
+smallest and the largest seed. The base is small, and was not trained to its end.
+
+## Claims of the papers
+"""
+RLP = """## RLP
+
+Targets are three quarters answers of problems and a quarter random positions of text, unless it
+says random. CPT is the base, pretrained on for about as long.
+
+![Accuracy by family, before and after RLP; a dot is a seed](results/accuracy.png)"""
+ELASTIC = """## Elastic
+
+Held-out sequences, half text and half problems, weighted as in training. Sizes alone have the
+widths that the family's routers chose; a family in random order searches its own. Sizes from
+scratch lack what the parent brings. Differences are paired by sequence.
+
+![What each budget keeps, layer by layer](results/widths.png)
+
+![Loss against size](results/sizes.png)"""
+SPEED = """## Speed
+
+`python -m tools.bench all`: each must give our values and gradients, then all take turns in one
+process. On one CPU thread the time is the processor's."""
+
+
+def results(folder: Path) -> str:
+    """All of RESULTS.md."""
+    found = load(folder)
+    parts = [INTRO + "\n" + RULE, view.markdown(claims(found)), RLP]
+    kinds = {"RLP": "rlp-cpu", "RLP, random": "rlp-cpu-random", "CPT": "cpt-cpu"}
+    for seed in sorted({run["seed"] for kind in kinds.values() for run in found[kind]}):
+        runs = {name: run for name, kind in kinds.items() for run in found[kind]
+                if run["seed"] == seed}
+        columns = {"base": ([next(iter(runs.values()))], "base"),
+                   **{name: ([run], run["mode"]) for name, run in runs.items()}}
+        costs = [f"{name} {view.total_minutes(run):.1f} min with the base, "
+                 f"{run['peak_memory_gib']:.1f} GiB, commit {view.commit(run)}"
+                 for name, run in runs.items()]
+        parts += [f"### Seed {seed}", view.markdown(view.thought_rows(columns)), "; ".join(costs)]
+    parts.append(ELASTIC)
+    for run in found["elastic-cpu"]:
+        parts += [f"### Seed {run['seed']}", view.markdown(view.budget_rows(run)),
+                  *[view.markdown(view.rival_rows(run))] * bool(run["baselines"]),
+                  f"Family: {run['train_s']['elastic']:.0f} s, commit {view.commit(run)}"]
+    parts.append(SPEED)
+    for device in ("cpu", "cuda"):
+        for bench in found[f"bench-{device}"]:
+            parts += [f"### {bench['bench']}, {device}", view.bench_table(bench)]
+    return "\n\n".join(parts) + "\n"
+
+
+# -------------------------------------------------------------------------------------- the program
+
+
+def fill(text: str, made: dict[str, str]) -> str:
+    """The text with every generated part replaced. Raises ValueError for one that nobody makes."""
+    def put(match: re.Match) -> str:
+        require(match[2] in made, f"README.md has a table {match[2]!r}, which is not made; take "
+                f"it out, or name one of {', '.join(made)}")
+        return f"{match[1]}{made[match[2]]}\n<!-- end -->"
+
+    return re.sub(r"(<!-- table (\S+) -->\n).*?<!-- end -->", put, text, flags=re.S)
 
 
 def collect(run_dir: Path, folder: Path) -> None:
@@ -163,58 +278,25 @@ def collect(run_dir: Path, folder: Path) -> None:
         shutil.copyfile(run_dir / "samples.txt", folder / f"{run_dir.name}.txt")
 
 
-def tables(folder: Path) -> dict[str, str]:
-    """Every generated part of README.md by its name; `Not run.` where results/ has nothing for
-    it."""
-    out = {}
-    for name in ("rlp-cpu", "rlp-cpu-random"):
-        summaries = load_results(folder, name)
-        out[name] = main_table(summaries) if summaries else "Not run."
-    pair = [load_results(folder, name)[:1] for name in ("rlp-cpu", "cpt-cpu")]
-    out["cpt-cpu"] = rival_table(*pair[0], *pair[1]) if all(pair) else "Not run."
-    summaries = load_results(folder, "elastic-cpu")
-    out["elastic-cpu"] = markdown(budget_rows(summaries[0])) if summaries else "Not run."
-    out["elastic-cpu-rivals"] = (
-        "\n\n".join(
-            f"Seed {s['seed']}, whose family trained for {s['train_s']['elastic']:.0f} s:\n\n{markdown(rival_rows(s))}"
-            for s in summaries
-            if s["baselines"]
-        )
-        or "Not run."
-    )
-    for name in BENCHES:
-        files = sorted(folder.glob(f"bench-{name}-*.json"))
-        out[f"bench-{name}"] = (
-            "\n\n".join(bench_table(json.loads(f.read_text())) for f in files) or "Not run.")
-    shown = folder / "rlp-cpu-seed0.txt"
-    out["samples"] = samples(shown) if shown.exists() else "Not run."
-    return out
+def report(run_dirs: list[str], root: Path = Path(__file__).parent.parent) -> None:
+    """Collect the runs named, then write README.md, RESULTS.md and the plots from results/."""
+    folder, readme = root / "results", root / "README.md"
+    for run_dir in run_dirs:
+        collect(Path(run_dir), folder)
+    found = load(folder)
+    readme.write_text(fill(readme.read_text(), tables(folder)))
+    (root / "RESULTS.md").write_text(results(folder))
+    if found["rlp-cpu"]:
+        plots.plot_accuracy(found["rlp-cpu"], folder / "accuracy.png")
+    for run in found["elastic-cpu"][:1]:
+        plots.plot_widths(run, folder / "widths.png")
+        plots.plot_sizes(run, folder / "sizes.png")
 
 
-def fill(text: str, made: dict[str, str]) -> str:
-    """The text with every generated part replaced."""
-    for name, made_text in made.items():
-        pattern = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
-        text = re.sub(pattern, lambda m, t=made_text: f"{m[1]}{t}\n{m[2]}", text, flags=re.S)
-    return text
-
-
-def main(argv: list[str]) -> int:
-    """Collect the runs named, then rewrite README.md and results/accuracy.png from results/."""
-    here = Path(__file__).parent.parent
-    for run_dir in argv:
-        collect(Path(run_dir), here / "results")
-    readme = here / "README.md"
-    readme.write_text(fill(readme.read_text(), tables(here / "results")))
-    summaries = load_results(here / "results", "rlp-cpu")
-    if summaries:
-        plot_accuracy(summaries, here / "results" / "accuracy.png")
-    summaries = load_results(here / "results", "elastic-cpu")
-    if summaries:
-        plot_widths(summaries[0], here / "results" / "widths.png")
-        plot_sizes(summaries[0], here / "results" / "sizes.png")
-    return 0
+def main(argv: list[str] | None = None) -> int:
+    """`python -m tools.report [RUN ...]`. Returns 0, or 2 for a run that cannot be read."""
+    return exit_code(lambda: report(sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -1,22 +1,22 @@
-"""Plots of runs."""
+"""Plots of runs, as PNG files."""
 
 import json
 from pathlib import Path
 
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
-from views.tables import SHORT
+from views.tables import RIVALS
+
+matplotlib.use("Agg")  # no window, also where there is a screen
 
 BLUE, ORANGE, GREY = "#2f6db3", "#e07b39", "#9a9a9a"
 
 
-# -------------------------------------------------------------------------------------------- plots
-
-
 def plot_run(run_dir: Path) -> None:
-    """gain.png, accuracy.png and thoughts.png for an RLP run; loss.png for the others, elastic:
-    widths.png, sizes.png."""
+    """gain.png, accuracy.png and thoughts.png of an RLP run, loss.png of the others; of elastic
+    widths.png and sizes.png too."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((run_dir / "summary.json").read_text())
     if summary["mode"] == "elastic":
@@ -27,8 +27,8 @@ def plot_run(run_dir: Path) -> None:
         return
     gains = {"gain_problems_nats": "in problems", "gain_text_nats": "in ordinary text"}
     _plot_series(run_dir / "gain.png", lines, gains, "information gain (nats)")
-    _plot_series(
-        run_dir / "thoughts.png", lines, {"thought_tokens": ""}, "sampled thought (tokens)")
+    _plot_series(run_dir / "thoughts.png", lines, {"thought_tokens": ""},
+                 "length of sampled thoughts (tokens)")
     plot_accuracy([summary], run_dir / "accuracy.png")
 
 
@@ -43,15 +43,16 @@ def plot_accuracy(summaries: list[dict], file: Path) -> None:
              ("sampled", "rlp", ORANGE, "after RLP, sampled thoughts"))
     figure, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
     for i, (kind, who, color, label) in enumerate(kinds):
-        cells = [[s["accuracy"][kind][f][who] for s in summaries] for f in families]
-        means = [np.mean([c["mean"] for c in cell]) for cell in cells]
-        half = [np.mean([c["high"] - c["mean"] for c in cell]) / len(cell) ** 0.5 for cell in cells]
+        # [families, seeds]
+        leaves = [[s["accuracy"][kind][f][who] for s in summaries] for f in families]
+        means = np.array([[leaf["mean"] for leaf in row] for row in leaves])
+        half = np.array([[leaf["high"] - leaf["mean"] for leaf in row] for row in leaves])
         at = np.arange(len(families)) + 0.27 * (i - 1)
-        axis.bar(at, means, 0.25, yerr=half, color=color, label=label, capsize=2)
+        axis.bar(at, means.mean(1), 0.25, yerr=half.mean(1) / len(summaries) ** 0.5, color=color,
+                 label=label, capsize=2)
         if len(summaries) > 1:
-            for k, x in enumerate(np.linspace(-0.06, 0.06, len(summaries))):
-                axis.plot(
-                    at + x, [cell[k]["mean"] for cell in cells], ".", color="black", markersize=3)
+            for values, x in zip(means.T, np.linspace(-0.06, 0.06, len(summaries)), strict=True):
+                axis.plot(at + x, values, ".", color="black", markersize=3)
     axis.set_xticks(range(len(families)), families)
     axis.set_ylim(0, 1.02)
     axis.set_ylabel("accuracy on held-out problems")
@@ -70,11 +71,13 @@ def plot_widths(summary: dict, file: Path) -> None:
             kept = [b["widths"]["layers"][i] for b in budgets]
             series.append([(w[j] / full["layers"][i][j] if w else 0.0) for w in kept])
     figure, axis = plt.subplots(figsize=(max(6, 0.75 * len(names)), 3), layout="constrained")
-    for k, (budget, color) in enumerate(zip(budgets, _shades(len(budgets)), strict=True)):
+    for k, budget in enumerate(budgets):
         at = np.arange(len(names)) + 0.8 * ((k + 0.5) / len(budgets) - 0.5)
-        axis.bar(at, [s[k] for s in series], 0.75 / len(budgets), color=color,
+        axis.bar(at, [s[k] for s in series], 0.75 / len(budgets),
+                 color=plt.cm.Blues(0.9 - 0.6 * k / max(1, len(budgets) - 1)),
                  label=f"{100 * budget['fraction']:.0f} %")
     axis.set_xticks(range(len(names)), names, fontsize=8)
+    axis.set_xlabel("layer: M Mamba-2, * attention, - FFN")
     axis.set_ylabel("share that is kept")
     axis.legend(title="budget", frameon=False, fontsize=8, ncols=len(budgets), loc="upper center",
                 bbox_to_anchor=(0.5, 1.3))
@@ -82,28 +85,25 @@ def plot_widths(summary: dict, file: Path) -> None:
 
 
 def plot_sizes(summary: dict, file: Path) -> None:
-    """Held-out loss against size, for the elastic family and every baseline, with 95 %
-    intervals."""
+    """Held-out loss against size, for the elastic family and every rival, with 95 % intervals; the
+    families stand a little apart, so that their intervals can be seen."""
     figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
-    teacher = summary["teacher"]["loss_nats"]["mean"]
-    axis.axhline(teacher, color=GREY, linewidth=0.8, linestyle=":", label="parent")
+    axis.axhline(summary["teacher"]["loss_nats"]["mean"], color=GREY, linewidth=0.8, linestyle=":",
+                 label="parent")
     families = {"elastic": summary["budgets"], **summary["baselines"]}
     for i, (name, entries) in enumerate(families.items()):
-        x, leaves = [e["parameters"] / 1e6 for e in entries], [e["loss_nats"] for e in entries]
-        half = [leaf["high"] - leaf["mean"] for leaf in leaves]
-        style = ({"color": ORANGE, "linewidth": 2, "zorder": 9}
-                 if name == "elastic"
+        leaves = [e["loss_nats"] for e in entries]
+        style = ({"color": ORANGE, "linewidth": 2, "zorder": 9} if name == "elastic"
                  else {"color": plt.cm.viridis(i / 7)})
-        axis.errorbar(x, [leaf["mean"] for leaf in leaves], half, marker="o", markersize=3,
-                      capsize=2, label=SHORT.get(name, name), **style)
+        apart = 1 + 0.006 * (i - (len(families) - 1) / 2)
+        axis.errorbar([apart * e["parameters"] / 1e6 for e in entries],
+                      [leaf["mean"] for leaf in leaves],
+                      [leaf["high"] - leaf["mean"] for leaf in leaves], marker="o", markersize=3,
+                      capsize=2, elinewidth=1, label=RIVALS.get(name, name), **style)
     axis.set_xlabel("parameters (millions)")
     axis.set_ylabel("held-out loss (nats a token)")
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     _finish(figure, axis, file)
-
-
-def _shades(n: int) -> list:
-    return [plt.cm.Blues(0.9 - 0.6 * i / max(1, n - 1)) for i in range(n)]
 
 
 def _plot_series(file: Path, lines: list[dict], labels: dict[str, str], axis_label: str) -> None:
@@ -120,6 +120,7 @@ def _plot_series(file: Path, lines: list[dict], labels: dict[str, str], axis_lab
             axis.plot(step[width - 1 :], mean, color=color, label=label or None)
     if axis.get_legend_handles_labels()[1]:
         axis.legend(frameon=False, fontsize=8)
+    axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     axis.set_xlabel("step")
     axis.set_ylabel(axis_label)
     _finish(figure, axis, file)

@@ -1,172 +1,231 @@
-"""Tables of runs, for the terminal and for Markdown."""
+"""Tables of runs and benchmarks: rows of text, shown in a terminal of 80 columns or as Markdown.
+
+A figure is a dict of mean, low, high and n; low and high bound its 95 % interval. How to read:
+`cell` and `over_seeds`, the rows that are made of them, then what is printed.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-# ------------------------------------------------------------------------------------------- tables
+RIVALS = {  # what tables and plots call an elastic family and each `elastic.baseline`
+    "elastic": "elastic, one run",
+    "separate": "alone, equal tokens in all",
+    "minitron": "alone, n times the tokens",
+    "scratch": "from scratch, n times",
+    "random-order": "elastic, random order",
+    "fixed": "elastic, widths by hand",
+    "uniform": "elastic, uniform stage 2",
+}
 
 
-def cell(leaf: dict[str, Any]) -> str:
-    """`0.93 (0.91 to 0.95)`: a mean with its 95 % interval."""
-    return f"{leaf['mean']:.2f} ({leaf['low']:.2f} to {leaf['high']:.2f})"
+def cell(leaf: dict[str, Any] | None, form: str = ".2f") -> str:
+    """`0.93 (0.91 to 0.95)`: a mean and its interval; "" for a figure that a run lacks."""
+    if leaf is None:
+        return ""
+    return f"{leaf['mean']:{form}} ({leaf['low']:{form}} to {leaf['high']:{form}})"
 
 
-def percent(leaf: dict[str, Any]) -> str:
-    """`+1.2 % (+0.9 to +1.5)`: a relative change with its 95 % interval."""
-    return f"{100 * leaf['mean']:+.1f} % ({100 * leaf['low']:+.1f} to {100 * leaf['high']:+.1f})"
+def short(leaf: dict[str, Any] | None, form: str = ".2f") -> str:
+    """`0.93 ±0.02`: a mean and half the width of its interval."""
+    if leaf is None:
+        return ""
+    return f"{leaf['mean']:{form}} ±{(leaf['high'] - leaf['low']) / 2:{form.lstrip('+')}}"
+
+
+def over_seeds(leaves: list[dict[str, Any] | None]) -> dict[str, Any] | None:
+    """Of several seeds the mean, with the smallest and the largest as bounds; of one its figure."""
+    if len(leaves) < 2 or None in leaves:
+        return leaves[0] if leaves else None
+    means = [leaf["mean"] for leaf in leaves]
+    return {"mean": sum(means) / len(means), "low": min(means), "high": max(means)}
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A Markdown table; the first row is its head."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
+
+
+# ------------------------------------------------------------------------------ modes with thoughts
+
+
+def figures(families: list[str]) -> dict[str, tuple[str, str]]:
+    """Where a summary has each figure of a mode with thoughts: for its model, and for the base that
+    it began with. WHO stands for `base` or the mode."""
+    gains = {"frozen_base": "the frozen base", "ema": "the EMA teacher",
+             "own_no_think": "no thought", "empty_thought": "an empty thought"}
+    kinds = {"sampled": "sampled thoughts", "greedy": "greedy thought", "no_think": "no thought"}
+    found = {f"gain over {name}, nats": (f"gain_nats/{key}", f"gain_nats_before/{key}")
+             for key, name in gains.items()}
+    found |= {f"accuracy, {label}": (f"accuracy/{kind}/all/WHO",) * 2
+              for kind, label in kinds.items()}
+    found |= {f"  {family}, sampled thoughts": (f"accuracy/sampled/{family}/WHO",) * 2
+              for family in families}
+    found |= {"loss on text, no thought, nats": ("loss_nats/no_think_text/WHO",) * 2,
+              "gain at ordinary text, nats": ("text_positions/WHO/gain_nats/frozen_base",) * 2,
+              "thought, tokens": ("thought_tokens/all/WHO",) * 2,
+              "thoughts that close": ("closed/all/WHO",) * 2,
+              "change of the loss on text": ("loss_nats/no_think_text_change", "")}
+    return found | {f"accuracy, style forced, T = {t}":
+                    ("", f"forced_style_base/temperature_{t}/all") for t in ("0", "0.7", "1")}
+
+
+def figure(summary: dict, path: str, who: str) -> dict[str, Any] | None:
+    """The leaf of a summary at a path of `figures`, None if it has none."""
+    found: Any = summary
+    for key in path.replace("WHO", who).split("/"):
+        found = found.get(key) if found else None
+    return found
+
+
+def thought_rows(columns: dict[str, tuple[list[dict], str]], labels: list[str] | None = None,
+                 show: Callable[..., str] = cell) -> list[list[str]]:
+    """Figures (those named, or all that are there) by columns: each is runs of several seeds, and
+    whose figures they are. The first row is the head."""
+    accuracy = next(iter(columns.values()))[0][0]["accuracy"]
+    paths = figures([name for name in accuracy["sampled"] if name != "all"])
+    rows = [[f"{accuracy['greedy']['all']['base']['n']} problems", *columns]]
+    for label in labels or paths:
+        leaves = []
+        for runs, who in columns.values():
+            path = paths[label][who == "base" and runs[0]["mode"] != "pretrain"]
+            leaves.append(over_seeds([figure(run, path, who) for run in runs]))
+        if any(leaves):
+            form = "+.1%" if label.startswith("change") else ".2f"
+            rows.append([label, *(show(leaf, form) for leaf in leaves)])
+    return rows
+
+
+# ------------------------------------------------------------------------------------- elastic runs
+
+
+def budget_heads(summary: dict) -> list[str]:
+    """`75 %` for each budget of an elastic run."""
+    return [f"{100 * e['fraction']:.0f} %" for e in summary["budgets"]]
+
+
+def budget_rows(summary: dict, show: Callable[..., str] = cell) -> list[list[str]]:
+    """What each budget of an elastic run reaches; the first row is the head."""
+    facts: dict[str, Callable[[dict], str]] = {
+        "loss, nats a token": lambda e: show(e["loss_nats"], ".3f"),
+        "against the parent": lambda e: show(e["loss_change"], "+.1%"),
+        "loss on text": lambda e: show(e["text_loss_nats"], ".3f"),
+        "loss on problems": lambda e: show(e["problem_loss_nats"], ".3f"),
+        "KL from the parent": lambda e: show(e["kl_nats"], ".3f"),
+        "same likeliest token": lambda e: show(e["top1"]),
+        "parameters": lambda e: f"{e['parameters']:,}",
+        "cost, of its target": lambda e: f"{e['cost'] / e['target']:.1%}" if "cost" in e else "",
+        "MFLOPs a token": lambda e: f"{e['flops_per_token'] / 1e6:.2f}",
+        "MB of weights": lambda e: f"{e['bytes'] / 1e6:.2f}",
+        "tokens a second": lambda e: f"{e['tokens_per_second']:,.0f}"}
+    parent, entries = summary["teacher"], summary["budgets"]
+    rows = [[f"{parent['loss_nats']['n']} sequences", "parent", *budget_heads(summary)],
+            *([name, *map(f, [parent, *entries])] for name, f in facts.items())]
+    for stage, sizes in ((1, summary["stage1"]), (2, entries if summary["stage1"] else [])):
+        losses = [f"{e['long_loss_nats']['mean']:.3f}" for e in [parent, *sizes]]
+        rows += [[f"long text, stage {stage}", *losses]] * bool(sizes)
+    return rows
+
+
+def rival_rows(summary: dict, show: Callable[..., str] = cell) -> list[list[str]]:
+    """How far each rival's loss is from the family's, paired by sequence; the first row is the
+    head."""
+    rows = [["nats minus elastic", *budget_heads(summary)]]
+    for name, family in summary["baselines"].items():
+        rows.append([RIVALS.get(name, name), *(show(e["difference_nats"], "+.3f") for e in family)])
+    return rows
+
+
+# --------------------------------------------------------------------------------------- benchmarks
+
+
+def bench_table(found: dict) -> str:
+    """One benchmark of bench.py in Markdown: a row a contestant, and what it was measured on."""
+    rows = [[found["title"], "ms", "times ours", "thousand tokens/s", "peak MiB"]]
+    for row in found["rows"]:
+        cells = [row["note"], "", "", ""]
+        if "ms" in row:
+            cells = [f"{row['ms']:.4g}", f"{row['times_ours']:.2f}",
+                     f"{row['tokens_per_s'] / 1e3:.3g}", f"{row['peak_bytes'] / 2**20:.3g}"]
+        rows.append([row["name"], *cells])
+    parts = [markdown(rows), surroundings(found)]
+    if "growth" in found:
+        g = found["growth"]
+        rows = [["tokens", *map(str, g["tokens"])], ["ms", *(f"{ms:.4g}" for ms in g["ms"])],
+                ["peak MiB", *(f"{n / 2**20:.3g}" for n in g["peak_bytes"])]]
+        parts += [markdown(rows), f"Time grows with the power {g['exponent']:.2f} of the length."]
+    return "\n\n".join(parts)
+
+
+def surroundings(found: dict) -> str:
+    """The machine that a benchmark ran on, its settings, and the commit of the code."""
+    versions = [f"{k} {v}" for k, v in found["versions"].items() if k in ("torch", "transformers")]
+    on_cpu = [found.get("instructions", ""), f"threads: {found['threads']}"]
+    words = [found["machine"], *on_cpu * (found["device"] == "cpu"),
+             f"fp32 ({found['precision']})", *versions, f"commit {commit(found)}"]
+    return ", ".join(filter(None, words)) + "; medians."
+
+
+def commit(found: dict) -> str:
+    """The commit that a result is from; results did not name it before that day."""
+    return found["versions"].get("commit") or "before 2026-11-26"
+
+
+# ------------------------------------------------------------------------------------- the terminal
+
+
+def print_rows(rows: list[list[str]], console: Console) -> None:
+    """Rows as a table in the terminal's own colours; words that do not fit go on below."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
+    for i, name in enumerate(rows[0]):
+        table.add_column(name, justify="right" if i else "left", overflow="fold")
+    for row in rows[1:]:
+        table.add_row(*row)
+    console.print(table)
+    console.print()
 
 
 def print_summary(summary: dict, console: Console) -> None:
-    """The closing tables of a run."""
+    """The closing tables of a run; summary.json has the rest."""
+    console.print(f"\nheld-out figures, seed {summary['seed']}: "
+                  "mean ± half of the 95 % interval\n")
     if summary["mode"] == "elastic":
-        for rows in (budget_rows(summary), rival_rows(summary)):
-            table = Table(
-                *rows[0], title=f"held-out figures, mean (95 % interval), seed {summary['seed']}")
-            for row in rows[1:]:
-                table.add_row(*row)
-            console.print(table)
-        console.print(
-            f"{summary['wall_s']:.0f} s, {summary['peak_memory_gib']:.2f} GiB at the peak")
-        return
-    table = Table(title=f"held-out figures, mean (95 % interval), seed {summary['seed']}")
-    who = [w for w in ("base", "rlp", "cpt") if w in summary["accuracy"]["sampled"]["all"]]
-    for column in ("", *who):
-        table.add_column(column)
-    for kind, label in (("no_think", "without a thought"), ("sampled", "sampled thoughts"),
-                        ("greedy", "greedy thought")):
-        for family, leaves in summary["accuracy"][kind].items():
-            name = f"accuracy, {label}" if family == "all" else f"  {family}"
-            table.add_row(name, *(cell(leaves[w]) for w in who))
-    table.add_row("loss on text, no thought (nats a token)",
-                  *(cell(summary["loss_nats"]["no_think_text"][w]) for w in who))
-    for key, label in (("thought_tokens", "thought length (tokens)"),
-                       ("closed", "thoughts that close")):
-        if key in summary:
-            table.add_row(label, *(cell(summary[key]["all"][w]) for w in who))
-    for reference, leaf in summary["gain_nats"].items():
-        table.add_row(f"gain against {reference} (nats)", *([""] * (len(who) - 1)), cell(leaf))
-    console.print(table)
-    console.print(f"{summary['wall_s']:.0f} s, {summary['peak_memory_gib']:.2f} GiB at the peak")
+        print_rows(budget_rows(summary, short), console)
+        if summary["baselines"]:
+            print_rows(rival_rows(summary, short), console)
+    else:
+        who = dict.fromkeys(["base", summary["mode"]][: 1 + (summary["mode"] != "pretrain")])
+        print_rows(thought_rows({w: ([summary], w) for w in who}, show=short), console)
+    console.print(f"{summary['wall_s']:.0f} s, {summary['peak_memory_gib']:.2f} GiB at the peak; "
+                  f"all figures are in summary.json")
 
 
 def print_estimate(facts: dict, console: Console) -> None:
     """What a run would take (see estimate.py), as tables for the terminal."""
-    console.print(f"{facts['parameters']:,} parameters; {facts['total_tokens']:,} tokens"
-                  + (f"; {facts['thoughts']:,} thoughts" if "thoughts" in facts else ""))
-    table = Table("step of", "steps", "tokens a step", "FLOPs a step", "of which")
+    console.print(f"\n{facts['parameters']:,} parameters, {facts['total_tokens']:,} tokens"
+                  + (f", {facts['thoughts']:,} thoughts" if "thoughts" in facts else "")
+                  + f"\n{facts['total_flops']:.3g} FLOPs: {facts['h100_hours']:,.3g} H100 hours at "
+                  "40 % of its peak\n")
+    rows = [["phase", "steps", "tokens/step", "FLOPs/step", "of which"]]
     for p in facts["phases"]:
-        step, n = sum(p["flops"].values()), p["steps"]
+        step = sum(p["flops"].values())
         shares = ", ".join(f"{name} {100 * v / step:.0f} %" for name, v in p["flops"].items())
-        table.add_row(p["name"], f"{n:,}", f"{p['tokens']:,}", f"{step:.3g}", shares)
-    console.print(table)
-    console.print(
-        f"{facts['total_flops']:.3g} FLOPs in all: {facts['h100_hours']:,.3g} H100 hours at 40 % of its peak"
-    )
+        rows.append([p["name"], f"{p['steps']:,}", f"{p['tokens']:,}", f"{step:.3g}", shares])
+    print_rows(rows, console)
     n, kept = facts["n_gpus"], facts["memory"]
-    table = Table(
-        f"GB on each of {n} GPU{'s' * (n > 1)}", *(f"activations: {name}" for name in kept))
+    rows = [[f"GB on each of {n} GPU{'s' * (n > 1)}", *(f"activations: {name}" for name in kept)]]
     for part in kept["all kept"]:
         if any(memory[part] for memory in kept.values()):
-            table.add_row(part, *(f"{memory[part] / 1e9:,.3g}" for memory in kept.values()))
-    console.print(table)
+            rows.append([part, *(f"{memory[part] / 1e9:,.3g}" for memory in kept.values())])
+    print_rows(rows, console)
     if "family" in facts:
-        model, router, separate = (
-            facts["family"][name] / 1e9 for name in ("model", "router", "separate"))
-        console.print(
-            f"all sizes in bf16: {model + router:,.3g} GB as one checkpoint ({100 * router / model:.2g} % is the "
-            f"router), {separate:,.3g} GB as one for each"
-        )
-
-
-def fine(leaf: dict[str, Any]) -> str:
-    """`1.551 (1.540 to 1.562)`."""
-    return f"{leaf['mean']:.3f} ({leaf['low']:.3f} to {leaf['high']:.3f})"
-
-
-def signed(leaf: dict[str, Any]) -> str:
-    """`+0.021 (+0.015 to +0.027)`."""
-    return f"{leaf['mean']:+.3f} ({leaf['low']:+.3f} to {leaf['high']:+.3f})"
-
-
-def budget_rows(summary: dict) -> list[list[str]]:
-    """What each budget of an elastic run reaches; the first row is the head."""
-    entries = summary["budgets"]
-    rows = [
-        [f"n = {entries[0]['loss_nats']['n']}", "parent",
-         *(f"{100 * e['fraction']:.0f} %" for e in entries)]
-    ]
-
-    def add(name: str, f: Callable[[dict], str], of_parent: bool = True) -> None:
-        rows.append([name, f(summary["teacher"]) if of_parent else "", *map(f, entries)])
-
-    add("parameters", lambda e: f"{e['parameters']:,}")
-    add("cost, of its target", lambda e: f"{100 * cost_share(e):.1f} %", False)
-    add("MFLOPs a token", lambda e: f"{e['flops_per_token'] / 1e6:.2f}")
-    add("MB of weights", lambda e: f"{e['bytes'] / 1e6:.2f}")
-    add("tokens a second, forward", lambda e: f"{e['tokens_per_second']:,.0f}")
-    add("loss, nats a token", lambda e: fine(e["loss_nats"]))
-    add("of text alone", lambda e: fine(e["text_loss_nats"]))
-    add("of problems alone", lambda e: fine(e["problem_loss_nats"]))
-    add("against the parent", lambda e: percent(e["loss_change"]), False)
-    add("KL from the parent, nats", lambda e: fine(e["kl_nats"]), False)
-    add("same likeliest token as the parent", lambda e: cell(e["top1"]), False)
-    if summary["stage1"]:
-        long = [s["long_loss_nats"]["mean"] for s in summary["stage1"]]
-        rows.append(
-            ["loss on long text, after stage 1",
-             f"{summary['teacher']['long_loss_nats']['mean']:.3f} (parent)",
-             *(f"{x:.3f}" for x in long)]
-        )
-        rows.append(
-            ["loss on long text, after stage 2", "",
-             *(f"{e['long_loss_nats']['mean']:.3f}" for e in entries)]
-        )
-    return rows
-
-
-def cost_share(entry: dict) -> float:
-    """Cost over target, for a budget in parameters."""
-    return entry["cost"] / entry["target"]
-
-
-def rival_rows(summary: dict) -> list[list[str]]:
-    """Loss of the elastic family and its rivals, and how far each is from the family, paired; the
-    first row is the head."""
-    entries = summary["budgets"]
-    heads = [f"{100 * e['fraction']:.0f} %" for e in entries]
-    rows = [
-        [f"loss, nats a token, n = {entries[0]['loss_nats']['n']}",
-         *(h for head in heads for h in (head, "minus elastic"))]
-    ]
-    for name, family in {"elastic": entries, **summary["baselines"]}.items():
-        cells = [(fine(e["loss_nats"]), "" if name == "elastic" else signed(e["difference_nats"]))
-                 for e in family]
-        rows.append([RIVALS.get(name, name), *(text for pair in cells for text in pair)])
-    return rows
-
-
-SHORT = {
-    "separate": "alone, 1/n of the tokens",
-    "minitron": "alone, n times the cost",
-    "scratch": "from scratch, n times the cost",
-    "fixed": "widths by hand",
-    "random-order": "random order",
-    "uniform": "uniform in stage 2",
-}
-
-
-RIVALS = {
-    "elastic": "**elastic**, one run",
-    "separate": "each size distilled alone, 1/n of the tokens",
-    "minitron": "each size distilled alone, all the tokens (n times the cost)",
-    "scratch": "each size from scratch, all the tokens (n times the cost)",
-    "random-order": "elastic, units in random order",
-    "fixed": "elastic, widths by hand",
-    "uniform": "elastic, uniform sampling in stage 2",
-}
+        model, router, apart = (facts["family"][k] / 1e9 for k in ("model", "router", "separate"))
+        console.print(f"all sizes, bf16: {model + router:,.3g} GB in one checkpoint (router "
+                      f"{100 * router / model:.2g} %), {apart:,.3g} GB in one for each")
 
 
 def total_minutes(summary: dict) -> float:
