@@ -69,13 +69,14 @@ def draw(question: str, thoughts: tuple, tokenizer, gain_nats: list[float]) -> p
 
     box(0.06, high / 2, 7.88, high - 0.12, CARD, 0.25)
     write(0.4, (y - 0.1) / 2 + 0.05, "\n".join(lines), 17, INK, weight="bold", linespacing=1.35)
-    for x, end, title in (0.4, "at once", "Answering at once"), (4.2, "after", "After a thought"):
-        write(x, y, title)
+    for x, end, title in (0.4, "at once", "At once"), (4.2, "after", "After a thought"):
+        p = float(after[end][after["answer"]].exp())
+        write(x, y, f"{title}: {p:.0%} right", 16, INK, weight="bold")
         for i, (logp, token) in enumerate(zip(*after[end].topk(5), strict=True)):
-            at, p, true = y + 0.42 + 0.36 * i, float(logp.exp()), bool(token == after["answer"])
+            at, p = y + 0.42 + 0.36 * i, float(logp.exp())
             write(x + 0.5, at, tokenizer.decode([token]).strip(), 16, INK, ha="right")
-            box(x + 0.62, at, 0.06 + 1.7 * p, 0.26, GOOD if true else GREY)
-            write(x + 0.78 + 1.7 * p, at, f"{p:.0%}" + " true" * true, color=GOOD if true else PALE)
+            box(x + 0.62, at, 0.06 + 2 * p, 0.26, GOOD if token == after["answer"] else GREY)
+            write(x + 0.78 + 2 * p, at, f"{p:.0%}")
     y, longest = y + 2.5, max(sum(len(w) + 0.9 for w in t["words"]) for t in thoughts)
     unit, most = min(0.155, 6.8 / longest), max(abs(t["nats"]).max() for t in thoughts)
     titles = "The thought: nats that each token adds to the true answer", "Before RLP"
@@ -86,7 +87,7 @@ def draw(question: str, thoughts: tuple, tokenizer, gain_nats: list[float]) -> p
             w, sign = unit * (len(word) + 0.9), GOOD if n > 0 else BAD
             box(x + 0.02, y, w - 0.04, 0.38, BOX + 0.85 * (abs(n) / most)**0.5 * (sign - BOX))
             write(x + w / 2, y, word, 100 * unit, INK, ha="center")
-            write(x + w / 2, y + 0.32, f"{n:+.0f}" if abs(n) >= 0.95 else "", 12, sign, ha="center")
+            write(x + w / 2, y + 0.32, f"{n:+.0f}" if abs(n) >= 0.95 else "", 13, sign, ha="center")
             x += w
         write(x + 0.1, y, f"→ {tokenizer.decode([best]).strip()}", 17,
               GOOD if best == found["answer"] else BAD, weight="bold")
