@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import paragraphs
+from PIL import Image
 
 import routers
 import train
-from PIL import Image
 from tools import picture, report, shards
-
-from conftest import paragraphs
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
