@@ -4,8 +4,8 @@ Information gain is measured against four references, because one alone can flat
 
     frozen_base     the base that RLP started from, without a thought: the honest one
     ema             the teacher, without a thought: what training rewards
-    own_no_think    the trained model itself, without a thought: high also when its no-think prediction has collapsed
-    empty_thought   the trained model after `<think></think>`: what is left is due to the thought's content
+    own_no_think    the trained model, without a thought: high also if it forgot to predict so
+    empty_thought   the trained model after `<think></think>`: what is left is the content's merit
 
 Accuracy is that of the likeliest answer token after sampled thoughts, after the greedy thought, and
 without a thought. Intervals treat problems (not thoughts) as the independent observations: mean +-
@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,7 @@ import nested
 import routers
 from kernels import selected_logp, token_logp
 from model import HybridLM
+from system import parallel
 from system.config import Config
 from system.costs import count_parameters, part_cache_bytes, part_flops, sum_of_parts
 from text.batches import collate_contexts, mixture, text_position
@@ -113,17 +115,16 @@ def side_by_side(trees: dict[str, dict]) -> dict:
 class Positions(NamedTuple):
     """Held-out contexts, the tokens that follow each, and how they are read."""
 
-    contexts: list[list[int]]
-    targets: list[list[int]]
+    pairs: list[tuple[list[int], list[int]]]
     tokenizer: Tokenizer
     config: Config
     problems: list[Problem] = []  # whose they are; empty if they are of text
 
     def batches(self, model: HybridLM, n: int) -> Iterator[dict[str, Tensor]]:
         """n positions at a time, on the model's device (see `collate_contexts`)."""
-        for i in range(0, len(self.contexts), n):
-            batch = collate_contexts(self.tokenizer, self.contexts[i : i + n],
-                                     self.targets[i : i + n], self.config.rlp)
+        for i in range(0, len(self.pairs), n):
+            contexts, targets = map(list, zip(*self.pairs[i : i + n], strict=True))
+            batch = collate_contexts(self.tokenizer, contexts, targets, self.config.rlp)
             yield to_device(batch, model)
 
 
@@ -132,8 +133,8 @@ def problem_positions(corpus: Corpus, config: Config) -> Positions:
     problems = held_out_problems(
         "test", config.eval.problems_per_family, config.seed, corpus.held_out_percent)
     encode = corpus.tokenizer.encode
-    return Positions([encode(p.prompt) for p in problems], [encode(p.answer) for p in problems],
-                     corpus.tokenizer, config, problems)
+    pairs = [(encode(p.prompt), encode(p.answer)) for p in problems]
+    return Positions(pairs, corpus.tokenizer, config, problems)
 
 
 def text_positions(corpus: Corpus, config: Config) -> Positions:
@@ -141,7 +142,7 @@ def text_positions(corpus: Corpus, config: Config) -> Positions:
     rng = random.Random(f"text-positions-test-{config.seed}")
     pairs = [text_position(corpus, config.rlp, "test", rng)
              for _ in range(config.eval.text_positions)]
-    return Positions([c for c, _ in pairs], [t for _, t in pairs], corpus.tokenizer, config)
+    return Positions(pairs, corpus.tokenizer, config)
 
 
 def together(most: int, each: int, limit: int) -> int:
@@ -177,8 +178,8 @@ def evaluate_thoughts(model: HybridLM, positions: Positions, plain: dict[str, Te
 def evaluate_forced_style(model: HybridLM, positions: Positions) -> dict:
     """Accuracy by temperature if every thought must begin as the problem's worked thought does.
 
-    It shows what the model could do if only it chose to think in steps. A part of RLP's gain is that
-    choice; only what goes beyond this accuracy is better thinking.
+    It shows what the model could do if only it chose to think in steps. Part of RLP's gain is this
+    choice; only accuracy beyond that of the forced style is better thinking.
     """
     encode = positions.tokenizer.encode
     forced_Bl = torch.tensor([encode(p.thought)[:2] for p in positions.problems])
@@ -196,14 +197,13 @@ def measure_thoughts(model: HybridLM, positions: Positions, temperature: float, 
     position.
     """
     c = positions.config
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(c.seed + 10_000)
+    generator = torch.Generator(parallel.device_of(model)).manual_seed(c.seed + 10_000)
     sampling = Sampling(samples, c.rlp.thought_len, temperature)
     n = together(64, samples * (c.rlp.context_len + c.rlp.thought_len), TOKENS_AT_ONCE)
     found = []
     for i, batch in enumerate(positions.batches(model, n)):
-        begin = None
-        if forced_Bl is not None:
-            begin = forced_Bl[i * n : (i + 1) * n].to(generator.device).repeat_interleave(samples, 0)
+        begin = None if forced_Bl is None else (
+            forced_Bl[i * n : (i + 1) * n].repeat_interleave(samples, dim=0).to(generator.device))
         t = sample_thoughts(model, batch, positions.tokenizer, sampling, generator, begin)
         target_BX = batch["target_BX"]
         is_right_R = (t.answer_RX == target_BX.repeat_interleave(samples, dim=0)).all(-1)
@@ -219,8 +219,8 @@ def plain_logp(model: HybridLM, positions: Positions, empty_thought: bool = Fals
     """log p(target | context) without a thought, or after an empty one: a value a position."""
     tk = positions.tokenizer
     if empty_thought:
-        contexts = [[*c, tk.think, tk.close] for c in positions.contexts]
-        positions = positions._replace(contexts=contexts)
+        pairs = [([*context, *tk.tags], target) for context, target in positions.pairs]
+        positions = positions._replace(pairs=pairs)
     n = together(256, positions.config.rlp.context_len, TOKENS_AT_ONCE)
     return torch.cat([score_context(model, batch, tk.tags)[0].cpu()
                       for batch in positions.batches(model, n)])
@@ -228,14 +228,12 @@ def plain_logp(model: HybridLM, positions: Positions, empty_thought: bool = Fals
 
 @torch.no_grad()
 def text_losses(model: HybridLM, corpus: Corpus, config: Config) -> Tensor:
-    """Next-token loss in nats a token of held-out text, without thoughts: one mean per window of
-    256 tokens.
-    """
+    """Next-token loss of held-out text without thoughts, in nats: a mean for each 256 tokens."""
     rng, length, begin = random.Random(f"text-test-{config.seed}"), 256, corpus.tokenizer.begin
     losses = []
     for _ in range(max(2, config.eval.text_tokens // length)):
         window = [*begin, *corpus.text_window(rng, "test", length + 1).tolist()]
-        tokens_BT = torch.tensor([window], device=next(model.parameters()).device)
+        tokens_BT = torch.tensor([window], device=parallel.device_of(model))
         hidden_BTD, _ = model(tokens_BT[:, :-1])
         logits = model.logits(hidden_BTD[:, len(begin) :])
         logp = token_logp(logits, tokens_BT[:, len(begin) + 1 :], corpus.tokenizer.tags)
@@ -245,8 +243,7 @@ def text_losses(model: HybridLM, corpus: Corpus, config: Config) -> Tensor:
 
 def to_device(batch: dict[str, Tensor], model: HybridLM) -> dict[str, Tensor]:
     """The batch on the model's device."""
-    device = next(model.parameters()).device
-    return {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+    return {k: v.to(parallel.device_of(model), non_blocking=True) for k, v in batch.items()}
 
 
 # ----------------------------------------------------------------------------- models of many sizes
@@ -254,16 +251,14 @@ def to_device(batch: dict[str, Tensor], model: HybridLM) -> dict[str, Tensor]:
 
 def evaluate_sizes(models: list[HybridLM], references: list[int], corpus: Corpus,
                    config: Config) -> list[dict]:
-    """Models of any size on the same held-out sequences of the training mixture, and on long texts.
+    """Models of any size on the same held-out sequences, half of them text and half problems.
 
-    Half of the sequences are text and half are problems, weighted as training weighs them: see
-    `stratified`.
     Args: models: the first is the parent; references: for each model the index of the one that it
     is compared with.
-    Returns for each: loss_nats, also of text_ and problem_ sequences alone; difference_nats (from
-    its reference, paired by sequence); loss_change (against the parent, relative, paired); kl_nats
-    (KL from the parent); top1 (share of tokens where both find the same one likeliest);
-    long_loss_nats (of text, at the positions that stage 1 never had).
+    Returns for each, weighted as training weighs both kinds (see `stratified`): loss_nats, also as
+    text_loss_nats and problem_loss_nats; difference_nats (from its reference, paired by sequence);
+    loss_change (against the parent, relative, paired); kl_nats (from the parent); top1 (share of
+    tokens where both find the same one likeliest); long_loss_nats (see `long_losses`).
     """
     seq_len, share = config.elastic.seq_len, config.data.text_share
     n = together(16, seq_len * models[0].config.vocab_size, LOGITS_AT_ONCE)
@@ -332,16 +327,14 @@ def _row_mean(value_BT: Tensor, inside_BT: Tensor) -> Tensor:
 
 @torch.no_grad()
 def long_losses(model: HybridLM, corpus: Corpus, config: Config) -> Tensor:
-    """Mean loss of each held-out text of elastic.long_len tokens, after its first
-    elastic.seq_len."""
-    c, device, losses = config.elastic, next(model.parameters()).device, []
-    found = (d[i : i + c.long_len + 1]
-             for d in corpus.documents["test"]
+    """Mean loss of each held-out text of long_len tokens, at positions that stage 1 never had."""
+    c, losses = config.elastic, []
+    found = (d[i : i + c.long_len + 1] for d in corpus.documents["test"]
              for i in range(0, len(d) - c.long_len, c.long_len))
     texts = list(itertools.islice(found, config.eval.elastic_rows))
-    for start in range(0, len(texts), 4):
-        tokens_BT = torch.stack([torch.from_numpy(t).long() for t in texts[start : start + 4]]).to(
-            device)
+    for i in range(0, len(texts), 4):
+        tokens_BT = torch.from_numpy(np.stack(texts[i : i + 4])).long()
+        tokens_BT = tokens_BT.to(parallel.device_of(model))
         hidden_BTD, _ = model(tokens_BT[:, :-1])
         logp_BT = selected_logp(
             hidden_BTD[:, c.seq_len - 1 :], model.output_matrix, tokens_BT[:, c.seq_len :])
@@ -350,10 +343,9 @@ def long_losses(model: HybridLM, corpus: Corpus, config: Config) -> Tensor:
 
 
 def size_facts(model: HybridLM, config: Config) -> dict[str, float]:
-    """Parameters, bytes (of weights as they are here; of the caches of one sequence), FLOPs a
-    token, tokens a second."""
+    """Parameters, bytes of weights and of a sequence's caches, FLOPs a token, tokens a second."""
     c = config.elastic
-    batch = torch.zeros(8, c.seq_len, dtype=torch.long, device=next(model.parameters()).device)
+    batch = torch.zeros(8, c.seq_len, dtype=torch.long, device=parallel.device_of(model))
     with torch.no_grad():
         model(batch)
         times = []
@@ -373,23 +365,19 @@ def size_facts(model: HybridLM, config: Config) -> dict[str, float]:
 
 
 def family_bytes(model: HybridLM, router: torch.nn.Module, sizes: list[HybridLM]) -> dict[str, int]:
-    """What a family takes, as one checkpoint with its router and as a checkpoint for each size:
-    files, and memory.
+    """What a family takes as one checkpoint with its router, and as a checkpoint for each size.
 
-    In memory the family is the full model, the router, and what the largest of its submodels does
-    not share with it.
+    In memory it is the full model, the router, and what its largest submodel does not share.
     """
 
     def file_bytes(*networks: torch.nn.Module) -> int:
-        return sum(
-            len(safetensors.torch.save({k: v.contiguous() for k, v in n.state_dict().items()}))
-            for n in networks)
+        states = [{k: v.contiguous() for k, v in n.state_dict().items()} for n in networks]
+        return sum(len(safetensors.torch.save(state)) for state in states)
 
     def storage_bytes(*networks: torch.nn.Module) -> int:
         tensors = [t for n in networks for t in (*n.parameters(), *n.buffers())]
-        return sum(
-            {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()
-        )
+        storages = [t.untyped_storage() for t in tensors]
+        return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
     return {
         "family_file": file_bytes(model, router),

@@ -1,34 +1,26 @@
 """RLP: reinforcement as a pretraining objective (arXiv 2510.01265).
 
-Before it predicts the next token x_t, the model samples a thought c. The thought's reward is the
-information gain: the nats that it adds to the log-probability of the true token, against a teacher
-phi that does not think.
+Before it predicts the next token x_t, the model samples a thought c. The thought's reward is its
+information gain: the nats by which it raises the log-probability of the true token above that of a
+teacher phi, which does not think.
 
     r(c) = log p_theta(x_t | x_<t, c) - log p_phi(x_t | x_<t)                          (eq. 3 to 5)
     A_i  = G / (G - 1) (r_i - mean of the group)                                             (eq. 6)
     L_i  = -1/|c_i| sum_u min(rho_u A_i, clip(rho_u, 1 - eps_low, 1 + eps_high) A_i)      (eq. 7, 8)
     phi  <- tau phi + (1 - tau) theta                              after every optimizer step
 
-rho_u is the likelihood ratio of the thought's u-th token: under the policy that learns, over that
-which sampled it. The gradient reaches theta through the thought's tokens only. There is no
-next-token loss.
+rho_u is the likelihood ratio of the thought's u-th token, now over when it was sampled. The
+gradient reaches theta through the thought's tokens only; there is no next-token loss. The thoughts
+of a group share log p_phi, so the teacher cancels in the advantages: it serves to measure, and for
+the reward's floor. With one update from each batch rho = 1, and the clip is idle.
 
 How to read: the functions down to `kl_estimate` take log-probabilities, not models. To try another
-reward, change `reward`; what is reported stays `information_gain`. `RLP`, at the end, is Algorithm 1.
-
-Good to know, each held by a test:
-
-* The teacher cancels: all thoughts of a group share log p_phi, so advantages and gradient do not
-  depend on it. It serves to measure, and for the reward's floor.
-* With one update from each batch, rho = 1 and the clip is idle.
-* One network is policy and predictor. Each context is run once for its G thoughts, to sample them
-  and again to learn from them.
+reward change `reward`: `information_gain` stays what is reported. `RLP` is Algorithm 1.
 
 Where it differs from the paper: neither scorer has the think tags in its softmax (else a base that
 likes to open a thought would seem to predict badly, and gains would look larger); rewards have a
-floor (`rlp.reward_floor`, -inf in the paper); positions may be answers of problems
-(`rlp.positions`, `random` in the paper); an instruction, if there is one (`rlp.prompt`), stands
-before what both scorers read.
+floor (`rlp.reward_floor`); positions may be answers of problems (`rlp.positions`); an instruction,
+if there is one (`rlp.prompt`), stands before what both scorers read.
 """
 
 import functools
@@ -40,6 +32,7 @@ from kernels import selected_logp
 from model import HybridLM
 from system import parallel
 from system.config import RLPConfig
+from system.errors import require
 from system.objective import Objective
 from text.tokenizer import Tokenizer
 from thoughts import Sampling, sample_thoughts, score_context
@@ -66,14 +59,13 @@ def reward(gain_BG: Tensor, floor: float) -> Tensor:
 def group_advantages(reward_BG: Tensor) -> Tensor:
     """A_i = G / (G - 1) (r_i - r_bar) within each group (eq. 6), detached. They sum to 0.
 
-    r_bar contains r_i itself, which shrinks r_i - r_bar by (G - 1) / G on average. The factor undoes
-    that: the estimated gradient is unbiased. There is no division by the standard deviation.
-    Raises ValueError for a group of one.
+    r_bar contains r_i itself, which shrinks r_i - r_bar by (G - 1) / G on average; the factor makes
+    the estimated gradient unbiased. There is no division by the standard deviation. Raises
+    ValueError for a group of one.
     """
     G = reward_BG.shape[1]
-    if G < 2:
-        raise ValueError(f"a group has {G} thought; advantages compare thoughts, so rlp.group_size "
-                         "must be at least 2")
+    require(G >= 2, f"a group has {G} thought; advantages compare thoughts, so rlp.group_size must "
+            "be at least 2")
     r_bar_B1 = reward_BG.mean(dim=1, keepdim=True)
     return (G / (G - 1) * (reward_BG - r_bar_B1)).detach()
 
@@ -93,9 +85,8 @@ def clipped_surrogate(logp_RL: Tensor, old_logp_RL: Tensor, advantage_R: Tensor,
 
 
 def kl_estimate(logp_RL: Tensor, reference_logp_RL: Tensor, length_R: Tensor) -> Tensor:
-    """KL(policy || reference) in nats a token, the mean over each thought of exp(d) - 1 - d with
-    d = log reference - log policy: never negative, unbiased for tokens sampled from the policy."""
-    d_RL = reference_logp_RL - logp_RL
+    """KL(policy || reference) of each thought in nats a token: never negative, and unbiased."""
+    d_RL = reference_logp_RL - logp_RL  # the estimate is the mean of exp(d) - 1 - d
     return thought_mean(torch.exp(d_RL) - 1 - d_RL, length_R)
 
 
@@ -107,8 +98,7 @@ def thought_mean(value_RL: Tensor, length_R: Tensor) -> Tensor:
 
 @torch.no_grad()
 def ema_update(teacher: nn.Module, model: nn.Module, tau: float) -> None:
-    """phi <- tau phi + (1 - tau) theta, in the teacher's own dtype (fp32: in bf16 a step of 0.001
-    would be lost)."""
+    """phi <- tau phi + (1 - tau) theta, in phi's dtype: fp32, for bf16 would lose such steps."""
     phi = [parallel.local(q) for q in teacher.parameters()]
     theta = [parallel.local(p.detach()).to(q.dtype)
              for p, q in zip(model.parameters(), phi, strict=True)]
@@ -119,9 +109,8 @@ def thought_logp(model: HybridLM, batch: dict, tokens_RL: Tensor, length_R: Tens
                  temperature: float, n_buckets: int = 3) -> Tensor:
     """log pi(c_u | x_<t, <think>, c_<u) of every thought token, with gradients.
 
-    Each context is run once, and its G thoughts go on from its cache: T + G L tokens instead of
-    G (T + L). Thoughts are run in buckets of like length. Logits are made of thought tokens only,
-    in parts of the vocabulary.
+    Each context is run once, and its G thoughts go on from its cache, in buckets of like length:
+    T + G L tokens instead of G (T + L).
     Args: batch: context_BT and ids_BT; tokens_RL, length_R: R = B G thoughts, those of a context in
     a row; think: id of <think>. Returns: logp_RL, 0 beyond each length.
     """
@@ -146,7 +135,7 @@ def thought_logp(model: HybridLM, batch: dict, tokens_RL: Tensor, length_R: Tens
 class RLP(Objective):
     """Algorithm 1 of the paper, as an objective of `loop.fit`.
 
-    networks: "teacher" is phi; "reference" is the policy at the start, kept only for a KL term. Both
+    networks: "teacher" is phi; "reference" the policy at the start, kept only for a KL term. Both
     are set to theta at the first batch.
     """
 
@@ -164,9 +153,7 @@ class RLP(Objective):
 
     def prepare(self, model: HybridLM, batch: dict[str, Tensor], step: int,
                 generator: torch.Generator) -> dict:
-        """Sample G thoughts for each context and reward them. Returns the batch with the thoughts
-        and, for each of them, gain_R, advantage_R and, for a KL term, reference_logp_RL.
-        """
+        """Sample G thoughts for each context, and reward them. Returns the batch with both."""
         c, tokenizer = self.config, self.tokenizer
         if "teacher" not in self.networks:
             self.start(model)
@@ -185,7 +172,7 @@ class RLP(Objective):
         return batch
 
     def loss(self, model: HybridLM, batch: dict) -> tuple[Tensor, int, dict[str, Tensor]]:
-        """Sum over the thoughts of the clipped surrogate (and the KL term), their number, metrics."""
+        """Sum over the thoughts of the clipped surrogate and the KL term, their number, metrics."""
         c, thoughts, gain_R = self.config, batch["thoughts"], batch["gain_R"]
         logp_RL, old_logp_RL, length_R = (
             self.policy_logp(model, batch), thoughts.logp_RL, thoughts.length_R)
@@ -213,7 +200,7 @@ class RLP(Objective):
         ema_update(self.networks["teacher"], model, self.config.tau)
 
     def policy_logp(self, model: HybridLM, batch: dict) -> Tensor:
-        """`thought_logp` of the batch's thoughts, at the temperature that they were sampled at."""
+        """`thought_logp` of the batch's thoughts."""
         thoughts = batch["thoughts"]
         return thought_logp(model, batch, thoughts.tokens_RL, thoughts.length_R,
                             self.tokenizer.think, self.config.temperature)

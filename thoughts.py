@@ -116,8 +116,7 @@ def sample_thoughts(model: HybridLM, batch: dict[str, Tensor], tokenizer: Tokeni
 @torch.no_grad()
 def score_context(model: HybridLM, batch: dict[str, Tensor], tags: tuple[int, int]
                   ) -> tuple[Tensor, Tensor, Cache]:
-    """Run the contexts and score their targets without a thought: what `score_targets` returns, and
-    the cache."""
+    """`score_targets` right after the contexts, without a thought; and the cache behind them."""
     hidden_BTD, cache = model(batch["context_BT"], ids_BT=batch["ids_BT"])
     return *score_targets(model, hidden_BTD[:, -1], cache, batch["target_BX"], tags), cache
 

@@ -1,11 +1,8 @@
-"""The one training loop: a batch, its preparation, updates, the log, checkpoints. What is learned
-is up to an `Objective`.
+"""The one training loop. What is learned is up to an `Objective`. Read `fit`, then `update`.
 
 The loss is divided by the total count of a step, so accumulation and the number of processes cannot
 change it. All randomness is a function of (seed, step): a resumed run repeats the uninterrupted
 one, on a CPU bit for bit.
-
-How to read: `fit`, then `update`.
 """
 
 import json
@@ -45,10 +42,10 @@ def fit(model: HybridLM, objective: Objective, make_batch: Callable[[int], dict[
     """
     check_rows(settings, label)
     # 1. All processes begin alike; a resumed run begins where the checkpoint was written.
-    parallel.barrier()  # nobody may take what is written from here on for the work of an earlier run
+    parallel.barrier()  # nobody may take what is written from here on for an earlier run's
     for network in objective.networks.values():
         parallel.broadcast(network)
-    device, plain, model = next(model.parameters()).device, model, parallel.shard(model)
+    device, plain, model = parallel.device_of(model), model, parallel.shard(model)
     optimizers = build_optimizers(model, settings) + objective.optimizers()
     for group in (g for optimizer in optimizers for g in optimizer.param_groups):
         group["peak_lr"] = group["lr"]
@@ -57,8 +54,7 @@ def fit(model: HybridLM, objective: Objective, make_batch: Callable[[int], dict[
         step = start.meta["step"]
         restore(start, model, objective, optimizers)
     log_file = run_dir / "metrics.jsonl" if parallel.is_first() else Path(os.devnull)
-    if parallel.is_first():
-        trim_log(log_file, step)
+    trim_log(log_file, step)
 
     def save() -> Path:
         networks = {"model": model, **objective.networks}
@@ -111,17 +107,15 @@ def fit(model: HybridLM, objective: Objective, make_batch: Callable[[int], dict[
 def check_rows(settings: FitConfig, label: str) -> None:
     """Raises ValueError if a batch cannot be dealt out evenly."""
     n, rows = parallel.team.world * settings.accumulate, settings.fewest_rows()
-    require(rows % n == 0,
-            f"{label}: {rows} sequences (the largest divisor of all batches) cannot be dealt out to "
-            f"{parallel.team.world} processes x {label}.accumulate ({settings.accumulate}); nearest "
-            f"is {max(1, round(rows / n)) * n}")
+    require(rows % n == 0, f"{label}: {rows} sequences (the largest divisor of all batches) cannot "
+            f"be dealt out to {parallel.team.world} processes x {label}.accumulate "
+            f"({settings.accumulate}); nearest is {max(1, round(rows / n)) * n}")
 
 
 def noise(device: torch.device, seed: int, step: int, label: str, part: int) -> torch.Generator:
-    """Of a part of a step's batch, whichever process runs it: 1 process with 2 parts equals 2
-    processes with 1."""
-    return torch.Generator(device).manual_seed(
-        int(fingerprint([seed, step, label] + [part] * (part > 0)), 16))
+    """Of a part of a step's batch: two processes draw what one with two parts would."""
+    key = fingerprint([seed, step, label] + [part] * (part > 0))
+    return torch.Generator(device).manual_seed(int(key, 16))
 
 
 def update(model: HybridLM, objective: Objective, parts: list[dict], optimizers: list,
@@ -144,7 +138,7 @@ def update(model: HybridLM, objective: Objective, parts: list[dict], optimizers:
         sums.append({"loss": (float(loss.detach()), count), **found})
     if runner is not model:
         parallel.scatter_gradients(runner, model)
-    # 2. Over all processes: sums of gradients and counts. Their quotient is the gradient of the mean.
+    # 2. Over all processes: summed gradients over summed counts are the gradient of the mean.
     totals = add_up(parallel.everyone(add_up(sums)))
     total_count = totals["loss"][1]
     trained = [p for o in optimizers for group in o.param_groups for p in group["params"]]
@@ -175,8 +169,7 @@ def add_up(parts: list[dict[str, tuple[float, int]]]) -> dict[str, tuple[float, 
 
 
 def schedule(step: int, settings: FitConfig) -> float:
-    """Share of the peak rate at a step: linear warm-up, constant, linear to zero over the last
-    `decay` of the steps."""
+    """Share of the peak rate: linear warm-up, constant, linear to 0 over the last `decay` steps."""
     up = (step + 1) / max(1, settings.warmup)
     down = (settings.steps - step) / max(1e-9, settings.decay * settings.steps)
     return min(1.0, up, down)
@@ -187,14 +180,11 @@ def build_optimizers(model: HybridLM, settings: FitConfig) -> list[torch.optim.O
     inner = [p for n, p in model.layers.named_parameters() if p.dim() == 2 and "conv" not in n]
     muon = {id(p): p for p in inner if settings.muon_lr > 0}
     adam = [p for p in model.parameters() if id(p) not in muon]
-    groups = [{"params": [p for p in adam if p.dim() >= 2], "weight_decay": settings.weight_decay},
+    decay = settings.weight_decay
+    groups = [{"params": [p for p in adam if p.dim() >= 2], "weight_decay": decay},
               {"params": [p for p in adam if p.dim() < 2], "weight_decay": 0.0}]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)]
-    if muon:
-        optimizers.append(
-            Muon(muon.values(), lr=settings.muon_lr, weight_decay=settings.weight_decay))
-    return optimizers
+    adamw = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
+    return [adamw, Muon(muon.values(), settings.muon_lr, decay)] if muon else [adamw]
 
 
 def split_batch(batch: dict[str, Tensor], n: int) -> list[dict[str, Tensor]]:
@@ -215,8 +205,7 @@ def restore(start: checkpoint.Checkpoint, model: HybridLM, objective: Objective,
 
 
 def trim_log(file: Path, step: int) -> None:
-    """Drop the lines of metrics.jsonl that a resumed run will write again, and a last one that a
-    crash cut short."""
+    """Drop the lines that a resumed run writes again, and a last one that a crash cut short."""
     if file.exists():
         whole = file.read_text().split("\n")[:-1]
         kept = [line for line in whole if json.loads(line)["step"] <= step]
@@ -224,8 +213,7 @@ def trim_log(file: Path, step: int) -> None:
 
 
 class Interrupt:
-    """Turns the first Ctrl-C, or SIGTERM as a batch system sends it, into a flag, so that a step is
-    finished and saved; the second one stops at once."""
+    """The first Ctrl-C or SIGTERM sets a flag: the step is finished and saved. Another stops it."""
 
     asked = False
 
@@ -234,7 +222,7 @@ class Interrupt:
         return self
 
     def ask(self, *_: object) -> None:
-        """The handler."""
+        """Handle a signal."""
         self.asked = True
         self.__exit__()
 

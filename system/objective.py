@@ -1,6 +1,4 @@
-"""What an objective is, and the plainest one: next-token prediction.
-
-An objective says what is learned; `loop.fit` does the rest. The contract, in the order of a step:
+"""What an objective is: it says what is learned, and `loop.fit` does the rest. In a step:
 
     prepare(model, batch, step, generator)   makes of a part of the batch what the updates need.
                                              All sampling belongs here, from the generator given
@@ -23,12 +21,11 @@ from model import HybridLM
 class Objective:
     """The defaults do nothing: an objective replaces what it needs.
 
-    networks: those beside the model, by the names that they have in a checkpoint. The loop saves,
-    restores, shares out and collects them, and looks for them nowhere else. One that is made during
-    training is a `parallel.frozen_copy` of the model: a resumed run makes it again before it loads
-    its weights. n_updates: optimizer steps from each batch. runs_whole: the loss takes the weights
-    apart, so that sharded ones must be gathered for it (parallel.py). headline: the metric that the
-    progress bar shows.
+    networks: those beside the model, by their names in a checkpoint: what is not here is not saved,
+    restored or collected. One that is made during training is a `parallel.frozen_copy` of the
+    model: a resumed run makes it again before it loads its weights. n_updates: optimizer steps from
+    each batch. runs_whole: the loss takes the weights apart, so that sharded ones are gathered for
+    it. headline: the metric that the progress bar shows.
     """
 
     n_updates = 1
@@ -59,7 +56,7 @@ class NextToken(Objective):
     """Cross-entropy of the next token."""
 
     def loss(self, model: HybridLM, batch: dict) -> tuple[Tensor, int, dict[str, Tensor]]:
-        """Sum of the cross-entropies in nats, and the number of targets (those of -100 are none)."""
+        """Sum of the cross-entropies in nats, and number of targets (those of -100 are none)."""
         hidden_BTD, _ = model(batch["tokens_BT"], ids_BT=batch["ids_BT"])
         inside = batch["targets_BT"] != -100
         logp = selected_logp(hidden_BTD[inside], model.output_matrix, batch["targets_BT"][inside])

@@ -42,7 +42,7 @@ def test_long_contexts_are_measured_a_few_at_once(most, n_tokens, n):
 def test_how_many_are_measured_at_once_changes_no_figure(corpus, networks, monkeypatch):
     """Greedy thoughts and plain predictions of five problems, one by one and all together."""
     problems = evals.problem_positions(corpus, PRESETS["smoke"])
-    five = problems._replace(contexts=problems.contexts[:5], targets=problems.targets[:5])
+    five = problems._replace(pairs=problems.pairs[:5])
 
     def figures():
         return evals.measure_thoughts(networks[0], five, temperature=0.0, samples=1), evals.plain_logp(networks[0], five)

@@ -18,7 +18,7 @@ TOKENIZER = SimpleNamespace(think=THINK, close=CLOSE, end=END, tags=TAGS)
 CONTEXTS = [[1, 2, 3, 4, 5, 6, 7], [8, 1, 8, 2, 8], [3, 0, 4]]
 TARGETS = [[4, 2, 7], [1, 1, 0], [6, END, 8]]
 G, N = 8, 6  # thoughts a context, longest thought
-NEAR = {"rtol": 1e-5, "atol": 1e-5, "check_dtype": False}  # log-probabilities are kept in fp32
+NEAR = {"rtol": 1e-9, "atol": 1e-9}
 
 
 @pytest.fixture(params=["M*-", "M", "*-"])
@@ -82,6 +82,11 @@ def test_logp_of_a_thought_equals_a_full_forward_pass(model, temperature):
         expected = plain_logp(model, [*context, THINK], thought, (THINK,), temperature)
         assert_close(thoughts.logp_RL[r, : len(thought)], expected, **NEAR)
         assert (thoughts.logp_RL[r, len(thought) :] == 0).all()
+
+
+def test_what_an_fp64_model_thinks_stays_fp64(model):
+    thoughts = think(model, horizon=3)
+    assert {t.dtype for t in vars(thoughts).values() if t.is_floating_point()} == {torch.float64}
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

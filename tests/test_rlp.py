@@ -24,7 +24,7 @@ from thoughts import sample_thoughts
 THINK, CLOSE, END = 3, 4, 5
 TOKENIZER = SimpleNamespace(think=THINK, close=CLOSE, end=END, tags=(THINK, CLOSE), begin=())
 CONTEXTS, TARGETS = [[0, 1, 2, 0, 1], [2, 1, 1]], [[2, 0], [1, END]]
-NEAR = {"rtol": 1e-5, "atol": 1e-6, "check_dtype": False}  # sampled log-probabilities are kept in fp32
+NEAR = {"rtol": 1e-9, "atol": 1e-9}
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
 
 
@@ -461,7 +461,7 @@ def test_rewards_below_the_floor_are_raised_to_it_and_gains_are_reported_as_they
 
     def sampled(*args):
         found = sample_thoughts(*args)
-        found.logp_target_R = f64(-11.0, -1.0)
+        found.logp_target_R = f64(-11.0, -1.0)  # one thought confidently wrong
         return found
 
     monkeypatch.setattr(rlp, "sample_thoughts", sampled)
@@ -470,6 +470,17 @@ def test_rewards_below_the_floor_are_raised_to_it_and_gains_are_reported_as_they
     prepared = objective.prepare(model, batch_of([CONTEXTS[0]], [TARGETS[0]]), 0, generator())
     assert prepared["gain_R"].tolist() == [-10.0, 0.0]
     assert prepared["advantage_R"].tolist() == advantages
+
+
+def test_a_reward_from_outside_is_what_is_optimised_and_the_gain_is_still_what_is_reported(model, monkeypatch):
+    """One function in one place: here +1 for a gain and -1 for a loss, whose group of two then has A = 2 (r - mean)."""
+    before = objective_of(group_size=2, thought_len=4).prepare(model, batch_of(), 0, generator())
+    monkeypatch.setattr(rlp, "reward", lambda gain_BG, floor: gain_BG.sign())
+    after = objective_of(group_size=2, thought_len=4).prepare(model, batch_of(), 0, generator())
+    assert_close(after["gain_R"], before["gain_R"], rtol=0, atol=0)
+    sign_BG = before["gain_R"].sign().view(2, 2)
+    assert_close(after["advantage_R"].view(2, 2), 2 * (sign_BG - sign_BG.mean(1, keepdim=True)))
+    assert (after["advantage_R"] != before["advantage_R"]).any()
 
 
 def test_kl_term_pulls_to_the_starting_policy_which_stays(model):
