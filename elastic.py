@@ -98,6 +98,7 @@ class Distillation(Objective):
     """A model learns from a frozen teacher, from the text, or from both (eq. 13 to 16)."""
 
     def __init__(self, c: ElasticConfig, teacher: nn.Module | None):
+        super().__init__()
         self.c, self.teacher = c, teacher
 
     def loss(self, model: nn.Module, batch: dict) -> tuple[Tensor, int, dict[str, Tensor]]:
@@ -145,8 +146,8 @@ class Elastic(Distillation):
         require(ours == theirs, f"the teacher has {theirs} tokens in its vocabulary, the model "
                                 f"{ours}; they must be the same")
         self.router, self.step = router, 0
+        self.networks["router"] = router
         self.n_search = round(c.search_share * c.steps) if c.choose == "router" else 0
-        self.stage1: HybridLM | None = None  # the end of stage 1, to see what stage 2 brings
         self.widths: dict[float, nested.Widths] = {}
         self.bare: dict[float, HybridLM] = {}
 
@@ -221,24 +222,15 @@ class Elastic(Distillation):
         return hidden_BTd, weights.get("head.weight", weights["embed.weight"])
 
     def after_step(self, model: HybridLM) -> None:
-        """Keep the weights at the end of stage 1."""
+        """Keep the weights at the end of stage 1, to see what stage 2 brings."""
         if self.step + 1 == self.c.stage_1_steps():
-            self.stage1 = parallel.frozen_copy(model)
+            self.networks["stage1"] = parallel.frozen_copy(model)
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """The routers have a rate of their own."""
         if self.n_search == 0:
             return []
         return [torch.optim.AdamW(self.router.parameters(), lr=self.c.router_lr, weight_decay=0.0)]
-
-    def networks(self) -> dict[str, nn.Module]:
-        """The router, and the weights at the end of stage 1 once that has come."""
-        return {"router": self.router} | ({} if self.stage1 is None else {"stage1": self.stage1})
-
-    def expect(self, model: HybridLM, names: list[str]) -> None:
-        """A checkpoint of stage 2 holds the end of stage 1."""
-        if "stage1" in names:
-            self.stage1 = parallel.frozen_copy(model)
 
 
 # --------------------------------------------------------------------------------------- deployment

@@ -12,53 +12,46 @@ from system.config import RLPConfig
 from system.errors import exit_code, require
 from system.rundir import load_model
 from text.tokenizer import Tokenizer
-from thoughts import show_thoughts
+from thoughts import show_thought
+
+
+def talk(run: tyro.conf.Positional[Path], prompt: tyro.conf.Positional[str],
+         temperature: float | None = None, seed: int = 0, thought_len: int | None = None,
+         budget: tuple[float, ...] = ()) -> None:
+    """Talk to a trained model and see its thought.
+
+    Args:
+        run: Folder of a run, such as runs/rlp-cpu-seed0, or a Hugging Face directory.
+        prompt: Text to go on from; for a problem, end it with 'Answer:'.
+        temperature: Of the thought; 0 is greedy. The run's own, if left out.
+        seed: Of the sampling.
+        thought_len: Longest thought, in tokens. The run's own, if left out.
+        budget: Sizes of an elastic run to answer with, in turn, such as 1 0.5; none: all of it.
+    """
+    require(prompt, f"prompt ({prompt!r}) is empty, and a thought needs at least one token before "
+                    "it; give some text")
+    require(thought_len is None or thought_len >= 1,
+            f"thought-len ({thought_len}) must be at least 1: the closing tag is a token of the "
+            "thought")
+    require(temperature is None or temperature >= 0,
+            f"temperature ({temperature}) must be 0 (greedy) or more")
+
+    def answer(model: HybridLM, tokenizer: Tokenizer, c: RLPConfig) -> str:
+        heat = c.temperature if temperature is None else temperature
+        return prompt + show_thought(
+            model, tokenizer, prompt, thought_len or c.thought_len, heat, seed, before=c.prompt)
+
+    if not budget:
+        print(answer(*load_model(run)))
+        return
+    family, router, tokenizer, config = load_family(run)
+    for b, widths in [(b, router.choose(b)) for b in budget]:  # each is known before one answers
+        small = submodel(family, widths)  # in place of the one before: one at a time in memory
+        print(f"[{b:g}] {answer(small, tokenizer, config.rlp)}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`python generate.py RUN PROMPT`: a thought and an answer. Returns 0, or 2 for an empty prompt
-    or no run."""
-
-    def talk(run: tyro.conf.Positional[Path], prompt: tyro.conf.Positional[str],
-             temperature: float | None = None, seed: int = 0, thought_len: int | None = None,
-             budget: tuple[float, ...] = ()) -> None:
-        """Talk to a trained model and see its thought.
-
-        Args:
-            run: Folder of a run, such as runs/rlp-cpu-seed0, or a Hugging Face directory.
-            prompt: Text to go on from; for a problem, end it with 'Answer:'.
-            temperature: Of the thought; 0 is greedy. The run's own, if left out.
-            seed: Of the sampling.
-            thought_len: Longest thought, in tokens. The run's own, if left out.
-            budget: Sizes of an elastic run to answer with, one after the other, such as 1 0.5; none means the whole model.
-        """
-        require(
-            prompt,
-            f"prompt ({prompt!r}) is empty, and a thought needs at least one token before it; give some text",
-        )
-        require(
-            thought_len is None or thought_len >= 1,
-            f"thought-len ({thought_len}) must be at least 1: the closing tag is a token of the thought",
-        )
-        require(temperature is None or temperature >= 0,
-                f"temperature ({temperature}) must be 0 (greedy) or more")
-
-        def answer(model: HybridLM, tokenizer: Tokenizer, c: RLPConfig) -> str:
-            heat = c.temperature if temperature is None else temperature
-            (text,) = show_thoughts(model, tokenizer, [prompt], thought_len or c.thought_len, heat,
-                                    seed, before=c.prompt)
-            return prompt + text
-
-        if not budget:
-            print(answer(*load_model(run)))
-            return
-        family, router, tokenizer, config = load_family(run)
-        for b, widths in [(b, router.choose(b)) for b in budget]:
-            small = submodel(
-                family, widths
-            )  # replaces the one before: memory does not grow with the number of budgets
-            print(f"[{b:g}] {answer(small, tokenizer, config.rlp)}")
-
+    """Returns 0, or 2 if refused."""
     return exit_code(lambda: tyro.cli(talk, args=argv, prog="generate.py"))
 
 

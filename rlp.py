@@ -1,34 +1,29 @@
 """RLP: reinforcement as a pretraining objective (arXiv 2510.01265).
 
-Before it predicts the next token x_t, the model samples a thought c. The thought is rewarded by the
-information gain that it brings on the true token, against a slowly moving copy phi of the model
-that does not think:
+Before it predicts the next token x_t, the model samples a thought c. The thought's reward is its
+information gain: the nats by which it raises the log-probability of the true token above that of a
+teacher phi, which does not think.
 
-    r(c) = log p_theta(x_t | x_<t, c) - log p_phi(x_t | x_<t)                                      (eq. 3 to 5)
-    A_i  = G / (G - 1) (r_i - mean of the group)                                                   (eq. 6)
-    L_i  = -1/|c_i| sum_u min(rho_u A_i, clip(rho_u, 1 - eps_low, 1 + eps_high) A_i)               (eq. 7, 8)
-    phi  <- tau phi + (1 - tau) theta        after every optimizer step
+    r(c) = log p_theta(x_t | x_<t, c) - log p_phi(x_t | x_<t)                          (eq. 3 to 5)
+    A_i  = G / (G - 1) (r_i - mean of the group)                                             (eq. 6)
+    L_i  = -1/|c_i| sum_u min(rho_u A_i, clip(rho_u, 1 - eps_low, 1 + eps_high) A_i)      (eq. 7, 8)
+    phi  <- tau phi + (1 - tau) theta                              after every optimizer step
 
-with rho_u the likelihood ratio of the thought's u-th token under the policy now and when it was
-sampled. The gradient reaches the model through the thought's tokens only; there is no next-token
-loss.
+rho_u is the likelihood ratio of the thought's u-th token, now over when it was sampled. The
+gradient reaches theta through the thought's tokens only; there is no next-token loss. The thoughts
+of a group share log p_phi, so the teacher cancels in the advantages: it serves to measure, and for
+the reward's floor. With one update from each batch rho = 1, and the clip is idle.
 
-How to read: the four pure functions take log-probabilities, not models; `RLP` at the end wires them
-to one. Facts worth knowing, each held by a test:
+How to read: the functions down to `kl_estimate` take log-probabilities, not models. To try another
+reward change `reward`: `information_gain` stays what is reported. `RLP` is Algorithm 1.
 
-* The teacher cancels: all thoughts of a group share log p_phi, so the advantages, and with them the
-gradient, do not depend on it. It serves for measuring, and for the reward floor. (With a floor it
-matters again, for low rewards.)
-* With one update per batch, rho = 1 and the clip is idle.
-* One network is policy and predictor. The context is run once for the G thoughts, in sampling and
-in the update.
-
-Where it differs from the paper: both scorers leave the think tags out of their softmax (else a base
-that likes to open a thought seems to predict badly, and the gain is inflated); rewards may be
-floored (`rlp.reward_floor`, off in the paper); targets may be placed at answers (`rlp.positions`,
-the paper's is `random`); an instruction (`rlp.prompt`), if there is one, stands before what both
-scorers read.
+Where it differs from the paper: neither scorer has the think tags in its softmax (else a base that
+likes to open a thought would seem to predict badly, and gains would look larger); rewards have a
+floor (`rlp.reward_floor`); positions may be answers of problems (`rlp.positions`); an instruction,
+if there is one (`rlp.prompt`), stands before what both scorers read.
 """
+
+import functools
 
 import torch
 from torch import Tensor, nn
@@ -37,205 +32,175 @@ from kernels import selected_logp
 from model import HybridLM
 from system import parallel
 from system.config import RLPConfig
+from system.errors import require
 from system.objective import Objective
 from text.tokenizer import Tokenizer
-from thoughts import sample_thoughts, score_context
+from thoughts import Sampling, sample_thoughts, score_context
 
 
-def information_gain(logp_thought_BG: Tensor, logp_plain_B: Tensor) -> Tensor:
-    """Nats of log-likelihood that each thought adds to the observed next token (RLP eq. 5).
+def information_gain(logp_pred_BG: Tensor, logp_ema_B: Tensor) -> Tensor:
+    """r = S_pred - S_ema (eq. 5): nats that each thought adds to the observed next token.
 
-    Args: logp_thought_BG: of the true token after thought g; logp_plain_B: of the same token, by
-    the teacher, no thought.
-    Returns: reward_BG, detached: the policy learns through the thought's tokens, never through the
-    scorer.
+    Args: logp_pred_BG: S_pred (eq. 3), log p of the true token after thought g; logp_ema_B: S_ema
+    (eq. 4), log p of the same token by the teacher, without a thought.
+    Returns: gain_BG, detached: no gradient passes through either scorer.
     """
-    return (logp_thought_BG - logp_plain_B[:, None]).detach()
+    return (logp_pred_BG - logp_ema_B[:, None]).detach()
+
+
+def reward(gain_BG: Tensor, floor: float) -> Tensor:
+    """What is optimised: the information gain, raised to the floor where it is below.
+
+    One confidently wrong thought costs many nats: without a floor its group teaches nothing else.
+    """
+    return gain_BG.clamp(min=floor)
 
 
 def group_advantages(reward_BG: Tensor) -> Tensor:
-    """A_i = G/(G-1) (r_i - r_bar) within each group, detached (RLP eq. 6). Not divided by the
-    standard deviation.
+    """A_i = G / (G - 1) (r_i - r_bar) within each group (eq. 6), detached. They sum to 0.
 
-    r_bar contains r_i itself, which shrinks r_i - r_bar by (G-1)/G on average; the factor undoes
-    it, so that the gradient estimate is unbiased. The advantages of a group sum to 0. Raises
+    r_bar contains r_i itself, which shrinks r_i - r_bar by (G - 1) / G on average; the factor makes
+    the estimated gradient unbiased. There is no division by the standard deviation. Raises
     ValueError for a group of one.
     """
     G = reward_BG.shape[1]
-    if G < 2:
-        raise ValueError(
-            f"a group has {G} thought; advantages compare thoughts, so rlp.group_size must be at least 2"
-        )
-    return (G / (G - 1) * (reward_BG - reward_BG.mean(dim=1, keepdim=True))).detach()
+    require(G >= 2, f"a group has {G} thought; advantages compare thoughts, so rlp.group_size must "
+            "be at least 2")
+    r_bar_B1 = reward_BG.mean(dim=1, keepdim=True)
+    return (G / (G - 1) * (reward_BG - r_bar_B1)).detach()
 
 
-def clipped_surrogate(logp_RM: Tensor, old_logp_RM: Tensor, advantage_R: Tensor, length_R: Tensor,
+def clipped_surrogate(logp_RL: Tensor, old_logp_RL: Tensor, advantage_R: Tensor, length_R: Tensor,
                       eps_low: float, eps_high: float) -> Tensor:
-    """Loss of each thought: minus the mean over its tokens of min(rho A, clip(rho) A) (RLP eq. 7
-    and 8).
+    """L_i, the loss of each thought (eq. 7 and 8): minus the mean of min(rho A, clip(rho) A).
 
-    Args: logp_RM, old_logp_RM: log-probabilities of the thought's tokens now and when sampled;
-    advantage_R; length_R: tokens of each thought, >= 1: what lies beyond is ignored; eps_low,
-    eps_high: the clip's bounds.
-    Returns: loss_R. Its gradient with respect to logp at rho = 1 is -A / length on every token of
-    the thought.
+    Args: logp_RL, old_logp_RL: log pi of the thoughts' tokens now and when they were sampled;
+    length_R: tokens of each thought, at least 1: what lies beyond counts for nothing.
+    Returns: loss_R. At rho = 1 its gradient is -A / length for log pi of every token.
     """
-    ratio_RM = torch.exp(logp_RM - old_logp_RM)
-    advantage_R1 = advantage_R[:, None]
-    clipped_RM = ratio_RM.clamp(1 - eps_low, 1 + eps_high)
-    gain_RM = torch.minimum(ratio_RM * advantage_R1, clipped_RM * advantage_R1)
-    return -thought_mean(gain_RM, length_R)
+    A_R1 = advantage_R[:, None]
+    rho_RL = torch.exp(logp_RL - old_logp_RL)
+    clipped_RL = rho_RL.clamp(1 - eps_low, 1 + eps_high)
+    return -thought_mean(torch.minimum(rho_RL * A_R1, clipped_RL * A_R1), length_R)
 
 
-def kl_estimate(logp_RM: Tensor, reference_logp_RM: Tensor, length_R: Tensor) -> Tensor:
-    """Mean over a thought's tokens of KL(policy || reference), estimated by exp(d) - 1 - d with d =
-    reference - policy.
-
-    Never negative, unbiased for tokens sampled from the policy. Returns kl_R in nats per token.
-    """
-    d_RM = reference_logp_RM - logp_RM
-    return thought_mean(torch.exp(d_RM) - 1 - d_RM, length_R)
+def kl_estimate(logp_RL: Tensor, reference_logp_RL: Tensor, length_R: Tensor) -> Tensor:
+    """KL(policy || reference) of each thought in nats a token: never negative, and unbiased."""
+    d_RL = reference_logp_RL - logp_RL  # the estimate is the mean of exp(d) - 1 - d
+    return thought_mean(torch.exp(d_RL) - 1 - d_RL, length_R)
 
 
-def thought_mean(value_RM: Tensor, length_R: Tensor) -> Tensor:
+def thought_mean(value_RL: Tensor, length_R: Tensor) -> Tensor:
     """Mean over the first `length` tokens of each row."""
-    inside_RM = torch.arange(value_RM.shape[1], device=value_RM.device) < length_R[:, None]
-    return value_RM.where(inside_RM, 0).sum(dim=1) / length_R
+    inside_RL = torch.arange(value_RL.shape[1], device=value_RL.device) < length_R[:, None]
+    return value_RL.where(inside_RL, 0).sum(dim=1) / length_R
 
 
 @torch.no_grad()
 def ema_update(teacher: nn.Module, model: nn.Module, tau: float) -> None:
-    """phi <- tau phi + (1 - tau) theta, in the teacher's own dtype (fp32: in bf16 a step of 0.001
-    would be lost)."""
+    """phi <- tau phi + (1 - tau) theta, in phi's dtype: fp32, for bf16 would lose such steps."""
     phi = [parallel.local(q) for q in teacher.parameters()]
-    theta = [
-        parallel.local(p.detach()).to(q.dtype) for p, q in zip(model.parameters(), phi, strict=True)
-    ]
+    theta = [parallel.local(p.detach()).to(q.dtype)
+             for p, q in zip(model.parameters(), phi, strict=True)]
     torch._foreach_lerp_(phi, theta, 1 - tau)
 
 
-def thought_logp(model: HybridLM, context_BT: Tensor, ids_BT: Tensor, tokens_RM: Tensor,
-                 length_R: Tensor, think: int, temperature: float, n_buckets: int = 3) -> Tensor:
-    """log pi(c_u | x_<t, <think>, c_<u) of every thought token, with gradients, the context being
-    run once.
+def thought_logp(model: HybridLM, batch: dict, tokens_RL: Tensor, length_R: Tensor, think: int,
+                 temperature: float, n_buckets: int = 3) -> Tensor:
+    """log pi(c_u | x_<t, <think>, c_<u) of every thought token, with gradients.
 
-    The G thoughts of a context go on from its cache: T + G M tokens are run instead of G (T + M).
-    Logits are made of thought tokens only, in parts of the vocabulary. Thoughts are run in buckets
-    of like length.
-    Args: tokens_RM, length_R: R = B G thoughts, those of a context in a row. Returns: logp_RM, 0
-    beyond each length.
+    Each context is run once, and its G thoughts go on from its cache, in buckets of like length:
+    T + G L tokens instead of G (T + L).
+    Args: batch: context_BT and ids_BT; tokens_RL, length_R: R = B G thoughts, those of a context in
+    a row; think: id of <think>. Returns: logp_RL, 0 beyond each length.
     """
-    R, M = tokens_RM.shape
-    _, cache = model(context_BT, ids_BT=ids_BT)
+    R, L = tokens_RL.shape
+    _, cache = model(batch["context_BT"], ids_BT=batch["ids_BT"])
     hidden, places = [], []
     for rows in length_R.argsort().chunk(n_buckets):
         n = int(length_R[rows].max())
-        token_rM = tokens_RM[rows, :n]
-        opening_r1 = torch.full_like(token_rM[:, :1], think)
-        hidden_rMD, _ = model(torch.cat([opening_r1, token_rM[:, :-1]], dim=1),
-                              cache.select(rows // (R // len(context_BT))))
-        place_1M = torch.arange(n, device=rows.device)[None]
-        inside_rM = place_1M < length_R[rows, None]
-        hidden.append(hidden_rMD[inside_rM])
-        places.append((rows[:, None] * M + place_1M)[inside_rM])
+        token_rl = tokens_RL[rows, :n]
+        fed_rl = torch.cat([torch.full_like(token_rl[:, :1], think), token_rl[:, :-1]], dim=1)
+        hidden_rlD, _ = model(fed_rl, cache.select(rows // (R // len(batch["ids_BT"]))))
+        place = torch.arange(n, device=rows.device)
+        inside = place < length_R[rows, None]
+        hidden.append(hidden_rlD[inside])
+        places.append((rows[:, None] * L + place)[inside])
     place = torch.cat(places)
-    logp = selected_logp(
-        torch.cat(hidden), model.output_matrix, tokens_RM.flatten()[place], (think,), temperature)
-    return logp.new_zeros(R * M).index_copy(0, place, logp).view(R, M)
+    logp = selected_logp(torch.cat(hidden), model.output_matrix, tokens_RL.flatten()[place],
+                         (think,), temperature)
+    return logp.new_zeros(R * L).index_copy(0, place, logp).view(R, L)
 
 
 class RLP(Objective):
-    """Algorithm 1 of the paper, as an objective for `loop.fit`: prepare, loss, and after each step
-    the teacher."""
+    """Algorithm 1 of the paper, as an objective of `loop.fit`.
+
+    networks: "teacher" is phi; "reference" the policy at the start, kept only for a KL term. Both
+    are set to theta at the first batch.
+    """
+
+    headline = "gain_ema_nats"
 
     def __init__(self, config: RLPConfig, tokenizer: Tokenizer):
+        super().__init__()
         self.config, self.tokenizer = config, tokenizer
         self.n_updates = config.inner_epochs
-        self.teacher: HybridLM | None = None  # phi, set to theta at the first batch
-        self.reference: HybridLM | None = None  # the starting policy, kept only for the KL term
 
-    def prepare(
-        self, model: HybridLM, batch: dict[str, Tensor], step: int, generator: torch.Generator
-    ) -> dict[str, Tensor]:
-        """Sample and reward G thoughts for each context. Returns the batch with what the updates
-        need, by row.
+    def start(self, model: HybridLM) -> None:
+        """phi <- theta."""
+        for name in ("teacher", "reference") if self.config.kl > 0 else ("teacher",):
+            self.networks[name] = parallel.frozen_copy(model)
 
-        Rewards are clamped from below at `reward_floor`: one confidently wrong thought costs many
-        nats, and a group that holds it would teach nothing else.
-        """
-        c = self.config
-        if self.teacher is None:
+    def prepare(self, model: HybridLM, batch: dict[str, Tensor], step: int,
+                generator: torch.Generator) -> dict:
+        """Sample G thoughts for each context, and reward them. Returns the batch with both."""
+        c, tokenizer = self.config, self.tokenizer
+        if "teacher" not in self.networks:
             self.start(model)
-        tags, context_BT, ids_BT, target_BX = (self.tokenizer.tags, batch["context_BT"],
-                                               batch["ids_BT"], batch["target_BX"])
-        thoughts = sample_thoughts(parallel.whole(model, for_sampling=True), context_BT, ids_BT,
-                                   target_BX, tags, self.tokenizer.end, c.group_size, c.thought_len,
-                                   c.temperature, generator)
-        teacher = parallel.whole(self.teacher, for_sampling=True)
-        logp_teacher_B, _, _ = score_context(teacher, context_BT, ids_BT, target_BX, tags)
-        gain_BG = information_gain(thoughts.logp_target_R.view(-1, c.group_size), logp_teacher_B)
-        advantage_BG = group_advantages(gain_BG.clamp(min=c.reward_floor))
-        prepared = {
-            "context_BT": context_BT,
-            "ids_BT": ids_BT,
-            "tokens_RM": thoughts.tokens_RM,
-            "length_R": thoughts.length_R,
-            "old_logp_RM": thoughts.logp_RM,
-            "advantage_R": advantage_BG.flatten(),
-            "gain_R": gain_BG.flatten(),
-            "closed_R": thoughts.closed_R,
-            "is_text_R": batch["is_text_B"].repeat_interleave(c.group_size),
-        }
-        if self.reference is not None:
-            with torch.no_grad():
-                prepared["reference_logp_RM"] = self._logp(
-                    parallel.whole(self.reference, for_sampling=True), prepared)
-        return prepared
-
-    def loss(
-        self, model: HybridLM, batch: dict[str, Tensor]) -> tuple[Tensor, int, dict[str, Tensor]]:
-        """Sum over the thoughts of the clipped surrogate (and the KL term), their number, and what
-        to log."""
-        c = self.config
-        logp_RM = self._logp(model, batch)
-        loss_R = clipped_surrogate(logp_RM, batch["old_logp_RM"], batch["advantage_R"],
-                                   batch["length_R"], c.eps_low, c.eps_high)
+        whole = functools.partial(parallel.whole, for_sampling=True)
+        sampling = Sampling(c.group_size, c.thought_len, c.temperature)
+        thoughts = sample_thoughts(whole(model), batch, tokenizer, sampling, generator)
+        logp_ema_B, _, _ = score_context(whole(self.networks["teacher"]), batch, tokenizer.tags)
+        gain_BG = information_gain(thoughts.logp_target_R.view(-1, c.group_size), logp_ema_B)
+        advantage_BG = group_advantages(reward(gain_BG, c.reward_floor))
+        batch = {**batch, "thoughts": thoughts, "gain_R": gain_BG.flatten(),
+                 "advantage_R": advantage_BG.flatten()}
         if c.kl > 0:
-            loss_R = loss_R + c.kl * kl_estimate(
-                logp_RM, batch["reference_logp_RM"], batch["length_R"])
+            with torch.no_grad():
+                reference = whole(self.networks["reference"])
+                batch["reference_logp_RL"] = self.policy_logp(reference, batch)
+        return batch
+
+    def loss(self, model: HybridLM, batch: dict) -> tuple[Tensor, int, dict[str, Tensor]]:
+        """Sum over the thoughts of the clipped surrogate and the KL term, their number, metrics."""
+        c, thoughts, gain_R = self.config, batch["thoughts"], batch["gain_R"]
+        logp_RL, old_logp_RL, length_R = (
+            self.policy_logp(model, batch), thoughts.logp_RL, thoughts.length_R)
+        loss_R = clipped_surrogate(
+            logp_RL, old_logp_RL, batch["advantage_R"], length_R, c.eps_low, c.eps_high)
+        if c.kl > 0:
+            loss_R = loss_R + c.kl * kl_estimate(logp_RL, batch["reference_logp_RL"], length_R)
+        is_text_R = batch["is_text_B"].repeat_interleave(c.group_size)
         with torch.no_grad():
-            ratio_RM = torch.exp(logp_RM - batch["old_logp_RM"])
-            clipped_RM = ((ratio_RM < 1 - c.eps_low) | (ratio_RM > 1 + c.eps_high)).float()
+            rho_RL = torch.exp(logp_RL - old_logp_RL)
+            clipped_RL = ((rho_RL < 1 - c.eps_low) | (rho_RL > 1 + c.eps_high)).float()
             metrics = {
-                "gain_ema_nats": batch["gain_R"].mean(),
-                "gain_problems_nats": batch["gain_R"][~batch["is_text_R"]].mean(),
-                "gain_text_nats": batch["gain_R"][batch["is_text_R"]].mean(),
-                "thought_tokens": batch["length_R"].float().mean(),
-                "closed": batch["closed_R"].float().mean(),
-                "clipped": thought_mean(clipped_RM, batch["length_R"]).mean(),
-                "entropy_nats": -thought_mean(batch["old_logp_RM"], batch["length_R"]).mean(),
+                "gain_ema_nats": gain_R.mean(),
+                "gain_problems_nats": gain_R[~is_text_R].mean(),
+                "gain_text_nats": gain_R[is_text_R].mean(),
+                "thought_tokens": length_R.float().mean(),
+                "closed": thoughts.closed_R.float().mean(),
+                "clipped": thought_mean(clipped_RL, length_R).mean(),
+                "entropy_nats": -thought_mean(old_logp_RL, length_R).mean(),
             }
         return loss_R.sum(), len(loss_R), metrics
 
     def after_step(self, model: HybridLM) -> None:
-        """The teacher follows after EVERY optimizer step."""
-        ema_update(self.teacher, model, self.config.tau)
+        """The teacher follows."""
+        ema_update(self.networks["teacher"], model, self.config.tau)
 
-    def start(self, model: HybridLM) -> None:
-        """phi <- theta (and the reference for the KL term, if there is one)."""
-        self.teacher = parallel.frozen_copy(model)
-        self.reference = parallel.frozen_copy(model) if self.config.kl > 0 else None
-
-    def expect(self, model: HybridLM, names: list[str]) -> None:
-        """A checkpoint of a run that has begun holds the teacher."""
-        if "teacher" in names:
-            self.start(model)
-
-    def networks(self) -> dict[str, HybridLM]:
-        """Networks beside the model that a checkpoint must hold."""
-        found = {"teacher": self.teacher, "reference": self.reference}
-        return {name: network for name, network in found.items() if network is not None}
-
-    def _logp(self, model: HybridLM, batch: dict[str, Tensor]) -> Tensor:
-        return thought_logp(model, batch["context_BT"], batch["ids_BT"], batch["tokens_RM"],
-                            batch["length_R"], self.tokenizer.think, self.config.temperature)
+    def policy_logp(self, model: HybridLM, batch: dict) -> Tensor:
+        """`thought_logp` of the batch's thoughts."""
+        thoughts = batch["thoughts"]
+        return thought_logp(model, batch, thoughts.tokens_RL, thoughts.length_R,
+                            self.tokenizer.think, self.config.temperature)

@@ -1,16 +1,13 @@
-"""Decoding: prefill a context once, fork its cache, sample thoughts, read what they make of the
-next token.
+"""Thoughts: prefill a context once, fork its cache, sample G thoughts, score what follows them.
 
-`sample_thoughts` is the rollout of RLP. After a context x_<t it forces `<think>`, samples up to M
-tokens for each of G thoughts, closes them, and reads log p(x_t | x_<t, c) from the decode state
-that the closing tag leaves behind: scoring a thought costs no forward pass of its own. Rows that
-are done leave the batch.
-
-As a program, `python generate.py RUN "prompt"` talks to a trained model, or to one of Hugging Face,
-and shows its thought.
+`sample_thoughts` is the rollout of RLP. After a context x_<t it feeds `<think>`, samples up to L
+tokens for each of G thoughts, closes them, and reads log p(x_t | x_<t, c) from the state that the
+closing tag leaves behind: scoring a thought costs no forward pass of its own. Rows that are done
+leave the batch.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,113 +16,120 @@ from kernels import mask_banned, token_logp, wide
 from model import Cache, HybridLM
 from text.tokenizer import Tokenizer
 
-# Where a row stands: sampling; ended without a closing tag, its last token being fed; the tag being
-# fed; scored.
-THINKING, CUT, CLOSING, DONE = range(4)
+
+class Sampling(NamedTuple):
+    """How thoughts are sampled."""
+
+    group_size: int  # thoughts of a context, G
+    thought_len: int  # longest thought in tokens, L
+    temperature: float = 1.0  # 0 takes the likeliest tokens
 
 
 @dataclass
 class Thoughts:
-    """R = B G thoughts, those of one context in a row; M = the longest thought, X = the horizon."""
+    """R = B G thoughts, those of one context in a row; L tokens of the longest, X of the target."""
 
-    tokens_RM: (
-        Tensor  # sampled ids; past a thought's end they are the closing tag and count for nothing
-    )
-    logp_RM: Tensor  # log-probability of each at the sampling temperature, 0 past the end
+    tokens_RL: Tensor  # sampled ids; past a thought's end closing tags, which count for nothing
+    logp_RL: Tensor  # log-probability of each at the sampling temperature, 0 past the end
     length_R: Tensor  # how many were sampled, at least 1
-    closed_R: Tensor  # whether the thought closed itself; the others were closed for scoring, without reward or blame
-    logp_target_R: Tensor  # log p(target | context, thought), summed over the horizon, at temperature 1, in nats
-    answer_RX: Tensor  # most likely tokens after the thought, over the horizon
+    closed_R: Tensor  # whether the thought closed itself; if not, it was closed to score the target
+    logp_target_R: Tensor  # log p(target | context, thought) in nats, summed over the target
+    answer_RX: Tensor  # likeliest token at each place of the target, after the thought
     logp_plain_B: Tensor  # log p(target | context) without a thought, from the same prefill
-    answer_plain_BX: Tensor  # most likely tokens without a thought
+    answer_plain_BX: Tensor  # likeliest tokens without a thought
+
+
+# Where a row stands: it is sampling; it ended without a closing tag, and its last token is fed; its
+# closing tag is fed; it is scored.
+THINKING, CUT, CLOSING, DONE = range(4)
 
 
 @torch.no_grad()
-def sample_thoughts(model: HybridLM, context_BT: Tensor, ids_BT: Tensor, target_BX: Tensor,
-                    tags: tuple[int, int], end: int, group_size: int, thought_len: int,
-                    temperature: float = 1.0, generator: torch.Generator | None = None,
-                    forced_RY: Tensor | None = None) -> Thoughts:
+def sample_thoughts(model: HybridLM, batch: dict[str, Tensor], tokenizer: Tokenizer,
+                    sampling: Sampling, generator: torch.Generator | None = None,
+                    forced_Rl: Tensor | None = None) -> Thoughts:
     """Sample G thoughts for each context and score the target after each of them.
 
-    Args: context_BT, ids_BT: contexts padded on the left (ids -1); target_BX: the observed next
-    tokens, X the horizon; tags: ids of <think> and </think>; end: id of end-of-text, which ends a
-    thought too; temperature: 0 means greedy; generator: source of randomness; forced_RY: ids that
-    each thought begins with (to try out a style).
-    Returns: Thoughts. Targets are teacher forced and scored at temperature 1, without the tags in
-    the softmax.
+    Args: batch: context_BT and ids_BT, padded on the left (ids -1), and target_BX, the observed
+    next tokens (see `collate_contexts`); tokenizer: for its tags, and its end-of-text, which ends a
+    thought too; forced_Rl: tokens that each thought begins with, to try out a style.
     """
-    B, X = target_BX.shape
-    R, device = B * group_size, context_BT.device
-    think, close = tags
-    logp_plain_B, answer_plain_BX, cache = score_context(model, context_BT, ids_BT, target_BX, tags)
-    cache = cache.fork(group_size)
-    tokens_RM = torch.full((R, thought_len), close, device=device)
-    logp_RM = logp_plain_B.new_zeros(R, thought_len)
+    G, L, temperature = sampling
+    target_BX, think, close = batch["target_BX"], tokenizer.think, tokenizer.close
+    (B, X), device = target_BX.shape, target_BX.device
+    R = B * G
+
+    # 1. Prefill: run each context once, score its target without a thought, fork its cache.
+    logp_plain_B, answer_plain_BX, cache = score_context(model, batch, tokenizer.tags)
+    cache = cache.fork(G)
+    tokens_RL = torch.full((R, L), close, device=device)
+    logp_RL = logp_plain_B.new_zeros(R, L)
     length_R = torch.zeros(R, dtype=torch.long, device=device)
     closed_R = torch.zeros(R, dtype=torch.bool, device=device)
-    logp_target_R = logp_plain_B.new_zeros(R)
-    answer_RX = torch.zeros(R, X, dtype=torch.long, device=device)
+    logp_target_R, answer_RX = logp_plain_B.new_zeros(R), answer_plain_BX.new_zeros(R, X)
+    # For each row in the batch: whose thought it is, what it is fed next, where it stands.
+    rows = torch.arange(R, device=device)
+    feed, phase = torch.full_like(rows, think), torch.full_like(rows, THINKING)
 
-    rows = torch.arange(
-        R, device=device)  # the rows in the batch, what each is fed next, and how far each has come
-    feed = torch.full((R,), think, device=device)
-    phase = torch.full((R,), THINKING, device=device)
-    for step in range(thought_len + 2):
-        hidden, cache = model(feed[:, None], cache)
-        hidden = hidden[:, 0]
+    for step in range(L + 2):
+        # 2. Feed every row its next token.
+        hidden_r1D, cache = model(feed[:, None], cache)
+        hidden_rD = hidden_r1D[:, 0]
+        # 3. Score the rows whose closing tag was just fed.
         closing = phase == CLOSING
         if closing.any():
             at, live = rows[closing], closing.nonzero()[:, 0]
-            kept = cache.select(live) if X > 1 else None
-            scored = score_targets(model, hidden[live], kept, target_BX[at // group_size], tags)
-            logp_target_R[at], answer_RX[at] = scored
+            after = cache.select(live) if X > 1 else None
+            logp_target_R[at], answer_RX[at] = score_targets(
+                model, hidden_rD[live], after, target_BX[at // G], tokenizer.tags)
             phase = phase.masked_fill(closing, DONE)
+        # 4. Drop the rows that are done. That copies the cache: it pays once a fifth of them is.
         busy = phase < CLOSING
         if not busy.any():
             break
-        if busy.sum() <= 0.8 * len(
-            rows):  # dropping rows copies the cache: it pays once a fifth of them is done
+        if busy.sum() <= 0.8 * len(rows):
             live = busy.nonzero()[:, 0]
-            rows, hidden, phase, cache = rows[live], hidden[live], phase[live], cache.select(live)
-        logits = model.logits(hidden)
-        token, logp = sample(logits, (think,), temperature, generator)
-        if forced_RY is not None and step < forced_RY.shape[1]:
-            token = forced_RY[rows, step]
-            logp = token_logp(logits, token, (think,), temperature or 1.0)
-        thinking, was_cut = phase == THINKING, phase == CUT
-        at, place = (rows[thinking],
-                     min(step, thought_len - 1))  # past the last place no row is thinking any more
-        tokens_RM[at, place], logp_RM[at, place] = token[thinking], logp[thinking].to(logp_RM.dtype)
+            rows, hidden_rD, phase = rows[live], hidden_rD[live], phase[live]
+            cache = cache.select(live)
+        # 5. Sample a token for every row. It belongs to the thought where the row is thinking.
+        logits_rV = model.logits(hidden_rD)
+        token, logp = sample(logits_rV, (think,), temperature, generator)
+        if forced_Rl is not None and step < forced_Rl.shape[1]:
+            token = forced_Rl[rows, step]
+            logp = token_logp(logits_rV, token, (think,), temperature or 1.0)
+        thinking = phase == THINKING
+        at, place = rows[thinking], min(step, L - 1)  # from step L on, `at` is empty
+        tokens_RL[at, place], logp_RL[at, place] = token[thinking], logp[thinking]
         length_R[at] += 1
+        # 6. Who goes on: a thought ends with its closing tag, or is cut and gets one a step later.
         closed = thinking & (token == close)
         closed_R[rows[closed]] = True
-        phase = phase.masked_fill(thinking & ((token == end) | (step == thought_len - 1)), CUT)
-        phase = phase.masked_fill(closed | was_cut, CLOSING)
+        ended = thinking & ((token == tokenizer.end) | (step == L - 1))
+        phase = phase.masked_fill(ended, CUT).masked_fill(closed | (phase == CUT), CLOSING)
         feed = token.masked_fill(phase == CLOSING, close)
-    M = int(length_R.max())
-    return Thoughts(tokens_RM[:, :M], logp_RM[:, :M], length_R, closed_R, logp_target_R, answer_RX,
-                    logp_plain_B, answer_plain_BX)
+
+    longest = int(length_R.max())
+    return Thoughts(tokens_RL[:, :longest], logp_RL[:, :longest], length_R, closed_R,
+                    logp_target_R, answer_RX, logp_plain_B, answer_plain_BX)
 
 
 @torch.no_grad()
-def score_context(
-    model: HybridLM, context_BT: Tensor, ids_BT: Tensor, target_BX: Tensor, tags: tuple[int, int]
-) -> tuple[Tensor, Tensor, Cache]:
-    """Run the contexts and score what follows them, without a thought: what `score_targets`
-    returns, and the cache."""
-    hidden_BTD, cache = model(context_BT, ids_BT=ids_BT)
-    return *score_targets(model, hidden_BTD[:, -1], cache, target_BX, tags), cache
+def score_context(model: HybridLM, batch: dict[str, Tensor], tags: tuple[int, int]
+                  ) -> tuple[Tensor, Tensor, Cache]:
+    """`score_targets` right after the contexts, without a thought; and the cache behind them."""
+    hidden_BTD, cache = model(batch["context_BT"], ids_BT=batch["ids_BT"])
+    return *score_targets(model, hidden_BTD[:, -1], cache, batch["target_BX"], tags), cache
 
 
 @torch.no_grad()
 def score_targets(model: HybridLM, hidden_BD: Tensor, cache: Cache | None, target_BX: Tensor,
                   tags: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """log p(target) after a state that has been reached, summed over the horizon, and the likeliest
-    token at each place.
+    """log p(target) after a state that has been reached, summed over its X tokens; and the
+    likeliest token at each of their places.
 
-    The first target is read from `hidden_BD`; the others are teacher forced from the cache (unused
-    when X = 1). The think tags are left out of the softmax: a model that likes to think would else
-    seem to predict the text badly.
+    The first token is read from `hidden_BD`; the others are teacher forced from the cache (unused
+    when X = 1), at temperature 1. The think tags are left out of the softmax: a model that likes to
+    think would else seem to predict the text badly. Returns logp_B in fp32 or wider, answer_BX.
     """
     hidden_BXD = hidden_BD[:, None]
     if target_BX.shape[1] > 1:
@@ -138,7 +142,7 @@ def score_targets(model: HybridLM, hidden_BD: Tensor, cache: Cache | None, targe
 def sample(logits_RV: Tensor, banned: tuple[int, ...], temperature: float,
            generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """A token per row from softmax(logits / temperature) without the banned ids, and its
-    log-probability there.
+    log-probability there, in fp32 or wider.
 
     Temperature 0 takes the likeliest token, with its log-probability at temperature 1. Sampling
     divides the probabilities by exponential noise and takes the largest: one pass, and exact.
@@ -153,42 +157,29 @@ def sample(logits_RV: Tensor, banned: tuple[int, ...], temperature: float,
     return token_R, logp_RV.gather(-1, token_R[:, None])[:, 0]
 
 
-def show_thoughts(model: HybridLM, tokenizer: Tokenizer, prompts: list[str], thought_len: int,
-                  temperature: float, seed: int, n_after: int = 8, before: str = "") -> list[str]:
-    """For each prompt the text `<think> thought </think> continuation`, the continuation greedy and
-    up to end-of-text.
-
-    Args: before: text that the model reads before each prompt (`rlp.prompt`).
-    """
-    texts = []
-    for prompt in prompts:
-        device = next(model.parameters()).device
-        ids = [*tokenizer.begin, *tokenizer.encode(before), *tokenizer.encode(prompt)]
-        context_BT = torch.tensor([ids], device=device)
-        generator = torch.Generator(device).manual_seed(seed)
-        dummy_BX = torch.full((1, 1), tokenizer.end, device=device)
-        t = sample_thoughts(model, context_BT, torch.zeros_like(context_BT), dummy_BX,
-                            tokenizer.tags, tokenizer.end, 1, thought_len, temperature, generator)
-        thought = t.tokens_RM[0, : int(t.length_R[0])].tolist()
-        if not bool(t.closed_R[0]):
-            thought.append(tokenizer.close)
-        so_far = context_BT[0].tolist() + [tokenizer.think, *thought]
-        after = continue_greedily(model, torch.tensor([so_far], device=device), tokenizer, n_after)
-        texts.append(tokenizer.decode([tokenizer.think, *thought, *after]))
-    return texts
-
-
 @torch.no_grad()
-def continue_greedily(
-    model: HybridLM, tokens_BT: Tensor, tokenizer: Tokenizer, n: int) -> list[int]:
-    """Up to n likeliest next tokens of one sequence, without think tags, stopping at
-    end-of-text."""
-    hidden_BTD, cache = model(tokens_BT)
-    out: list[int] = []
-    while len(out) < n:
+def show_thought(model: HybridLM, tokenizer: Tokenizer, prompt: str, thought_len: int,
+                 temperature: float, seed: int, before: str = "") -> str:
+    """The text `<think> thought </think> continuation` after a prompt: the continuation is greedy,
+    up to end-of-text or 8 tokens.
+
+    Args: before: text that the model reads before the prompt (`rlp.prompt`).
+    """
+    device = next(model.parameters()).device
+    ids = [*tokenizer.begin, *tokenizer.encode(before), *tokenizer.encode(prompt)]
+    context_BT = torch.tensor([ids], device=device)
+    batch = {"context_BT": context_BT, "ids_BT": torch.zeros_like(context_BT),
+             "target_BX": context_BT[:, :1]}  # any: its score is not shown
+    t = sample_thoughts(model, batch, tokenizer, Sampling(1, thought_len, temperature),
+                        torch.Generator(device).manual_seed(seed))
+    shown = [tokenizer.think, *t.tokens_RL[0].tolist()]
+    if not t.closed_R[0]:
+        shown.append(tokenizer.close)
+    hidden_BTD, cache = model(torch.tensor([ids + shown], device=device))
+    for _ in range(8):
         token = int(mask_banned(model.logits(hidden_BTD[:, -1]), tokenizer.tags).argmax())
         if token == tokenizer.end:
             break
-        out.append(token)
-        hidden_BTD, cache = model(torch.tensor([[token]], device=tokens_BT.device), cache)
-    return out
+        shown.append(token)
+        hidden_BTD, cache = model(torch.tensor([[token]], device=device), cache)
+    return tokenizer.decode(shown)

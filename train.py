@@ -71,7 +71,7 @@ from text.corpus import Corpus
 from text.problems import held_out_problems
 from text.shards import ShardSet, is_shards
 from text.tokenizer import Tokenizer, named_tokenizer
-from thoughts import show_thoughts
+from thoughts import show_thought
 from views import estimate, plots, tables
 
 
@@ -227,7 +227,7 @@ def figures_before_and_after(t: Trained) -> dict | None:
     config, device = t.config, parallel.device_of(t.model)
     base = build_model(config, t.corpus.tokenizer.n_vocab, device, config.seed)
     base_weights(config, t.corpus, base)  # from disk: training had no room to spare for it
-    teacher = t.objective.networks().get("teacher")
+    teacher = t.objective.networks.get("teacher")
     found = evals.evaluate_both(t.model, base.requires_grad_(False), teacher, t.corpus, config)
     write_samples({"base": base, config.mode: t.model}, t.corpus, config, t.run_dir)
     return found
@@ -240,8 +240,8 @@ def write_samples(networks: dict[str, HybridLM], corpus: Corpus, config: Config,
     for problem in held_out_problems("test", 2, config.seed, corpus.held_out_percent):
         lines.append(f"[{problem.family}] {problem.prompt}   (right:{problem.answer})")
         for name, network in networks.items():
-            (text,) = show_thoughts(network, corpus.tokenizer, [problem.prompt], c.thought_len,
-                                    c.temperature, config.seed, before=c.prompt)
+            text = show_thought(network, corpus.tokenizer, problem.prompt, c.thought_len,
+                                c.temperature, config.seed, before=c.prompt)
             lines.append(f"  {name:>4}: {text}")
     (run_dir / "samples.txt").write_text("\n".join(lines) + "\n")
 
@@ -284,8 +284,8 @@ def figures_of_family(t: Trained) -> dict | None:
     # 1. The models: of each family one for each budget.
     widths = {b: router.choose(b) for b in c.budgets}
     families = {"elastic": [nested.submodel(t.model, w) for w in widths.values()]}
-    if t.objective.stage1 is not None:
-        families["stage1"] = [nested.submodel(t.objective.stage1, w) for w in widths.values()]
+    if stage1 := t.objective.networks.get("stage1"):
+        families["stage1"] = [nested.submodel(stage1, w) for w in widths.values()]
     earlier = t.run_dir / "summary.json"  # a resumed run keeps the rivals that it had
     had = json.loads(earlier.read_text())["baselines"] if config.resume and earlier.exists() else {}
     rivals = list(dict.fromkeys([*had, *c.baseline]))

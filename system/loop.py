@@ -1,11 +1,8 @@
-"""The one training loop: a batch, its preparation, updates, the log, checkpoints. What is learned
-is up to an `Objective`.
+"""The one training loop. What is learned is up to an `Objective`. Read `fit`, then `update`.
 
 The loss is divided by the total count of a step, so accumulation and the number of processes cannot
 change it. All randomness is a function of (seed, step): a resumed run repeats the uninterrupted
 one, on a CPU bit for bit.
-
-How to read: `fit`, then `update`.
 """
 
 import json
@@ -43,12 +40,12 @@ def fit(model: HybridLM, objective: Objective, make_batch: Callable[[int], dict[
     FloatingPointError if a gradient is not finite, with the weights before it saved; ValueError if
     the processes and parts do not divide the batch.
     """
-    device, plain = next(model.parameters()).device, model
     check_rows(settings, label)
-    parallel.barrier()  # what is written from here on, no process must take for the work of an earlier run
-    for network in objective.networks().values():
+    # 1. All processes begin alike; a resumed run begins where the checkpoint was written.
+    parallel.barrier()  # nobody may take what is written from here on for an earlier run's
+    for network in objective.networks.values():
         parallel.broadcast(network)
-    model = parallel.shard(model)
+    device, plain, model = parallel.device_of(model), model, parallel.shard(model)
     optimizers = build_optimizers(model, settings) + objective.optimizers()
     for group in (g for optimizer in optimizers for g in optimizer.param_groups):
         group["peak_lr"] = group["lr"]
@@ -57,46 +54,46 @@ def fit(model: HybridLM, objective: Objective, make_batch: Callable[[int], dict[
         step = start.meta["step"]
         restore(start, model, objective, optimizers)
     log_file = run_dir / "metrics.jsonl" if parallel.is_first() else Path(os.devnull)
-    if parallel.is_first():
-        trim_log(log_file, step)
+    trim_log(log_file, step)
 
     def save() -> Path:
-        networks = {"model": model, **objective.networks()}
+        networks = {"model": model, **objective.networks}
         return checkpoint.save(run_dir, step, networks, [o.state_dict() for o in optimizers], meta)
 
     columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(),
                TextColumn("{task.fields[note]}"), TimeRemainingColumn())
-    with (Interrupt() as interrupt,
-          Progress(*columns, console=console, disable=not parallel.is_first()) as progress,
-          open(log_file, "a") as log):
+    with (Interrupt() as interrupt, open(log_file, "a") as log,
+          Progress(*columns, console=console, disable=not parallel.is_first()) as progress):
         task = progress.add_task(label, total=settings.steps, completed=step, note="")
         began = time.perf_counter()
         while step < settings.steps:
+            # 2. The batch is cut into equal parts; this process prepares its own.
             pieces = split_batch(make_batch(step), parallel.team.world * settings.accumulate)
             parts = []
             with parallel.gathering_once(), parallel.compute():
                 for i in parallel.parts_of(settings):
                     part = {k: v.to(device, non_blocking=True) for k, v in pieces[i].items()}
-                    parts.append(
-                        objective.prepare(model, part, step, noise(device, seed, step, label, i)))
+                    generator = noise(device, seed, step, label, i)
+                    parts.append(objective.prepare(model, part, step, generator))
+            # 3. Learn from them, once or several times.
             for _ in range(objective.n_updates):
                 metrics = update(model, objective, parts, optimizers, settings, step)
                 if not np.isfinite(metrics["grad_norm"]):
                     raise FloatingPointError(
-                        f"step {step}: the gradient is not finite (loss {metrics['loss']}); the weights before it are in "
-                        f"{save()}; begin a run from them with --init and --out, and a smaller {label}.lr or "
-                        f"{label}.clip_norm"
-                    )
+                        f"step {step}: the gradient is not finite (loss {metrics['loss']}); the "
+                        f"weights before it are in {save()}; begin a run from them with --init and "
+                        f"--out, and a smaller {label}.lr or {label}.clip_norm")
                 objective.after_step(model)
             step += 1
+            # 4. Write a line and show the headline.
             if step % settings.log_every == 0:
-                log.write(
-                    json.dumps({"step": step, **metrics, "seconds": time.perf_counter() - began})
-                    + "\n")
+                line = {"step": step, **metrics, "seconds": time.perf_counter() - began}
+                log.write(json.dumps(line) + "\n")
                 log.flush()
                 began = time.perf_counter()
-            shown = "gain_ema_nats" if "gain_ema_nats" in metrics else "loss"
-            progress.update(task, completed=step, note=f"{shown} {metrics[shown]:.3f}")
+            shown = metrics.get(objective.headline, np.nan)
+            progress.update(task, completed=step, note=f"{objective.headline} {shown:.3f}")
+            # 5. Stop if any process was asked to; save what is due.
             if any(parallel.everyone(interrupt.asked)):
                 raise KeyboardInterrupt(
                     f"stopped after step {step}; saved in {save()}; go on with --resume")
@@ -104,24 +101,21 @@ def fit(model: HybridLM, objective: Objective, make_batch: Callable[[int], dict[
                 save()
         if settings.steps == 0:
             save()
-    parallel.collect(model, plain, objective)
+    parallel.collect(model, plain, objective.networks)
 
 
 def check_rows(settings: FitConfig, label: str) -> None:
     """Raises ValueError if a batch cannot be dealt out evenly."""
     n, rows = parallel.team.world * settings.accumulate, settings.fewest_rows()
-    require(
-        rows % n == 0,
-        f"{label}: {rows} sequences (the largest divisor of all batches) cannot be dealt out to {parallel.team.world} "
-        f"processes x {label}.accumulate ({settings.accumulate}); nearest is {max(1, round(rows / n)) * n}",
-    )
+    require(rows % n == 0, f"{label}: {rows} sequences (the largest divisor of all batches) cannot "
+            f"be dealt out to {parallel.team.world} processes x {label}.accumulate "
+            f"({settings.accumulate}); nearest is {max(1, round(rows / n)) * n}")
 
 
 def noise(device: torch.device, seed: int, step: int, label: str, part: int) -> torch.Generator:
-    """Of a part of a step's batch, whichever process runs it: 1 process with 2 parts equals 2
-    processes with 1."""
-    return torch.Generator(device).manual_seed(
-        int(fingerprint([seed, step, label] + [part] * (part > 0)), 16))
+    """Of a part of a step's batch: two processes draw what one with two parts would."""
+    key = fingerprint([seed, step, label] + [part] * (part > 0))
+    return torch.Generator(device).manual_seed(int(key, 16))
 
 
 def update(model: HybridLM, objective: Objective, parts: list[dict], optimizers: list,
@@ -131,52 +125,51 @@ def update(model: HybridLM, objective: Objective, parts: list[dict], optimizers:
 
     Returns metrics: means over the parts that have them, each part with its count as weight.
     """
-    sums = {"loss": (0.0, 0)}
+    # 1. Gradients of the summed loss of this process's parts.
     runner = parallel.whole(model, trains=True) if objective.runs_whole else model
+    sums = []
     for part in parts:
         with parallel.compute():
             loss, count, metrics = objective.loss(runner, part)
         loss.backward()
         parallel.reshard(runner)
-        sums["loss"] = (sums["loss"][0] + float(loss.detach()), sums["loss"][1] + count)
-        for name, value in metrics.items():
-            if np.isfinite(float(value)):
-                total, weight = sums.get(name, (0.0, 0))
-                sums[name] = (total + float(value) * count, weight + count)
+        found = {name: (float(value) * count, count)
+                 for name, value in metrics.items() if np.isfinite(float(value))}
+        sums.append({"loss": (float(loss.detach()), count), **found})
     if runner is not model:
         parallel.scatter_gradients(runner, model)
-    means, total_count = total_means(parallel.everyone(sums))
-    trained = [
-        p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    # 2. Over all processes: summed gradients over summed counts are the gradient of the mean.
+    totals = add_up(parallel.everyone(add_up(sums)))
+    total_count = totals["loss"][1]
+    trained = [p for o in optimizers for group in o.param_groups for p in group["params"]]
     parallel.sum_gradients(trained)
     torch._foreach_div_(
         [parallel.local(p.grad) for p in trained if p.grad is not None], total_count)
     grad_norm = parallel.clip_gradients(list(model.parameters()), settings.clip_norm)
+    # 3. Step at this step's share of the peak rates.
     rate = schedule(step, settings)
-    if np.isfinite(grad_norm):
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * rate
-            optimizer.step()
     for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * rate
+        if np.isfinite(grad_norm):
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+    means = {name: total / weight for name, (total, weight) in totals.items()}
     return {**means, "grad_norm": grad_norm, "lr": settings.lr * rate, "count": total_count}
 
 
-def total_means(by_process: list[dict[str, tuple[float, int]]]) -> tuple[dict[str, float], int]:
-    """Means over all processes from each one's (sum, weight) by name, and the weight of the loss:
-    the global count."""
+def add_up(parts: list[dict[str, tuple[float, int]]]) -> dict[str, tuple[float, int]]:
+    """(sum, weight) of each name over the parts that have it."""
     totals: dict[str, tuple[float, int]] = {}
-    for sums in by_process:
-        for name, (total, weight) in sums.items():
+    for part in parts:
+        for name, (value, weight) in part.items():
             before = totals.get(name, (0.0, 0))
-            totals[name] = (before[0] + total, before[1] + weight)
-    return {name: total / weight for name, (total, weight) in totals.items()}, totals["loss"][1]
+            totals[name] = (before[0] + value, before[1] + weight)
+    return totals
 
 
 def schedule(step: int, settings: FitConfig) -> float:
-    """Share of the peak rate at a step: linear warm-up, constant, linear to zero over the last
-    `decay` of the steps."""
+    """Share of the peak rate: linear warm-up, constant, linear to 0 over the last `decay` steps."""
     up = (step + 1) / max(1, settings.warmup)
     down = (settings.steps - step) / max(1e-9, settings.decay * settings.steps)
     return min(1.0, up, down)
@@ -184,17 +177,14 @@ def schedule(step: int, settings: FitConfig) -> float:
 
 def build_optimizers(model: HybridLM, settings: FitConfig) -> list[torch.optim.Optimizer]:
     """AdamW, and Muon for the matrices inside the layers where `muon_lr` is set."""
-    inner = {
-        id(p): p for n, p in model.layers.named_parameters() if p.dim() == 2 and "conv" not in n}
-    muon = list(inner.values()) if settings.muon_lr > 0 else []
-    adam = [p for p in model.parameters() if not (muon and id(p) in inner)]
-    groups = [{"params": [p for p in adam if p.dim() >= 2], "weight_decay": settings.weight_decay},
+    inner = [p for n, p in model.layers.named_parameters() if p.dim() == 2 and "conv" not in n]
+    muon = {id(p): p for p in inner if settings.muon_lr > 0}
+    adam = [p for p in model.parameters() if id(p) not in muon]
+    decay = settings.weight_decay
+    groups = [{"params": [p for p in adam if p.dim() >= 2], "weight_decay": decay},
               {"params": [p for p in adam if p.dim() < 2], "weight_decay": 0.0}]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)]
-    if muon:
-        optimizers.append(Muon(muon, lr=settings.muon_lr, weight_decay=settings.weight_decay))
-    return optimizers
+    adamw = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
+    return [adamw, Muon(muon.values(), settings.muon_lr, decay)] if muon else [adamw]
 
 
 def split_batch(batch: dict[str, Tensor], n: int) -> list[dict[str, Tensor]]:
@@ -203,19 +193,19 @@ def split_batch(batch: dict[str, Tensor], n: int) -> list[dict[str, Tensor]]:
     return [{k: v[i] for k, v in pieces.items()} for i in range(n)]
 
 
-def restore(
-    start: checkpoint.Checkpoint, model: HybridLM, objective: Objective, optimizers: list) -> None:
+def restore(start: checkpoint.Checkpoint, model: HybridLM, objective: Objective,
+            optimizers: list) -> None:
     """Networks and optimizers as they were when the checkpoint was written."""
-    start.fill(model, "model")
-    objective.expect(model, start.networks())
-    for name, network in objective.networks().items():
+    for name in start.networks():
+        if name not in ("model", *objective.networks):  # made in a step that is not run again
+            objective.networks[name] = parallel.frozen_copy(model)
+    for name, network in {"model": model, **objective.networks}.items():
         start.fill(network, name)
     start.fill_optimizers(optimizers)
 
 
 def trim_log(file: Path, step: int) -> None:
-    """Drop the lines of metrics.jsonl that a resumed run will write again, and a last one that a
-    crash cut short."""
+    """Drop the lines that a resumed run writes again, and a last one that a crash cut short."""
     if file.exists():
         whole = file.read_text().split("\n")[:-1]
         kept = [line for line in whole if json.loads(line)["step"] <= step]
@@ -223,22 +213,19 @@ def trim_log(file: Path, step: int) -> None:
 
 
 class Interrupt:
-    """Turns the first Ctrl-C, or SIGTERM as a batch system sends it, into a flag, so that a step is
-    finished and saved; the second one stops at once."""
+    """The first Ctrl-C or SIGTERM sets a flag: the step is finished and saved. Another stops it."""
 
     asked = False
 
     def __enter__(self) -> "Interrupt":
-        """Start listening."""
         self.previous = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def ask(self, *_: object) -> None:
-        """The handler."""
+        """Handle a signal."""
         self.asked = True
         self.__exit__()
 
     def __exit__(self, *_: object) -> None:
-        """Stop listening."""
         for s, handler in self.previous.items():
             signal.signal(s, handler)

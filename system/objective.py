@@ -1,30 +1,47 @@
-"""What `loop.fit` asks of a training objective, and the plainest one: next-token prediction."""
+"""What an objective is: it says what is learned, and `loop.fit` does the rest. In a step:
+
+    prepare(model, batch, step, generator)   makes of a part of the batch what the updates need.
+                                             All sampling belongs here, from the generator given
+    loss(model, prepared)                    (sum, count, metrics); called for each of n_updates
+                                             optimizer steps. What is minimised is the sum over all
+                                             parts and processes, divided by their whole count
+    after_step(model)                        follows every optimizer step
+
+A batch is a dict of tensors whose rows are cut into parts. Metrics are scalars to log: means, which
+the loop averages with the counts as weights, leaving out those that are not finite.
+"""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels import selected_logp
 from model import HybridLM
 
 
 class Objective:
-    """The defaults do nothing; an objective replaces what it needs.
+    """The defaults do nothing: an objective replaces what it needs.
 
-    n_updates: optimizer steps from each batch. runs_whole: the loss takes the weights apart, so
-    that sharded ones must be gathered for it (see parallel.py).
+    networks: those beside the model, by their names in a checkpoint: what is not here is not saved,
+    restored or collected. One that is made during training is a `parallel.frozen_copy` of the
+    model: a resumed run makes it again before it loads its weights. n_updates: optimizer steps from
+    each batch. runs_whole: the loss takes the weights apart, so that sharded ones are gathered for
+    it. headline: the metric that the progress bar shows.
     """
 
     n_updates = 1
     runs_whole = False
+    headline = "loss"
 
-    def prepare(
-        self, model: HybridLM, batch: dict[str, Tensor], step: int, generator: torch.Generator) -> dict:
-        """What the updates need of a batch, made once: all sampling belongs here."""
+    def __init__(self):
+        self.networks: dict[str, nn.Module] = {}
+
+    def prepare(self, model: HybridLM, batch: dict[str, Tensor], step: int,
+                generator: torch.Generator) -> dict:
+        """What the updates need of a batch, made once."""
         return batch
 
     def loss(self, model: HybridLM, batch: dict) -> tuple[Tensor, int, dict[str, Tensor]]:
-        """A sum, the count to divide it by, and means to log. `loop.fit` divides by the count of
-        the whole step."""
+        """A sum, the count that belongs to it, and metrics."""
         raise NotImplementedError
 
     def after_step(self, model: HybridLM) -> None:
@@ -34,22 +51,12 @@ class Objective:
         """Optimizers of weights that train beside the model's."""
         return []
 
-    def networks(self) -> dict[str, torch.nn.Module]:
-        """Networks beside the model that a checkpoint must hold."""
-        return {}
-
-    def expect(self, model: HybridLM, names: list[str]) -> None:
-        """Make the networks that a checkpoint holds under these names, so that their weights can be
-        loaded."""
-
 
 class NextToken(Objective):
     """Cross-entropy of the next token."""
 
-    def loss(
-        self, model: HybridLM, batch: dict[str, Tensor]) -> tuple[Tensor, int, dict[str, Tensor]]:
-        """Sum of the cross-entropies in nats, number of targets (those of -100 count for nothing),
-        metrics."""
+    def loss(self, model: HybridLM, batch: dict) -> tuple[Tensor, int, dict[str, Tensor]]:
+        """Sum of the cross-entropies in nats, and number of targets (those of -100 are none)."""
         hidden_BTD, _ = model(batch["tokens_BT"], ids_BT=batch["ids_BT"])
         inside = batch["targets_BT"] != -100
         logp = selected_logp(hidden_BTD[inside], model.output_matrix, batch["targets_BT"][inside])

@@ -308,14 +308,14 @@ def frozen_copy(network: nn.Module) -> nn.Module:
     return copied
 
 
-def collect(trained: nn.Module, network: nn.Module, objective: object) -> None:
-    """After training: the weights back into the network that `shard` was given; the objective's
-    networks unsharded."""
+def collect(trained: nn.Module, network: nn.Module, others: dict[str, nn.Module]) -> None:
+    """After training: the weights back into the network that `shard` was given, and the others, in
+    their dict, undressed and unsharded."""
     if trained is not network and any(p.is_meta for p in network.parameters()):
         network.load_state_dict(whole(trained).state_dict(), assign=True)
-    for name, value in vars(objective).items():
-        if isinstance(value, nn.Module) and is_dressed(value):
-            setattr(objective, name, whole(value))
+    for name, other in others.items():
+        if is_dressed(other):
+            others[name] = whole(other)
 
 
 @torch.no_grad()

@@ -1383,7 +1383,7 @@ def test_the_end_of_stage_1_is_kept_once(step, kept):
     assert objective.c.stage_1_steps() == 7
     objective.step = step
     objective.after_step(model)
-    assert ("stage1" in objective.networks()) == kept
+    assert ("stage1" in objective.networks) == kept
     if kept:
         model.embed.weight.data.zero_()
-        assert (objective.networks()["stage1"].embed.weight != 0).all()
+        assert (objective.networks["stage1"].embed.weight != 0).all()

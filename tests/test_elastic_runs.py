@@ -471,9 +471,9 @@ def test_sizes_take_turns_in_constant_memory(finished, monkeypatch):
         alive.add(model)
         gc.collect()
         counts.append(len(alive))
-        return [""]
+        return ""
 
-    monkeypatch.setattr(generate, "show_thoughts", show)
+    monkeypatch.setattr(generate, "show_thought", show)
     assert generate.main([str(finished), PROMPT, "--budget", "1", "0.5", "0.75", "0.5"]) == 0
     assert counts == [1, 1, 1, 1]
 
@@ -704,17 +704,17 @@ def test_long_losses_are_of_what_follows_the_first_part(corpus):
     """Texts of 64 tokens after whose first 32 the loss counts; a model that knows nothing has ln V everywhere."""
     model = noisy_model(SMOKE, corpus)
     model.head.weight.data.zero_()
-    losses = evals.long_losses(model, corpus, SMOKE, "test")
+    losses = evals.long_losses(model, corpus, SMOKE)
     assert len(losses) == 8
     assert_close(losses, torch.full((8,), math.log(corpus.tokenizer.n_vocab)))
     seen = []
     model.register_forward_hook(lambda _, args, out: seen.append(args[0].shape))
-    evals.long_losses(model, corpus, SMOKE, "test")
+    evals.long_losses(model, corpus, SMOKE)
     assert seen == [(4, 64), (4, 64)]
 
 
 def test_no_text_is_long_enough_for_a_long_loss(corpus):
-    assert evals.long_losses(noisy_model(SMOKE, corpus), corpus, with_elastic(long_len=10**7), "test").isnan().all()
+    assert evals.long_losses(noisy_model(SMOKE, corpus), corpus, with_elastic(long_len=10**7)).isnan().all()
 
 
 def test_facts_of_a_size_by_another_count(corpus):

@@ -8,7 +8,6 @@ from torch.testing import assert_close
 import evals
 from model import HybridLM
 from system.presets import PRESETS
-from text.problems import held_out_problems
 
 
 @pytest.fixture(scope="module")
@@ -18,32 +17,35 @@ def networks(corpus):
 
 
 def test_every_reference_is_run_once(corpus, networks, monkeypatch):
-    """The trained model after an empty thought, the base and the teacher without one: gains by family cost no pass more."""
+    """For problems and for text: trained model and base after an empty thought, base and teacher without a thought.
+
+    The base's plain prediction serves its own gains and the trained model's; gains by family cost no pass more.
+    """
     calls, plain_logp = [], evals.plain_logp
 
-    def counted(network, *args):
+    def counted(network, *args, **options):
         calls.append(networks.index(network))
-        return plain_logp(network, *args)
+        return plain_logp(network, *args, **options)
 
     monkeypatch.setattr(evals, "plain_logp", counted)
-    found = evals.evaluate_problems(*networks, corpus, PRESETS["smoke"])
-    assert sorted(calls) == [0, 1, 2]
+    found = evals.evaluate_both(*networks, corpus, PRESETS["smoke"])
+    assert sorted(calls) == sorted(2 * [0, 1, 1, 2])
     assert found["gain_nats_by_family"]["all"] == found["gain_nats"]["frozen_base"]
 
 
 @pytest.mark.parametrize(("most", "n_tokens", "n"), [(64, 4 * 168, 64), (64, 4 * 4096, 8), (256, 2048, 64), (64, 10**9, 1)])
 def test_long_contexts_are_measured_a_few_at_once(most, n_tokens, n):
     """At most 131,072 tokens in their caches, at least one context."""
-    assert evals.together(most, n_tokens) == n
+    assert evals.together(most, n_tokens, evals.TOKENS_AT_ONCE) == n
 
 
 def test_how_many_are_measured_at_once_changes_no_figure(corpus, networks, monkeypatch):
     """Greedy thoughts and plain predictions of five problems, one by one and all together."""
-    contexts, targets = evals.problem_contexts(held_out_problems("test", 2, 0, corpus.held_out_percent)[:5], corpus)
-    words = (networks[0], contexts, targets, corpus, PRESETS["smoke"])
+    problems = evals.problem_positions(corpus, PRESETS["smoke"])
+    five = problems._replace(pairs=problems.pairs[:5])
 
     def figures():
-        return evals.measure_thoughts(*words, temperature=0.0, samples=1), evals.plain_logp(*words)
+        return evals.measure_thoughts(networks[0], five, temperature=0.0, samples=1), evals.plain_logp(networks[0], five)
 
     together = figures()
     monkeypatch.setattr(evals, "TOKENS_AT_ONCE", 1)

@@ -4,19 +4,21 @@ The model knows 12 tokens, three of them special. Three contexts, two of them pa
 """
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from thoughts import Thoughts, sample, sample_thoughts
+from thoughts import Sampling, Thoughts, sample, sample_thoughts
 
 THINK, CLOSE, END = 9, 10, 11
 TAGS = (THINK, CLOSE)
+TOKENIZER = SimpleNamespace(think=THINK, close=CLOSE, end=END, tags=TAGS)
 CONTEXTS = [[1, 2, 3, 4, 5, 6, 7], [8, 1, 8, 2, 8], [3, 0, 4]]
 TARGETS = [[4, 2, 7], [1, 1, 0], [6, END, 8]]
 G, N = 8, 6  # thoughts a context, longest thought
-NEAR = {"rtol": 1e-5, "atol": 1e-5, "check_dtype": False}  # log-probabilities are kept in fp32
+NEAR = {"rtol": 1e-9, "atol": 1e-9}
 
 
 @pytest.fixture(params=["M*-", "M", "*-"])
@@ -24,21 +26,21 @@ def model(request, make_model):
     return make_model(pattern=request.param)
 
 
-def think(model, contexts=CONTEXTS, targets=TARGETS, horizon=1, seed=0, group_size=G, thought_len=N, **options) -> Thoughts:
-    """`sample_thoughts` of contexts of any lengths, padded with a token that would be noticed."""
+def think(model, contexts=CONTEXTS, targets=TARGETS, horizon=1, seed=0, forced_Rl=None, **changes) -> Thoughts:
+    """`sample_thoughts` of contexts of any lengths, padded with a token that would be noticed; changes are of Sampling."""
     T = max(len(c) for c in contexts)
-    context_BT = torch.tensor([[7] * (T - len(c)) + c for c in contexts])
-    ids_BT = torch.tensor([[-1] * (T - len(c)) + [0] * len(c) for c in contexts])
-    target_BX = torch.tensor([t[:horizon] for t in targets])
-    generator = torch.Generator().manual_seed(seed)
-    return sample_thoughts(
-        model, context_BT, ids_BT, target_BX, TAGS, END, group_size, thought_len, generator=generator, **options
-    )
+    batch = {
+        "context_BT": torch.tensor([[7] * (T - len(c)) + c for c in contexts]),
+        "ids_BT": torch.tensor([[-1] * (T - len(c)) + [0] * len(c) for c in contexts]),
+        "target_BX": torch.tensor([t[:horizon] for t in targets]),
+    }
+    sampling = Sampling(G, N)._replace(**changes)
+    return sample_thoughts(model, batch, TOKENIZER, sampling, torch.Generator().manual_seed(seed), forced_Rl)
 
 
 def rows(thoughts):
     """For each thought: its row, its context and target, and its tokens."""
-    for r, (tokens, n) in enumerate(zip(thoughts.tokens_RM.tolist(), thoughts.length_R.tolist(), strict=True)):
+    for r, (tokens, n) in enumerate(zip(thoughts.tokens_RL.tolist(), thoughts.length_R.tolist(), strict=True)):
         yield r, CONTEXTS[r // G], TARGETS[r // G], tokens[:n]
 
 
@@ -58,7 +60,7 @@ def plain_logp(model, before, tokens, banned, temperature=1.0):
 def one_row(thoughts, r):
     """All that is known of thought r of context r, cut to its length."""
     n = int(thoughts.length_R[r])
-    return {name: t[r, :n] if name.endswith("M") else t[r] for name, t in vars(thoughts).items()}
+    return {name: t[r, :n] if name.endswith("L") else t[r] for name, t in vars(thoughts).items()}
 
 
 def greedy_thought(model, context):
@@ -78,16 +80,21 @@ def test_logp_of_a_thought_equals_a_full_forward_pass(model, temperature):
     thoughts = think(model, temperature=temperature)
     for r, context, _, thought in rows(thoughts):
         expected = plain_logp(model, [*context, THINK], thought, (THINK,), temperature)
-        assert_close(thoughts.logp_RM[r, : len(thought)], expected, **NEAR)
-        assert (thoughts.logp_RM[r, len(thought) :] == 0).all()
+        assert_close(thoughts.logp_RL[r, : len(thought)], expected, **NEAR)
+        assert (thoughts.logp_RL[r, len(thought) :] == 0).all()
+
+
+def test_what_an_fp64_model_thinks_stays_fp64(model):
+    thoughts = think(model, horizon=3)
+    assert {t.dtype for t in vars(thoughts).values() if t.is_floating_point()} == {torch.float64}
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logp_of_forced_tokens_is_that_of_the_forced_tokens(model, temperature):
-    thoughts = think(model, temperature=temperature, forced_RY=torch.tensor([[3, 5]] * 3 * G))
+    thoughts = think(model, temperature=temperature, forced_Rl=torch.tensor([[3, 5]] * 3 * G))
     for r, context, _, thought in rows(thoughts):
         expected = plain_logp(model, [*context, THINK], thought, (THINK,), temperature)
-        assert_close(thoughts.logp_RM[r, : len(thought)], expected, **NEAR)
+        assert_close(thoughts.logp_RL[r, : len(thought)], expected, **NEAR)
 
 
 @pytest.mark.parametrize("closed", [True, False], ids=["closed", "unclosed"])
@@ -140,24 +147,24 @@ def test_thoughts_end_in_all_three_ways_here(model):
 
 def test_past_its_end_a_thought_is_filled_with_closing_tags(model):
     thoughts = think(model)
-    assert all((thoughts.tokens_RM[r, len(thought) :] == CLOSE).all() for r, *_, thought in rows(thoughts))
+    assert all((thoughts.tokens_RL[r, len(thought) :] == CLOSE).all() for r, *_, thought in rows(thoughts))
 
 
 def test_a_thought_of_length_one_is_one_token(model):
     thoughts = think(model, thought_len=1)
-    assert thoughts.tokens_RM.shape == thoughts.logp_RM.shape == (3 * G, 1)
+    assert thoughts.tokens_RL.shape == thoughts.logp_RL.shape == (3 * G, 1)
     assert (thoughts.length_R == 1).all()
-    assert thoughts.closed_R.tolist() == (thoughts.tokens_RM[:, 0] == CLOSE).tolist()
+    assert thoughts.closed_R.tolist() == (thoughts.tokens_RL[:, 0] == CLOSE).tolist()
 
 
 def test_thoughts_are_stored_as_wide_as_the_longest(model):
-    thoughts = think(model, forced_RY=torch.tensor([[3, CLOSE]] * 3 * G))
-    assert thoughts.tokens_RM.shape == thoughts.logp_RM.shape == (3 * G, 2)
+    thoughts = think(model, forced_Rl=torch.tensor([[3, CLOSE]] * 3 * G))
+    assert thoughts.tokens_RL.shape == thoughts.logp_RL.shape == (3 * G, 2)
 
 
 def test_forced_tokens_begin_every_thought(model):
-    forced_RY = torch.arange(3 * G * 2).view(3 * G, 2) % THINK
-    assert think(model, forced_RY=forced_RY).tokens_RM[:, :2].tolist() == forced_RY.tolist()
+    forced_Rl = torch.arange(3 * G * 2).view(3 * G, 2) % THINK
+    assert think(model, forced_Rl=forced_Rl).tokens_RL[:, :2].tolist() == forced_Rl.tolist()
 
 
 def test_greedy_thoughts_are_made_of_the_likeliest_tokens(model):
@@ -180,34 +187,34 @@ def test_greedy_thoughts_do_not_depend_on_the_seed(model):
 def test_the_same_seed_gives_the_same_thoughts_and_another_seed_others(model):
     first, again, other = (think(model, seed=seed) for seed in (0, 0, 1))
     assert_close(vars(first), vars(again), rtol=0, atol=0)
-    assert first.tokens_RM.tolist() != other.tokens_RM.tolist()
+    assert first.tokens_RL.tolist() != other.tokens_RL.tolist()
 
 
 @pytest.fixture
-def forced_RY():
+def forced_Rl():
     """Thoughts that end after 5, 1, 6, 3, 2 and 4 tokens, one of them with the end of the text."""
-    forced_RY = torch.tensor([[1, 2, 3, 4, 5, 6][:n] + [CLOSE] + [0] * (5 - n) for n in (4, 0, 5, 2, 1, 3)])
-    forced_RY[5, 3] = END
-    return forced_RY
+    forced_Rl = torch.tensor([[1, 2, 3, 4, 5, 6][:n] + [CLOSE] + [0] * (5 - n) for n in (4, 0, 5, 2, 1, 3)])
+    forced_Rl[5, 3] = END
+    return forced_Rl
 
 
-def test_finished_rows_leave_the_batch(model, forced_RY):
+def test_finished_rows_leave_the_batch(model, forced_Rl):
     n_rows = []
     model.register_forward_hook(lambda module, args, output: n_rows.append(len(args[0])))
-    think(model, CONTEXTS * 2, TARGETS * 2, group_size=1, forced_RY=forced_RY)
+    think(model, CONTEXTS * 2, TARGETS * 2, group_size=1, forced_Rl=forced_Rl)
     assert n_rows == sorted(n_rows, reverse=True)
     assert n_rows[-1] == 1
 
 
 @pytest.mark.parametrize("horizon", [1, 3])
-def test_dropping_finished_rows_changes_nothing(model, horizon, forced_RY):
+def test_dropping_finished_rows_changes_nothing(model, horizon, forced_Rl):
     """A batch of one row drops none."""
     contexts, targets = CONTEXTS * 2, TARGETS * 2
-    together = think(model, contexts, targets, horizon, group_size=1, temperature=0.0, forced_RY=forced_RY)
+    together = think(model, contexts, targets, horizon, group_size=1, temperature=0.0, forced_Rl=forced_Rl)
     assert sorted(together.length_R.tolist()) == [1, 2, 3, 4, 5, 6]
     for r in range(6):
         one = slice(r, r + 1)
-        alone = think(model, contexts[one], targets[one], horizon, group_size=1, temperature=0.0, forced_RY=forced_RY[one])
+        alone = think(model, contexts[one], targets[one], horizon, group_size=1, temperature=0.0, forced_Rl=forced_Rl[one])
         assert_close(one_row(together, r), one_row(alone, 0), **NEAR)
 
 

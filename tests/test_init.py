@@ -22,7 +22,7 @@ from system.config import DataConfig, RLPConfig
 from text.batches import collate_contexts, pretrain_batch
 from text.corpus import Corpus, _example_problems
 from text.tokenizer import CLOSE, END, THINK, FileTokenizer
-from thoughts import show_thoughts
+from thoughts import show_thought
 from tools import export, extract
 
 EXACT = {"rtol": 0, "atol": 0}
@@ -367,7 +367,7 @@ def test_the_instruction_is_read_from_its_file_and_kept_with_the_run(program, wo
 
 def test_the_instruction_changes_what_a_shown_thought_is_sampled_from(corpus, make_model):
     model = make_model(vocab_size=corpus.tokenizer.n_vocab, tie_embeddings=False).float()
-    plain, led = (show_thoughts(model, corpus.tokenizer, ["Tom"], 12, 1.0, 0, before=text)[0] for text in ("", "Think."))
+    plain, led = (show_thought(model, corpus.tokenizer, "Tom", 12, 1.0, 0, before=text) for text in ("", "Think."))
     assert plain != led
 
 

@@ -26,7 +26,7 @@ import rlp
 import routers
 from system.config import ElasticConfig, RLPConfig
 from system.presets import PRESETS
-from thoughts import sample_thoughts
+from thoughts import Sampling, sample_thoughts
 from tools import bench
 
 ROOT = Path(__file__).parent.parent
@@ -109,17 +109,13 @@ def training_step(model):
 
 
 def sampling(model):
-    context_BT, ids_BT, target_BX, _ = BATCH.values()
-    sample_thoughts(
-        model, context_BT, ids_BT, target_BX, TOKENIZER.tags, TOKENIZER.end, 4, 7, generator=GENERATOR.manual_seed(0)
-    )
+    sample_thoughts(model, BATCH, TOKENIZER, Sampling(4, 7), GENERATOR.manual_seed(0))
 
 
 def scoring(model):
-    tokens_RM = torch.arange(6 * 7).view(6, 7) % 9
+    tokens_RL = torch.arange(6 * 7).view(6, 7) % 9
     length_R = torch.tensor([1, 7, 3, 2, 5, 5])
-    logp_RM = rlp.thought_logp(model, BATCH["context_BT"], BATCH["ids_BT"], tokens_RM, length_R, TOKENIZER.think, 0.7)
-    logp_RM.sum().backward()
+    rlp.thought_logp(model, BATCH, tokens_RL, length_R, TOKENIZER.think, 0.7).sum().backward()
 
 
 def rlp_step(model):

@@ -315,8 +315,8 @@ def test_a_batch_that_cannot_be_dealt_out_is_refused(monkeypatch):
 
 def test_means_weigh_the_parts_of_all_processes():
     """Two processes, the second without text: loss (6 + 2) / (3 + 1), gain_text 5 / 2."""
-    means, count = loop.total_means([{"loss": (6.0, 3), "gain_text": (5.0, 2)}, {"loss": (2.0, 1)}])
-    assert (means, count) == ({"loss": 2.0, "gain_text": 2.5}, 4)
+    totals = loop.add_up([{"loss": (6.0, 3), "gain_text": (5.0, 2)}, {"loss": (2.0, 1)}])
+    assert {name: total / count for name, (total, count) in totals.items()} == {"loss": 2.0, "gain_text": 2.5}
 
 
 def test_parallel_settings_do_not_make_another_base_or_another_run():

@@ -116,6 +116,22 @@ def test_a_metric_that_a_part_lacks_is_the_mean_over_the_others(tmp_path):
     assert (line["one"], line["both"], line["count"]) == (3.0, 3.0, 64)
 
 
+def test_the_progress_bar_shows_the_headline_of_the_objective(tmp_path, monkeypatch):
+    """The loss, a metric of its own, and `nan` where no part has that metric."""
+    shown = []
+    monkeypatch.setattr(loop.Progress, "update", lambda self, task, note, **_: shown.append(note))
+    for name, metrics in (("loss", {}), ("gain", {"gain": torch.tensor(0.25)}), ("gain", {})):
+
+        class Named(train.NextToken):
+            headline, found = name, metrics
+
+            def loss(self, model, batch):
+                return *super().loss(model, batch)[:2], self.found
+
+        pretrain_on_counting(tmp_path, objective=Named(), steps=1)
+    assert shown == ["loss 2.745", "gain 0.250", "gain nan"]
+
+
 def test_a_non_finite_gradient_stops_the_run_with_the_weights_before_it_saved(tmp_path):
     """The fourth loss is NaN: what is saved is what three steps alone would have made."""
 

@@ -49,14 +49,14 @@ import routers
 from kernels import token_logp
 from mamba import Mamba2
 from model import HybridLM
-from rlp import RLP, clipped_surrogate, group_advantages, information_gain
+from rlp import RLP, clipped_surrogate, group_advantages, information_gain, reward
 from system.config import ModelConfig, RLPConfig
 from system.errors import exit_code, require
 from system.loop import build_optimizers, update
 from system.machine import versions
 from system.objective import NextToken
 from system.presets import PRESETS
-from thoughts import Thoughts, sample, sample_thoughts
+from thoughts import Sampling, Thoughts, sample, sample_thoughts
 from views.tables import bench_table
 
 PIP = {"transformers": "transformers==5.23.0", "mambapy": "mambapy", "mamba_ssm": "mamba-ssm",
@@ -344,11 +344,11 @@ def rlp_step_work(device: torch.device, B=4, T=256, G=8, L=32, V=1024, model=CPU
     def ours() -> list[Tensor]:
         prepared = objective.prepare(network, batch, 0, generator())
         loss, _, _ = objective.loss(network, prepared)
-        return [prepared["gain_R"], prepared["old_logp_RM"],
+        return [prepared["gain_R"], prepared["thoughts"].logp_RL,
                 *torch.autograd.grad(loss, list(network.parameters()))]
 
-    thoughts = sample_thoughts(network, context_BT, batch["ids_BT"], target_BX, tokenizer.tags,
-                               tokenizer.end, G, L, objective.config.temperature, generator())
+    thoughts = sample_thoughts(network, batch, tokenizer,
+                               Sampling(G, L, objective.config.temperature), generator())
     return Work(f"RLP step, {B} contexts of {T} tokens, G = {G} thoughts of up to {L}, "
                 f"{model.pattern}, V = {V}", B * G * L, [
         Contestant("ours", ours),
@@ -553,7 +553,7 @@ def plain_rlp_step(network: HybridLM, objective: RLP, batch: dict[str, Tensor], 
     c, tags = objective.config, objective.tokenizer.tags
     context_RT, ids_RT, target_RX = (batch[name].repeat_interleave(c.group_size, dim=0)
                                      for name in ("context_BT", "ids_BT", "target_BX"))
-    tokens_RL, length_R = thoughts.tokens_RM, thoughts.length_R
+    tokens_RL, length_R = thoughts.tokens_RL, thoughts.length_R
     (R, L), T = tokens_RL.shape, context_RT.shape[1]
     think_R1, close_R1 = (torch.full_like(context_RT[:, :1], tag) for tag in tags)
     # past its end a thought is closing tags
@@ -581,11 +581,11 @@ def plain_rlp_step(network: HybridLM, objective: RLP, batch: dict[str, Tensor], 
         closing_R = T + length_R + (~thoughts.closed_R).long()
         logits_RV = logits(network, full_RS)[torch.arange(R, device=length_R.device), closing_R]
         logp_target_R = token_logp(logits_RV, target_RX[:, 0], tags)
-        plain_RV = logits(objective.teacher, context_RT)[:, -1]
+        plain_RV = logits(objective.networks["teacher"], context_RT)[:, -1]
         logp_teacher_R = token_logp(plain_RV, target_RX[:, 0], tags)
         gain_BG = information_gain(logp_target_R.view(-1, c.group_size),
                                    logp_teacher_R.view(-1, c.group_size)[:, 0])
-        advantage_BG = group_advantages(gain_BG.clamp(min=c.reward_floor))
+        advantage_BG = group_advantages(reward(gain_BG, c.reward_floor))
     # 3. and in full again for the gradient
     logp_RL = logp_of_thoughts(logits(network, full_RS)[:, T : T + L])
     loss_R = clipped_surrogate(logp_RL, old_logp_RL, advantage_BG.flatten(), length_R, c.eps_low,

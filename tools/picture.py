@@ -26,7 +26,7 @@ from system.errors import exit_code, require
 from system.files import read_json
 from system.rundir import load_model, load_run
 from text.problems import held_out_problems
-from thoughts import show_thoughts
+from thoughts import show_thought
 
 INK, PALE, GREY, CARD, BOX, GOOD, BAD = (np.array(to_rgb(f"#{color}")) for color in (
     "f2f5fa", "a9b7cb", "66758e", "1d2534", "2b3547", "2dd4a0", "f45476"))
@@ -37,8 +37,8 @@ def think(model, tokenizer, problem, config) -> dict:
     """One thought about a problem: its words, the nats that each adds, and log p of the next token
     ([V], scored as RLP does) at once and after it."""
     c, device = config.rlp, next(model.parameters()).device
-    (text,) = show_thoughts(model, tokenizer, [problem.prompt], c.thought_len, c.temperature,
-                            config.seed, before=c.prompt)
+    text = show_thought(model, tokenizer, problem.prompt, c.thought_len, c.temperature, config.seed,
+                        c.prompt)
     thought = tokenizer.encode(text.removeprefix("<think>").split("</think>")[0])
     context = [*tokenizer.begin, *tokenizer.encode(c.prompt), *tokenizer.encode(problem.prompt)]
     prefixes = [context] + [[*context, tokenizer.think, *thought[:n], tokenizer.close]
