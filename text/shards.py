@@ -62,17 +62,16 @@ def read_documents(files: list[Path], piece: int = 1_000_000) -> Iterator[str]:
     Raises ValueError for what is not UTF-8, not JSON, or has no text, with the file and the line.
     """
     for file in files:
+        make = _json_texts if file.suffix == ".jsonl" else _pieces
         try:
             with open(file, encoding="utf-8") as lines:
-                texts = (
-                    _json_texts(file, lines) if file.suffix == ".jsonl" else _pieces(lines, piece))
-                yield from (text for text in texts if text.strip())
+                yield from (text for text in make(file, lines, piece) if text.strip())
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"{file} is not UTF-8 text ({error.reason}); convert it or leave it out") from None
 
 
-def _json_texts(file: Path, lines: Iterable[str]) -> Iterator[str]:
+def _json_texts(file: Path, lines: Iterable[str], piece: int) -> Iterator[str]:
     for i, line in enumerate(lines, 1):
         if line.strip():
             try:
@@ -86,84 +85,79 @@ def _json_texts(file: Path, lines: Iterable[str]) -> Iterator[str]:
             yield text
 
 
-def _pieces(lines: Iterable[str], piece: int) -> Iterator[str]:
-    kept: list[str] = []
-    n = 0
+def _pieces(file: Path, lines: Iterable[str], piece: int) -> Iterator[str]:
+    text = ""
     for line in lines:
-        kept.append(line)
-        n += len(line)
-        if n >= piece and not line.strip():
-            yield "".join(kept)
-            kept, n = [], 0
-    yield "".join(kept)
+        text += line
+        if len(text) >= piece and not line.strip():
+            yield text
+            text = ""
+    yield text
 
 
-def shard_tokenizer(
-    name: str, vocab_size: int, texts: Iterable[str], out: Path) -> tuple[Tokenizer, dict]:
-    """The tokenizer to build shards with, kept in their folder, and what shards.json says of it.
+def shard_tokenizer(name: str, vocab_size: int, texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer to build shards with.
 
     "corpus" is trained on problems and on the first 20 million characters of texts that no setting
     holds out: val and test have at most 25 per cent each.
     """
-    _require_new(out)
-    if name == "corpus":
-        sample, n = [], 0
-        for text in (t for t in texts if bucket_of(t.strip()) >= N_BUCKETS // 2):
-            sample.append(text)
-            n += len(text)
-            if n >= 20_000_000:
-                break
-        tokenizer = CorpusTokenizer.train(sample + tokenizer_examples(5), vocab_size)
-    else:
-        tokenizer = named_tokenizer(name)
-    if tokenizer.json:
-        tokenizer.save(out / "hf")
-    return tokenizer, {"source": name, "n_vocab": tokenizer.n_vocab,
-                       "fingerprint": tokenizer.fingerprint}
+    if name != "corpus":
+        return named_tokenizer(name)
+    sample, n = [], 0
+    for text in (t for t in texts if bucket_of(t.strip()) >= N_BUCKETS // 2):
+        sample.append(text)
+        n += len(text)
+        if n >= 20_000_000:
+            break
+    return CorpusTokenizer.train(sample + tokenizer_examples(5), vocab_size)
 
 
-def build(texts: Iterable[str], out: Path, encode: Callable[[str], list[int]], end: int,
-          tokenizer: dict, shard_tokens: int = 2**26) -> dict:
-    """Write texts as shards of about shard_tokens tokens. Returns what shards.json holds.
+def build(texts: Iterable[str], out: Path, tokenizer: Tokenizer, source: str,
+          shard_tokens: int = 2**26) -> list[dict]:
+    """Write texts as shards of about shard_tokens tokens, and the tokenizer in `hf/`. Returns the
+    entries of the shards in shards.json.
 
-    Args: encode, end: of the tokenizer; tokenizer: what is kept of it, with its n_vocab and its
-    fingerprint.
+    source: the name by which the tokenizer was asked for.
     Raises ValueError if there is no text, or if `out` holds a data set.
     """
-    _require_new(out)
+    require_new(out)
     require(
         shard_tokens >= 1, f"shard_tokens ({shard_tokens}) must be at least 1; 67108864 is usual")
-    dtype = "uint16" if tokenizer["n_vocab"] <= 2**16 else "uint32"
+    if tokenizer.json:
+        tokenizer.save(out / "hf")
+    dtype = "uint16" if tokenizer.n_vocab <= 2**16 else "uint32"
     shards, documents, n = [], [], 0
     for text in texts:
-        documents.append(
-            (bucket_of(text.strip()), np.array([*encode(text), end], dtype=dtype)))
-        n += len(documents[-1][1])
+        tokens = np.array([*tokenizer.encode(text), tokenizer.end], dtype=dtype)
+        documents.append((bucket_of(text.strip()), tokens))
+        n += len(tokens)
         if n >= shard_tokens:
-            shards.append(_write_shard(out, len(shards), documents))
+            shards.append(_write_shard(out, f"{len(shards):05d}", documents))
             documents, n = [], 0
     if documents:
-        shards.append(_write_shard(out, len(shards), documents))
+        shards.append(_write_shard(out, f"{len(shards):05d}", documents))
     require(shards, "the inputs hold no text; give files with some")
-    listed = {"version": VERSION, "dtype": dtype, "tokenizer": tokenizer, "shards": shards}
+    kept = {"source": source, "n_vocab": tokenizer.n_vocab, "fingerprint": tokenizer.fingerprint}
+    listed = {"version": VERSION, "dtype": dtype, "tokenizer": kept, "shards": shards}
     write_whole(out / LIST, lambda f: f.write((json.dumps(listed) + "\n").encode()))
-    return listed
+    return shards
 
 
-def _require_new(out: Path) -> None:
+def require_new(out: Path) -> None:
+    """Raises ValueError if a folder holds a data set."""
     require(not (out / LIST).exists(),
             f"out ({out}) already holds {LIST}; choose another --out, or delete it")
 
 
-def _write_shard(out: Path, i: int, documents: list[tuple[int, np.ndarray]]) -> dict:
-    """Write (bucket, tokens) of documents as shard i. Returns its entry in shards.json."""
-    documents = sorted(documents, key=lambda document: document[0])
+def _write_shard(out: Path, name: str, documents: list[tuple[int, np.ndarray]]) -> dict:
+    """Write (bucket, tokens) of documents as one shard. Returns its entry in shards.json."""
+    documents.sort(key=lambda document: document[0])  # stable: in the order read within a bucket
     counts = np.bincount([bucket for bucket, _ in documents], minlength=N_BUCKETS)
     tokens, starts = join([tokens for _, tokens in documents])
-    entry = {"name": f"{i:05d}", "n_documents": len(documents), "n_tokens": len(tokens),
+    entry = {"name": name, "n_documents": len(documents), "n_tokens": len(tokens),
              "bucket_documents": counts.tolist(), "sha256": {}}
     for part, array in (("tokens", tokens), ("starts", starts)):
-        file = out / f"{entry['name']}.{part}.npy"
+        file = out / f"{name}.{part}.npy"
         write_whole(file, lambda f, array=array: np.save(f, array))
         entry["sha256"][part] = sha256(file)
     return entry
@@ -191,52 +185,12 @@ def write_cached(file: Path, write: Callable[[BinaryIO], Any]) -> None:
                          "choose another --data.cache-dir") from error
 
 
-class Shard:
-    """Two files, mapped: the tokens, and where documents start; and how many each bucket has."""
-
-    def __init__(self, folder: Path, entry: dict, dtype: str):
-        """Raises ValueError for files that are not what their entry in shards.json says, short of
-        reading all of them."""
-        tokens, starts = (folder / f"{entry['name']}.{part}.npy" for part in ("tokens", "starts"))
-        self.sha256 = {tokens: entry["sha256"]["tokens"], starts: entry["sha256"]["starts"]}
-        self.tokens = _mapped(tokens, dtype, entry["n_tokens"])
-        self.starts = _mapped(starts, "int64", entry["n_documents"] + 1)
-        require((self.starts[0], self.starts[-1]) == (0, entry["n_tokens"]),
-                f"{starts} is damaged: its documents do not cover the tokens; {AGAIN}")
-        counts = entry["bucket_documents"]
-        require(len(counts) == N_BUCKETS and sum(counts) == entry["n_documents"],
-                f"{folder / LIST} is damaged: the buckets of {tokens.name} do not add up; {AGAIN}")
-        self.bucket_starts = np.cumsum([0, *counts])
-
-    def documents(self, buckets: range) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens, and where the documents of some buckets start, the end included."""
-        first, last = self.bucket_starts[[buckets.start, buckets.stop]]
-        return self.tokens, self.starts[first : last + 1]
-
-    def check(self) -> None:
-        """Read all of it. Raises ValueError if a byte is not as it was written."""
-        for file, digest in self.sha256.items():
-            require(sha256(file) == digest, f"{file} is damaged: its content has another checksum "
-                    f"than when it was written; {AGAIN}")
-
-
-def _mapped(file: Path, dtype: str, n: int) -> np.ndarray:
-    """The array of a .npy file, of a type and a length, read where it is used."""
-    require(file.is_file(), f"{file} is missing: {LIST} lists it; {AGAIN}")
-    try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, SyntaxError) as error:
-        raise ValueError(f"{file} is cut short or damaged ({error}); {AGAIN}") from None
-    require(isinstance(array, np.memmap), f"{file} is damaged: it holds no array; {AGAIN}")
-    found = f"{array.dtype}{list(array.shape)}"
-    require(found == f"{dtype}[{n}]", f"{file} holds {found}, in {LIST} {dtype}[{n}]; {AGAIN}")
-    size, expected = file.stat().st_size, array.offset + array.nbytes
-    require(size == expected, f"{file} has {size} bytes instead of {expected}: damaged; {AGAIN}")
-    return array
-
-
 class ShardSet:
-    """A folder of shards."""
+    """A folder of shards.
+
+    shards: of each its tokens, where its documents start, and which document is the first of each
+    bucket; the former two are memory-mapped. sha256: checksums of all files.
+    """
 
     def __init__(self, folder: Path):
         """Raises ValueError for what is missing, cut short or of another make; see `check` for
@@ -245,48 +199,79 @@ class ShardSet:
         version = listed.get("version")
         require(version == VERSION, f"{folder / LIST} has the format version {version}; "
                 f"this program reads {VERSION}: build again")
+        self.shards, self.sha256 = [], {}
         try:
             self.tokenizer = listed["tokenizer"]
-            self.shards = [Shard(folder, e, listed["dtype"]) for e in listed["shards"]]
-            self.key = fingerprint([self.tokenizer, [[*s.sha256.values()] for s in self.shards]])
+            for entry in listed["shards"]:
+                self._open(entry, listed["dtype"])
         except (KeyError, TypeError) as error:
             raise ValueError(f"{folder / LIST} cannot be read ({error!r}); {AGAIN}") from error
+        self.key = fingerprint([self.tokenizer, [*self.sha256.values()]])
+
+    def _open(self, entry: dict, dtype: str) -> None:
+        """Map the shard of an entry, unless its files are not what the entry says, as far as that
+        shows without reading all of them."""
+        n_tokens, counts = entry["n_tokens"], entry["bucket_documents"]
+        files = {part: self.folder / f"{entry['name']}.{part}.npy" for part in ("tokens", "starts")}
+        tokens = _mapped(files["tokens"], dtype, n_tokens)
+        starts = _mapped(files["starts"], "int64", entry["n_documents"] + 1)
+        require((starts[0], starts[-1]) == (0, n_tokens),
+                f"{files['starts']} is damaged: its documents do not cover the tokens; {AGAIN}")
+        require(len(counts) == N_BUCKETS and sum(counts) == entry["n_documents"],
+                f"{self.folder / LIST} is damaged: {entry['name']} has other buckets; {AGAIN}")
+        self.shards.append((tokens, starts, np.cumsum([0, *counts])))
+        self.sha256 |= {file: entry["sha256"][part] for part, file in files.items()}
 
     def documents(self, buckets: range) -> Documents:
         """Those of some buckets of all shards."""
-        return Documents([shard.documents(buckets) for shard in self.shards])
+        return Documents([(tokens, starts[first[buckets.start] : first[buckets.stop] + 1])
+                          for tokens, starts, first in self.shards])
 
     def open_tokenizer(self, name: str) -> Tokenizer:
         """The tokenizer that data.tokenizer names; "corpus" is the shards' own. Raises ValueError
         if they were built with another one."""
-        theirs, source, kept = (
-            self.tokenizer["fingerprint"], self.tokenizer["source"], self.folder / "hf")
-        if name == "corpus" and (kept.is_dir() or source == "corpus"):
+        theirs, source = self.tokenizer["fingerprint"], self.tokenizer["source"]
+        folder, kept, own = self.folder, self.folder / "hf", name == "corpus"
+        if own and (kept.is_dir() or source == "corpus"):
             tokenizer = FileTokenizer(kept)
         else:
-            tokenizer = named_tokenizer(source if name == "corpus" else name)
-        if name == "corpus":
-            problem = (f"the tokenizer in {self.folder} is not the one that it was built with "
-                       f"(fingerprint {theirs}): it is damaged; {AGAIN}")
-        else:
-            problem = (f"data.tokenizer ({name}) is not the one that {self.folder} was built with "
-                       f"({source}, fingerprint {theirs}): tokens would be read as other text; "
-                       "build again with this one, or leave data.tokenizer and init out")
-        require(tokenizer.fingerprint == theirs, problem)
+            tokenizer = named_tokenizer(source if own else name)
+        require(
+            tokenizer.fingerprint == theirs,
+            f"the tokenizer in {folder} is not the one that it was built with (fingerprint "
+            f"{theirs}): it is damaged; {AGAIN}" if own else
+            f"data.tokenizer ({name}) is not the one that {folder} was built with ({source}, "
+            f"fingerprint {theirs}): tokens would be read as other text; build again with this "
+            "one, or leave data.tokenizer and init out to use that one")
         return tokenizer
 
     def check(self) -> None:
-        """Read every byte. Raises ValueError for the first file that is damaged."""
-        for shard in self.shards:
-            shard.check()
+        """Read every byte. Raises ValueError for the first file that is not as it was written."""
+        for file, digest in self.sha256.items():
+            require(sha256(file) == digest, f"{file} is damaged: its content has another checksum "
+                    f"than when it was written; {AGAIN}")
 
     def check_once(self, cache_dir: Path) -> None:
         """`check`, unless a note in cache_dir says that it was done and no file has changed its
         size or time since."""
-        stats = [[file.name, file.stat().st_size, file.stat().st_mtime_ns]
-                 for shard in self.shards for file in shard.sha256]
+        stats = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in self.sha256]
         known = fingerprint([str(self.folder.resolve()), self.key, stats])
         note = cache_dir / f"shards-{known}.checked"
         if not note.exists():
             self.check()
             write_cached(note, lambda f: None)
+
+
+def _mapped(file: Path, dtype: str, n: int) -> np.ndarray:
+    """The array of a .npy file, of a type and a length, read where it is used."""
+    require(file.is_file(), f"{file} is missing: {LIST} lists it; {AGAIN}")
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # a damaged header raises almost anything
+        raise ValueError(f"{file} is cut short or damaged ({error}); {AGAIN}") from None
+    require(isinstance(array, np.memmap), f"{file} is damaged: it holds no array; {AGAIN}")
+    found = f"{array.dtype}{list(array.shape)}"
+    require(found == f"{dtype}[{n}]", f"{file} holds {found}, in {LIST} {dtype}[{n}]; {AGAIN}")
+    size, expected = file.stat().st_size, array.offset + array.nbytes
+    require(size == expected, f"{file} has {size} bytes instead of {expected}: damaged; {AGAIN}")
+    return array

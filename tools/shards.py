@@ -7,8 +7,7 @@ from pathlib import Path
 import tyro
 
 from system.errors import exit_code, require
-from text.shards import LIST, ShardSet, build, input_files, is_shards, read_documents
-from text.shards import shard_tokenizer
+from text import shards
 
 
 def run_build(inputs: tyro.conf.Positional[list[Path]], out: Path, tokenizer: str = "corpus",
@@ -23,11 +22,12 @@ def run_build(inputs: tyro.conf.Positional[list[Path]], out: Path, tokenizer: st
         vocab_size: Size of the vocabulary that "corpus" trains.
         shard_tokens: Tokens of a shard; one shard is held in memory.
     """
-    files = input_files(inputs)
-    made, kept = shard_tokenizer(tokenizer, vocab_size, read_documents(files), out)
-    shards = build(read_documents(files), out, made.encode, made.end, kept, shard_tokens)["shards"]
-    n_tokens, n_documents = (sum(s[k] for s in shards) for k in ("n_tokens", "n_documents"))
-    print(f"{out}: {n_documents:,} documents, {n_tokens:,} tokens in {len(shards)} shards")
+    files = shards.input_files(inputs)
+    shards.require_new(out)
+    made = shards.shard_tokenizer(tokenizer, vocab_size, shards.read_documents(files))
+    built = shards.build(shards.read_documents(files), out, made, tokenizer, shard_tokens)
+    n_tokens, n_documents = (sum(s[k] for s in built) for k in ("n_tokens", "n_documents"))
+    print(f"{out}: {n_documents:,} documents, {n_tokens:,} tokens in {len(built)} shards")
 
 
 def run_check(folder: tyro.conf.Positional[Path]) -> None:
@@ -36,9 +36,10 @@ def run_check(folder: tyro.conf.Positional[Path]) -> None:
     Args:
         folder: The folder.
     """
-    require(is_shards(folder),
-            f"{folder} holds no {LIST}; give a folder that `python -m tools.shards build` wrote")
-    found = ShardSet(folder)
+    require(shards.is_shards(folder),
+            f"{folder} holds no {shards.LIST}; "
+            "give a folder that `python -m tools.shards build` wrote")
+    found = shards.ShardSet(folder)
     found.check()
     print(f"{folder}: {len(found.shards)} shards are as they were written")
 
