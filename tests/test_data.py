@@ -21,11 +21,12 @@ from hypothesis import strategies as st
 
 from system.config import Config, DataConfig, RLPConfig
 from system.presets import PRESETS
-from text import batches, corpus, problems, tokenizer
+from text import batches, problems, tokenizer
 from text import corpus as corpus_module
 from text.batches import collate_contexts, cpt_batch, pretrain_batch, problem_position, rlp_batch, text_position
 from text.corpus import Corpus
-from text.held_out import SPLITS, split_of
+from text.documents import Documents, join
+from text.held_out import N_BUCKETS, SPLITS, bucket_of, buckets_of
 from text.problems import FAMILIES, FILLER, draw_problem, held_out_problems, thought_for
 from text.tokenizer import CLOSE, END, THINK
 
@@ -157,10 +158,20 @@ def test_no_document_is_in_two_splits(corpus):
 
 def test_documents_of_one_name_are_in_one_split():
     """A module's docstrings and its source carry the module's name."""
-    names = [name for name, _ in corpus.python_documents()]
+    names = [name for name, _ in corpus_module.python_documents()]
     assert len(names) > len(set(names)) > 200
-    shares = [sum(split_of(n, 5) == split for n in set(names)) / len(set(names)) for split in SPLITS]
+    shares = [sum(bucket_of(n) in buckets_of(split, 5) for n in set(names)) / len(set(names)) for split in SPLITS]
     assert shares == pytest.approx([0.9, 0.05, 0.05], abs=0.05)
+
+
+@pytest.mark.parametrize("percent", [1, 5, 25])
+def test_every_bucket_is_in_one_split(percent):
+    """By hand: `a` has the CRC-32 3904355907, so the bucket 7: held out for the test from 4 to 7 per cent on."""
+    buckets = [b for split in SPLITS for b in buckets_of(split, percent)]
+    assert sorted(buckets) == list(range(N_BUCKETS))
+    assert len(buckets_of("val", percent)) == len(buckets_of("test", percent)) == percent
+    assert bucket_of("a") == 7
+    assert [next(s for s in SPLITS if 7 in buckets_of(s, p)) for p in (3, 4, 7, 8)] == ["train", "test", "test", "val"]
 
 
 def test_copies_of_a_text_under_two_names_are_in_one_split(tmp_path):
@@ -231,7 +242,7 @@ def test_the_tokenizer_json_of_a_corpus_makes_the_same_tokens(corpus, text):
 
 def test_the_tokenizer_json_of_a_corpus_makes_the_tokens_of_real_text(corpus):
     tk = corpus.tokenizer
-    texts = [tk.decode(document.tolist()[:-1]) for document in corpus.documents["test"][:5]]
+    texts = [tk.decode(document.tolist()[:-1]) for document in list(corpus.documents["test"])[:5]]
     assert [reread(tk.json).encode(text) for text in texts] == [tk.encode(text) for text in texts]
 
 
@@ -259,9 +270,9 @@ def test_a_tokenizer_that_cannot_be_downloaded_is_refused_with_a_remedy(tmp_path
 
 
 def test_a_cached_corpus_is_identical_and_no_tokenizer_is_trained_again(corpus, cache_dir, monkeypatch):
-    monkeypatch.setattr(corpus_module, "train_tokenizer", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(tokenizer.CorpusTokenizer, "train", lambda *_: pytest.fail("trained again"))
     again = Corpus.load(DataConfig(vocab_size=512, cache_dir=str(cache_dir)))
-    assert again.tokenizer.encoding._mergeable_ranks == corpus.tokenizer.encoding._mergeable_ranks
+    assert again.tokenizer.json == corpus.tokenizer.json
     for split in SPLITS:
         assert [d.tobytes() for d in again.documents[split]] == [d.tobytes() for d in corpus.documents[split]]
 
@@ -384,7 +395,7 @@ def test_the_last_target_of_a_row_is_the_token_that_follows_it(corpus, step):
 def text_share(corpus):
     """Share of text tokens in a batch. Text is made of one token here that no problem holds, so it can be counted."""
     (mark,) = corpus.tokenizer.encode("\0")
-    marked = Corpus(corpus.tokenizer, {"train": [np.full(10_000, mark)]}, 5)
+    marked = Corpus(corpus.tokenizer, {"train": Documents([join([np.full(10_000, mark)])])}, 5)
     return lambda config, step: float((pretrain_batch(marked, config, step)["tokens_BT"] == mark).float().mean())
 
 
@@ -493,7 +504,7 @@ def test_a_horizon_too_long_for_the_document_takes_any_position_and_the_tokens_t
     problem = draw_problem(random.Random(0), "train", 5)
     document = [*corpus.tokenizer.encode(problem.prompt + problem.answer), corpus.tokenizer.end]
     monkeypatch.setattr(batches, "draw_problem", lambda *_: problem)
-    short = Corpus(corpus.tokenizer, {"train": [np.array(document)]}, 5)
+    short = Corpus(corpus.tokenizer, {"train": Documents([join([np.array(document)])])}, 5)
     config, rng = RLPConfig(positions="random", horizon=len(document)), random.Random(0)
     counts = np.zeros(len(document), dtype=int)
     for _ in range(200 * (len(document) - 1)):

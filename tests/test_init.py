@@ -20,7 +20,8 @@ from evals import text_losses
 from system import checkpoint, huggingface, rundir
 from system.config import DataConfig, RLPConfig
 from text.batches import collate_contexts, pretrain_batch
-from text.corpus import Corpus, _example_problems
+from text.corpus import Corpus
+from text.problems import tokenizer_examples
 from text.tokenizer import CLOSE, END, THINK, FileTokenizer
 from thoughts import show_thought
 from tools import export, extract
@@ -41,7 +42,7 @@ def write_tokenizer(folder, tags=(), begins=False, vocab_size=400):
         special_tokens=["<s>"],
         show_progress=False,
     )
-    made.train_from_iterator(paragraphs(3) + _example_problems(25)[:500], trainer)
+    made.train_from_iterator(paragraphs(3) + tokenizer_examples(25)[:500], trainer)
     made.add_special_tokens([END])
     made.add_tokens([AddedToken(tag, normalized=False) for tag in tags])
     if begins:

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import resource
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,20 +16,24 @@ import train
 from system import rundir
 from system.config import DataConfig
 from system.presets import PRESETS
-from text import shards
 from text.batches import pretrain_batch, rlp_batch
 from text.corpus import Corpus
+from text.documents import Documents, join
 from text.held_out import SPLITS, bucket_of
-from text.shards import HEADER_BYTES, LIST, Documents, ShardSet, build, read_documents
+from text.shards import LIST, ShardSet, build, read_documents
 from text.tokenizer import FileTokenizer
 from tools import shards as shards_program
 
-TOKENIZER = {"source": "x", "n_vocab": 300, "fingerprint": "abc"}
 END = 256
 
 
-def encode(text):
-    return list(text.encode())
+def fake(n_vocab=300, encode=lambda text: list(text.encode())):
+    """A tokenizer of bytes."""
+    return SimpleNamespace(encode=encode, end=END, n_vocab=n_vocab, fingerprint="abc", json="")
+
+
+def bucket(text):
+    return bucket_of(text.strip())
 
 
 def texts(n, seed=0):
@@ -40,8 +45,7 @@ def texts(n, seed=0):
 @pytest.fixture
 def folder(tmp_path):
     """300 documents in several shards."""
-    listed = build(texts(300), tmp_path / "set", encode, END, TOKENIZER, shard_tokens=2000)
-    assert len(listed["shards"]) > 3
+    assert len(build(texts(300), tmp_path / "set", fake(), "x", shard_tokens=2000)) > 3
     return tmp_path / "set"
 
 
@@ -64,12 +68,12 @@ def program(tmp_path_factory):
 
 @pytest.mark.parametrize(("n_vocab", "dtype"), [(2**16, np.uint16), (2**16 + 1, np.uint32)])
 def test_every_document_comes_back_once_in_the_bucket_of_its_text(tmp_path, n_vocab, dtype):
-    build(texts(300), tmp_path / "set", encode, END, {**TOKENIZER, "n_vocab": n_vocab}, shard_tokens=2000)
+    build(texts(300), tmp_path / "set", fake(n_vocab), "x", shard_tokens=2000)
     found = ShardSet(tmp_path / "set")
-    assert {s.tokens.dtype.type for s in found.shards} == {dtype}
-    for low, high in ((0, 100), (0, 1), (7, 31), (31, 100)):
-        documents = found.documents(low, high)
-        expected = sorted(t for t in texts(300) if low <= bucket_of(t) < high)
+    assert {tokens.dtype.type for tokens, _, _ in found.shards} == {dtype}
+    for buckets in (range(100), range(1), range(7, 31), range(31, 100)):
+        documents = found.documents(buckets)
+        expected = sorted(t for t in texts(300) if bucket(t) in buckets)
         assert all(d[-1] == END for d in documents)
         assert sorted(bytes(d[:-1].astype(np.uint8)).decode() for d in documents) == expected
         assert len(documents) == len(expected)
@@ -77,45 +81,64 @@ def test_every_document_comes_back_once_in_the_bucket_of_its_text(tmp_path, n_vo
     found.check()
 
 
-def test_copies_of_a_text_are_in_one_bucket_whatever_space_surrounds_them():
-    assert bucket_of("a b\n") == bucket_of("  a b")
-    assert len({bucket_of(t) for t in texts(2000)}) == 100
+def test_copies_of_a_text_are_in_one_bucket_whatever_space_surrounds_them(tmp_path):
+    build([" b c\n", *texts(300), "b c"], tmp_path / "set", fake(), "x", shard_tokens=2000)
+    found = ShardSet(tmp_path / "set")
+    (with_both,) = (
+        d
+        for d in (found.documents(range(i, i + 1)) for i in range(100))
+        if any(b"b c" in bytes(x[:-1].tolist()) for x in d)
+    )
+    assert sum(b"b c" in bytes(x[:-1].tolist()) for x in with_both) == 2
+    assert len({bucket(t) for t in texts(2000)}) == 100
 
 
 def test_a_window_is_what_the_same_documents_in_memory_give(folder):
-    """Two routes: the binary search in memory maps, and the corpus that holds lists of arrays."""
-    documents = ShardSet(folder).documents(10, 90)
-    in_memory = Corpus(None, {"train": list(documents)}, 5)
-    on_disk = Corpus(None, {"train": documents}, 5)
+    """Three routes: parts in several memory maps, one part in memory, and a loop over the documents."""
+    on_disk = ShardSet(folder).documents(range(10, 90))
+    in_memory = Documents([join(list(on_disk))])
+    assert len(in_memory) == len(on_disk)
+    assert in_memory.n_tokens == on_disk.n_tokens
     for length in (1, 7, 40, 1000):
         for seed in range(60):
-            windows = [c.text_window(random.Random(seed), "train", length) for c in (in_memory, on_disk)]
-            assert windows[0].tolist() == windows[1].tolist()
+            rng = random.Random(seed)
+            at = rng.randrange(sum(map(len, on_disk)))
+            for document in on_disk:
+                if at < len(document):
+                    break
+                at -= len(document)
+            start = rng.randrange(max(1, len(document) - length + 1))
+            for documents in (in_memory, on_disk):
+                window = Corpus(None, {"train": documents}, 5).text_window(random.Random(seed), "train", length)
+                assert window.tolist() == document[start : start + length].tolist()
+                assert window.dtype == np.int32
 
 
 def test_an_index_outside_is_refused_and_an_empty_split_is_empty(folder):
-    documents = ShardSet(folder).documents(0, 100)
+    documents = ShardSet(folder).documents(range(100))
     for i in (-1, len(documents)):
         with pytest.raises(IndexError):
             documents[i]
-    assert len(ShardSet(folder).documents(3, 3)) == 0
+    assert len(ShardSet(folder).documents(range(3, 3))) == 0
 
 
-def test_the_bytes_of_a_shard_by_hand(tmp_path):
-    """Two documents of 2 + 1 and 1 + 1 tokens: 5 x 2 bytes, 6 of zeros, and where they begin."""
-    build(["ab", "c"], tmp_path / "set", encode, END, TOKENIZER)
-    content = (tmp_path / "set" / "00000.shard").read_bytes()
-    header = json.loads(content[:HEADER_BYTES])
-    first, second = sorted(["ab", "c"], key=bucket_of)
-    assert (header["magic"], header["version"], header["dtype"]) == ("token shard", 1, "uint16")
-    assert (header["n_tokens"], header["n_documents"]) == (5, 2)
-    assert np.frombuffer(content[HEADER_BYTES:][:10], np.uint16).tolist() == [*first.encode(), END, *second.encode(), END]
-    assert content[HEADER_BYTES + 10 :][:6] == bytes(6)
-    assert np.frombuffer(content[HEADER_BYTES + 16 :], np.int64).tolist() == [0, len(first) + 1, 5]
+def test_a_shard_is_two_arrays_that_numpy_reads(tmp_path):
+    """By hand: two documents of 2 + 1 and 1 + 1 tokens."""
+    build(["ab", "c"], tmp_path / "set", fake(), "x")
+    tokens, starts = (np.load(tmp_path / "set" / f"00000.{part}.npy") for part in ("tokens", "starts"))
+    first, second = sorted(["ab", "c"], key=bucket)
+    assert (tokens.dtype, starts.dtype) == (np.uint16, np.int64)
+    assert tokens.tolist() == [*first.encode(), END, *second.encode(), END]
+    assert starts.tolist() == [0, len(first) + 1, 5]
+    listed = json.loads((tmp_path / "set" / LIST).read_text())
+    assert listed["tokenizer"] == {"source": "x", "n_vocab": 300, "fingerprint": "abc"}
+    (entry,) = listed["shards"]
+    assert (listed["version"], listed["dtype"], entry["n_tokens"], entry["n_documents"]) == (2, "uint16", 5, 2)
+    assert entry["bucket_documents"] == [sum(bucket(t) == i for t in ("ab", "c")) for i in range(100)]
 
 
 def test_building_again_gives_the_same_bytes(tmp_path, folder):
-    build(texts(300), tmp_path / "again", encode, END, TOKENIZER, shard_tokens=2000)
+    build(texts(300), tmp_path / "again", fake(), "x", shard_tokens=2000)
     for file in folder.iterdir():
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
 
@@ -160,64 +183,108 @@ def test_a_folder_that_holds_shards_is_not_written_over(program, capsys):
 # ------------------------------------------------------------------------------------------------------------- damage
 
 
-def change_header(file, **changes):
-    content = file.read_bytes()
-    header = json.loads(content[:HEADER_BYTES]) | changes
-    file.write_bytes(json.dumps(header).encode().ljust(HEADER_BYTES - 1) + b"\n" + content[HEADER_BYTES:])
+def change_list(file, i=1, **changes):
+    """Another entry in shards.json, of the set or of its shard i."""
+    listed = json.loads((file.parent / LIST).read_text())
+    listed["shards"][i] |= {k: v for k, v in changes.items() if k in listed["shards"][i]}
+    listed |= {k: v for k, v in changes.items() if k in listed}
+    (file.parent / LIST).write_text(json.dumps(listed))
+
+
+def zip_up(file):
+    tokens = np.load(file)
+    with open(file, "wb") as f:
+        np.savez(f, tokens=tokens)
 
 
 DAMAGE = {
     "missing": (lambda f: f.unlink(), "is missing"),
-    "empty": (lambda f: f.write_bytes(b""), "does not begin with a shard's header"),
-    "zeros": (lambda f: f.write_bytes(bytes(9000)), "does not begin with a shard's header"),
-    "cut in the header": (lambda f: f.write_bytes(f.read_bytes()[:100]), "does not begin with a shard's header"),
-    "cut": (lambda f: f.write_bytes(f.read_bytes()[:-1]), "bytes instead of .*: it is cut short or damaged"),
-    "longer": (lambda f: f.write_bytes(f.read_bytes() + b"a"), "bytes instead of .*: it is cut short or damaged"),
-    "other magic": (lambda f: change_header(f, magic="x"), "does not begin with a shard's header"),
-    "other version": (lambda f: change_header(f, version=2), "format version 2; this program reads 1"),
-    "other tokenizer": (lambda f: change_header(f, tokenizer="x"), "tokens of the tokenizer x"),
-    "other counts": (lambda f: change_header(f, n_tokens=1), "n_tokens is 1, in shards.json"),
-    "other dtype": (lambda f: change_header(f, dtype="int8"), "header contradicts itself"),
-    "other buckets": (lambda f: change_header(f, bucket_documents=[1] * 100), "header contradicts itself"),
-    "other starts": (lambda f: f.write_bytes(f.read_bytes()[:-8] + bytes(8)), "documents do not cover its tokens"),
+    "empty": (lambda f: f.write_bytes(b""), "is cut short or damaged"),
+    "zeros": (lambda f: f.write_bytes(bytes(9000)), "is cut short or damaged"),
+    "cut in the header": (lambda f: f.write_bytes(f.read_bytes()[:100]), "is cut short or damaged"),
+    "cut": (lambda f: f.write_bytes(f.read_bytes()[:-1]), "is cut short or damaged"),
+    "longer": (lambda f: f.write_bytes(f.read_bytes() + b"a"), "bytes instead of .*: damaged"),
+    "header without a bracket": (lambda f: f.write_bytes(f.read_bytes().replace(b"(", b" ")), "is cut short or damaged"),
+    "pickle": (lambda f: np.save(f, np.array([{}]), allow_pickle=True), "is cut short or damaged"),
+    "a zip file": (zip_up, "is damaged: it holds no array"),
+    "one token less": (lambda f: np.save(f, np.load(f)[:-1]), r"holds uint16\[\d+\], in shards.json uint16\["),
+    "two dimensions": (lambda f: np.save(f, np.load(f)[None]), r"holds uint16\[1, \d+\], in shards.json uint16\["),
+    "other dtype": (lambda f: np.save(f, np.load(f).astype(np.int8)), r"holds int8\[\d+\], in shards.json uint16\["),
+    "other counts": (lambda f: change_list(f, n_tokens=1), r"holds uint16\[\d+\], in shards.json uint16\[1\]"),
 }
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_shard_is_refused_with_its_name_what_is_wrong_and_a_remedy(folder, kind):
     damage, problem = DAMAGE[kind]
-    damage(folder / "00001.shard")
-    with pytest.raises(ValueError, match=rf"00001.shard.*{problem}") as refused:
+    damage(folder / "00001.tokens.npy")
+    with pytest.raises(ValueError, match=rf"00001.tokens.npy.*({problem})") as refused:
         ShardSet(folder)
     assert "build again" in str(refused.value)
 
 
-@pytest.mark.parametrize("at", [HEADER_BYTES, HEADER_BYTES + 999, -12])
-def test_a_single_changed_byte_is_found_by_the_check_and_before_the_first_use(folder, tmp_path, capsys, at):
-    content = bytearray((folder / "00002.shard").read_bytes())
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (lambda f: f.unlink(), "00001.starts.npy is missing"),
+        (lambda f: np.save(f, np.load(f) + 1), "00001.starts.npy is damaged: its documents do not cover the tokens"),
+        (lambda f: np.save(f, np.load(f)[1:]), r"00001.starts.npy holds int64\[\d+\], in shards.json int64"),
+        (lambda f: np.save(f, np.load(f).astype(np.int32)), r"00001.starts.npy holds int32\[\d+\], in shards.json int64"),
+        (lambda f: change_list(f, bucket_documents=[1] * 100), "shards.json is damaged: 00001 has other buckets"),
+        (lambda f: change_list(f, bucket_documents=[]), "shards.json is damaged: 00001 has other buckets"),
+        (lambda f: change_list(f, sha256={}), "shards.json cannot be read .*'tokens'"),
+        (lambda f: change_list(f, version=1), "shards.json has the format version 1; this program reads 2"),
+    ],
+)
+def test_starts_and_entries_that_do_not_fit_are_refused_by_name(folder, damage, problem):
+    damage(folder / "00001.starts.npy")
+    with pytest.raises(ValueError, match=problem) as refused:
+        ShardSet(folder)
+    assert "build again" in str(refused.value)
+
+
+def test_a_shard_of_another_build_is_found_before_the_first_use(folder, tmp_path):
+    """Its counts fit, so only its checksum tells: here the tokens of another tokenizer."""
+    file = folder / "00001.tokens.npy"
+    np.save(file, np.load(file) % 250)
+    with pytest.raises(ValueError, match=r"00001.tokens.npy is damaged: its content has another checksum"):
+        ShardSet(folder).check_once(tmp_path / "cache")
+
+
+@pytest.mark.parametrize(("part", "at"), [("tokens", 20), ("tokens", 999), ("tokens", -1), ("starts", -12)])
+def test_a_single_changed_byte_is_found_by_the_check_and_before_the_first_use(folder, tmp_path, capsys, part, at):
+    """20: in numpy's header, where a blank may become a line break without a change of meaning."""
+    name = f"00002.{part}.npy"
+    content = bytearray((folder / name).read_bytes())
     content[at] ^= 1
     ShardSet(folder).check_once(tmp_path / "cache")
-    (folder / "00002.shard").write_bytes(content)
+    if at == 20:
+        at = content.index(b" ", 100)
+        content = bytearray((folder / name).read_bytes())
+        content[at] = ord("\t")
+    (folder / name).write_bytes(content)
     assert shards_program.main(["check", str(folder)]) == 2
-    assert "00002.shard is damaged: its content has another checksum" in capsys.readouterr().err
-    with pytest.raises(ValueError, match=r"00002.shard is damaged"):
+    assert f"{name} is damaged: its content has another checksum" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=rf"{name} is damaged"):
         ShardSet(folder).check_once(tmp_path / "cache")
 
 
 def test_what_was_checked_is_not_read_again_until_it_changes(folder, tmp_path, monkeypatch):
     found = ShardSet(folder)
     found.check_once(tmp_path / "cache")
-    monkeypatch.setattr(shards.Shard, "check", lambda _: pytest.fail("read again"))
+    monkeypatch.setattr(ShardSet, "check", lambda _: pytest.fail("read again"))
     ShardSet(folder).check_once(tmp_path / "cache")
-    os.utime(folder / "00000.shard", ns=(1, 1))
+    os.utime(folder / "00000.tokens.npy", ns=(1, 1))
     with pytest.raises(pytest.fail.Exception):
         ShardSet(folder).check_once(tmp_path / "cache")
 
 
-@pytest.mark.parametrize("content", ["", "{}", '{"magic": "x", "version": 1}', "[]"])
+@pytest.mark.parametrize(
+    "content", ["", "{}", '{"version": 2}', '{"version": 2, "tokenizer": {}, "dtype": 1, "shards": 1}', "[]"]
+)
 def test_a_damaged_list_is_refused_by_name(folder, content):
     (folder / LIST).write_text(content)
-    with pytest.raises(ValueError, match=r"shards.json cannot be read"):
+    with pytest.raises(ValueError, match=r"shards.json (cannot be read|has the format version None|holds no JSON object)"):
         ShardSet(folder)
 
 
@@ -225,7 +292,7 @@ def test_a_build_that_was_cut_short_is_no_data_set(folder, tmp_path):
     (folder / LIST).unlink()
     with pytest.raises(ValueError, match=rf"set holds shards but no {LIST}: it was lost, or the build did not end"):
         Corpus.load(DataConfig(path=str(folder), cache_dir=str(tmp_path / "cache")))
-    assert build(texts(300), folder, encode, END, TOKENIZER, shard_tokens=2000)
+    assert build(texts(300), folder, fake(), "x", shard_tokens=2000)
 
 
 # ------------------------------------------------------------------------------------------------------------- corpus
@@ -240,7 +307,7 @@ def test_a_corpus_of_shards_has_all_texts_each_in_one_split(program, tmp_path):
     found = {s: {corpus.tokenizer.decode(d.tolist()[:-1]) for d in corpus.documents[s]} for s in SPLITS}
     assert set().union(*found.values()) == {*paragraphs(80), "A text of its own.\n"}
     assert sum(map(len, found.values())) == 81
-    assert {s: {bucket_of(t) // 10 for t in found[s]} for s in ("val", "test")} == {"val": {0}, "test": {1}}
+    assert {s: {bucket(t) // 10 for t in found[s]} for s in ("val", "test")} == {"val": {0}, "test": {1}}
     assert corpus.tokenizer.n_vocab == 512
 
 
@@ -260,10 +327,9 @@ def test_nothing_of_the_documents_is_held_but_memory_maps(program, tmp_path):
     corpus = load(program, tmp_path)
     for documents in corpus.documents.values():
         assert isinstance(documents, Documents)
-        held = [v for s in documents.shards for v in vars(s).values() if isinstance(v, np.ndarray)]
-        held += [documents.first, documents.token_starts, documents.document_starts]
-        assert sum(v.nbytes for v in held if not isinstance(v, np.memmap)) < 1000 * (len(documents.shards) + 1)
-        assert all(v.mode == "r" for v in held if isinstance(v, np.memmap))
+        mapped = [array for part in documents.parts for array in part]
+        assert all(isinstance(array, np.memmap) and array.mode == "r" for array in mapped)
+        assert documents.tokens_before.nbytes + documents.documents_before.nbytes < 20 * (len(documents.parts) + 1)
 
 
 def test_memory_does_not_grow_with_the_data(tmp_path):
@@ -272,8 +338,9 @@ def test_memory_does_not_grow_with_the_data(tmp_path):
     """
     long, short = [7] * 639, [7] * 3
     lengths = [str(i) for i in range(40_000)] + ["x" + str(i) for i in range(460_000)]
-    build(lengths, tmp_path / "set", lambda t: short if t[0] == "x" else long, END, TOKENIZER, shard_tokens=2**22)
-    documents = ShardSet(tmp_path / "set").documents(0, 100)
+    tokenizer = fake(encode=lambda t: short if t[0] == "x" else long)
+    build(lengths, tmp_path / "set", tokenizer, "x", shard_tokens=2**22)
+    documents = ShardSet(tmp_path / "set").documents(range(100))
     assert documents.n_tokens > 27e6
     before, rng = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, random.Random(0)
     traced = [documents.window(rng, 64) for _ in range(1000)]
@@ -283,7 +350,7 @@ def test_memory_does_not_grow_with_the_data(tmp_path):
 
 def test_another_tokenizer_is_refused_and_a_damaged_one_too(program, tmp_path, monkeypatch):
     other = Corpus.load(DataConfig(vocab_size=300, cache_dir=str(tmp_path))).tokenizer
-    monkeypatch.setattr("text.corpus.named_tokenizer", lambda name: other)
+    monkeypatch.setattr("text.shards.named_tokenizer", lambda name: other)
     with pytest.raises(ValueError, match=r"data.tokenizer \(gpt2\) is not the one that .*set was built with \(corpus, "):
         load(program, tmp_path, tokenizer="gpt2")
     own = FileTokenizer(program / "hf")

@@ -1,23 +1,11 @@
-"""What the model reads: real text, reasoning problems, a tokenizer trained on both, and batches
-that can be resumed.
+"""Batches: packed documents for next-token prediction, contexts for RLP.
 
-Text: the language reference, the docstrings and the sources of the running Python, or any UTF-8
-files, or shards of tokens (`data.path`; see shards.py). Problems: four generated families whose
-answers need several steps in a row, each with a worked thought:
+A document is a window of text, or a problem: question, sometimes a thought between the think tags,
+answer. The base reads worked thoughts mixed with unfinished ones and filler, so that it thinks
+badly, as a real base does. RLP never sees a written thought.
 
-    chain    Let k = 3. Let b = k + 4. Let m = b - 6. Value of m?     k 3, b +4 7, m -6 1
-    word     Tom has 3 apples. On Monday Tom buys 4. ...              start 3, Monday +4 7
-    lookup   Ann calls Bob. Eve calls Ann. ... 2 calls from Eve?      1 Ann 2 Bob
-    sum      Tens digit of 47 + 85 + 36?                              7 +5 12 +6 18, 1 +4 5 +8 13 +3 16
-
-A document is a question, sometimes a thought between the think tags, and the answer.
-`pretrain_batch` mixes worked thoughts with useless ones, so that the base thinks badly, as a real
-base does. RLP never sees a written thought.
-
-Held out: documents and problems are dealt to train, val and test by a checksum of their name or
-question, so no problem and no document can be on two sides; files of your own are cut into
-documents of about 2,000 characters. Every batch is a function of (seed, step): resuming needs no
-state.
+Every batch is a function of (seed, step): resuming needs no state. Read `pretrain_batch` first.
+Shapes: B sequences, T tokens, X tokens after a thought (rlp.horizon).
 """
 
 import dataclasses
@@ -33,8 +21,6 @@ from text.corpus import Corpus
 from text.problems import FAMILIES, Problem, draw_problem, filler, thought_for
 from text.tokenizer import Tokenizer
 
-# ------------------------------------------------------------------------------------------ batches
-
 
 def with_thought(tokenizer: Tokenizer, document: list[int], thought: str, t: int) -> list[int]:
     """The document with a thought, between its tags, before token t."""
@@ -42,9 +28,8 @@ def with_thought(tokenizer: Tokenizer, document: list[int], thought: str, t: int
             *document[t:]]
 
 
-def problem_tokens(
-    tokenizer: Tokenizer, problem: Problem, thought: str | None = None
-) -> tuple[list[int], list[int]]:
+def problem_tokens(tokenizer: Tokenizer, problem: Problem,
+                   thought: str | None = None) -> tuple[list[int], list[int]]:
     """Token ids of the prompt (with the thought between its tags, if there is one) and of the
     answer with END."""
     prompt = tokenizer.encode(problem.prompt)
@@ -77,44 +62,45 @@ def stage_of(config: Config, step: int) -> Stage:
 
 def pretrain_batch(
     corpus: Corpus, config: Config, step: int, split: str = "train") -> dict[str, Tensor]:
-    """Packed documents for next-token prediction: tokens_BT, targets_BT and ids_BT (the document of
-    each token).
+    """Packed documents for next-token prediction: tokens_BT, targets_BT (-100 where none follows)
+    and ids_BT (the document of each token, counted in its row).
 
     Each document is text if the batch has less text so far than its share of the tokens, else a
     problem. A function of (seed, step) alone. Raises nothing: the settings were checked.
     """
-    fit, stage = config.pretrain, stage_of(config, step)
-    n_text = n_all = 0
+    fit, stage, tokenizer = config.pretrain, stage_of(config, step), corpus.tokenizer
     rng = random.Random(
         f"pretrain-{config.seed}-{step}" + ("" if split == "train" else f"-{split}"))
     tokens_BT = np.zeros((fit.batch, fit.seq_len + 1), dtype=np.int64)
-    ids_BT = np.zeros((fit.batch, fit.seq_len + 1), dtype=np.int64)
+    ids_BT = np.zeros_like(tokens_BT)
+    n_text = n_all = 0  # tokens of the batch so far
     for row in range(fit.batch):
-        n, i = 0, 0
+        n = i = 0  # tokens and documents of the row so far
         while n <= fit.seq_len:
-            is_text = n_text < stage.text * (
-                n_all + 1)  # with the token to come: a share of 1 begins with text
+            # 1. Text or problem: with the token to come, so that a share of 1 begins with text.
+            is_text = n_text < stage.text * (n_all + 1)
+            # 2. The document, with a thought or without.
             if is_text:
                 document = corpus.text_window(rng, split, fit.seq_len).tolist()
                 if stage.text_think is not None and rng.random() < stage.text_think:
                     document = with_thought(
-                        corpus.tokenizer, document, filler(rng), rng.randrange(1, len(document) + 1)
-                    )
+                        tokenizer, document, filler(rng), rng.randrange(1, len(document) + 1))
             else:
                 problem = draw_problem(
                     rng, split, corpus.held_out_percent, rng.choice(stage.families))
-                thought = (
-                    thought_for(problem, rng, stage.worked) if rng.random() < stage.think else None)
-                prompt, answer = problem_tokens(corpus.tokenizer, problem, thought)
+                has_thought = rng.random() < stage.think
+                thought = thought_for(problem, rng, stage.worked) if has_thought else None
+                prompt, answer = problem_tokens(tokenizer, problem, thought)
                 document = prompt + answer
-            document = [*corpus.tokenizer.begin, *document][: fit.seq_len + 1 - n]
-            n_text, n_all = n_text + is_text * len(document), n_all + len(document)
+            # 3. Into the row, as far as there is room.
+            document = [*tokenizer.begin, *document][: fit.seq_len + 1 - n]
             tokens_BT[row, n : n + len(document)] = document
             ids_BT[row, n : n + len(document)] = i
             n, i = n + len(document), i + 1
+            n_text, n_all = n_text + is_text * len(document), n_all + len(document)
+    # 4. A target is the next token of the same document.
     tokens_BT, ids_BT = torch.from_numpy(tokens_BT), torch.from_numpy(ids_BT)
-    same = ids_BT[:, 1:] == ids_BT[:, :-1]
-    targets_BT = tokens_BT[:, 1:].masked_fill(~same, -100)
+    targets_BT = tokens_BT[:, 1:].masked_fill(ids_BT[:, 1:] != ids_BT[:, :-1], -100)
     return {"tokens_BT": tokens_BT[:, :-1], "targets_BT": targets_BT, "ids_BT": ids_BT[:, :-1]}
 
 
@@ -127,27 +113,24 @@ def elastic_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor
     """The base's last mixture in short sequences, then (stage 2) in long ones.
 
     budget_B: the index in elastic.budgets that each sequence trains: drawn uniformly in stage 1, by
-    elastic.long_weights in stage 2 (eq. 18 and 19). A function of (seed, step)
-    alone.
+    elastic.long_weights in stage 2 (eq. 18 and 19). A function of (seed, step) alone.
     """
     c = config.elastic
     is_long = step >= c.stage_1_steps()
     n_rows, seq_len = (c.long_rows(), c.long_len) if is_long else (c.batch, c.seq_len)
     batch = mixture(corpus, config, step, n_rows, seq_len)
     weights = c.long_weights if is_long else [1.0] * len(c.budgets)
-    n = len(batch["tokens_BT"])
-    drawn = random.Random(f"budget-{config.seed}-{step}").choices(
-        range(len(c.budgets)), weights, k=n)
+    rng = random.Random(f"budget-{config.seed}-{step}")
+    drawn = rng.choices(range(len(c.budgets)), weights, k=n_rows)
     return {**batch, "budget_B": torch.tensor(drawn)}
 
 
-def mixture(
-    corpus: Corpus, config: Config, step: int, n_rows: int, seq_len: int, split: str = "train"
-) -> dict[str, Tensor]:
+def mixture(corpus: Corpus, config: Config, step: int, n_rows: int, seq_len: int,
+            split: str = "train") -> dict[str, Tensor]:
     """Rows of the base's last mixture, `step` batches after its own end."""
     fit = dataclasses.replace(config.pretrain, batch=n_rows, seq_len=seq_len)
-    return pretrain_batch(
-        corpus, dataclasses.replace(config, pretrain=fit), fit.steps + step, split)
+    config = dataclasses.replace(config, pretrain=fit)
+    return pretrain_batch(corpus, config, fit.steps + step, split)
 
 
 def rlp_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
@@ -158,9 +141,8 @@ def rlp_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
     is_text, pairs = [], []
     for _ in range(fit.batch):
         is_text.append(rng.random() < fit.text_share)
-        pairs.append(text_position(corpus, fit, "train", rng)
-                     if is_text[-1]
-                     else problem_position(corpus, fit, rng))
+        pairs.append(text_position(corpus, fit, "train", rng) if is_text[-1] else
+                     problem_position(corpus, fit, rng))
     batch = collate_contexts(corpus.tokenizer, [c for c, _ in pairs], [t for _, t in pairs], fit)
     return {**batch, "is_text_B": torch.tensor(is_text)}
 
@@ -191,9 +173,8 @@ def _random_position(document: list[int], horizon: int, rng: random.Random) -> i
     return rng.randrange(1, len(document) - n_after + 1)
 
 
-def collate_contexts(
-    tokenizer: Tokenizer, contexts: list[list[int]], targets: list[list[int]], fit: RLPConfig
-) -> dict[str, Tensor]:
+def collate_contexts(tokenizer: Tokenizer, contexts: list[list[int]], targets: list[list[int]],
+                     fit: RLPConfig) -> dict[str, Tensor]:
     """context_BT (padded on the left), ids_BT (-1 at the padding, 0 elsewhere), target_BX (X =
     horizon tokens).
 

@@ -1,25 +1,22 @@
-"""Which documents and problems are held out: a checksum decides, so no run and no setting can move
-one across."""
+"""Which documents and problems are held out: a checksum decides, so no run can move one across.
+
+Every string (a document's name, a problem's question, the text of a document in shards) has a
+bucket from 0 to 99, its CRC-32 modulo 100. With p per cent held out, val has the buckets 0 to
+p - 1, test p to 2p - 1, and train the others.
+"""
 
 import zlib
 
 SPLITS = ("train", "val", "test")
-
-
-def split_of(name: str, held_out_percent: int) -> str:
-    """`train`, `val` or `test`, by the checksum of a document's name or a problem's question."""
-    bucket = zlib.crc32(name.encode()) % 100
-    return (
-        "val" if bucket < held_out_percent else "test" if bucket < 2 * held_out_percent else "train"
-    )
-
-
 N_BUCKETS = 100
 
 
-# ----------------------------------------------------------------------------------------- building
-
-
 def bucket_of(text: str) -> int:
-    """0 to 99, by the checksum of a text."""
-    return zlib.crc32(text.strip().encode()) % N_BUCKETS
+    """0 to 99, by the checksum of a string."""
+    return zlib.crc32(text.encode()) % N_BUCKETS
+
+
+def buckets_of(split: str, held_out_percent: int) -> range:
+    """The buckets of `train`, `val` or `test`."""
+    p = held_out_percent
+    return {"val": range(p), "test": range(p, 2 * p), "train": range(2 * p, N_BUCKETS)}[split]

@@ -1,12 +1,16 @@
-"""Four generated families of problems whose answers need several steps in a row, each with a worked
-thought:
+"""Generated problems whose answers need several steps in a row, each with a worked thought.
 
-    chain    Let k = 3. Let b = k + 4. Let m = b - 6. Value of m?     k 3, b +4 7, m -6 1
-    word     Tom has 3 apples. On Monday Tom buys 4. ...              start 3, Monday +4 7
-    lookup   Ann calls Bob. Eve calls Ann. ... 2 calls from Eve?      1 Ann 2 Bob
-    sum      Tens digit of 47 + 85 + 36?                              7 +5 12 +6 18, 1 +4 5 +8 13 +3 16
+    lookup   Ring: Max calls Bob. Bob calls Ann. ... Start at Max, 2 calls on?
+             thought: 1 Max calls Bob 2 Bob calls Ann                          answer: Ann
+    chain    Modulo 10: u = 5. u to t - 2. t to e + 8. Value of e?
+             thought: u 5 t - 2 3 e + 8 1                                      answer: 1
+    word     Count: Bob has 9 books. On Monday Bob sells 5. ... How many books has Bob?
+             thought: start 9 Monday -5 4 Tuesday +1 5                         answer: 5
+    sum      Tens digit of 85 + 79?
+             thought: 5 +9 14, 1 +8 9 +7 16                                    answer: 6
 
-A family is one function in `FAMILIES`: to add one, write it and put it there.
+A family is a function from a random generator to a `Problem`, and its entry in `FAMILIES`: batches,
+figures and samples read that table, and the base learns the families in its order.
 """
 
 import itertools
@@ -14,19 +18,26 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from text.held_out import split_of
-
-# ----------------------------------------------------------------------------------------- problems
+from system.errors import require
+from text.held_out import bucket_of, buckets_of
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A question with one right answer, and the steps that lead to it."""
+    """A question with one right answer, and the steps that lead to it.
+
+    Each step and the answer begin with a space or a sign: they are put together as they are. There
+    are at least two steps, so that a thought can stop half-way. Raises ValueError for fewer.
+    """
 
     family: str
     question: str
     steps: tuple[str, ...]
     answer: str
+
+    def __post_init__(self):
+        require(len(self.steps) >= 2, f"problem family {self.family!r}: {self.question!r} has "
+                f"{len(self.steps)} steps; give it at least two")
 
     @property
     def prompt(self) -> str:
@@ -40,21 +51,14 @@ class Problem:
 
 
 NAMES = ("Ann", "Bob", "Eve", "Tom", "Kim", "Max", "Sue", "Leo", "Zoe", "Ian", "Amy", "Dan")
-
-
 THINGS = ("apples", "books", "coins", "cards", "shells", "stamps")
-
-
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday")
-
-
 GAINS = ("buys", "finds", "gets")
-
-
 LOSSES = ("sells", "loses", "gives")
-
-
 LETTERS = "abcdefghijkmnpqrstuvwxyz"
+FILLER = (" Let me think.", " Hmm.", " This looks easy.", " I am not sure.",
+          " It could be anything.", " One moment.", " Well, well.", " A good question.",
+          " Let us see what comes next.", " I would guess.")
 
 
 def chain_problem(rng: random.Random) -> Problem:
@@ -113,40 +117,48 @@ def sum_problem(rng: random.Random) -> Problem:
 
 
 FAMILIES: dict[str, Callable[[random.Random], Problem]] = {
-    "lookup": lookup_problem,
-    "chain": chain_problem,
-    "word": word_problem,
-    "sum": sum_problem,
-}
-
-
-FILLER = (" Let me think.", " Hmm.", " This looks easy.", " I am not sure.",
-          " It could be anything.", " One moment.", " Well, well.", " A good question.",
-          " Let us see what comes next.", " I would guess.")
+    "lookup": lookup_problem, "chain": chain_problem, "word": word_problem, "sum": sum_problem}
 
 
 def draw_problem(
     rng: random.Random, split: str, held_out_percent: int, family: str | None = None) -> Problem:
-    """A random problem of a split: drawn again until its checksum says so."""
-    make = FAMILIES[family or rng.choice(list(FAMILIES))]
-    while True:
-        problem = make(rng)
-        if split_of(problem.question, held_out_percent) == split:
+    """A random problem of a split, of any family or of one: drawn again until its bucket is one of
+    the split's. Raises ValueError if that never happens."""
+    name = family or rng.choice(list(FAMILIES))
+    buckets = buckets_of(split, held_out_percent)
+    for _ in range(10_000):
+        problem = FAMILIES[name](rng)
+        if bucket_of(problem.question) in buckets:
             return problem
+    raise ValueError(f"problem family {name!r} makes no problem of the {split} split in 10,000 "
+                     "draws; let it make more different questions")
 
 
 def held_out_problems(
     split: str, n_per_family: int, seed: int, held_out_percent: int) -> list[Problem]:
-    """n different problems of each family, the same for every run with this seed."""
+    """n different problems of each family, the same for every run with this seed. Raises ValueError
+    if a family does not have so many."""
     problems = []
     for family in FAMILIES:
         rng = random.Random(f"problems-{split}-{family}-{seed}")
         found: dict[str, Problem] = {}
-        while len(found) < n_per_family:
+        for _ in range(1000 * n_per_family):
             problem = draw_problem(rng, split, held_out_percent, family)
             found[problem.question] = problem
+            if len(found) == n_per_family:
+                break
+        require(len(found) >= n_per_family,
+                f"problem family {family!r} makes only {len(found)} different problems of the "
+                f"{split} split, not {n_per_family}; let it make more, or ask for fewer")
         problems += found.values()
     return problems
+
+
+def tokenizer_examples(held_out_percent: int) -> list[str]:
+    """Enough training problems for their words to become tokens of a tokenizer trained on them."""
+    rng = random.Random("tokenizer")
+    problems = [draw_problem(rng, "train", held_out_percent) for _ in range(8000)]
+    return [p.prompt + p.thought + p.answer for p in problems] + list(FILLER) * 200
 
 
 def thought_for(problem: Problem, rng: random.Random, worked: float) -> str:
@@ -160,5 +172,5 @@ def thought_for(problem: Problem, rng: random.Random, worked: float) -> str:
 
 
 def filler(rng: random.Random) -> str:
-    """A thought that helps nobody."""
+    """A thought that says nothing of the problem."""
     return "".join(rng.sample(FILLER, rng.randint(1, 2)))

@@ -1,5 +1,5 @@
 """Build and check shards of tokens: `python -m tools.shards build TEXTS --out DIR`, `python -m
-tools.shards check DIR`."""
+tools.shards check DIR`. What they are stands in text/shards.py."""
 
 import sys
 from pathlib import Path
@@ -7,56 +7,47 @@ from pathlib import Path
 import tyro
 
 from system.errors import exit_code, require
-from text.corpus import shard_tokenizer
-from text.shards import LIST, ShardSet, build, input_files, is_shards, read_documents
+from text import shards
 
-# ------------------------------------------------------------------------------------------ program
+
+def run_build(inputs: tyro.conf.Positional[list[Path]], out: Path, tokenizer: str = "corpus",
+              vocab_size: int = 32768, shard_tokens: int = 2**26) -> None:
+    """Write texts as shards.
+
+    Args:
+        inputs: Files (*.jsonl with a "text" in each line, *.txt) and folders of such files.
+        out: Folder to write.
+        tokenizer: A folder with a tokenizer.json, or a name that tiktoken knows; "corpus" trains
+            one on the texts.
+        vocab_size: Size of the vocabulary that "corpus" trains.
+        shard_tokens: Tokens of a shard; one shard is held in memory.
+    """
+    files = shards.input_files(inputs)
+    shards.require_new(out)
+    made = shards.shard_tokenizer(tokenizer, vocab_size, shards.read_documents(files))
+    built = shards.build(shards.read_documents(files), out, made, tokenizer, shard_tokens)
+    n_tokens, n_documents = (sum(s[k] for s in built) for k in ("n_tokens", "n_documents"))
+    print(f"{out}: {n_documents:,} documents, {n_tokens:,} tokens in {len(built)} shards")
+
+
+def run_check(folder: tyro.conf.Positional[Path]) -> None:
+    """Read every byte of a folder of shards and compare checksums.
+
+    Args:
+        folder: The folder.
+    """
+    require(shards.is_shards(folder),
+            f"{folder} holds no {shards.LIST}; "
+            "give a folder that `python -m tools.shards build` wrote")
+    found = shards.ShardSet(folder)
+    found.check()
+    print(f"{folder}: {len(found.shards)} shards are as they were written")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`python -m tools.shards build INPUT... --out DIR`, `python -m tools.shards check DIR`.
-    Returns 0, or 2 if refused."""
-
-    def run_build(inputs: tyro.conf.Positional[list[Path]], out: Path, tokenizer: str = "corpus",
-                  vocab_size: int = 32768, shard_tokens: int = 2**26) -> None:
-        """Write texts as shards.
-
-        Args:
-            inputs: Files (*.jsonl with a "text" in each line, *.txt) and folders of such files.
-            out: Folder to write.
-            tokenizer: A folder with a tokenizer.json, or a name that tiktoken knows; "corpus" trains one on the texts.
-            vocab_size: Size of the vocabulary that "corpus" trains.
-            shard_tokens: Tokens of a shard; one shard is held in memory.
-        """
-        files = input_files(inputs)
-        require(not (out / LIST).exists(),
-                f"out ({out}) already holds {LIST}; choose another --out, or delete it")
-        made, kept = shard_tokenizer(tokenizer, vocab_size, read_documents(files), out)
-        listed = build(read_documents(files), out, made.encode, made.end, kept, shard_tokens)
-        n_tokens, n_documents = (
-            sum(s[k] for s in listed["shards"]) for k in ("n_tokens", "n_documents"))
-        print(
-            f"{out}: {n_documents:,} documents, {n_tokens:,} tokens in {len(listed['shards'])} shards"
-        )
-
-    def run_check(folder: tyro.conf.Positional[Path]) -> None:
-        """Read every byte of a folder of shards and compare checksums.
-
-        Args:
-            folder: The folder.
-        """
-        require(
-            is_shards(folder),
-            f"{folder} holds no {LIST}; give a folder that `python -m tools.shards build` wrote")
-        found = ShardSet(folder)
-        found.check()
-        print(f"{folder}: {len(found.shards)} shards are as they were written")
-
-    commands = {"build": run_build, "check": run_check}
-    return exit_code(
-        lambda: tyro.extras.subcommand_cli_from_dict(
-            commands, args=argv, prog="python -m tools.shards")
-    )
+    """`python -m tools.shards`. Returns 0, or 2 if refused."""
+    return exit_code(lambda: tyro.extras.subcommand_cli_from_dict(
+        {"build": run_build, "check": run_check}, args=argv, prog="python -m tools.shards"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,69 @@
+"""Documents of token ids, held in memory or in memory-mapped files, and the window that training
+and figures read from them.
+
+Both kinds are the same two arrays: all tokens in a row, and where in them each document starts.
+To find the document of a token is a binary search in the starts.
+"""
+
+import random
+from collections.abc import Iterable
+
+import numpy as np
+
+
+def join(documents: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """All tokens of some documents in a row, and where each document starts, the end included."""
+    return np.concatenate(documents), _sums(map(len, documents))
+
+
+def _sums(n: Iterable[int]) -> np.ndarray:
+    """0 and the cumulative sums."""
+    return np.cumsum([0, *n], dtype=np.int64)
+
+
+class Documents:
+    """A sequence of documents, each an array of tokens that is read when it is asked for.
+
+    parts: pairs (tokens, starts): document i of a part is tokens[starts[i] : starts[i + 1]].
+    """
+
+    def __init__(self, parts: list[tuple[np.ndarray, np.ndarray]]):
+        self.parts = parts
+        self.tokens_before = _sums(int(starts[-1] - starts[0]) for _, starts in parts)
+        self.documents_before = _sums(len(starts) - 1 for _, starts in parts)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of all of them."""
+        return int(self.tokens_before[-1])
+
+    def __len__(self) -> int:
+        return int(self.documents_before[-1])
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        """The tokens of document i."""
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        k = _place(self.documents_before, i)
+        return self._document(k, i - int(self.documents_before[k])).astype(np.int32)
+
+    def window(self, rng: random.Random, length: int) -> np.ndarray:
+        """Up to `length` tokens in a row from one document, documents chosen in proportion to their
+        length."""
+        at = rng.randrange(self.n_tokens)
+        k = _place(self.tokens_before, at)
+        starts = self.parts[k][1]
+        document = self._document(k, _place(starts, at - self.tokens_before[k] + starts[0]))
+        start = rng.randrange(max(1, len(document) - length + 1))
+        return document[start : start + length].astype(np.int32)
+
+    def _document(self, k: int, i: int) -> np.ndarray:
+        """Document i of part k: a view, so what is not used of it is not read."""
+        tokens, starts = self.parts[k]
+        return tokens[starts[i] : starts[i + 1]]
+
+
+def _place(starts: np.ndarray, at: int) -> int:
+    """The last i with starts[i] <= at."""
+    # an int64, for searchsorted copies `starts` to the type of anything else
+    return int(np.searchsorted(starts, np.int64(at), side="right")) - 1
