@@ -51,6 +51,10 @@ from system.objective import Objective
 from system.rundir import load_run, warn
 from text.tokenizer import Tokenizer
 
+# From the first to the last step of the search: the Gumbel-softmax temperature, exponential in
+# between, and the factor on the routers' logits, linear in between.
+GUMBEL_TAU, LOGIT_SCALE = (1.0, 0.05), (1.0, 10.0)
+
 # ------------------------------------------------------------------------------------- distillation
 
 
@@ -194,8 +198,8 @@ class Elastic(Distillation):
     def choices(self, noise: dict) -> dict[float, dict[str, Tensor]]:
         """Probabilities of all widths at this step, for every budget but the full one."""
         c, at = self.c, self.step / max(1, self.n_search - 1)
-        tau = c.gumbel_tau[0] * (c.gumbel_tau[1] / c.gumbel_tau[0]) ** at
-        scale = c.logit_scale[0] + (c.logit_scale[1] - c.logit_scale[0]) * at
+        tau = GUMBEL_TAU[0] * (GUMBEL_TAU[1] / GUMBEL_TAU[0]) ** at
+        scale = LOGIT_SCALE[0] + (LOGIT_SCALE[1] - LOGIT_SCALE[0]) * at
         smaller = [b for b in c.budgets if not self.router.is_full(b)]
         with parallel.exactly():
             return {b: probabilities(self.router(b), noise[b], scale, tau) for b in smaller}

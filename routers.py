@@ -33,6 +33,8 @@ from system.errors import require
 KIND_OF = {"ffn": "-", "mamba_heads": "M", "mamba_channels": "M", "attn_heads": "*"}
 LETTER = {"d_model": "D", "ffn": "F", "mamba_heads": "H", "mamba_channels": "P", "attn_heads": "H"}
 AXES = ("d_model", "depth", *KIND_OF)
+SERVED_BYTES = 2  # of a weight and of a cached key or value, where memory is the cost: bf16
+DEAD_ZONE = 0.01  # relative distance from the budget that costs nothing
 TABLES = {"-": "ffn", "*": "attention", "M": "mamba"}
 
 # For each axis the index of the width chosen, one for all layers or one for each of its kind.
@@ -169,8 +171,8 @@ COSTS: dict[str, Callable[[str, ModelConfig, ElasticConfig, torch.device], float
     "parameters": lambda kind, shape, c, device: float(part_parameters(kind, shape)),
     "flops": lambda kind, shape, c, device: part_flops(kind, shape, c.cost_len),
     "memory": lambda kind, shape, c, device: float(
-        part_parameters(kind, shape) * c.cost_bytes
-        + c.cost_batch * part_cache_bytes(kind, shape, c.cost_len, c.cost_bytes)),
+        part_parameters(kind, shape) * SERVED_BYTES
+        + c.cost_batch * part_cache_bytes(kind, shape, c.cost_len, SERVED_BYTES)),
     "latency": lambda kind, shape, c, device: parallel.on_first(
         lambda: part_latency_ns(kind, shape, c.cost_batch, device)),
 }
@@ -519,4 +521,4 @@ def budget_loss(router: Router, p: dict[str, Tensor], budget: float) -> Tensor:
     axes jointly."""
     ratio = router.costs.expected(p, router.depth_order) / (
         router.fraction(budget) * router.full_cost)
-    return F.relu((ratio - 1).abs() - router.settings.dead_zone)
+    return F.relu((ratio - 1).abs() - DEAD_ZONE)

@@ -12,21 +12,16 @@ def require(condition: Any, message: str) -> None:
 
 
 def exit_code(program: Callable[[], Any]) -> int:
-    """Run a command line: 0, or 2 and a message on stderr for what a user can cause: a ValueError,
-    a path of no use."""
+    """Run a command line. Returns 0, or 2 after a message for a ValueError or an unusable path."""
     try:
         program()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(
-            f"error: {path_and_reason(error)}; give another path, or mend this one", file=sys.stderr
-        )
+    except (ValueError, OSError) as error:
+        remedy = "; give another path, or mend this one" if isinstance(error, OSError) else ""
+        print(f"error: {path_and_reason(error)}{remedy}", file=sys.stderr)
         return 2
     return 0
 
 
-def path_and_reason(error: OSError) -> str:
+def path_and_reason(error: Exception) -> str:
     """`FILE: reason` of an error that names its file, else its own text."""
-    return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    return f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)

@@ -27,6 +27,7 @@ from system.muon import Muon
 from system.objective import Objective
 
 console = Console(highlight=False)
+ADAM_BETAS = (0.9, 0.95)  # in every mode
 
 
 def fit(model: HybridLM, objective: Objective, make_batch: Callable[[int], dict[str, Tensor]],
@@ -183,7 +184,7 @@ def build_optimizers(model: HybridLM, settings: FitConfig) -> list[torch.optim.O
     decay = settings.weight_decay
     groups = [{"params": [p for p in adam if p.dim() >= 2], "weight_decay": decay},
               {"params": [p for p in adam if p.dim() < 2], "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
+    adamw = torch.optim.AdamW(groups, lr=settings.lr, betas=ADAM_BETAS, fused=True)
     return [adamw, Muon(muon.values(), settings.muon_lr, decay)] if muon else [adamw]
 
 

@@ -1,23 +1,25 @@
-"""Every refusal of config.py by its message, the saved form, the key of the base; and two rules of the house by `ast`:
-no setting is ignored, and imports only point downwards.
+"""Every refusal of config.py by its message, modes of one's own, the saved form, the key of the base; and by `ast`:
+no setting is ignored.
 """
 
 import ast
 import dataclasses
 import json
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
 
 import train
 from system import config, rundir
-from system.config import Config, from_dict
+from system.config import Config, FitConfig, Rule, Settings, from_dict
 from system.presets import PRESETS
+from views import estimate
 
 ROOT = Path(__file__).parent.parent
-SOURCES = {file: ast.parse(file.read_text()) for file in ROOT.rglob("*.py") if file.parts[-2] != "tests"}
 
 
 def override(start: Config, **changes) -> Config:
@@ -37,20 +39,20 @@ SIZES = "d_model d_ff n_heads n_kv_heads attn_head_dim mamba_heads mamba_head_di
 REFUSED = [  # setting, value, the rule that the message must give
     ("model__pattern", "", "needs at least one layer"),
     ("model__pattern", "M?*X", r"unknown letters '\?X'.*M \(Mamba-2\), \* \(attention\) or - \(feed-forward\)"),
-    ("model__pattern", "--", r"no M and no \*, so no token would see another"),
+    ("model__pattern", "--", r"no layer but -, so no token would see another; add M or \*"),
     *((f"model__{name}", 0, "must be at least 1") for name in SIZES.split()),
-    ("model__vocab_size", -1, "must be positive, or 0 for the tokenizer's"),
-    ("model__ffn", "gelu", "is unknown; choose relu2 or swiglu"),
-    ("model__norm_eps", 0.0, "must be positive"),
-    ("model__rope_theta", -1.0, "must be positive, or 0 for no positional embedding"),
+    ("model__vocab_size", -1, "must be 0 or more; 0 takes the tokenizer's"),
+    ("model__ffn", "gelu", "is unknown; choose one of relu2, swiglu"),
+    ("model__norm_eps", 0.0, "must be positive; 1e-5 is usual"),
+    ("model__rope_theta", -1.0, "must be 0 or more; 0 is no positional embedding"),
     ("data__vocab_size", 299, "must be at least 300"),
     ("data__text_share", -0.1, r"must lie in \[0, 1\]"),
     ("data__text_share", 1.1, r"must lie in \[0, 1\]"),
-    ("data__held_out_percent", 0, "must lie in 1 to 25"),
-    ("data__held_out_percent", 26, "must lie in 1 to 25"),
+    ("data__held_out_percent", 0, r"must lie in \[1, 25\]"),
+    ("data__held_out_percent", 26, r"must lie in \[1, 25\]"),
     *(
         (f"{group}__{name}", value, rule)
-        for group in ("pretrain", "rlp", "elastic")
+        for group in Config().modes()
         for name, value, rule in [
             ("steps", -1, "must be 0 or more"),
             ("batch", 0, "must be at least 1"),
@@ -99,18 +101,17 @@ REFUSED = [  # setting, value, the rule that the message must give
     ("elastic__long_weights", (0.0, 0.0, 0.0), "must be 0 or more, and not all 0"),
     *(
         (f"elastic__{name}", 0, "must be at least 1")
-        for name in ("cost_batch", "cost_len", "cost_bytes", "router_width", "calibration_rows")
+        for name in ("cost_batch", "cost_len", "router_width", "calibration_rows")
     ),
     *(
         (f"elastic__{name}", -0.1, "must be 0 or more")
-        for name in ("kl", "self_kl", "ce", "full_ce", "router_lr", "router_weight", "dead_zone")
+        for name in ("kl", "self_kl", "ce", "full_ce", "router_lr", "router_weight")
     ),
     ("elastic__kl", 0.0, "elastic.self_kl and elastic.ce are all 0: nothing would be learned; give one a weight"),
-    ("elastic__gumbel_tau", (1.0, 0.0), "must be positive"),
-    ("elastic__logit_scale", (-1.0, 1.0), "must be positive"),
     ("elastic__kl_temperature", 0.0, "must be positive"),
     ("elastic__seq_len", 15, "must be at least 16"),
-    ("elastic__long_batch", -1, "must be positive, or 0 for as many tokens"),
+    ("elastic__long_len", 0, "must be at least 16"),
+    ("elastic__long_batch", -1, "must be 0 or more; 0 is as many tokens as in stage 1"),
     *(
         (f"elastic__{name}", value, r"must lie in \[0, 1\]")
         for name in ("search_share", "long_share")
@@ -118,6 +119,13 @@ REFUSED = [  # setting, value, the rule that the message must give
     ),
     *((f"eval__{f.name}", 1 - (f.name == "samples"), "to give an interval") for f in dataclasses.fields(config.EvalConfig)),
     ("rlp__reward_floor", 0.5, "must be 0 or less"),
+    ("elastic__score_ffn", "activation", r"\('activation'\) is unknown; choose one of paper, output, random"),
+    ("elastic__baseline", ("separate", "alone"), r"\('alone'\) is unknown; choose one of scratch, separate, minitron"),
+    ("parallel__timeout_s", 0, "must be at least 1; 1800 is usual"),
+    ("kernels", "fast", "is unknown; choose one of auto, reference, triton"),
+    ("seed", -1, "must be 0 or more"),
+    ("mode", "model", "is unknown; choose one of pretrain, rlp, cpt, elastic"),
+    ("model__d_model", "128", "must be at least 1"),
 ]
 
 
@@ -125,6 +133,84 @@ REFUSED = [  # setting, value, the rule that the message must give
 def test_a_value_that_cannot_work_is_refused_with_its_name_and_the_rule(name, value, rule):
     with pytest.raises(ValueError, match=rf"^{name.replace('__', '[.]')}\b.*{rule}"):
         override(PRESETS["smoke"], **{name: value}).check()
+
+
+def typed_fields():
+    """(name as in `override`, value in the smoke preset, type) of every setting."""
+    for group, settings in {"": PRESETS["smoke"], **PRESETS["smoke"].groups()}.items():
+        for name, kind in get_type_hints(type(settings), include_extras=True).items():
+            yield f"{group}__{name}".removeprefix("__"), getattr(settings, name), kind
+
+
+RULED = [(name, value) for name, value, kind in typed_fields()
+         if any(isinstance(rule, Rule) for rule in getattr(kind, "__metadata__", ()))]  # fmt: skip
+CHOSEN = [name for name, _, kind in typed_fields() if Literal in (get_origin(kind), *map(get_origin, get_args(kind)))]
+
+
+@pytest.mark.parametrize(("name", "value"), RULED)
+def test_nan_is_refused_wherever_a_setting_has_a_rule(name, value):
+    nan = float("nan")
+    changed = (*value[:-1], nan) if isinstance(value, tuple) else nan
+    with pytest.raises(ValueError, match=rf"^{name.replace('__', '[.]')} \(nan\) must"):
+        override(PRESETS["smoke"], **{name: changed}).check()
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_what_is_no_choice_is_refused_also_where_no_command_line_is_parsed(name):
+    value = ("none",) if name in ("elastic__heterogeneous", "elastic__baseline") else "none"
+    with pytest.raises(ValueError, match=rf"^{name.replace('__', '[.]')} \('none'\) is unknown; choose one of "):
+        override(PRESETS["smoke"], **{name: value}).check()
+
+
+def test_every_number_has_a_rule():
+    """So that the tests above test something."""
+    numbers = {name for name, value, _ in typed_fields() if isinstance(value, int | float) and not isinstance(value, bool)}
+    assert len(numbers) > 80
+    assert not numbers - {name for name, _ in RULED}
+    assert len(CHOSEN) == 16
+
+
+# -------------------------------------------------------------------------------------------------- a mode of one's own
+
+
+@dataclass(frozen=True)
+class DreamConfig(FitConfig):
+    """A mode that is not there yet."""
+
+    depth: config.Count = 3
+
+
+@dataclass(frozen=True)
+class Dreaming(Config):
+    """All settings, and those of the new mode."""
+
+    dream: DreamConfig = field(default_factory=lambda: DreamConfig(steps=7, batch=2))
+
+
+def test_a_group_for_the_training_loop_is_a_mode_that_is_checked_saved_and_estimated():
+    ours = Dreaming(mode="dream", init="x", model=dataclasses.replace(PRESETS["smoke"].model, vocab_size=512))
+    assert ours.check() is ours
+    assert ours.modes() == [*Config().modes(), "dream"]
+    for changes, message in [
+        ({"dream__depth": 0}, r"^dream.depth \(0\) must be at least 1"),
+        ({"dream__batch": 3, "dream__accumulate": 2}, r"^dream.batch \(3\) must be a multiple of dream.accumulate \(2\)"),
+        ({"mode": "sleep"}, "choose one of pretrain, rlp, cpt, elastic, dream$"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            override(ours, **changes).check()
+    assert from_dict(Dreaming, json.loads(json.dumps(ours.to_dict()))) == ours
+    assert "dream.depth" in rundir.shared_settings(ours)
+    (phase,) = estimate.phases(ours)
+    assert (phase.name, phase.n_steps, phase.n_tokens) == ("dream", 7, 2 * ours.pretrain.seq_len)
+    assert estimate.memory(ours)["at the peak"] > 0
+
+
+def test_the_kinds_of_layers_stand_in_one_table(monkeypatch):
+    monkeypatch.setitem(config.WIDTH_FIELDS, "+", ("d_ff",))
+    override(PRESETS["smoke"], model__pattern="+-").check()
+
+
+# ------------------------------------------------------------------------------------------------- two that do not fit
 
 
 @pytest.mark.parametrize(
@@ -210,7 +296,9 @@ def empty_folder(tmp_path, monkeypatch):
     [
         (["--preset", "huge"], "preset ('huge') is unknown; choose one of cpu, smoke"),
         (["--preset=huge"], "preset ('huge') is unknown; choose one of cpu, smoke"),
+        (["--mode", "dream"], "mode ('dream') is unknown; choose one of pretrain, rlp, cpt, elastic"),
         (["--rlp.group-size", "1"], "rlp.group_size (1) must be at least 2"),
+        (["--rlp.lr", "nan"], "rlp.lr (nan) must be 0 or more"),
         (["--rlp.tau", "1.5"], "rlp.tau (1.5) must lie in [0, 1]"),
         (["--init", "nowhere", "--resume"], "resume: runs/rlp-cpu-seed0 holds no checkpoint"),
         (["--model.pattern", "M[b]"], "model.pattern ('M[b]') has the unknown letters '[]b'"),
@@ -228,8 +316,13 @@ def test_unusable_settings_end_the_program_with_2_a_message_and_no_files(empty_f
     assert not list(empty_folder.iterdir())
 
 
-@pytest.mark.parametrize(("argv", "named"), [(["--mode", "dream"], "dream"), (["--rlp.gruop-size", "4"], "gruop-size")])
-def test_unknown_modes_and_fields_end_the_program_with_2_and_no_files(empty_folder, capsys, argv, named):
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [(["--rlp.gruop-size", "4"], "gruop-size"), (["--rlp.lr", "fast"], "fast"), (["--model.ffn", "gelu"], "gelu")],
+)
+def test_unknown_fields_and_what_is_no_number_or_choice_end_the_program_with_2_and_no_files(
+    empty_folder, capsys, argv, named
+):
     with pytest.raises(SystemExit) as stop:
         train.main(argv)
     assert stop.value.code == 2
@@ -238,8 +331,30 @@ def test_unknown_modes_and_fields_end_the_program_with_2_and_no_files(empty_fold
 
 
 def test_command_line_changes_the_preset_it_names():
-    parsed = train.parse(["--preset", "smoke", "--rlp.group-size", "6", "--seed", "3", "--rlp.betas", "0.8", "0.9"])
-    assert parsed == override(PRESETS["smoke"], rlp__group_size=6, seed=3, rlp__betas=(0.8, 0.9))
+    words = "--preset smoke --rlp.group-size 6 --seed 3 --elastic.budgets 1 .6 --elastic.baseline fixed"
+    changes = {"rlp__group_size": 6, "seed": 3, "elastic__budgets": (1.0, 0.6), "elastic__baseline": ("fixed",)}
+    assert train.parse(words.split()) == override(PRESETS["smoke"], **changes)
+
+
+def test_help_fits_80_columns_and_says_what_a_setting_is(capsys, monkeypatch):
+    """Comments beside a field and above it, types that carry rules, and what groups are for."""
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        train.parse(["--help"])
+    shown = capsys.readouterr().out
+    options = shown[shown.index("--mode STR") :]
+    assert len(options.splitlines()) > 300
+    assert max(map(len, options.splitlines())) <= 80
+    words = " ".join(re.sub("[│╭╰─]", " ", options).split())
+    for said in (
+        "--rlp.lr FLOAT Peak learning rate of AdamW. (default: 0.0002)",
+        "--rlp.tau FLOAT Decay of the teacher's moving average. (default: 0.999)",
+        "--pretrain.steps INT Optimizer steps; 0 keeps the model as it is. (default: 3000)",
+        "--elastic.budgets [FLOAT [FLOAT ...]] Budgets, as fractions",
+        "--model.ffn {relu2,swiglu} Feed-forward activation",
+        "Nested models in one, and routers that choose them (Nemotron Elastic, arXiv 2511.16664).",
+    ):
+        assert said in words
 
 
 @pytest.mark.parametrize(
@@ -270,10 +385,16 @@ def test_settings_survive_being_saved(preset):
 
 
 @pytest.mark.parametrize(
-    ("values", "named"), [({"colour": 1}, "Config lacks: colour"), ({"rlp": {"x": 1}}, "RLPConfig lacks: x")]
+    ("values", "message"),
+    [
+        ({"colour": 1}, "Config lacks: colour; use the version that wrote them"),
+        ({"rlp": {"x": 1}}, "RLPConfig lacks: x; use the version that wrote them"),
+        ({"rlp": {"betas": [0.9, 0.95]}}, "RLPConfig lacks: betas; use the version that wrote them"),
+        ({"rlp": [1]}, r"saved settings of RLPConfig \(\[1\]\) are no JSON object"),
+    ],
 )
-def test_saved_settings_with_unknown_fields_are_refused(values, named):
-    with pytest.raises(ValueError, match=rf"{named}; use the version that wrote them"):
+def test_saved_settings_that_this_version_cannot_read_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
         from_dict(Config, values)
 
 
@@ -288,9 +409,10 @@ def test_run_folders_are_named_by_mode_preset_and_seed_unless_given():
 
 @pytest.mark.parametrize(
     "change",
-    [{"seed": 1}, {"model__d_ff": 100}, {"data__text_share": 0.5}, {"data__path": "a.txt"}, {"pretrain__lr": 1.0}],
+    [{"seed": 1}, {"model__d_ff": 100}, {"data__text_share": 0.5}, {"data__path": "a.txt"}, {"pretrain__lr": 1.0},
+     {"model__widths": ((8, 32), (4,), (384,)) * 2}],
     ids=str,
-)
+)  # fmt: skip
 def test_the_key_of_the_base_changes_with_what_makes_its_weights(change):
     assert override(PRESETS["cpu"], **change).base_fingerprint() != PRESETS["cpu"].base_fingerprint()
 
@@ -299,20 +421,12 @@ def test_the_key_of_the_base_changes_with_what_makes_its_weights(change):
     "change",
     [{"rlp__lr": 1.0}, {"elastic__lr": 1.0}, {"elastic__budgets": (1.0,)},
      {"mode": "elastic"}, {"eval__samples": 9}, {"out": "x"}, {"mode": "pretrain"}, {"preset": "x"}, {"resume": True},
-     {"data__cache_dir": "x"}, {"pretrain__log_every": 9}, {"pretrain__checkpoint_every": 9}, {"kernels": "reference"}],
+     {"data__cache_dir": "x"}, {"pretrain__log_every": 9}, {"pretrain__checkpoint_every": 9}, {"kernels": "reference"},
+     {"pretrain__accumulate": 2}],
     ids=str,
 )  # fmt: skip
 def test_the_key_of_the_base_does_not_change_with_anything_else(change):
     assert override(PRESETS["cpu"], **change).base_fingerprint() == PRESETS["cpu"].base_fingerprint()
-
-
-def test_the_key_of_the_base_leaves_out_widths_that_are_not_set(monkeypatch):
-    """So that bases from before layers could have widths of their own are found again; with widths it is another model."""
-    hashed = []
-    monkeypatch.setattr(config, "fingerprint", lambda value: hashed.append(value) or "")
-    PRESETS["cpu"].base_fingerprint()
-    override(PRESETS["cpu"], model__widths=((8, 32), (4,), (384,)) * 2).base_fingerprint()
-    assert [("widths" in model) for model, *_ in hashed] == [False, True]
 
 
 def test_a_run_can_be_resumed_with_other_kernels():
@@ -325,7 +439,7 @@ def test_a_run_can_be_resumed_with_other_kernels():
 def attributes_read(tree):
     """Names X of every `something.X` that is read, other than in checks and in the key of the base."""
     functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
-    checks = [f for f in functions if f.name in ("check", "check_fit", "base_fingerprint")]
+    checks = [f for f in functions if f.name in ("check", "base_fingerprint")]
     skipped = {id(inner) for f in checks for inner in ast.walk(f)}
     nodes = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and id(n) not in skipped]
     return {n.attr for n in nodes if isinstance(n.ctx, ast.Load)}
@@ -333,8 +447,10 @@ def attributes_read(tree):
 
 def test_every_setting_is_read_somewhere():
     """By name: a field that no file reads would be an option without effect."""
-    read = set().union(*map(attributes_read, SOURCES.values()))
-    classes = [c for c in vars(config).values() if dataclasses.is_dataclass(c)]
+    files = [f for f in ROOT.rglob("*.py") if not {"tests", ".venv", "build"} & set(f.relative_to(ROOT).parts)]
+    assert {f.parent.name for f in files} >= {ROOT.name, "system", "text", "views", "tools"}
+    read = set().union(*(attributes_read(ast.parse(f.read_text())) for f in files))
+    classes = [c for c in vars(config).values() if isinstance(c, type) and issubclass(c, Settings)]
     fields = {f"{c.__name__}.{f.name}" for c in classes for f in dataclasses.fields(c)}
     assert len(fields) > 60
     assert not {f for f in fields if f.split(".")[1] not in read}

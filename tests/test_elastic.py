@@ -713,7 +713,7 @@ def test_memory_of_a_layer_by_hand():
     + 12 + 12 x 8 (out) + 8 = 672 weights; a state of 12 x 5 in four bytes and 3 x 32 taps in two:
     672 x 2 + 3 (240 + 192) = 2640. The FFN keeps nothing: (2 x 96 + 8) x 2 = 400.
     """
-    measure = routers.cost_measure(settings(cost="memory", cost_batch=3, cost_len=10, cost_bytes=2), CPU)
+    measure = routers.cost_measure(settings(cost="memory", cost_batch=3, cost_len=10), CPU)
     config = tiny_model().config
     assert [measure(kind, config) for kind in "*M-"] == [1744, 2640, 400]
     assert part_cache_bytes("", config, 10, 2) == 0
