@@ -480,7 +480,7 @@ class Config(Settings):
 def from_dict(cls: type, values: dict[str, Any]) -> Any:
     """The dataclass that `to_dict` wrote. Raises ValueError for a field of another version."""
     require(isinstance(values, dict),
-            f"the saved settings of {cls.__name__} ({values!r}) are no JSON object; copy them again")
+            f"saved settings of {cls.__name__} ({values!r}) are no JSON object; copy them again")
     default = cls()
     unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
     require(not unknown,

@@ -39,6 +39,7 @@ class OwnConfig(Config):  # 2. their place among all settings
 
 class Mild(NextToken):
     def __init__(self, share):
+        super().__init__()
         self.share = share
 
     def loss(self, model, batch):

@@ -313,9 +313,9 @@ SIZES = ["d_model", "d_ff", "n_heads", "n_kv_heads", "attn_head_dim", "mamba_hea
 @pytest.mark.parametrize(
     ("changes", "field", "value", "remedy"),
     [
-        ({"pattern": "M-X*"}, "model.pattern", "'M-X*'", "a layer is M (Mamba-2), * (attention) or - (feed-forward)"),
+        ({"pattern": "M-X*"}, "model.pattern", "'M-X*'", "such as M (Mamba-2), * (attention) or - (feed-forward)"),
         ({"pattern": ""}, "model.pattern", "empty", "at least one layer, for example 'M-M*-'"),
-        ({"pattern": "--"}, "model.pattern", "'--'", "add one"),
+        ({"pattern": "--"}, "model.pattern", "'--'", "add M or *"),
         ({"n_heads": 6, "n_kv_heads": 4}, "model.n_heads", "6", "must be a multiple of model.n_kv_heads (4); nearest is 8"),
         (
             {"mamba_heads": 9, "mamba_groups": 4},
@@ -324,7 +324,7 @@ SIZES = ["d_model", "d_ff", "n_heads", "n_kv_heads", "attn_head_dim", "mamba_hea
             "must be a multiple of model.mamba_groups (4); nearest is 8",
         ),
         ({"rope_theta": 1e4, "attn_head_dim": 7}, "model.attn_head_dim", "7", "must be a multiple of"),
-        ({"vocab_size": -1}, "model.vocab_size", "-1", "must be positive, or 0 for the tokenizer's"),
+        ({"vocab_size": -1}, "model.vocab_size", "-1", "must be 0 or more; 0 takes the tokenizer's"),
         *[({name: n}, f"model.{name}", str(n), "must be at least 1") for name in SIZES for n in (0, -3)],
     ],
     ids=str,

@@ -35,7 +35,6 @@ SHAPE = re.compile(r"_(?=[a-z]*[A-Z0-9])([A-Za-z0-9]{1,6})$")  # at least one ca
 
 LEGEND = re.findall(r" {3}([A-Z])  (\S+(?: \S+)*)", kernels.__doc__)
 LETTERS = {letter for letter, _ in LEGEND}
-TO_BE_RENAMED = "M"  # tokens of a thought, in rlp.py, thoughts.py, tools/bench.py and their tests: there it becomes L
 
 
 def unknown_letters(source):
@@ -201,7 +200,7 @@ def test_every_letter_of_a_shape_suffix_is_in_the_legend():
     folders = [ROOT / name for name in ("", "system", "text", "views", "tools", "tests")]
     sources = [file for folder in folders for file in folder.glob("*.py") if file.name != "test_names.py"]
     found = {f"{file.name}: {name}" for file in sources for name in unknown_letters(file.read_text())}
-    assert {name for name in found if not set(name.rsplit("_")[-1].upper()) & set(TO_BE_RENAMED)} == set()
+    assert found == set()
 
 
 def test_the_legend_names_each_letter_once_and_for_one_thing():
