@@ -4,14 +4,12 @@ process, in turns.
     python -m tools.bench NAME          one of `BENCHES`
     python -m tools.bench all           each in a process of its own
 
-A benchmark is a function of `BENCHES` that returns its `Work`. Each contestant runs once before a
-clock is started, and its values and gradients must be ours, or it is not timed. Then all take
-turns, so that a noisy neighbour disturbs all alike, and the medians count. On one CPU thread the
-time is the processor's: the same on an idle machine, and blind to programs that take the core.
+Each contestant runs once before a clock is started, and its values and gradients must be ours, or
+it is not timed. Then all take turns, so that a noisy neighbour disturbs all alike, and the medians
+count. On one CPU thread the time is the processor's: blind to programs that take the core.
 
-Memory is the largest number of bytes that torch's allocator had handed out at one time during a
-run, beyond what it had before (weights and inputs, the same for all). The size of the process would
-also show what other contestants left behind, and what malloc keeps.
+Memory is the most that torch's allocator had handed out at one time during a run, beyond what it
+had before (weights and inputs). The size of the process would also show what others left behind.
 
 An older processor is seen with `ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2` before the
 command. Results go to results/bench-NAME-DEVICE.json; report.py makes tables of them.
@@ -91,7 +89,7 @@ class Work:
     growth: dict[int, Run] = field(default_factory=dict)
 
 
-# --------------------------------------------------------------------------------------- measuring
+# ---------------------------------------------------------------------------------------- measuring
 
 
 def compare(work: Work, repeats: int, device: torch.device) -> dict:
@@ -99,12 +97,12 @@ def compare(work: Work, repeats: int, device: torch.device) -> dict:
     rows = check(work.contestants, LIMIT[device.type])
     runs = {c.name: c.run for c, row in zip(work.contestants, rows, strict=True) if not row["note"]}
     seconds = take_turns(runs, repeats, device)
-    ours_s = statistics.median(seconds[rows[0]["name"]])
+    median = {name: statistics.median(s) for name, s in seconds.items()}
     for row in (row for row in rows if row["name"] in runs):
-        s = statistics.median(seconds[row["name"]])
-        row |= {"ms": 1e3 * s, "turns": len(seconds[row["name"]]), "times_ours": s / ours_s,
-                "tokens_per_s": work.n_tokens / s,
-                "peak_bytes": peak_bytes(runs[row["name"]], device)}
+        name, s = row["name"], median[row["name"]]
+        row |= {"ms": 1e3 * s, "turns": len(seconds[name]), "tokens_per_s": work.n_tokens / s,
+                "times_ours": s / median[rows[0]["name"]],
+                "peak_bytes": peak_bytes(runs[name], device)}
     found = {"title": work.title, "n_tokens": work.n_tokens, "rows": rows}
     return found | ({"growth": growth(work.growth, repeats, device)} if work.growth else {})
 
@@ -173,7 +171,7 @@ def growth(runs: dict[int, Run], repeats: int, device: torch.device) -> dict:
     return {"tokens": tokens, "ms": ms, "peak_bytes": peaks, "exponent": exponent}
 
 
-# -------------------------------------------------------------------------------------- benchmarks
+# --------------------------------------------------------------------------------------- benchmarks
 
 
 def ssd_work(device: torch.device, B=4, T=512, H=16, P=32, K=1, N=64, chunk=64,
@@ -407,7 +405,7 @@ BENCHES: dict[str, Callable[..., Work]] = {
     "base-step": base_step_work, "rlp-step": rlp_step_work, "elastic-step": elastic_step_work}
 
 
-# ------------------------------------------------------------------------------------- contestants
+# -------------------------------------------------------------------------------------- contestants
 
 
 def peer(name: str, package: str, make: Callable[[], Run],
@@ -427,8 +425,7 @@ def with_gradients(forward: Callable[[], Tensor], leaves: list[Tensor]) -> Run:
 
     @functools.cache
     def weight(shape: torch.Size) -> Tensor:
-        found = torch.randn(shape, generator=torch.Generator().manual_seed(2))
-        return found.to(leaves[0].device)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(leaves[0].device)
 
     def run() -> list[Tensor]:
         y = forward()
@@ -594,7 +591,7 @@ def plain_rlp_step(network: HybridLM, objective: RLP, batch: dict[str, Tensor], 
     return [gain_BG.flatten(), old_logp_RL, *gradients]
 
 
-# ------------------------------------------------------------------------------------- the program
+# -------------------------------------------------------------------------------------- the program
 
 
 def measure(name: str, device: torch.device, repeats: int, **sizes) -> dict:
@@ -621,8 +618,7 @@ def surroundings(device: torch.device) -> dict:
 
 
 def bench(name: tyro.conf.Positional[Literal[(*BENCHES, "all")]], repeats: int = 15,
-          threads: int = 1, precision: Literal["highest", "high", "medium"] = "highest",
-          device: Literal["auto", "cpu", "cuda"] = "auto",
+          threads: int = 1, device: Literal["auto", "cpu", "cuda"] = "auto",
           out: Path = Path(__file__).parent.parent / "results") -> None:
     """Measure speed and memory beside the code of others, on equal work.
 
@@ -630,7 +626,6 @@ def bench(name: tyro.conf.Positional[Literal[(*BENCHES, "all")]], repeats: int =
         name: Which benchmark, or all of them, one after the other.
         repeats: Turns of every contestant; those that take long get fewer, but at least three.
         threads: Of the CPU.
-        precision: torch's setting for fp32 matrix products, for all alike.
         device: auto is CUDA where there is one.
         out: Folder of the results; report.py makes tables of results/.
     """
@@ -638,7 +633,6 @@ def bench(name: tyro.conf.Positional[Literal[(*BENCHES, "all")]], repeats: int =
     require(device != "cuda" or torch.cuda.is_available(),
             "device (cuda) is not available on this machine; use cpu")
     torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision(precision)
     on_cuda = torch.cuda.is_available() and device != "cpu"
     out.mkdir(parents=True, exist_ok=True)
     found = measure(name, torch.device("cuda" if on_cuda else "cpu"), repeats)

@@ -205,22 +205,22 @@ def claims(found: dict[str, list[dict]]) -> list[list[str]]:
 INTRO = """# Results
 
 Made from `results/` by `python -m tools.report`, never by hand. In brackets stands the 95 %
-interval of a figure over problems, positions or sequences; where a figure is a mean over seeds, the
-smallest and the largest seed. The base is small, and was not trained to its end.
+interval of a figure; of a mean over seeds, the smallest and the largest. The base is small, and was
+not trained to its end.
 
 ## Claims of the papers
+
 """
 RLP = """## RLP
 
-Targets are three quarters answers of problems and a quarter random positions of text, unless it
-says random. CPT is the base, pretrained on for about as long.
+Three quarters of the targets are answers of problems, the others random positions of text; in
+"random" all are. CPT is the base, trained on for about as long.
 
 ![Accuracy by family, before and after RLP; a dot is a seed](results/accuracy.png)"""
 ELASTIC = """## Elastic
 
-Held-out sequences, half text and half problems, weighted as in training. Sizes alone have the
-widths that the family's routers chose; a family in random order searches its own. Sizes from
-scratch lack what the parent brings. Differences are paired by sequence.
+Held-out text and problems, weighted as in training; differences are paired by sequence. Sizes alone
+have the widths of the family's routers; a family in random order searches its own.
 
 ![What each budget keeps, layer by layer](results/widths.png)
 
@@ -234,7 +234,7 @@ process. On one CPU thread the time is the processor's."""
 def results(folder: Path) -> str:
     """All of RESULTS.md."""
     found = load(folder)
-    parts = [INTRO + "\n" + RULE, view.markdown(claims(found)), RLP]
+    parts = [INTRO + RULE, view.markdown(claims(found)), RLP]
     kinds = {"RLP": "rlp-cpu", "RLP, random": "rlp-cpu-random", "CPT": "cpt-cpu"}
     for seed in sorted({run["seed"] for kind in kinds.values() for run in found[kind]}):
         runs = {name: run for name, kind in kinds.items() for run in found[kind]
@@ -270,19 +270,15 @@ def fill(text: str, made: dict[str, str]) -> str:
     return re.sub(r"(<!-- table (\S+) -->\n).*?<!-- end -->", put, text, flags=re.S)
 
 
-def collect(run_dir: Path, folder: Path) -> None:
-    """Copy what results/ keeps of a run: NAME.json from its summary, NAME.txt from its samples."""
-    folder.mkdir(exist_ok=True)
-    shutil.copyfile(run_dir / "summary.json", folder / f"{run_dir.name}.json")
-    if (run_dir / "samples.txt").exists():  # pretraining has none
-        shutil.copyfile(run_dir / "samples.txt", folder / f"{run_dir.name}.txt")
-
-
 def report(run_dirs: list[str], root: Path = Path(__file__).parent.parent) -> None:
-    """Collect the runs named, then write README.md, RESULTS.md and the plots from results/."""
+    """Copy summary and samples of the runs named, then write README.md, RESULTS.md and the plots
+    from results/. Raises OSError for a folder that holds no finished run."""
     folder, readme = root / "results", root / "README.md"
-    for run_dir in run_dirs:
-        collect(Path(run_dir), folder)
+    folder.mkdir(exist_ok=True)
+    for run_dir in map(Path, run_dirs):
+        shutil.copyfile(run_dir / "summary.json", folder / f"{run_dir.name}.json")
+        if (run_dir / "samples.txt").exists():  # pretraining has none
+            shutil.copyfile(run_dir / "samples.txt", folder / f"{run_dir.name}.txt")
     found = load(folder)
     readme.write_text(fill(readme.read_text(), tables(folder)))
     (root / "RESULTS.md").write_text(results(folder))

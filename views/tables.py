@@ -224,8 +224,8 @@ def print_estimate(facts: dict, console: Console) -> None:
     print_rows(rows, console)
     if "family" in facts:
         model, router, apart = (facts["family"][k] / 1e9 for k in ("model", "router", "separate"))
-        console.print(f"all sizes, bf16: {model + router:,.3g} GB in one checkpoint (router "
-                      f"{100 * router / model:.2g} %), {apart:,.3g} GB in one for each")
+        console.print(f"all sizes, bf16: {model + router:,.3g} GB in one checkpoint, {apart:,.3g} "
+                      f"GB in one for each\nthe router is {100 * router / model:.2g} % of it")
 
 
 def total_minutes(summary: dict) -> float:
