@@ -578,8 +578,8 @@ def plain_rlp_step(network: HybridLM, objective: RLP, batch: dict[str, Tensor], 
         closing_R = T + length_R + (~thoughts.closed_R).long()
         logits_RV = logits(network, full_RS)[torch.arange(R, device=length_R.device), closing_R]
         logp_target_R = token_logp(logits_RV, target_RX[:, 0], tags)
-        plain_RV = logits(objective.networks["teacher"], context_RT)[:, -1]
-        logp_teacher_R = token_logp(plain_RV, target_RX[:, 0], tags)
+        logp_teacher_R = token_logp(logits(objective.networks["teacher"], context_RT)[:, -1],
+                                    target_RX[:, 0], tags)
         gain_BG = information_gain(logp_target_R.view(-1, c.group_size),
                                    logp_teacher_R.view(-1, c.group_size)[:, 0])
         advantage_BG = group_advantages(reward(gain_BG, c.reward_floor))
