@@ -83,13 +83,9 @@ def test_every_document_comes_back_once_in_the_bucket_of_its_text(tmp_path, n_vo
 
 def test_copies_of_a_text_are_in_one_bucket_whatever_space_surrounds_them(tmp_path):
     build([" b c\n", *texts(300), "b c"], tmp_path / "set", fake(), "x", shard_tokens=2000)
-    found = ShardSet(tmp_path / "set")
-    (with_both,) = (
-        d
-        for d in (found.documents(range(i, i + 1)) for i in range(100))
-        if any(b"b c" in bytes(x[:-1].tolist()) for x in d)
-    )
-    assert sum(b"b c" in bytes(x[:-1].tolist()) for x in with_both) == 2
+    own = bucket_of("b c")
+    found = [bytes(d[:-1].tolist()).decode() for d in ShardSet(tmp_path / "set").documents(range(own, own + 1))]
+    assert [text for text in found if text.strip() == "b c"] == [" b c\n", "b c"]
     assert len({bucket(t) for t in texts(2000)}) == 100
 
 
@@ -251,17 +247,16 @@ def test_a_shard_of_another_build_is_found_before_the_first_use(folder, tmp_path
         ShardSet(folder).check_once(tmp_path / "cache")
 
 
-@pytest.mark.parametrize(("part", "at"), [("tokens", 20), ("tokens", 999), ("tokens", -1), ("starts", -12)])
+@pytest.mark.parametrize(("part", "at"), [("tokens", 999), ("tokens", -1), ("starts", -12), ("tokens", "header")])
 def test_a_single_changed_byte_is_found_by_the_check_and_before_the_first_use(folder, tmp_path, capsys, part, at):
-    """20: in numpy's header, where a blank may become a line break without a change of meaning."""
+    """In numpy's header a blank may become a tab, which changes nothing that is read."""
     name = f"00002.{part}.npy"
     content = bytearray((folder / name).read_bytes())
-    content[at] ^= 1
     ShardSet(folder).check_once(tmp_path / "cache")
-    if at == 20:
-        at = content.index(b" ", 100)
-        content = bytearray((folder / name).read_bytes())
-        content[at] = ord("\t")
+    if at == "header":
+        content[content.index(b" ", 100)] = ord("\t")
+    else:
+        content[at] ^= 1
     (folder / name).write_bytes(content)
     assert shards_program.main(["check", str(folder)]) == 2
     assert f"{name} is damaged: its content has another checksum" in capsys.readouterr().err
