@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FLOORS = [  # low to high; a file may import from its own row and from those above it in this list
+FLOORS = [  # low to high; a file may import from its own row and from the rows before it
     ("system.errors", "system.files"),
     ("system.config",),
     ("kernels_gpu",),
