@@ -1,14 +1,12 @@
-"""Nemotron Elastic: one model that holds smaller ones, and routers that choose them (arXiv
-2511.16664).
+"""Nemotron Elastic (arXiv 2511.16664): one model holds smaller ones, and routers choose them.
 
 A trained parent becomes elastic in four steps:
 
 1. Axes (nested.py). One table says along which units each weight runs; permuting, cutting and
    masking follow from it.
 2. Importance (importance.py, eq. 1 to 5). Units are ranked once, and the weights permuted: the
-   parent computes the same function as before, and every smaller model is a slice of it, the first
-   units of every axis. The channels of the residual stream are turned onto its principal axes, for
-   no channel of it is unimportant.
+   parent's function stays, and every smaller model is the first units of every axis. The residual
+   stream is turned onto its principal axes, for none of its channels is unimportant.
 3. Routers (routers.py, eq. 6 to 12). For a budget they choose the widths of every layer, on masks
    that carry gradients.
 4. Distillation (eq. 13 to 19). Each sequence has a budget. The chosen model learns from the frozen
@@ -19,11 +17,10 @@ A trained parent becomes elastic in four steps:
 
 Where it differs from the paper: the stream is turned, not only put in order; masks multiply weights
 instead of activations (the same function, for fewer multiplications); once the routers have settled
-(`elastic.search_share`) their choice is fixed and budgets run on slices, which cost less the
-smaller they are; the budget loss is relative, with a dead zone; the routers begin with a head start
-for the largest widths; mode 1 multiplies by the likeliest choice's probability, since its logit is
-NaN-prone; the full budget is always the full model; keys and values have no elastic heads under
-grouped queries.
+(`elastic.search_share`) budgets run on slices, which cost less the smaller they are; the budget
+loss is relative, with a dead zone; routers begin with a head start for the largest widths; mode 1
+multiplies by the likeliest choice's probability, since its logit is NaN-prone; the full budget is
+always the full model; keys and values have no elastic heads under grouped queries.
 """
 
 import json
@@ -51,12 +48,6 @@ from system.objective import Objective
 from system.rundir import load_run, warn
 from text.tokenizer import Tokenizer
 
-# From the first to the last step of the search: the Gumbel-softmax temperature, exponential in
-# between, and the factor on the routers' logits, linear in between.
-GUMBEL_TAU, LOGIT_SCALE = (1.0, 0.05), (1.0, 10.0)
-
-# ------------------------------------------------------------------------------------- distillation
-
 
 def distillation_loss(teachers: list[tuple[float, Tensor, Tensor]], student_Td: Tensor,
                       student_Vd: Tensor, token_T: Tensor, ce: float, temperature: float,
@@ -66,9 +57,8 @@ def distillation_loss(teachers: list[tuple[float, Tensor, Tensor]], student_Td: 
     p_i and q are softmax(logits / temperature), q(token) is at temperature 1. Each teacher is (w_i,
     its hidden states [T, D], its output matrix [V, D]), and learns nothing here. All of them and
     the token share one softmax of the student, and its gradient, as one mixed target: sum_i w_i
-    KL(p_i || q) is sum_i w_i p_i log p_i - (sum_i w_i p_i) log q. Logits are made for at most
-    `at_once` numbers at a time, and made again in the backward pass if that takes more than one
-    piece.
+    KL(p_i || q) is sum_i w_i p_i log p_i - (sum_i w_i p_i) log q. At most `at_once` logits are made
+    at a time; where that takes several pieces, they are made again in the backward pass.
     """
 
     def piece(student_td: Tensor, token_t: Tensor, *teacher_tD: Tensor) -> Tensor:
@@ -76,12 +66,11 @@ def distillation_loss(teachers: list[tuple[float, Tensor, Tensor]], student_Td: 
         total, wanted_tV = logits_tV.new_zeros(()), None
         # 1. the mixed target, and the teachers' own sums p log p
         with torch.no_grad():
-            for (weight, _, matrix_VD), hidden_tD in zip(teachers, teacher_tD, strict=True):
+            for (w, _, matrix_VD), hidden_tD in zip(teachers, teacher_tD, strict=True):
                 logp_tV = F.log_softmax(F.linear(hidden_tD / temperature, matrix_VD), dim=-1)
                 p_tV = logp_tV.exp()
-                total = total + weight * logp_tV.mul_(p_tV).sum()
-                wanted_tV = (p_tV.mul_(weight) if wanted_tV is None
-                             else wanted_tV.add_(p_tV, alpha=weight))
+                total = total + w * logp_tV.mul_(p_tV).sum()
+                wanted_tV = p_tV.mul_(w) if wanted_tV is None else wanted_tV.add_(p_tV, alpha=w)
             if temperature == 1:
                 wanted_tV.scatter_(1, token_t[:, None], ce, reduce="add")
         # 2. the cross-entropy, where it is at another temperature than the divergences
@@ -91,10 +80,10 @@ def distillation_loss(teachers: list[tuple[float, Tensor, Tensor]], student_Td: 
         return total - (wanted_tV * F.log_softmax(logits_tV, dim=-1)).sum()
 
     n = max(1, math.ceil(len(student_Td) * len(student_Vd) / at_once))
-    hidden = [hidden_TD for _, hidden_TD, _ in teachers]
+    whole = (student_Td, token_T, *(hidden_TD for _, hidden_TD, _ in teachers))
     if n == 1:
-        return piece(student_Td, token_T, *hidden)
-    pieces = zip(*(t.chunk(n) for t in (student_Td, token_T, *hidden)), strict=True)
+        return piece(*whole)
+    pieces = zip(*(t.chunk(n) for t in whole), strict=True)
     return sum(recompute(piece, *each, use_reentrant=False) for each in pieces)
 
 
@@ -108,38 +97,31 @@ class Distillation(Objective):
     def loss(self, model: nn.Module, batch: dict) -> tuple[Tensor, int, dict[str, Tensor]]:
         """Sum over tokens of kl KL(teacher || model) + ce CE."""
         hidden_BTD, _ = model(batch["tokens_BT"], ids_BT=batch["ids_BT"])
-        total, n_tokens = self.task(
-            hidden_BTD, model.output_matrix, batch, [(self.c.kl, self.teacher)], self.c.ce)
-        return total, n_tokens, {}
+        teachers = [(self.c.kl, self.teacher)]
+        return *self.task(hidden_BTD, model.output_matrix, batch, teachers, self.c.ce), {}
 
     def task(self, hidden_BTd: Tensor, head_Vd: Tensor, batch: dict,
              teachers: list[tuple[float, nn.Module]], ce: float) -> tuple[Tensor, int]:
-        """Sum over tokens of the weighted divergences from the teachers and of the cross-entropy;
-        number of targets."""
+        """Sum over targets of the weighted divergences and cross-entropy; number of targets."""
         # 1. the positions that have a target, one after the other
         target = batch["targets_BT"].flatten()
         inside = target != -100
         student_td, token_t = hidden_BTd.flatten(0, 1)[inside], target[inside]
         # 2. what the teachers that count say there
         with torch.no_grad():
-            wanted = [
-                (weight, t(batch["tokens_BT"], ids_BT=batch["ids_BT"])[0].flatten(0, 1)[inside],
-                 t.output_matrix) for weight, t in teachers if weight]
-        if wanted:
-            total = distillation_loss(
-                wanted, student_td, head_Vd, token_t, ce, self.c.kl_temperature)
-        else:
-            total = -ce * selected_logp(student_td, head_Vd, token_t).sum()
-        return total, len(token_t)
+            wanted = [(w, t(batch["tokens_BT"], ids_BT=batch["ids_BT"])[0].flatten(0, 1)[inside],
+                       t.output_matrix) for w, t in teachers if w]
+        if not wanted:
+            return -ce * selected_logp(student_td, head_Vd, token_t).sum(), len(token_t)
+        tau = self.c.kl_temperature
+        return distillation_loss(wanted, student_td, head_Vd, token_t, ce, tau), len(token_t)
 
 
 class Elastic(Distillation):
-    """L = L_task(theta) + lambda L_router(psi) (eq. 17), each sequence at its own budget, as an
-    objective for `loop.fit`.
+    """L = L_task(theta) + lambda L_router(psi) (eq. 17), each sequence at its own budget.
 
-    In the first `search_share` of the steps routers and weights learn together, on masks;
-    afterwards the routers' choices stay as they are, and each budget runs on its slice of the
-    weights.
+    In the first `search_share` of the steps routers and weights learn together, on masks; then the
+    routers' choices stay as they are, and each budget runs on its slice of the weights.
     """
 
     runs_whole = True
@@ -169,8 +151,7 @@ class Elastic(Distillation):
         return {**batch, "noise": noise}
 
     def loss(self, model: HybridLM, batch: dict) -> tuple[Tensor, int, dict[str, Tensor]]:
-        """Sum over tokens of the task loss at each sequence's budget, plus lambda times the budget
-        loss of all budgets."""
+        """Sum over tokens of the task loss, plus lambda times the sum of all budget losses."""
         c, weights = self.c, dict(model.named_parameters())
         count, total, metrics = 0, 0.0, {}
         p = self.choices(batch["noise"]) if self.step < self.n_search else {}
@@ -180,11 +161,10 @@ class Elastic(Distillation):
             if len(rows) == 0:
                 continue
             part = {k: batch[k][rows] for k in ("tokens_BT", "targets_BT", "ids_BT")}
-            hidden_BTd, head_Vd = self.run(model, weights, p.get(budget), budget, part)
+            outputs = self.run(model, weights, p.get(budget), budget, part)
             is_full = self.router.is_full(budget)
             teachers = [(c.kl, self.teacher), (0.0 if is_full else c.self_kl, model)]
-            part_loss, n_tokens = self.task(
-                hidden_BTd, head_Vd, part, teachers, c.ce + is_full * c.full_ce)
+            part_loss, n_tokens = self.task(*outputs, part, teachers, c.ce + is_full * c.full_ce)
             total, count = total + part_loss, count + n_tokens
             metrics[f"loss_{budget:g}"] = part_loss.detach() / n_tokens
         # 2. how far the routers are from their budgets; times count, for the loop divides by it
@@ -197,24 +177,22 @@ class Elastic(Distillation):
 
     def choices(self, noise: dict) -> dict[float, dict[str, Tensor]]:
         """Probabilities of all widths at this step, for every budget but the full one."""
-        c, at = self.c, self.step / max(1, self.n_search - 1)
-        tau = GUMBEL_TAU[0] * (GUMBEL_TAU[1] / GUMBEL_TAU[0]) ** at
-        scale = LOGIT_SCALE[0] + (LOGIT_SCALE[1] - LOGIT_SCALE[0]) * at
-        smaller = [b for b in c.budgets if not self.router.is_full(b)]
+        at = self.step / max(1, self.n_search - 1)  # how far the search is, from 0 to 1
+        tau, scale = 0.05**at, 1.0 + 9.0 * at  # temperature 1 to 0.05, the logits' factor 1 to 10
+        smaller = [b for b in self.c.budgets if not self.router.is_full(b)]
         with parallel.exactly():
             return {b: probabilities(self.router(b), noise[b], scale, tau) for b in smaller}
 
     def run(self, model: HybridLM, weights: dict, p: dict | None, budget: float, batch: dict
             ) -> tuple[Tensor, Tensor]:
-        """Final hidden states of the model of a budget, and its output matrix: masked where p is
-        given, else sliced."""
+        """Last hidden states of a budget's model, masked if p is given, else cut; output matrix."""
         network, shape = model, model.config
         if p is not None:
             with parallel.exactly():
-                masks = self.router.space.masks(
-                    mask_weighting(p, self.c.mask), self.router.depth_order)
-                weights, network = (nested.mask_weights(weights, shape, masks),
-                                    nested.masked_skeleton(shape, masks))
+                weighting = mask_weighting(p, self.c.mask)
+                masks = self.router.space.masks(weighting, self.router.depth_order)
+                weights = nested.mask_weights(weights, shape, masks)
+                network = nested.masked_skeleton(shape, masks)
         elif not self.router.is_full(budget):
             if budget not in self.widths:
                 self.widths[budget] = self.router.choose(budget)
@@ -232,21 +210,16 @@ class Elastic(Distillation):
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """The routers have a rate of their own."""
-        if self.n_search == 0:
-            return []
-        return [torch.optim.AdamW(self.router.parameters(), lr=self.c.router_lr, weight_decay=0.0)]
-
-
-# --------------------------------------------------------------------------------------- deployment
+        own = torch.optim.AdamW(self.router.parameters(), lr=self.c.router_lr, weight_decay=0.0)
+        return [own] if self.n_search else []
 
 
 def load_family(run_dir: Path) -> tuple[HybridLM, Router, Tokenizer, Config]:
-    """An elastic run's model, router, tokenizer and settings. Raises ValueError for a run without a
-    router."""
+    """Of an elastic run: model, router, tokenizer, settings. Raises ValueError for another run."""
     model, tokenizer, config = load_run(run_dir)
     found = checkpoint.newest(run_dir)
     require("router" in found.networks(), f"{run_dir} has no router, so it holds one size only; "
-                                          "give the folder of a run of --mode elastic")
+            "give the folder of a run of --mode elastic")
     router = unmeasured_router(model.config, config.elastic)
     checkpoint.load_weights(router, found.tensors("router"), found.path)
     step, steps = found.meta["step"], config.elastic.steps
@@ -256,14 +229,12 @@ def load_family(run_dir: Path) -> tuple[HybridLM, Router, Tokenizer, Config]:
 
 
 def extract(run_dir: Path, budget: float, out: Path) -> dict:
-    """Write the model of a budget as a run folder of its own. Returns its facts. Raises ValueError
-    before it writes."""
+    """Write the model of a budget as a run. Returns its facts. Raises ValueError before writing."""
     # 1. load and cut
-    require(not (out / "config.json").exists(),
-            f"out ({out}) already holds a run; choose another --out")
+    file = out / "config.json"
+    require(not file.exists(), f"out ({out}) already holds a run; choose another --out")
     model, router, _, config = load_family(run_dir)
-    began = time.perf_counter()
-    widths = router.choose(budget)
+    began, widths = time.perf_counter(), router.choose(budget)
     small = nested.submodel(model, widths)
     # 2. write: the weights, where they come from, their settings
     origin = {"extracted_from": str(run_dir), "budget": budget}
@@ -272,7 +243,7 @@ def extract(run_dir: Path, budget: float, out: Path) -> dict:
     facts = {**origin, "parameters": count_parameters(small), "widths": asdict(widths),
              "seconds": time.perf_counter() - began}
     text = {**facts, "config": replace(config, model=small.config, init=str(run_dir)).to_dict()}
-    (out / "config.json").write_text(json.dumps(text, indent=1) + "\n")
+    file.write_text(json.dumps(text, indent=1) + "\n")
     if (run_dir / "hf").is_dir():  # the tokenizer, where it is not one that the corpus brings
         shutil.copytree(run_dir / "hf", out / "hf")
     return facts

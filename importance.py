@@ -1,5 +1,4 @@
-"""Which units of a model matter: scores, ranks, the same model with its best units first (arXiv
-2511.16664, eq. 1 to 5).
+"""Which units of a model matter (arXiv 2511.16664, eq. 1 to 5): scores, ranks, best units first.
 
 `SCORES` names the scores of every axis. A score of your own is a function and its entry there;
 `--elastic.score-ffn NAME` then takes it. A score looks at sums over calibration tokens
@@ -20,36 +19,27 @@ from torch import Tensor, nn
 
 from model import HybridLM
 from nested import UNITS, Units, Widths, full_widths, rotate, submodel, take
-from system.config import ElasticConfig
+from system.config import ElasticConfig, require_known
 from system.costs import axis_sizes, in_proj_rows, weights_of
-from system.errors import require
 
 Sums = dict[str, Tensor]  # see `activation_sums`
 
 
 @dataclass
 class Ranking:
-    """Units of every axis, the most important first (heads within their groups), and layers, the
-    least important first.
+    """How a model is put in order."""
 
-    axes_DD: an orthonormal basis to turn the residual stream to (its columns), None to leave it.
-    """
-
-    units: Units
-    depth: list[int]
-    axes_DD: Tensor | None = None
-
-
-# ------------------------------------------------------------------------------------------- scores
+    units: Units  # the most important first, heads within their groups
+    depth: list[int]  # layers, the least important first
+    axes_DD: Tensor | None = None  # columns: an orthonormal basis to turn the stream to
 
 
 def activation_sums(
     model: HybridLM, batches: list[dict[str, Tensor]], with_stream: bool = False) -> Sums:
-    """Over all tokens, for each channel: sums of |x| of what the norms give, and of x^2 of what
-    matrices read and give.
+    """Over all tokens, for each channel: sums of x^2 and, under `....abs`, of |x|.
 
-    Keys: `layers.I.norm` and `norm`; `layers.I.mixer.NAME.in` and `.out` for each matrix of a
-    mixer; `....abs` for |x|. If asked for, `stream`: sum of x x^T over all norms, x = what the norm
+    Keys: `layers.I.norm` and `norm`, what the norms give; `layers.I.mixer.NAME.in` and `.out` of
+    each matrix of a mixer. If asked for, `stream`: sum of x x^T over all norms, x = what the norm
     reads / its rms, [D, D].
     """
     sums: Sums = {}
@@ -81,12 +71,9 @@ def activation_sums(
 
 
 def principal_axes(model: HybridLM, sums: Sums) -> Tensor:
-    """Eigenvectors of the stream's sum of x x^T, as columns, the largest value first.
-
-    Of all the bases, each prefix of this one keeps most of what the layers read (as in SliceGPT,
-    arXiv 2401.15024, which turns the stream anew for every layer; with one basis for all of them
-    the residual connections stay as they are).
-    """
+    """Eigenvectors of the stream's sum of x x^T, as columns, the largest value first: each prefix
+    keeps most of what the layers read. SliceGPT (arXiv 2401.15024) turns the stream anew for every
+    layer; with one basis for all of them the residual connections stay as they are."""
     return torch.linalg.eigh(sums["stream"]).eigenvectors.flip(1)
 
 
@@ -114,8 +101,8 @@ def ffn_paper(model: HybridLM, sums: Sums, i: int) -> Tensor:
 def mamba_paper(model: HybridLM, sums: Sums, i: int) -> tuple[Tensor, Tensor]:
     """Of s = norm(X) W_x^T (eq. 3 and 4), see `by_heads`."""
     rows = in_proj_rows(model.config)
-    square = sums[f"layers.{i}.mixer.in_proj.out"]
-    return by_heads("M", model, square[rows["z"] : rows["z"] + rows["x"]])
+    square_I = sums[f"layers.{i}.mixer.in_proj.out"][rows["z"] : rows["z"] + rows["x"]]
+    return by_heads("M", model, square_I)
 
 
 def attn_paper(model: HybridLM, sums: Sums, i: int) -> Tensor:
@@ -124,8 +111,7 @@ def attn_paper(model: HybridLM, sums: Sums, i: int) -> Tensor:
 
 
 def output(model: HybridLM, sums: Sums, i: int) -> Tensor | tuple[Tensor, Tensor]:
-    """Size of what a unit adds to the stream: for input j of the matrix W that writes there, the
-    root of the sum over tokens of |x_j W_j|^2."""
+    """Size of what a unit adds to the stream: sqrt(sum_T |x_j W_j|^2), W the matrix that writes."""
     kind = model.config.pattern[i]
     matrix = {"-": "down_proj", "*": "o_proj", "M": "out_proj"}[kind]
     weight = getattr(model.layers[i].mixer, matrix).weight.detach().double()
@@ -134,11 +120,8 @@ def output(model: HybridLM, sums: Sums, i: int) -> Tensor | tuple[Tensor, Tensor
 
 
 def by_heads(kind: str, model: HybridLM, square_I: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-    """Scores from a sum of squares per channel: of attention's heads, their norms.
-
-    Of Mamba-2's heads and channels: a channel's is its norm over all heads (eq. 3), a head's is its
-    norm over the better half of the channels (eq. 4).
-    """
+    """From a sum of squares per channel the norms of attention's heads; or those of Mamba-2's heads
+    over the better half of the channels (eq. 4), and of its channels over all heads (eq. 3)."""
     square_HP = square_I.view(-1, axis_sizes(kind, model.config)["P"])
     if kind == "*":
         return square_HP.sum(1).sqrt()
@@ -161,8 +144,7 @@ def depth_greedy(n: int, score: Callable[[set[int]], float]) -> list[int]:
 
 
 # The values of `elastic.score_AXIS`, beside "random". ffn, mamba, attn: scores of layer i's units,
-# a tensor for each axis in `UNITS`; d_model: scores of the stream's channels, or a basis to turn it
-# to; depth: the order.
+# a tensor for each axis in `UNITS`; d_model: scores of the stream, or a basis; depth: the order.
 SCORES: dict[str, dict[str, Callable]] = {
     "d_model": {"pca": principal_axes, "paper": stream_paper, "output": stream_output},
     "ffn": {"paper": ffn_paper, "output": output},
@@ -175,27 +157,17 @@ AXIS_OF = {"-": "ffn", "M": "mamba", "*": "attn"}
 
 def chosen_scores(c: ElasticConfig) -> dict[str, str]:
     """The name of each axis's score. Raises ValueError for one that is not in `SCORES`."""
-    chosen = {"d_model": c.score_d_model, "ffn": c.score_ffn, "mamba": c.score_mamba,
-              "attn": c.score_attn, "depth": c.score_depth}
+    chosen = {axis: getattr(c, f"score_{axis}") for axis in SCORES}
     for axis, score in chosen.items():
-        known = [*SCORES[axis], "random"]
-        require(score in known, f"elastic.score_{axis} ({score!r}) is unknown; choose one of "
-                f"{', '.join(known)}")
+        require_known(f"elastic.score_{axis}", score, [*SCORES[axis], "random"])
     return chosen
-
-
-# -------------------------------------------------------------------------------------------- ranks
 
 
 @torch.no_grad()
 def rank(
     model: HybridLM, batches: list[dict[str, Tensor]], c: ElasticConfig, seed: int = 0) -> Ranking:
-    """Rank all units by the scores that the settings name, from forward passes over calibration
-    batches.
-
-    Layers, which take a pass each, are ranked only where `depth_choices` can drop some. Raises
-    ValueError for an unknown score.
-    """
+    """Rank units by the scores that the settings name, from forward passes over the batches, and
+    layers, a pass each, if `depth_choices` drops some. Raises ValueError for an unknown score."""
     chosen, config = chosen_scores(c), model.config
     generator = torch.Generator().manual_seed(seed)
     sums = activation_sums(model, batches, with_stream=chosen["d_model"] == "pca")
@@ -217,16 +189,15 @@ def rank(
     name = chosen["d_model"]
     scores = (torch.rand(config.d_model, generator=generator) if name == "random"
               else SCORES["d_model"][name](model, sums))
-    is_basis = scores.dim() == 2
-    stream = torch.arange(config.d_model) if is_basis else order(scores)
-    # 3. the layers; the last to go is one that mixes tokens: without any a model could not read its
-    # context
+    axes_DD = scores if scores.dim() == 2 else None
+    stream = order(scores) if axes_DD is None else torch.arange(config.d_model)
+    # 3. the layers; the last to go is one that mixes tokens: a model without reads no context
     depth = list(range(len(layers)))
     if any(n < len(layers) for n in c.depth_choices):
         depth = rank_layers(model, batches, chosen["depth"], generator)
         last = [i for i in depth if config.pattern[i] != "-"][-1]
         depth = [i for i in depth if i != last] + [last]
-    return Ranking(Units(stream, layers), depth, scores if is_basis else None)
+    return Ranking(Units(stream, layers), depth, axes_DD)
 
 
 def rank_layers(model: HybridLM, batches: list[dict[str, Tensor]], kind: str,
@@ -259,15 +230,13 @@ def _logits(model: HybridLM, batch: dict[str, Tensor], without: set[int]) -> Ten
 
 @torch.no_grad()
 def order_weights(model: HybridLM, ranking: Ranking) -> None:
-    """Turn and permute the weights of a model, in place: the best units come first, and its
-    function does not change."""
+    """Turn and permute a model's weights in place: best units first, and the same function."""
     weights = model.state_dict()
     if ranking.axes_DD is not None:
         weights = rotate(weights, model.config, ranking.axes_DD)
     model.load_state_dict(take(weights, model.config, ranking.units))
 
 
-# ----------------------------------------------------------------------------- scores side by side
 
 # What `score_table` halves: for each axis its score, the kind of layer, the shares of its widths.
 HALVES = {"d_model": ("d_model", "", ()), "depth": ("depth", "", ()), "ffn": ("ffn", "-", (0.5,)),
@@ -276,13 +245,10 @@ HALVES = {"d_model": ("d_model", "", ()), "depth": ("depth", "", ()), "ffn": ("f
 
 
 def score_table(model: HybridLM, batches: list[dict[str, Tensor]], c: ElasticConfig,
-                loss: Callable[[HybridLM], float], n_random: int = 3
-                ) -> dict[str, dict[str, float]]:
-    """How well each importance score orders each axis: the loss with half of that axis alone (for
-    depth: with one layer less), untrained.
+                loss: Callable[[HybridLM], float]) -> dict[str, dict[str, float]]:
+    """How well each score orders each axis: the loss with half of it (one layer less), untrained.
 
-    Args: batches: to rank on; loss: a model's, on held-out text. `random` is the mean over n_random
-    orders.
+    Args: batches: to rank on; loss: a model's, on held-out text. `random` is the mean of three.
     """
     full = full_widths(model.config)
 
@@ -290,8 +256,8 @@ def score_table(model: HybridLM, batches: list[dict[str, Tensor]], c: ElasticCon
         field, kind, shares = HALVES[axis]
         # 1. rank by that score; pca is not for all models, and no other axis depends on it
         ordered, n = copy.deepcopy(model), len(full.layers)
-        changes = {"score_d_model": "paper", f"score_{field}": score,
-                   "depth_choices": (n, n - 1) if axis == "depth" else ()}
+        depths = (n, n - 1) if axis == "depth" else ()
+        changes = {"score_d_model": "paper", "depth_choices": depths, f"score_{field}": score}
         ranking = rank(ordered, batches, replace(c, **changes), seed)
         order_weights(ordered, ranking)
         # 2. cut
@@ -306,6 +272,5 @@ def score_table(model: HybridLM, batches: list[dict[str, Tensor]], c: ElasticCon
     for axis, (field, *_) in HALVES.items():
         known = [s for s in SCORES[field] if s != "pca" or not model.config.tie_embeddings]
         table[axis] = {score: half(axis, score, 0) for score in known}
-        table[axis]["random"] = (
-            sum(half(axis, "random", seed) for seed in range(n_random)) / n_random)
+        table[axis]["random"] = sum(half(axis, "random", seed) for seed in range(3)) / 3
     return table

@@ -1,20 +1,20 @@
-"""Models inside a model: what a smaller one consists of; to permute, cut, mask and widen (Nemotron
-Elastic, arXiv 2511.16664).
+"""Models inside a model (arXiv 2511.16664): to permute, cut, mask and widen.
 
 Every unit of a model belongs to an axis: channels of the residual stream (D), FFN neurons (F),
 heads (H) and their channels (P), layers. `costs.WEIGHTS` says along which axes each weight runs. To
-permute, to cut, to mask and to widen a model are then loops over that one table. A smaller model is
-the first units of every axis.
+permute, cut, mask and widen are loops over that one table. A smaller model is the first units of
+every axis.
 
 A masked model equals the sliced one exactly: masked channels are zero in the residual stream, and
-the mean in every RMSNorm is taken over the active ones. With a share s of the channels active that
-is the same as the norm over all of them with weight sqrt(s) w and epsilon s eps, so masks touch
-weights only, and the model's code does not know of them.
+the mean in every RMSNorm is over the active ones. With a share s of the channels active that is the
+norm over all of them with weight sqrt(s) w and epsilon s eps, so masks touch weights only, and the
+model's code does not know of them.
 
 How to read: `UNITS` and `along`, the units of a layer and what runs along them; `take`, which
 permutes and cuts, and `widen`, its inverse; `rotate`, which turns the stream; `mask_weights`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,9 +29,8 @@ from system.errors import require
 # The units of a layer, in the order of `WIDTH_FIELDS`; other axes follow from them, see `along`.
 UNITS = {"-": "F", "*": "H", "M": "HP"}
 
-# Which dimensions a mask multiplies: what the norms give and what the blocks write (D), z, x and dt
-# of Mamba (O) with the convolution's bias (E), queries and what o_proj reads (I), the FFN's hidden
-# layer (F).
+# Which dimensions a mask multiplies: what norms give and blocks write (D), Mamba's z, x, dt (O) and
+# the convolution's bias (E), queries and what o_proj reads (I), the FFN's hidden layer (F).
 MASKED = {"embed.weight": "D", "norm.weight": "D", "mixer.down_proj.weight": "DF",
           "mixer.q_proj.weight": "I", "mixer.o_proj.weight": "DI", "mixer.in_proj.weight": "O",
           "mixer.conv_bias": "E", "mixer.out_proj.weight": "D"}
@@ -41,11 +40,10 @@ WRITERS = tuple(name for kind in UNITS for name, axes in WEIGHTS[kind].items() i
 
 @dataclass(frozen=True)
 class Widths:
-    """What is active: channels of the residual stream; of each layer its widths as in
-    `WIDTH_FIELDS`, () if skipped."""
+    """What is active."""
 
-    d_model: int
-    layers: tuple[tuple[int, ...], ...]
+    d_model: int  # channels of the residual stream
+    layers: tuple[tuple[int, ...], ...]  # widths of each as in `WIDTH_FIELDS`, () if left out
 
 
 def full_widths(config: ModelConfig) -> Widths:
@@ -64,16 +62,23 @@ def shrink(config: ModelConfig, widths: Widths) -> ModelConfig:
 
 @dataclass
 class Units:
-    """Indices of units, to permute by or to keep: of the stream, and of each layer by axis (None:
-    left out)."""
+    """Indices of units, to permute by or to keep."""
 
     d_model: Tensor
-    layers: list[dict[str, Tensor] | None]
+    layers: list[dict[str, Tensor] | None]  # of each layer by axis; None: left out
+
+
+@dataclass
+class Masks:
+    """Masks in [0, 1]."""
+
+    d_model: Tensor
+    layers: list[dict[str, Tensor]]  # of each layer by axis
+    gamma: list[Tensor]  # weight of each layer's output
 
 
 def in_groups(n: int, total: int, n_groups: int) -> Tensor:
-    """Indices of n of the total heads: the first n / n_groups of each group, for a group shares
-    what its heads read."""
+    """Indices of n heads, the first of each group, for a group shares what its heads read."""
     return torch.arange(total).view(n_groups, -1)[:, : n // n_groups].flatten()
 
 
@@ -89,7 +94,7 @@ def kept_units(config: ModelConfig, widths: Widths) -> Units:
 
 
 def along(kind: str, config: ModelConfig, units: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Indices along every axis of a layer that its units lie on, from those of the units."""
+    """Indices along every axis that a layer's units lie on, from those of the units."""
     if kind == "-":
         return units
     P = axis_sizes(kind, config)["P"]
@@ -105,17 +110,16 @@ def along(kind: str, config: ModelConfig, units: dict[str, Tensor]) -> dict[str,
     return {"H": units["H"], "I": i, "E": E, "O": torch.cat(list(blocks.values()))}
 
 
-def along_all(config: ModelConfig, units: Units) -> dict[int | None, dict[str, Tensor] | None]:
-    """Indices along every axis, the stream's too, of each layer (None if left out) and, under None,
-    of what is in no layer."""
-    stream = {"D": units.d_model}
-    return {None: stream} | {i: u and {**stream, **along(config.pattern[i], config, u)}
-                             for i, u in enumerate(units.layers)}
+def along_all(config: ModelConfig, parts: Units | Masks, extend: Callable = along
+              ) -> dict[int | None, dict[str, Tensor] | None]:
+    """Along every axis, by layer (None if left out) and, under None, of what is in no layer."""
+    stream = {"D": parts.d_model}
+    return {None: stream} | {i: p and {**stream, **extend(config.pattern[i], config, p)}
+                             for i, p in enumerate(parts.layers)}
 
 
 def take(weights: dict[str, Tensor], config: ModelConfig, units: Units) -> dict[str, Tensor]:
-    """The weights at the given units, in their order: a permutation if all are given, else a
-    smaller model.
+    """The weights at the given units: permuted if all are given, else a smaller model.
 
     Differentiable. Where the first units of an axis are kept, the result is a view; where a layer
     is left out, the ones after it move up.
@@ -128,21 +132,15 @@ def take(weights: dict[str, Tensor], config: ModelConfig, units: Units) -> dict[
             continue
         for dim, axis in enumerate(axes):
             if axis in inside[i]:
-                t = _pick(t, dim, inside[i][axis])
+                index = inside[i][axis]
+                t = (t.narrow(dim, 0, len(index)) if torch.equal(index, torch.arange(len(index)))
+                     else t.index_select(dim, index.to(t.device)))
         out[name if i is None else f"layers.{place[i]}.{rest}"] = t
     return out
 
 
-def _pick(t: Tensor, dim: int, index: Tensor) -> Tensor:
-    """index_select, as a view where the index is 0, 1, 2, ..."""
-    if torch.equal(index, torch.arange(len(index))):
-        return t.narrow(dim, 0, len(index))
-    return t.index_select(dim, index.to(t.device))
-
-
 def widen(config: ModelConfig, weights: dict[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The same function with one width for all layers of a kind, the widest: `take` of what is
-    returned gives the weights back.
+    """The same function with one width for all layers of a kind, the widest. `take` undoes it.
 
     A model that was cut out may have its own width in every layer; the formats of Hugging Face know
     one for all. Zeros are added, to heads inside their group, so that every old head reads the
@@ -178,13 +176,11 @@ def widen(config: ModelConfig, weights: dict[str, Tensor]) -> tuple[ModelConfig,
 
 
 def rotate(weights: dict[str, Tensor], config: ModelConfig, axes_DD: Tensor) -> dict[str, Tensor]:
-    """The weights of the same function with a residual stream x Q in place of x, Q orthonormal (the
-    columns of axes_DD).
+    """Weights of the same function with a stream x Q in place of x, Q orthonormal (axes_DD).
 
     The mean square of a row is that of any turn of it, so norms stay, once their weights have gone
     into the matrices that read them: W' = W diag(w) Q. What writes to the stream becomes Q^T W.
-    Raises ValueError for tied embeddings, for one matrix cannot be turned as what writes and as
-    what reads the last norm.
+    Raises ValueError for tied embeddings: one matrix cannot be turned as a writer and as a reader.
     """
     require_untied(config)
     table, out = weights_of(config), {}
@@ -211,29 +207,17 @@ def require_untied(config: ModelConfig) -> None:
             "embeddings cannot follow; choose paper or output")
 
 
-@dataclass
-class Masks:
-    """Masks in [0, 1]: of the stream, of each layer by axis, and gamma, the weight of each layer's
-    output."""
-
-    d_model: Tensor
-    layers: list[dict[str, Tensor]]
-    gamma: list[Tensor]
-
-
 def hard_masks(config: ModelConfig, widths: Widths) -> Masks:
-    """1 for what is active, 0 for the rest; inside a layer that is left out 1 too, for its gamma is
-    0."""
+    """1 for what is active, else 0; inside a layer that is left out 1 too, for its gamma is 0."""
 
-    def mask(n: int, index: Tensor | None) -> Tensor:
-        ones = torch.ones(n, dtype=torch.float64)
-        return ones if index is None else torch.zeros_like(ones).index_fill(0, index, 1.0)
+    def mask(units: Tensor, kept: Tensor) -> Tensor:
+        return torch.zeros(len(units), dtype=torch.float64).index_fill(0, kept, 1.0)
 
-    units = kept_units(config, widths)
-    layers = [{a: mask(axis_sizes(kind, config)[a], u and u[a]) for a in UNITS[kind]}
-              for kind, u in zip(config.pattern, units.layers, strict=True)]
-    gamma = [torch.tensor(float(u is not None), dtype=torch.float64) for u in units.layers]
-    return Masks(mask(config.d_model, units.d_model), layers, gamma)
+    full, some = kept_units(config, full_widths(config)), kept_units(config, widths)
+    layers = [{a: mask(index, (own or units)[a]) for a, index in units.items()}
+              for units, own in zip(full.layers, some.layers, strict=True)]
+    gamma = [torch.tensor(float(own is not None), dtype=torch.float64) for own in some.layers]
+    return Masks(mask(full.d_model, some.d_model), layers, gamma)
 
 
 def masks_along(kind: str, config: ModelConfig, m: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -249,16 +233,13 @@ def masks_along(kind: str, config: ModelConfig, m: dict[str, Tensor]) -> dict[st
             "O": torch.cat(list(blocks.values()))}
 
 
-def mask_weights(
-    weights: dict[str, Tensor], config: ModelConfig, masks: Masks) -> dict[str, Tensor]:
-    """Weights whose full-size model computes what the masked one would (eq. 20 to 51).
-    Differentiable in both arguments.
+def mask_weights(weights: dict[str, Tensor], config: ModelConfig, masks: Masks
+                 ) -> dict[str, Tensor]:
+    """Weights with which the full-size model computes what the masked one would (eq. 20 to 51).
 
-    Masked are the dimensions in `MASKED`. Norms are rescaled, see the module's docstring.
+    Differentiable, in the masks too. `MASKED` says what is masked; norms are rescaled, see above.
     """
-    stream, table, out = {"D": masks.d_model}, weights_of(config), {}
-    inside = {None: stream} | {i: {**stream, **masks_along(config.pattern[i], config, m)}
-                               for i, m in enumerate(masks.layers)}
+    table, inside, out = weights_of(config), along_all(config, masks, masks_along), {}
     for name, t in weights.items():
         i, rest, axes = table[name]
         for dim, axis in enumerate(axes):
@@ -289,8 +270,7 @@ def masked_skeleton(config: ModelConfig, masks: Masks) -> HybridLM:
 
 
 def bare_model(config: ModelConfig) -> HybridLM:
-    """A model of a shape whose weights take no memory: for `functional_call`, or to be given
-    weights."""
+    """A model whose weights take no memory: for `functional_call`, or to be given weights."""
     with torch.device("meta"):
         return HybridLM(config)
 
@@ -299,6 +279,6 @@ def submodel(model: HybridLM, widths: Widths) -> HybridLM:
     """The smaller model inside a model, sharing its memory wherever a view can."""
     small = bare_model(shrink(model.config, widths)).requires_grad_(False)
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    small.load_state_dict(
-        take(weights, model.config, kept_units(model.config, widths)), assign=True)
+    kept = kept_units(model.config, widths)
+    small.load_state_dict(take(weights, model.config, kept), assign=True)
     return small

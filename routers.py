@@ -1,13 +1,11 @@
-"""Routers: widths for a budget, and what each choice costs (Nemotron Elastic, arXiv 2511.16664, eq.
-6 to 12).
+"""Routers (arXiv 2511.16664, eq. 6 to 12): widths for a budget, and what each choice costs.
 
 For a budget b a `Router` gives logits over the widths of every axis, for every layer.
 Gumbel-softmax turns them into weights of masks, and the budget loss |E C / (b C_full) - 1| keeps
-their expected cost C near the budget. `Costs` has it as sums over tables, for parameters, memory,
-FLOPs or measured latency. The last choice is repaired to meet its budget (`fit_to_budget`), which
-also serves budgets that were never trained.
+their expected cost C near the budget. `Costs` has it in tables, of parameters, memory, FLOPs or
+measured latency. `fit_to_budget` repairs the last choice, for budgets that were never trained too.
 
-How to read: `Space`, what can be chosen; `COSTS` and `Costs`; `Router`; `probabilities`,
+How to read: `Space`, what can be chosen; `cost_measure` and `Costs`; `Router`; `probabilities`,
 `mask_weighting` and `budget_loss`, a step of the search.
 """
 
@@ -30,84 +28,64 @@ from system.errors import require
 
 # Beside the stream and the depth, the axes of each kind of layer, in the order of `WIDTH_FIELDS`;
 # each with its letter in nested.py.
-KIND_OF = {"ffn": "-", "mamba_heads": "M", "mamba_channels": "M", "attn_heads": "*"}
+AXES_OF = {"-": ("ffn",), "M": ("mamba_heads", "mamba_channels"), "*": ("attn_heads",)}
+KIND_OF = {axis: kind for kind, axes in AXES_OF.items() for axis in axes}
 LETTER = {"d_model": "D", "ffn": "F", "mamba_heads": "H", "mamba_channels": "P", "attn_heads": "H"}
-AXES = ("d_model", "depth", *KIND_OF)
 SERVED_BYTES = 2  # of a weight and of a cached key or value, where memory is the cost: bf16
 DEAD_ZONE = 0.01  # relative distance from the budget that costs nothing
 TABLES = {"-": "ffn", "*": "attention", "M": "mamba"}
-
-# For each axis the index of the width chosen, one for all layers or one for each of its kind.
-Choice = dict[str, list[int]]
+Choice = dict[str, list[int]]  # of each axis: the index of a width, for all its layers or for each
 
 
 class Space:
-    """Everything that can be chosen: for each axis its widths, the largest first, and how many
-    decisions it takes."""
+    """What can be chosen: for each axis its widths, the largest first, and how many decisions."""
 
     def __init__(self, config: ModelConfig, c: ElasticConfig):
-        require(not config.widths,
-                "elastic cannot start from a model whose layers have widths of their own, as one "
-                "cut out of a family has; start from its parent")
-        self.config, n = config, len(config.pattern)
+        require(not config.widths, "elastic cannot start from a model that was cut out, whose "
+                "layers have widths of their own; start from its parent")
+        self.config, queries = config, config.n_heads
         self.layers = {axis: [i for i, k in enumerate(config.pattern) if k == kind]
                        for axis, kind in KIND_OF.items()}
-        # setting, values, full width; without values: steps in all, of the smallest width; unit
-        heads, queries = config.mamba_heads, config.n_heads
-        choices = {
-            "d_model": _choices("d_model", c.d_model_choices, config.d_model, 8, 4),
-            "depth": _choices("depth", c.depth_choices or (n,), n, 1, 1),
-            "ffn": _choices("ffn", c.ffn_choices, config.d_ff, 24, 6),
-            "mamba_heads": _choices(
-                "mamba_head", c.mamba_head_choices, heads, 8, 4, config.mamba_groups),
-            "mamba_channels": _choices(
-                "mamba_channel", c.mamba_channel_choices, config.mamba_head_dim, 4, 2),
-            "attn_heads": _choices("attn_head", c.attn_head_choices, queries, queries, queries // 2,
-                                   config.n_kv_heads)}
+        # Full width; where no choices are given, steps in all and of the smallest width; unit.
+        axes = {"d_model": (config.d_model, 8, 4, 1), "depth": (len(config.pattern), 1, 1, 1),
+                "ffn": (config.d_ff, 24, 6, 1),
+                "mamba_heads": (config.mamba_heads, 8, 4, config.mamba_groups),
+                "mamba_channels": (config.mamba_head_dim, 4, 2, 1),
+                "attn_heads": (queries, queries, queries // 2, config.n_kv_heads)}
+        choices = {a: _choices(c, a.removesuffix("s"), *numbers) for a, numbers in axes.items()}
         self.choices = {a: w for a, w in choices.items() if self.layers.get(a, [0])}
         self.shared = {a: a not in c.heterogeneous for a in self.choices}
 
     def n_decisions(self, axis: str) -> int:
-        """One for the stream, for the depth and for an axis whose layers share their width, else
-        one for each layer."""
-        return 1 if axis not in KIND_OF or self.shared[axis] else len(self.layers[axis])
+        """One for the stream, the depth and an axis that layers share, else one for each layer."""
+        return 1 if self.shared[axis] else len(self.layers[axis])
 
     def decision(self, axis: str, i: int) -> int:
         """Which decision of an axis holds for layer i."""
         return 0 if self.shared[axis] else self.layers[axis].index(i)
-
-    def axes_of(self, i: int) -> list[str]:
-        """The axes that layer i has, in the order of `WIDTH_FIELDS`."""
-        return [axis for axis, kind in KIND_OF.items() if kind == self.config.pattern[i]]
 
     def extreme(self, smallest: bool = False) -> Choice:
         """The full model, or the smallest one."""
         return {a: [len(w) - 1 if smallest else 0] * self.n_decisions(a)
                 for a, w in self.choices.items()}
 
-    def indifferent(self) -> dict[str, Tensor]:
-        """A logit of 0 for every width of every decision."""
-        return {a: torch.zeros(self.n_decisions(a), len(w)) for a, w in self.choices.items()}
-
     def widths(self, choice: Choice, depth_order: list[int]) -> Widths:
         """What a choice keeps. depth_order: layers, the first to go first."""
-        n_kept = self.choices["depth"][choice["depth"][0]]
-        kept = set(depth_order[len(depth_order) - n_kept :])
+        (d,), (n,) = choice["d_model"], choice["depth"]
+        kept = depth_order[len(depth_order) - self.choices["depth"][n] :]
         layers = tuple(
-            tuple(self.choices[a][choice[a][self.decision(a, i)]] for a in self.axes_of(i))
-            if i in kept else () for i in range(len(self.config.pattern)))
-        return Widths(self.choices["d_model"][choice["d_model"][0]], layers)
+            tuple(self.choices[a][choice[a][self.decision(a, i)]] for a in AXES_OF[kind])
+            if i in kept else () for i, kind in enumerate(self.config.pattern))
+        return Widths(self.choices["d_model"][d], layers)
 
     def gamma(self, p_depth: Tensor, depth_order: list[int]) -> list[Tensor]:
         """Probability that each layer is kept, from that of each depth."""
-        n = len(depth_order)
-        kept = [torch.tensor([float(depth_order.index(i) >= n - d) for d in self.choices["depth"]])
-                for i in range(n)]
+        n, depths = len(depth_order), self.choices["depth"]
+        kept = [torch.tensor([depth_order.index(i) >= n - d for d in depths]) for i in range(n)]
         return [p_depth @ k.to(p_depth) for k in kept]
 
     def masks(self, p: dict[str, Tensor], depth_order: list[int]) -> Masks:
-        """Sum of the masks of all widths, weighted by p: probabilities, or 1 for the width that is
-        chosen."""
+        """Sum of the masks of all widths, weighted by p."""
 
         def mask(axis: str, weight: Tensor) -> Tensor:
             size = axis_sizes(KIND_OF.get(axis, ""), self.config)
@@ -116,32 +94,26 @@ class Space:
                         for w in self.choices[axis]]
             return weight @ torch.stack(one_each).to(weight)
 
-        layers = [{LETTER[a]: mask(a, p[a][self.decision(a, i)]) for a in self.axes_of(i)}
-                  for i in range(len(self.config.pattern))]
-        return Masks(
-            mask("d_model", p["d_model"][0]), layers, self.gamma(p["depth"][0], depth_order))
+        layers = [{LETTER[a]: mask(a, p[a][self.decision(a, i)]) for a in AXES_OF[kind]}
+                  for i, kind in enumerate(self.config.pattern)]
+        gamma = self.gamma(p["depth"][0], depth_order)
+        return Masks(mask("d_model", p["d_model"][0]), layers, gamma)
 
 
-def _choices(name: str, given: tuple[int, ...], full: int, n_steps: int, n_least: int,
-             unit: int = 1) -> tuple[int, ...]:
-    """Widths to choose from, the largest first: those given, checked, or k / n_steps of the full
-    width from n_least on.
-
-    unit: what every width must be a multiple of. Raises ValueError for a width that does not fit.
-    """
-    if not given:
-        steps = {max(unit, full * k // n_steps // unit * unit)
-                 for k in range(max(1, n_least), n_steps + 1)}
-        return tuple(sorted(steps, reverse=True))
+def _choices(c: ElasticConfig, axis: str, full: int, n_steps: int, n_least: int, unit: int
+             ) -> tuple[int, ...]:
+    """Widths to choose from, multiples of the unit, the largest first: those given, or k / n_steps
+    of the full width for k from n_least on. Raises ValueError for a width that does not fit."""
+    name, given = f"elastic.{axis}_choices", getattr(c, f"{axis}_choices")
     for w in given:
-        require(1 <= w <= full,
-                f"elastic.{name}_choices ({w}) must lie between 1 and the full model's {full}")
+        require(1 <= w <= full, f"{name} ({w}) must lie between 1 and the full model's {full}")
         require(w % unit == 0,
-                f"elastic.{name}_choices ({w}) must be a multiple of the number of groups ({unit}),"
-                " so that all groups keep the same count; nearest is "
-                f"{max(unit, round(w / unit) * unit)}")
-    require(full in given, f"elastic.{name}_choices {given} must contain the full model's {full}")
-    return tuple(sorted(set(given), reverse=True))
+                f"{name} ({w}) must be a multiple of the number of groups ({unit}), so that all "
+                f"groups keep the same count; nearest is {max(unit, round(w / unit) * unit)}")
+    require(not given or full in given, f"{name} {given} must contain the full model's {full}")
+    steps = range(max(1, n_least), n_steps + 1)
+    widths = given or [max(unit, full * k // n_steps // unit * unit) for k in steps]
+    return tuple(sorted(set(widths), reverse=True))
 
 
 # -------------------------------------------------------------------------------------------- costs
@@ -149,12 +121,10 @@ def _choices(name: str, given: tuple[int, ...], full: int, n_steps: int, n_least
 
 @functools.cache  # a run builds its router twice: to refuse choices early, and to train it
 @torch.no_grad()
-def part_latency_ns(kind: str, shape: ModelConfig, n_rows: int, device: torch.device,
-                    n_tokens: int = 64) -> float:
-    """Measured nanoseconds a token of a forward pass of a layer (kind "": of the output matrix);
-    median of seven."""
+def part_latency_ns(kind: str, shape: ModelConfig, n_rows: int, device: torch.device) -> float:
+    """Measured nanoseconds a token of a layer (kind "": the output matrix); median of seven."""
     part = Block(kind, shape) if kind else nn.Linear(shape.d_model, shape.vocab_size, bias=False)
-    part, x_BTD = part.to(device), torch.randn(n_rows, n_tokens, shape.d_model, device=device)
+    part, x_BTD = part.to(device), torch.randn(n_rows, 64, shape.d_model, device=device)
     times = []
     for _ in range(8):
         began = time.perf_counter()
@@ -162,25 +132,24 @@ def part_latency_ns(kind: str, shape: ModelConfig, n_rows: int, device: torch.de
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
-    return sorted(times[1:])[3] * 1e9 / (n_rows * n_tokens)
-
-
-# The values of `elastic.cost`: of a part of the model, its cost in parameters, FLOPs a token, bytes
-# of weights and caches, nanoseconds a token.
-COSTS: dict[str, Callable[[str, ModelConfig, ElasticConfig, torch.device], float]] = {
-    "parameters": lambda kind, shape, c, device: float(part_parameters(kind, shape)),
-    "flops": lambda kind, shape, c, device: part_flops(kind, shape, c.cost_len),
-    "memory": lambda kind, shape, c, device: float(
-        part_parameters(kind, shape) * SERVED_BYTES
-        + c.cost_batch * part_cache_bytes(kind, shape, c.cost_len, SERVED_BYTES)),
-    "latency": lambda kind, shape, c, device: parallel.on_first(
-        lambda: part_latency_ns(kind, shape, c.cost_batch, device)),
-}
+    return sorted(times[1:])[3] * 1e9 / x_BTD[..., 0].numel()
 
 
 def cost_measure(c: ElasticConfig, device: torch.device) -> Callable[[str, ModelConfig], float]:
-    """The cost of a part of the model in the unit of `elastic.cost`."""
-    return lambda kind, shape: COSTS[c.cost](kind, shape, c, device)
+    """What a part of a model costs, by its kind and shape, in the unit of `elastic.cost`."""
+
+    def measure(kind: str, shape: ModelConfig) -> float:
+        if c.cost == "latency":
+            return parallel.on_first(lambda: part_latency_ns(kind, shape, c.cost_batch, device))
+        if c.cost == "flops":
+            return part_flops(kind, shape, c.cost_len)
+        n = part_parameters(kind, shape)
+        if c.cost == "memory":  # bytes of weights and caches
+            cache = part_cache_bytes(kind, shape, c.cost_len, SERVED_BYTES)
+            n = n * SERVED_BYTES + c.cost_batch * cache
+        return float(n)
+
+    return measure
 
 
 def total_cost(config: ModelConfig, c: ElasticConfig, device: torch.device) -> float:
@@ -189,12 +158,10 @@ def total_cost(config: ModelConfig, c: ElasticConfig, device: torch.device) -> f
 
 
 class Costs(nn.Module):
-    """What each choice costs, as tables: for each width of the stream, of what is outside the
-    layers, and of each layer.
+    """What each choice costs, as tables: of each kind of layer, and of what is outside the layers.
 
-    A layer's table has an axis for the stream and one for each of its own axes, so any cost will
-    do, a measured one too. The expected cost under independent choices is exact: tables weighted by
-    products of probabilities.
+    A table has an axis for the stream and for each of the layer's own, so any cost will do, also a
+    measured one. Choices are independent: probabilities times tables is exactly the expected cost.
     """
 
     def __init__(self, space: Space, measure: Callable[[str, ModelConfig], float]):
@@ -206,7 +173,7 @@ class Costs(nn.Module):
         for kind in sorted(set(config.pattern)):
             # 1. every combination of widths of the stream and of the layer
             names = ["d_model", *WIDTH_FIELDS[kind]]
-            widths = [streams, *(space.choices[a] for a in KIND_OF if KIND_OF[a] == kind)]
+            widths = [streams, *(space.choices[a] for a in AXES_OF[kind])]
             found = [measure(kind, replace(config, **dict(zip(names, each, strict=True))))
                      for each in itertools.product(*widths)]
             table = torch.tensor(found, dtype=torch.float64).view([len(w) for w in widths])
@@ -220,10 +187,9 @@ class Costs(nn.Module):
         return getattr(self, TABLES[self.space.config.pattern[i]])
 
     def dearest_first(self) -> list[int]:
-        """Layers, the one first whose smallest form costs most: the order in which the smallest
-        models are cheapest."""
-        return sorted(
-            range(len(self.space.config.pattern)), key=lambda i: -float(self.table(i).min()))
+        """Layers by the cost of their smallest form: no order makes the smallest model cheaper."""
+        n = len(self.space.config.pattern)
+        return sorted(range(n), key=lambda i: -float(self.table(i).min()))
 
     def expected(self, p: dict[str, Tensor], depth_order: list[int]) -> Tensor:
         """Expected cost under probabilities [decisions, widths] of every axis."""
@@ -231,7 +197,7 @@ class Costs(nn.Module):
         total = stream @ self.outside
         for i, gamma in enumerate(self.space.gamma(p["depth"][0], depth_order)):
             t = torch.tensordot(stream, self.table(i), dims=1)
-            for axis in self.space.axes_of(i):
+            for axis in AXES_OF[self.space.config.pattern[i]]:
                 t = torch.tensordot(p[axis][self.space.decision(axis, i)].double(), t, dims=1)
             total = total + gamma.double() * t
         return total
@@ -241,11 +207,10 @@ class Costs(nn.Module):
         return self.pricer(depth_order)(choice)
 
     def pricer(self, depth_order: list[int]) -> Callable[[Choice], float]:
-        """The cost of a choice as a function, for many choices: it looks up plain lists, not
-        tensors."""
+        """The cost of a choice as a function, for many choices: it looks up lists, not tensors."""
         s, outside = self.space, self.outside.tolist()
         lists = {kind: getattr(self, TABLES[kind]).tolist() for kind in set(s.config.pattern)}
-        layers = [(lists[kind], [(a, s.decision(a, i)) for a in s.axes_of(i)])
+        layers = [(lists[kind], [(a, s.decision(a, i)) for a in AXES_OF[kind]])
                   for i, kind in enumerate(s.config.pattern)]
 
         def price(choice: Choice) -> float:
@@ -265,11 +230,9 @@ class Costs(nn.Module):
 
 
 class Router(nn.Module):
-    """For a budget, logits over the widths of every axis: one-hot budget -> Linear -> LeakyReLU ->
-    Linear, an MLP an axis.
+    """Budget -> logits over the widths of every axis: one-hot -> Linear -> LeakyReLU -> Linear.
 
-    It carries all that a checkpoint needs to choose: budgets, cost tables, and the order in which
-    layers go.
+    It carries all that a checkpoint needs to choose: cost tables, and the order in which layers go.
     """
 
     def __init__(self, space: Space, c: ElasticConfig, costs: Costs, depth_order: list[int]):
@@ -282,10 +245,9 @@ class Router(nn.Module):
             last = nn.Linear(c.router_width, n * len(widths))
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
-            with torch.no_grad():
-                last.bias.view(n, -1)[:, 0] = c.router_bias
-            self.mlps[axis] = nn.Sequential(
-                nn.Linear(len(c.budgets), c.router_width), nn.LeakyReLU(0.1), last)
+            last.bias.detach().view(n, -1)[:, 0] = c.router_bias
+            first = nn.Linear(len(c.budgets), c.router_width)
+            self.mlps[axis] = nn.Sequential(first, nn.LeakyReLU(0.1), last)
 
     @property
     def depth_order(self) -> list[int]:
@@ -311,17 +273,13 @@ class Router(nn.Module):
         return {a: mlp(x).view(self.space.n_decisions(a), -1) for a, mlp in self.mlps.items()}
 
     def one_hot(self, budget: float) -> Tensor:
-        """The budget as the routers read it: one-hot for a trained one, a mixture of its two
-        neighbours in between.
-
-        Raises ValueError for a budget outside of the trained ones.
-        """
-        trained = [self.fraction(b) for b in self.settings.budgets]
-        b = self.fraction(budget)
+        """A budget as routers read it: one-hot, or in between a mixture of its two neighbours.
+        Raises ValueError for a budget outside of the trained ones."""
+        b, trained = self.fraction(budget), [self.fraction(b) for b in self.settings.budgets]
+        known = ", ".join(f"{t:g}" for t in trained)
         require(trained[-1] - 1e-9 <= b <= trained[0] + 1e-9,
-                f"budget ({budget:g}) is unknown: this model was trained for "
-                f"{', '.join(f'{t:g}' for t in trained)} of the full {self.settings.cost}, and for "
-                "what lies between; choose one of those")
+                f"budget ({budget:g}) is unknown: this model was trained for {known} of the full "
+                f"{self.settings.cost}, and for what lies between; choose one of those")
         x = torch.zeros(len(trained))
         above = max(i for i, t in enumerate(trained) if t >= b - 1e-9)
         below = min(above + 1, len(trained) - 1)
@@ -332,11 +290,7 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def choose(self, budget: float) -> Widths:
-        """The widths for a budget: the likeliest choice, without noise, repaired to meet the
-        budget.
-
-        Raises ValueError for a budget outside of the trained ones.
-        """
+        """The likeliest widths, repaired to meet a budget. Raises ValueError for one unknown."""
         self.one_hot(budget)
         if self.is_full(budget):
             return full_widths(self.space.config)
@@ -348,52 +302,43 @@ class Router(nn.Module):
         self.check_met(choice, budget)
         return self.space.widths(choice, self.depth_order)
 
-    def check_met(self, choice: Choice, budget: float, within: float = 0.02) -> None:
+    def check_met(self, choice: Choice, budget: float) -> None:
         """Raises ValueError for a choice that costs something else than its budget says."""
-        reached = self.costs.exact(choice, self.depth_order) / self.full_cost
-        require(abs(reached / self.fraction(budget) - 1) <= within,
-                f"budget ({budget:g}) cannot be met within {100 * within:g} %: the nearest model "
-                f"that the choices make has {reached:.4f} of the full {self.settings.cost}; ask "
-                "for that, or train with finer elastic.*_choices")
-
-    def check_budgets(self, is_ranked: bool) -> None:
-        """Raises ValueError for a budget above the full model or out of reach, and where the full
-        one must be among them.
-
-        is_ranked: whether the order is known in which layers go; if not, only the least that any
-        order makes counts.
-        """
-        kl, budgets, unit = self.settings.self_kl, self.settings.budgets, self.settings.cost
-        full = self.full_cost
-        least = self.costs.exact(self.space.extreme(smallest=True), self.depth_order)
-        for b in budgets:
-            require(self.fraction(b) <= 1 + 1e-9,
-                    f"elastic.budgets ({b:g}) is more than the full model's {full:g} {unit}; lower "
-                    "it")
-            require(self.fraction(b) >= least / full,
-                    f"elastic.budgets ({b:g}) is below the smallest model that the choices can "
-                    f"make: {least:g} {unit}, {least / full:.3f} of the full model (above 1 a "
-                    "budget is an absolute cost); raise it, or give smaller choices")
-            if is_ranked and not self.is_full(b):
-                self.check_met(fit_to_budget(self.space.indifferent(), self, b), b)
-        require(kl == 0 or self.is_full(budgets[0]),
-                f"elastic.self_kl ({kl:g}) makes the full model a teacher, so it must be trained, "
-                f"and the largest of elastic.budgets is {budgets[0]:g}; begin them with "
-                f"{1 if budgets[0] <= 1 else full:.15g}, or set elastic.self_kl to 0")
+        share = self.costs.exact(choice, self.depth_order) / self.full_cost
+        require(abs(share / self.fraction(budget) - 1) <= 0.02,
+                f"budget ({budget:g}) cannot be met within 2 %: the nearest choice has {share:.4f} "
+                f"of the full {self.settings.cost}; ask for that, or give finer elastic.*_choices")
 
 
 def build_router(config: ModelConfig, c: ElasticConfig, depth_order: list[int] | None,
                  device: torch.device) -> Router:
-    """A router over the choices of a model. Raises ValueError for choices or budgets that do not
-    fit.
+    """A router over the choices of a model. Raises ValueError for choices or budgets of no use.
 
     depth_order: layers, the first to go first; None where they are not ranked yet: only what no
     order can reach is refused.
     """
+    # 1. the router
     space = Space(config, c)
     costs = Costs(space, cost_measure(c, device))
     router = Router(space, c, costs, depth_order or costs.dearest_first()).to(device)
-    router.check_budgets(is_ranked=depth_order is not None or len(space.choices["depth"]) == 1)
+    # 2. its budgets
+    is_ranked = depth_order is not None or len(space.choices["depth"]) == 1
+    indifferent = {a: torch.zeros(space.n_decisions(a), len(w)) for a, w in space.choices.items()}
+    full, unit, largest = router.full_cost, c.cost, c.budgets[0]
+    least = costs.exact(space.extreme(smallest=True), router.depth_order)
+    for b in c.budgets:
+        require(router.fraction(b) <= 1 + 1e-9,
+                f"elastic.budgets ({b:g}) is more than the full model's {full:g} {unit}; lower it")
+        require(router.fraction(b) >= least / full,
+                f"elastic.budgets ({b:g}) is below the smallest model that the choices can make: "
+                f"{least:g} {unit}, {least / full:.3f} of the full model (above 1 a budget is an "
+                "absolute cost); raise it, or give smaller choices")
+        if is_ranked and not router.is_full(b):
+            router.check_met(fit_to_budget(indifferent, router, b), b)
+    require(c.self_kl == 0 or router.is_full(largest),
+            f"elastic.self_kl ({c.self_kl:g}) makes the full model a teacher: it must train, and "
+            f"the largest of elastic.budgets is {largest:g}; begin them with "
+            f"{1 if largest <= 1 else full:.15g}, or set elastic.self_kl to 0")
     return router
 
 
@@ -406,21 +351,18 @@ def unmeasured_router(config: ModelConfig, c: ElasticConfig) -> Router:
 # ------------------------------------------------------------------------------ choosing for a cost
 
 
-def fit_to_budget(
-    logp: dict[str, Tensor], router: Router, budget: float, tolerance: float = 0.005) -> Choice:
+def fit_to_budget(logp: dict[str, Tensor], router: Router, budget: float) -> Choice:
     """The likeliest choice, changed where it must be to cost what the budget says.
 
     The steps of the stream's width and of the depth are too coarse to aim with: for each of these,
-    the widths inside the layers are brought near the budget. The likeliest result within the
-    tolerance is taken, and where there is none, the nearest one, after changing two widths at once
-    where one alone came no nearer.
+    the widths inside the layers are brought near the budget. The likeliest result within 0.5 % is
+    taken, else the nearest, after changing two widths at once where one alone came no nearer.
     """
     # 1. plain lists, for there are many look-ups: log-probabilities, the likeliest, the target
     scores = {a: v.tolist() for a, v in logp.items()}
-    likeliest = {a: [max(range(len(row)), key=row.__getitem__) for row in rows]
-                 for a, rows in scores.items()}
+    likeliest = {a: [row.index(max(row)) for row in rows] for a, rows in scores.items()}
     target = router.fraction(budget) * router.full_cost
-    near, cost = tolerance * target, router.costs.pricer(router.depth_order)
+    near, cost = 0.005 * target, router.costs.pricer(router.depth_order)
 
     def rank(result: tuple[Choice, float]) -> tuple[float, float]:
         choice, gap = result
@@ -428,11 +370,10 @@ def fit_to_budget(
             row[k] for a in scores for row, k in zip(scores[a], choice[a], strict=True))
 
     # 2. from every width of the stream and every depth towards the target; the best of them
-    coarse = list(itertools.product(
-        range(len(scores["d_model"][0])), range(len(scores["depth"][0]))))
+    starts = [{**likeliest, "d_model": [d], "depth": [n]} for d in range(len(scores["d_model"][0]))
+              for n in range(len(scores["depth"][0]))]
     for n_at_once in (1, 2):
-        results = [_approach({**likeliest, "d_model": [d], "depth": [n]}, scores, cost, target,
-                             near, n_at_once) for d, n in coarse]
+        results = [_approach(start, scores, cost, target, near, n_at_once) for start in starts]
         choice, gap = min(results, key=rank)
         if gap <= near:
             break
@@ -441,12 +382,10 @@ def fit_to_budget(
 
 def _approach(choice: Choice, scores: dict[str, list], cost: Callable[[Choice], float],
               target: float, near: float, n_at_once: int) -> tuple[Choice, float]:
-    """Change what is chosen inside the layers until its cost is within `near` of the target, or
-    nothing comes nearer.
+    """Change widths inside the layers until the cost is within `near` of the target, or stuck.
 
     Each time, of all changes of up to n_at_once decisions, that one is made which loses least
-    log-probability for each unit that it comes nearer. Returns the choice, and its distance from
-    the target.
+    log-probability for each unit that it comes nearer. Returns the choice, and how far it is off.
     """
     single = [(a, j, k) for a in scores if a in KIND_OF
               for j, row in enumerate(scores[a]) for k in range(len(row))]
@@ -471,8 +410,7 @@ def _approach(choice: Choice, scores: dict[str, list], cost: Callable[[Choice], 
 
 
 def by_hand(router: Router, budget: float) -> Choice:
-    """Every width by about the same factor, all layers kept: what one would choose without a
-    router."""
+    """Every width by about the same factor, all layers kept: as one chooses without a router."""
     space, cost = router.space, router.costs.pricer(router.depth_order)
     full_cost, fraction = router.full_cost, router.fraction(budget)
 
@@ -497,28 +435,22 @@ def by_hand(router: Router, budget: float) -> Choice:
 
 def probabilities(logits: dict[str, Tensor], noise: dict[str, Tensor], scale: float, tau: float
                   ) -> dict[str, Tensor]:
-    """Gumbel-softmax: softmax((scale logits + noise) / tau) over the widths of each decision (eq. 8
-    to 10)."""
+    """Gumbel-softmax (eq. 8 to 10): softmax((scale logits + noise) / tau) of each decision."""
     return {a: torch.softmax((scale * v + noise[a]) / tau, dim=-1) for a, v in logits.items()}
-
-
-# The values of `elastic.mask`: weights of the masks from probabilities p, and 1 for the likeliest.
-MASK_MODES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "soft": lambda p, likeliest: p,
-    "top1": lambda p, likeliest: likeliest * p,
-    "straight-through": lambda p, likeliest: likeliest + p - p.detach(),
-}
 
 
 def mask_weighting(p: dict[str, Tensor], mode: str) -> dict[str, Tensor]:
     """How much each width's mask counts: see `elastic.mask`."""
-    return {a: MASK_MODES[mode](v, F.one_hot(v.argmax(-1), v.shape[-1]).to(v))
-            for a, v in p.items()}
+    if mode == "soft":
+        return p
+    likeliest = {a: F.one_hot(v.argmax(-1), v.shape[-1]).to(v) for a, v in p.items()}
+    if mode == "top1":
+        return {a: likeliest[a] * v for a, v in p.items()}
+    return {a: likeliest[a] + v - v.detach() for a, v in p.items()}  # straight-through
 
 
 def budget_loss(router: Router, p: dict[str, Tensor], budget: float) -> Tensor:
-    """|E C(a) / (b C_full) - 1| beyond the dead zone: the relative form of eq. 11 and 12, on all
-    axes jointly."""
-    ratio = router.costs.expected(p, router.depth_order) / (
-        router.fraction(budget) * router.full_cost)
+    """|E C(a) / (b C_full) - 1| beyond the dead zone: eq. 11 and 12, relative, all axes at once."""
+    target = router.fraction(budget) * router.full_cost
+    ratio = router.costs.expected(p, router.depth_order) / target
     return F.relu((ratio - 1).abs() - DEAD_ZONE)

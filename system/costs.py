@@ -1,8 +1,8 @@
 """What a layer is made of, and what it costs: weights, FLOPs a token, bytes of cache.
 
-`WEIGHTS` is the one table of a model's weights: for each kind of layer, the axes of every dimension
-of every weight. Counting them (here), permuting, cutting, masking and widening them (nested.py) and
-naming them as others do (huggingface.py) are loops over it. Closed forms; nothing is built.
+`WEIGHTS` is the one table of a model's weights: for each kind of layer, the axes of each weight. To
+count them (here), to permute, cut, mask and widen them (nested.py) and to name them as others do
+(huggingface.py) are loops over it. Closed forms; nothing is built.
 """
 
 import math
@@ -30,21 +30,18 @@ WEIGHTS = {
 
 
 def in_proj_rows(config: ModelConfig) -> dict[str, int]:
-    """The blocks of Mamba-2's in_proj in their order, and the rows of each. The convolution's
-    channels are x, B and C."""
+    """The blocks of Mamba-2's in_proj in order, with their rows; the convolution's are x, B, C."""
     I, KN = config.mamba_heads * config.mamba_head_dim, config.mamba_groups * config.d_state
     return {"z": I, "x": I, "B": KN, "C": KN, "dt": config.mamba_heads}
 
 
 def axis_sizes(kind: str, config: ModelConfig) -> dict[str, int]:
     """The size of every axis of a layer, with K groups (key heads) and N numbers of a state."""
-    c, sizes = config, {"V": config.vocab_size, "D": config.d_model}
-    if kind == "-":
-        sizes |= {"F": c.d_ff}
-    elif kind == "*":
+    c, sizes = config, {"V": config.vocab_size, "D": config.d_model, "F": config.d_ff}
+    if kind == "*":
         H, K, P = c.n_heads, c.n_kv_heads, c.attn_head_dim
-        sizes |= {"H": H, "K": K, "P": P, "I": H * P, "KP": K * P}
-    elif kind == "M":
+        return sizes | {"H": H, "K": K, "P": P, "I": H * P, "KP": K * P}
+    if kind == "M":
         rows = in_proj_rows(c)
         sizes |= {"H": c.mamba_heads, "K": c.mamba_groups, "P": c.mamba_head_dim, "N": c.d_state,
                   "W": c.conv_width, "I": rows["x"], "E": rows["x"] + rows["B"] + rows["C"],
@@ -62,11 +59,11 @@ def part_weights(kind: str, config: ModelConfig) -> dict[str, dict[str, int]]:
 
 
 class Weight(NamedTuple):
-    """Where a weight is: its layer (None: in no layer), its name there, its axes with sizes."""
+    """Where a weight is, and of what shape."""
 
-    layer: int | None
-    name: str
-    axes: dict[str, int]
+    layer: int | None  # None: in no layer
+    name: str  # in that layer
+    axes: dict[str, int]  # with their sizes
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -83,19 +80,15 @@ def weights_of(config: ModelConfig) -> dict[str, Weight]:
     return found
 
 
-# -------------------------------------------------------------------------------------------- costs
-
-
 def count_parameters(model: nn.Module) -> int:
     """Number of distinct weights (tied ones once)."""
     return sum(p.numel() for p in model.parameters())
 
 
 def sum_of_parts(measure: Callable[[str, ModelConfig], float], config: ModelConfig) -> float:
-    """A measure of a part, such as those below, added up over a model: what is in no layer (kind
-    ""), and every layer."""
-    return measure("", config) + sum(
-        measure(kind, config.layer(i)) for i, kind in enumerate(config.pattern))
+    """A measure such as those below, of what is in no layer (kind "") and of every layer, added."""
+    layers = [measure(kind, config.layer(i)) for i, kind in enumerate(config.pattern)]
+    return measure("", config) + sum(layers)
 
 
 def part_parameters(kind: str, config: ModelConfig) -> int:
@@ -112,9 +105,8 @@ def matrix_parameters(kind: str, config: ModelConfig) -> int:
 def part_flops(kind: str, config: ModelConfig, n_tokens: int) -> float:
     """Floating-point operations of a forward pass per token, averaged over a sequence of n_tokens.
 
-    Two per weight of a matrix; attention adds 4 P per query head and position seen, of which there
-    are n_tokens / 2 on average; Mamba-2 adds 2 per convolution tap, and 5 per number of its state
-    (decay, write, read).
+    Two per weight of a matrix; attention adds 4 P per query head and position seen, n_tokens / 2 on
+    average; Mamba-2 adds 2 per convolution tap, and 5 per number of its state (decay, write, read).
     """
     s, more = axis_sizes(kind, config), 0
     if kind == "":
@@ -127,8 +119,7 @@ def part_flops(kind: str, config: ModelConfig, n_tokens: int) -> float:
 
 
 def part_cache_bytes(kind: str, config: ModelConfig, n_tokens: int, n_bytes: int) -> int:
-    """Bytes that a layer keeps of one sequence of n_tokens, at n_bytes a number (the state of
-    Mamba-2 is kept in fp32)."""
+    """Bytes that a layer keeps of n_tokens, at n_bytes a number (Mamba-2's state is in fp32)."""
     s = axis_sizes(kind, config)
     if kind == "*":
         return 2 * s["KP"] * n_tokens * n_bytes

@@ -1,5 +1,4 @@
-"""Hugging Face directories in and out: Nemotron-H, Qwen3 and Llama. Works on state dicts and
-ModelConfig alone.
+"""Hugging Face directories in and out: Nemotron-H, Qwen3 and Llama.
 
     DIR/config.json          the shape, under the names of `FIELDS`; what else it says is in `NEEDS`
     DIR/model.safetensors    the weights, named by `names`; or model.safetensors.index.json, shards
@@ -9,21 +8,19 @@ The tables are read in both directions. A layer of Nemotron-H (arXiv 2504.03624)
 layer of Qwen3 (arXiv 2505.09388) or Llama is two of ours, `*-`, each with its own norm. Weights are
 loaded as fp32, in which they are trained; bf16 values survive the way in and out bit for bit.
 
-    python -m tools.export RUN --out DIR       write what a run has trained, for transformers, vLLM
-
 How to read: the tables, `names`, then `load_hf` and `save_hf`. The formats know one width for all
-layers of a kind; a model whose layers have widths of their own is brought to that by `nested.widen`
-first, or its widths are written as lists, which we read again.
+layers of a kind; a model whose layers have their own is brought to that by `nested.widen` first, or
+its widths are written as lists, which we read again.
 
 Step sizes of Mamba-2 are not clamped here, nor in Megatron's training. transformers 5.23 raises
 them to config.json's time_step_min when it reads a prompt and not when it decodes; what is written
-here says a time_step_min that does nothing. Not here, and refused by name: RoPE scaling, biases,
-sliding windows, experts, quantised weights.
+here says one that does nothing. Refused by name: RoPE scaling, biases, sliding windows, experts,
+quantised weights.
 """
 
-import dataclasses
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,39 +35,31 @@ from system.costs import weights_of
 from system.errors import require
 from system.files import read_json
 
-FAMILIES = {"nemotron_h": "NemotronHForCausalLM", "qwen3": "Qwen3ForCausalLM",
-            "llama": "LlamaForCausalLM"}
+FAMILIES = {"nemotron_h": "NemotronH", "qwen3": "Qwen3", "llama": "Llama"}
 
-# Before every name but lm_head's. Nemotron-H on the hub has "backbone.", transformers 5 itself
-# "model.": both are read.
-PREFIX = {"nemotron_h": "backbone.", "qwen3": "model.", "llama": "model."}
-
-# By the kind of a layer ("": in no layer), how names of ours begin and how theirs do; others
-# are the same.
+# By the kind of a layer ("": in no layer), how names of ours and theirs begin where they differ.
 TRANSFORMER = {"": {"embed.": "embed_tokens.", "head.": "lm_head."},
                "*": {"norm.": "input_layernorm.", "mixer.": "self_attn."},
                "-": {"norm.": "post_attention_layernorm.", "mixer.": "mlp."}}
-RENAMED: dict[str, dict[str, dict[str, str]]] = {
-    "nemotron_h": {"": {"embed.": "embeddings.", "norm.": "norm_f.", "head.": "lm_head."},
-                   "M": {"mixer.conv_": "mixer.conv1d.", "mixer.norm_": "mixer.norm."}},
-    "qwen3": TRANSFORMER, "llama": TRANSFORMER}
+RENAMED = {"nemotron_h": {"": {"embed.": "embeddings.", "norm.": "norm_f.", "head.": "lm_head."},
+                          "M": {"mixer.conv_": "mixer.conv1d.", "mixer.norm_": "mixer.norm."}},
+           "qwen3": TRANSFORMER, "llama": TRANSFORMER}
 
 # Our settings and their names in config.json.
 SHARED = {"vocab_size": "vocab_size", "d_model": "hidden_size", "d_ff": "intermediate_size",
           "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads",
           "attn_head_dim": "head_dim"}
-FIELDS: dict[str, dict[str, str]] = {
+FIELDS = {
     "nemotron_h": SHARED | {"norm_eps": "layer_norm_epsilon", "mamba_heads": "mamba_num_heads",
                             "mamba_head_dim": "mamba_head_dim", "mamba_groups": "n_groups",
                             "d_state": "ssm_state_size", "conv_width": "conv_kernel",
                             "chunk": "chunk_size"},
     "qwen3": SHARED | {"norm_eps": "rms_norm_eps"}, "llama": SHARED | {"norm_eps": "rms_norm_eps"}}
 
-# What config.json must say, or leave out, for its model to be one that model.py can be. Written out
-# with every export.
+# What config.json must say, or leave out, for model.py to be its model. Every export says it.
 ROTARY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
           "use_sliding_window": False}
-NEEDS: dict[str, dict[str, Any]] = {
+NEEDS = {
     "nemotron_h": {"mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "use_conv_bias": True,
                    "use_bias": False, "attention_bias": False, "mlp_bias": False,
                    "mamba_proj_bias": False, "tie_word_embeddings": False},
@@ -80,48 +69,38 @@ NEEDS: dict[str, dict[str, Any]] = {
 LAYER_TYPES = {"mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*",
                "mlp": "-", "moe": "E"}
 
-# Heads that predict several tokens ahead, and constants that old Llama files hold: not part of the
-# model.
+# No part of the model: heads that predict several tokens ahead, constants of old Llama files.
 IGNORED = re.compile(r"^mtp\.|\.rotary_emb\.inv_freq$")
 
 
 def names(
     config: ModelConfig, family: str, prefix: str = "") -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Our name of each tensor -> its name and shape in a checkpoint of that family, with that
-    prefix or the hub's."""
+    """Our name of each tensor -> its name and shape in a checkpoint of that family. prefix: of all
+    names but lm_head's; Nemotron-H has "backbone." on the hub, "model." in transformers 5."""
     rotary, found = family != "nemotron_h", {}
-    for ours, weight in weights_of(config).items():
-        kind, place = "", prefix or PREFIX[family]
-        if weight.layer is not None:  # one of theirs is one of ours, or two
-            kind, place = (config.pattern[weight.layer],
-                           f"{place}layers.{weight.layer // (1 + rotary)}.")
-        theirs, shape = weight.name, weight.shape
+    prefix = prefix or ("model." if rotary else "backbone.")
+    for ours, (i, theirs, axes) in weights_of(config).items():
+        kind, place, shape = "", prefix, tuple(axes.values())
+        if i is not None:  # one of theirs is one of ours, or two
+            kind, place = config.pattern[i], f"{prefix}layers.{i // (1 + rotary)}."
+        if theirs == "mixer.conv_weight":  # theirs is [E, 1, W]
+            shape = (shape[0], 1, shape[1])
         for begin, other in RENAMED[family].get(kind, {}).items():
             if theirs.startswith(begin):
                 theirs = other + theirs.removeprefix(begin)
-                break
-        if weight.name == "mixer.conv_weight":  # theirs is [E, 1, W]
-            shape = (shape[0], 1, shape[1])
         found[ours] = (theirs if ours == "head.weight" else place + theirs, shape)
     return found
 
 
 def is_hf(folder: Path) -> bool:
-    """Whether a folder is a Hugging Face directory: it holds a config.json, and that is not a
-    run's."""
+    """Whether a folder is a Hugging Face directory: it holds a config.json that is not a run's."""
     return (folder / "config.json").is_file() and "config" not in read_json(folder / "config.json")
-
-
-# ----------------------------------------------------------------------------------------------- in
 
 
 def load_hf(
     folder: Path, dtype: torch.dtype = torch.float32) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The shape and the state dict of a Hugging Face directory.
-
-    Raises ValueError that names the file, and in it the setting that is missing or not supported,
-    or the tensors that are missing, unknown or misshapen.
-    """
+    """Shape and state dict of a Hugging Face directory. Raises ValueError that names what is wrong:
+    the file, and in it a setting that is not supported, or tensors that do not fit."""
     # 1. config.json, the tensors, and what they should be called
     config, family = read_config(folder)
     theirs = {name: t for name, t in _read_tensors(folder).items() if not IGNORED.search(name)}
@@ -129,48 +108,54 @@ def load_hf(
     table = names(config, family, prefix)
     # 2. a head beside tied embeddings is redundant, or says that they are not tied
     if config.tie_embeddings and "lm_head.weight" in theirs:
-        head_VD, embed_VD = theirs.pop("lm_head.weight"), theirs.get(table["embed.weight"][0])
+        name = table["embed.weight"][0]
+        head_VD, embed_VD = theirs.pop("lm_head.weight"), theirs.get(name)
         require(embed_VD is None or torch.equal(head_VD, embed_VD),
-                f"{folder}: tie_word_embeddings is true, but lm_head.weight differs from "
-                f"{table['embed.weight'][0]}; set tie_word_embeddings to false in config.json if "
-                "both are meant")
+                f"{folder}: tie_word_embeddings is true, but lm_head.weight differs from {name}; "
+                "set tie_word_embeddings to false in config.json if both are meant")
     # 3. all there, of the right shapes: under our names
-    checkpoint.check_shapes(
-        theirs, dict(table.values()), folder, "config.json and weights must be of the same model")
+    remedy = "config.json and weights must be of the same model"
+    checkpoint.check_shapes(theirs, dict(table.values()), folder, remedy)
     return config, {ours: theirs[table[ours][0]].reshape(weight.shape).to(dtype)
                     for ours, weight in weights_of(config).items()}
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, str]:
-    """The shape and the family that config.json tells. Raises ValueError for what is missing or
-    model.py cannot be."""
-    # 1. the family, and what rules a model out
-    file = folder / "config.json"
+    """The shape and the family that config.json tells. Raises ValueError for what we have not."""
+    # 1. the family, and what rules a model out: RoPE too that is scaled, partial, in some layers
+    file, known = folder / "config.json", ", ".join(FAMILIES)
     hf = {key: value for key, value in read_json(file).items() if value is not None}
     family = hf.get("model_type")
-    require(family in FAMILIES, f"{file}: model_type ({family!r}) is not supported; choose one of "
-            f"{', '.join(FAMILIES)}")
-    for key, needed in [*NEEDS[family].items(), ("quantization_config", None)]:
+    require(family in FAMILIES,
+            f"{file}: model_type ({family!r}) is not supported; choose one of {known}")
+    needs, rotary = NEEDS[family] | {"quantization_config": None}, family != "nemotron_h"
+    if rotary:
+        hf |= hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+        hf |= {"rope_type": hf.get("rope_type", hf.get("type", "default")),
+               "layer_types": sorted(set(hf.get("layer_types", ["full_attention"])))}
+        needs |= {"rope_type": "default", "partial_rotary_factor": 1,
+                  "layer_types": ["full_attention"]}
+    for key, needed in needs.items():
         value = hf.get(key, needed)
         require(value == needed, f"{file}: {key} ({value!r}) is not supported, only {needed!r}; "
                 "choose another checkpoint")
     # 2. what transformers takes where a setting is left out
+    hf.setdefault("rope_theta", 10000.0)
     hf.setdefault("num_key_value_heads", hf.get("num_attention_heads"))
     hf.setdefault("layer_norm_epsilon", hf.get("rms_norm_eps", 1e-5))
     hf.setdefault("rms_norm_eps", 1e-6)
     if family == "llama":
-        hf.setdefault("head_dim", _number(hf, "hidden_size", file)
-                      // _number(hf, "num_attention_heads", file))
+        d_model, n = (_number(hf, key, file) for key in ("hidden_size", "num_attention_heads"))
+        hf.setdefault("head_dim", d_model // n)
     hf.setdefault("head_dim", hf.get("attention_head_dim", 128))
     # 3. layers, widths, the rest
-    rotary = family != "nemotron_h"
     pattern = "*-" * _number(hf, "num_hidden_layers", file) if rotary else _pattern(hf, file)
-    hf, widths = _widths(hf, pattern, FIELDS[family], file)
+    widths = _widths(hf, pattern, FIELDS[family], file)
     config = ModelConfig(
         **{ours: _number(hf, theirs, file) for ours, theirs in FIELDS[family].items()},
         pattern=pattern, widths=widths, ffn="swiglu" if rotary else "relu2",
-        rope_theta=_rope_theta(hf, file) if rotary else 0.0, qk_norm=family == "qwen3",
-        tie_embeddings=hf.get("tie_word_embeddings", False))
+        rope_theta=float(_number(hf, "rope_theta", file)) if rotary else 0.0,
+        qk_norm=family == "qwen3", tie_embeddings=hf.get("tie_word_embeddings", False))
     config.check()
     return config, family
 
@@ -179,55 +164,31 @@ def _pattern(hf: dict[str, Any], file: Path) -> str:
     """Nemotron-H's layers as our letters, from whichever of its two spellings is there."""
     types = hf.get("layers_block_type", hf.get("hybrid_override_pattern"))
     require(types, f"{file} has neither layers_block_type nor hybrid_override_pattern; one of them "
-                   "must name the layers")
+            "must name the layers")
     pattern = "".join(LAYER_TYPES.get(kind, kind) for kind in types)
     require("E" not in pattern,
             f"{file}: layer {pattern.find('E')} is a mixture of experts, which is not supported")
     return pattern
 
 
-def _widths(hf: dict[str, Any], pattern: str, keys: dict[str, str], file: Path
-            ) -> tuple[dict[str, Any], tuple]:
-    """config.json with the largest width where it lists those of the layers of a kind, and all
-    layers' widths, or ()."""
-    lists = {}
-    for kind, own in WIDTH_FIELDS.items():
-        for field in own:
-            given, n = hf.get(keys.get(field)), pattern.count(kind)
+def _widths(hf: dict[str, Any], pattern: str, keys: dict[str, str], file: Path) -> tuple:
+    """All layers' widths, () where config.json lists none. Puts the largest where it has a list."""
+    rows, is_listed = {}, False
+    for kind, fields in WIDTH_FIELDS.items():
+        n, columns = pattern.count(kind), []
+        for key in map(keys.get, fields):
+            given = hf.get(key)
             if isinstance(given, list):
                 require(len(given) == n > 0 and all(isinstance(width, int) for width in given),
-                        f"{file}: {keys[field]} ({given}) must be a number, or list one for each "
-                        f"of {n} layers")
-                lists[field], hf = given, hf | {keys[field]: max(given)}
-    if not lists:
-        return hf, ()
-
-    def width(i: int, field: str) -> int:
-        return lists[field][pattern[:i].count(pattern[i])] if field in lists else hf[keys[field]]
-
-    return hf, tuple(
-        tuple(width(i, field) for field in WIDTH_FIELDS[kind]) for i, kind in enumerate(pattern))
-
-
-def _rope_theta(hf: dict[str, Any], file: Path) -> float:
-    """Base of the rotary embedding. Raises ValueError for one that is scaled, partial, or not in
-    every layer."""
-    rope = {**hf, **(hf.get("rope_parameters") or hf.get("rope_scaling") or {})}
-    kind, part = (rope.get("rope_type", rope.get("type", "default")),
-                  rope.get("partial_rotary_factor", 1.0))
-    require(kind == "default", f"{file}: rope_type ({kind!r}) is not supported, only 'default'; "
-                               "choose another checkpoint")
-    require(part == 1, f"{file}: partial_rotary_factor ({part}) is not supported, only 1; choose "
-                       "another checkpoint")
-    other = set(hf.get("layer_types", [])) - {"full_attention"}
-    require(not other, f"{file}: layer_types {sorted(other)} are not supported, only "
-                       "full_attention; choose another checkpoint")
-    return float(_number({"rope_theta": 10000.0, **rope}, "rope_theta", file))
+                        f"{file}: {key} ({given}) must be a number, or list {n}, one a layer")
+                hf[key], is_listed = max(given), True
+            columns.append(given if isinstance(given, list) else [given] * n)
+        rows[kind] = zip(*columns, strict=True)
+    return tuple(next(rows[kind]) for kind in pattern) if is_listed else ()
 
 
 def _number(hf: dict[str, Any], key: str, file: Path) -> Any:
-    """A number of config.json. Raises ValueError that names it if it is missing or something
-    else."""
+    """A number of config.json. Raises ValueError if it is missing or something else."""
     value = hf.get(key)
     require(isinstance(value, int | float) and not isinstance(value, bool),
             f"{file}: {key} is {value!r}, and must be a number; every layer has the same")
@@ -235,8 +196,7 @@ def _number(hf: dict[str, Any], key: str, file: Path) -> Any:
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors, or of the shards that its index lists. Raises ValueError
-    for a damaged file."""
+    """All tensors of model.safetensors, or of the shards of its index. Raises ValueError."""
     index, shards = folder / "model.safetensors.index.json", ["model.safetensors"]
     if index.is_file():
         shards = sorted(set(read_json(index).get("weight_map", {}).values()))
@@ -252,23 +212,18 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def add_rows(tensors: dict[str, Tensor], new_ids: list[int]) -> dict[str, Tensor]:
-    """The state dict with rows for tokens that its vocabulary lacks, or has but never used: the
-    mean of those before them.
+    """The state dict with rows for tokens that are new, in a row: the mean of those before them.
 
-    Args: new_ids: in a row. A table that ends before them grows; rows after them stay.
+    A table that ends before them grows; rows after them stay.
     """
     if not new_ids:
         return tensors
-    grown = dict(tensors)
+    grown, first, end = dict(tensors), new_ids[0], new_ids[-1] + 1
     for name in {"embed.weight", "head.weight"} & tensors.keys():
-        old_VD, (first, last) = tensors[name], (new_ids[0], new_ids[-1])
-        mean_1D = old_VD[:first].mean(dim=0, keepdim=True)
-        grown[name] = torch.cat(
-            [old_VD[:first], mean_1D.expand(last + 1 - first, -1), old_VD[last + 1 :]])
+        old_VD = tensors[name]
+        new = old_VD[:first].mean(dim=0, keepdim=True).expand(end - first, -1)
+        grown[name] = torch.cat([old_VD[:first], new, old_VD[end:]])
     return grown
-
-
-# ---------------------------------------------------------------------------------------------- out
 
 
 def save_hf(folder: Path, config: ModelConfig, tensors: dict[str, Tensor],
@@ -279,8 +234,7 @@ def save_hf(folder: Path, config: ModelConfig, tensors: dict[str, Tensor],
 
     Args: dtype: of the weights; prefix: of their names, instead of the hub's; more: what
     config.json shall say beside the shape, such as eos_token_id; shard_bytes: size over which the
-    weights are split; listed: config.json lists the widths of layers that have their own, in the
-    order of the layers of a kind.
+    weights are split; listed: config.json lists the widths of the layers of a kind, in their order.
     Raises ValueError if no family has such a model, if its layers differ in width and that is not
     to be listed, if the weights are not of that shape, or if the folder is in use.
     """
@@ -290,21 +244,21 @@ def save_hf(folder: Path, config: ModelConfig, tensors: dict[str, Tensor],
     require(listed or not config.widths,
             f"model.widths {config.widths} differ by layer, and config.json has one width for all; "
             "bring the layers to one by nested.widen, or write lists (listed)")
-    family, remedy = family_of(config), "give the settings that the weights were made with"
-    config = dataclasses.replace(config, vocab_size=len(tensors["embed.weight"]))
+    family, config = family_of(config), replace(config, vocab_size=len(tensors["embed.weight"]))
     shapes = {name: weight.shape for name, weight in weights_of(config).items()}
-    checkpoint.check_shapes(tensors, shapes, folder, remedy)
+    checkpoint.check_shapes(
+        tensors, shapes, folder, "give the settings that the weights were made with")
     # 2. the weights; Nemotron-H has no tied embeddings, so its head is written out
-    if family == "nemotron_h" and config.tie_embeddings:
-        config = dataclasses.replace(config, tie_embeddings=False)
+    rotary = family != "nemotron_h"
+    if config.tie_embeddings and not rotary:
+        config = replace(config, tie_embeddings=False)
         tensors = {**tensors, "head.weight": tensors["embed.weight"].clone()}
     theirs = {name: tensors[ours].reshape(shape).to(dtype).contiguous()
               for ours, (name, shape) in names(config, family, prefix).items()}
     folder.mkdir(parents=True, exist_ok=True)
     _write_tensors(folder, theirs, shard_bytes)
     # 3. config.json
-    rotary = family != "nemotron_h"
-    hf = {"architectures": [FAMILIES[family]], "model_type": family,
+    hf = {"architectures": [f"{FAMILIES[family]}ForCausalLM"], "model_type": family,
           "torch_dtype": str(dtype).removeprefix("torch."),
           **{theirs: _one_or_all(config, ours) for ours, theirs in FIELDS[family].items()},
           "num_hidden_layers": len(config.pattern) // (1 + rotary),
@@ -329,20 +283,16 @@ def _one_or_all(config: ModelConfig, field: str) -> Any:
 
 
 def family_of(config: ModelConfig) -> str:
-    """The one family that a model can be written as. Raises ValueError that names what stands in
-    the way."""
+    """The one family that a model can be written as. Raises ValueError where there is none."""
     if re.fullmatch(r"(\*-)+", config.pattern) and config.ffn == "swiglu" and config.rope_theta > 0:
         require(config.qk_norm or config.d_model % config.n_heads == 0,
                 f"model.d_model ({config.d_model}) is no multiple of model.n_heads "
                 f"({config.n_heads}), and Llama needs that; set model.qk_norm, which is Qwen3")
         return "qwen3" if config.qk_norm else "llama"
-    wrong = []
-    if "-" in config.pattern and config.ffn != "relu2":
-        wrong.append(f"model.ffn ({config.ffn!r})")
-    if "*" in config.pattern and config.rope_theta:
-        wrong.append(f"model.rope_theta ({config.rope_theta})")
-    if "*" in config.pattern and config.qk_norm:
-        wrong.append(f"model.qk_norm ({config.qk_norm})")
+    is_wrong = {"ffn": "-" in config.pattern and config.ffn != "relu2",
+                "rope_theta": "*" in config.pattern and config.rope_theta,
+                "qk_norm": "*" in config.pattern and config.qk_norm}
+    wrong = [f"model.{key} ({getattr(config, key)!r})" for key, bad in is_wrong.items() if bad]
     require(not wrong,
             f"no family has the pattern {config.pattern!r} with {' and '.join(wrong)}: Nemotron-H "
             "has any pattern, with relu2 and plain attention; Qwen3 and Llama have '*-' repeated, "
@@ -351,8 +301,7 @@ def family_of(config: ModelConfig) -> str:
 
 
 def _write_tensors(folder: Path, tensors: dict[str, Tensor], shard_bytes: int) -> None:
-    """One safetensors file, or several of at most shard_bytes (a larger tensor has one for itself)
-    and their index."""
+    """One safetensors file, or several of at most shard_bytes (or one tensor) and their index."""
     shards: list[dict[str, Tensor]] = [{}]
     for name, t in tensors.items():
         size = sum(other.nbytes for other in shards[-1].values())

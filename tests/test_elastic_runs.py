@@ -686,7 +686,7 @@ def test_scores_of_every_axis_are_compared_on_a_trained_model(finished, capsys):
     """`tools.scores BASE`: a row an axis, a loss near ln V for each score of the hardly trained smoke base."""
     assert scores.main([summary_of(finished)["base_dir"]]) == 0
     shown = capsys.readouterr().out
-    for axis in routers.AXES:
+    for axis in ("d_model", "depth", *routers.KIND_OF):
         (line,) = [line for line in shown.splitlines() if axis in line.split()]
         losses = [float(x) for x in re.findall(r"\d\.\d+", line)]
         assert len(losses) == (4 if axis == "d_model" else 3)
@@ -695,9 +695,9 @@ def test_scores_of_every_axis_are_compared_on_a_trained_model(finished, capsys):
 
 def test_scores_of_a_model_with_tied_embeddings_leave_out_the_one_that_it_cannot_have(corpus):
     tied = replace(SMOKE, model=replace(SMOKE.model, tie_embeddings=True))
-    table = scores.table_of(noisy_model(tied, corpus), corpus, tied, n_random=1)
+    table = scores.table_of(noisy_model(tied, corpus), corpus, tied)
     assert list(table["d_model"]) == ["paper", "output", "random"]
-    assert set(table) == set(routers.AXES)
+    assert set(table) == {"d_model", "depth", *routers.KIND_OF}
 
 
 def test_long_losses_are_of_what_follows_the_first_part(corpus):

@@ -315,7 +315,7 @@ REFUSED = [  # family, what config.json says, what the message must say
     ("llama", {"mlp_bias": True}, r"mlp_bias \(True\) is not supported"),
     ("qwen3", {"hidden_act": "gelu"}, r"hidden_act \('gelu'\) is not supported, only 'silu'"),
     ("qwen3", {"use_sliding_window": True}, r"use_sliding_window \(True\) is not supported"),
-    ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, r"layer_types \['sliding_attention'\] are not"),
+    ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, r"layer_types \(\['full_attention', 's.*\) is not"),
     ("qwen3", {"quantization_config": {"bits": 4}}, r"quantization_config \(\{'bits': 4\}\) is not supported"),
     ("qwen3", {"hidden_size": None}, r"hidden_size is None, and must be a number"),
     ("nemotron_h", {"intermediate_size": [23, 9, 5]}, r"intermediate_size \(\[23, 9, 5\]\) must be a number, or list"),

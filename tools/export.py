@@ -28,22 +28,20 @@ def export(run: tyro.conf.Positional[Path], out: Path,
         run: Folder of a run, such as runs/rlp-cpu-seed0.
         out: Folder to write; it must not hold a model yet.
         dtype: Of the weights.
-        widths: Layers of different widths are padded with zeros to one, which all programs read;
-            or they stay as they are, and config.json lists their widths, as vLLM reads
-            intermediate_size; transformers reads no lists.
+        widths: Of layers that differ: padded with zeros to one, which all programs read, or listed
+            in config.json, where vLLM reads a list for intermediate_size and transformers none.
     """
-    found = checkpoint.newest(run)
-    require(
-        found, f"{run} holds no checkpoint; give the folder of a run, such as runs/rlp-cpu-seed0")
+    found, hf = checkpoint.newest(run), run / "hf"
+    require(found, f"{run} holds no checkpoint; give a run's folder, such as runs/rlp-cpu-seed0")
     config, tensors = saved_config(run).model, found.tensors("model")
     if config.widths and widths == "padded":
         config = replace(config, vocab_size=len(tensors["embed.weight"]))
         config, tensors = widen(config, tensors)
-    theirs = read_json(run / "hf/config.json") if (run / "hf").is_dir() else {}
-    save_hf(out, config, tensors, getattr(torch, dtype),
-            more={key: theirs[key] for key in KEPT if key in theirs}, listed=widths == "listed")
-    if (run / "hf").is_dir():
-        shutil.copyfile(run / "hf/tokenizer.json", out / "tokenizer.json")
+    theirs = read_json(hf / "config.json") if hf.is_dir() else {}
+    more = {key: theirs[key] for key in KEPT if key in theirs}
+    save_hf(out, config, tensors, getattr(torch, dtype), more=more, listed=widths == "listed")
+    if hf.is_dir():
+        shutil.copyfile(hf / "tokenizer.json", out / "tokenizer.json")
     print(f"wrote {out} ({family_of(config)})")
 
 

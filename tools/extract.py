@@ -1,5 +1,4 @@
-"""Cut the model of one budget out of an elastic run: `python -m tools.extract RUN --budget B --out
-DIR`."""
+"""Cut a size out of an elastic run: `python -m tools.extract RUN --budget B --out DIR`."""
 
 import sys
 from pathlib import Path
@@ -18,9 +17,8 @@ def extract(run: tyro.conf.Positional[Path], budget: float, out: Path) -> None:
         budget: A fraction of the full model's cost, or above 1 an absolute cost.
         out: Folder to write; generate.py and --init take it like any run.
     """
-    facts = elastic.extract(run, budget, out)
-    print(
-        f"{out}: {facts['parameters']:,} parameters in {facts['seconds']:.2f} s, {facts['widths']}")
+    f = elastic.extract(run, budget, out)
+    print(f"{out}: {f['parameters']:,} parameters in {f['seconds']:.2f} s, {f['widths']}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from evals import _logp_and_loss, to_device
+from evals import compare, to_device
 from importance import score_table
 from model import HybridLM
 from system.config import Config
@@ -16,20 +16,16 @@ from text.batches import mixture
 from text.corpus import Corpus
 
 
-def table_of(
-    model: HybridLM, corpus: Corpus, config: Config, n_random: int = 3
-) -> dict[str, dict[str, float]]:
+def table_of(model: HybridLM, corpus: Corpus, config: Config) -> dict[str, dict[str, float]]:
     """`score_table`, ranked on training text, measured on the validation split."""
-    c = config.elastic
-    ranked_on = [to_device(mixture(corpus, config, 10**6, c.calibration_rows, c.seq_len), model)]
-    held_out = [
-        to_device(mixture(corpus, config, i, 16, c.seq_len, "val"), model) for i in range(6)]
+    c, n = config.elastic, config.elastic.seq_len
+    ranked_on = to_device(mixture(corpus, config, 10**6, c.calibration_rows, n), model)
+    held_out = [to_device(mixture(corpus, config, i, 16, n, "val"), model) for i in range(6)]
 
-    @torch.no_grad()
     def loss(small: HybridLM) -> float:
-        return float(torch.cat([_logp_and_loss(small, batch)[1] for batch in held_out]).mean())
+        return float(torch.cat([compare([small], b)[0]["loss_nats"] for b in held_out]).mean())
 
-    return score_table(model, ranked_on, c, loss, n_random)
+    return score_table(model, [ranked_on], c, loss)
 
 
 def scores(run: tyro.conf.Positional[Path]) -> None:
