@@ -7,17 +7,16 @@ Information gain is measured against four references, because one alone can flat
     own_no_think    the trained model, without a thought: high also if it forgot to predict so
     empty_thought   the trained model after `<think></think>`: what is left is the content's merit
 
-Accuracy is that of the likeliest answer token after sampled thoughts, after the greedy thought, and
-without a thought. Intervals treat problems (not thoughts) as the independent observations: mean +-
-1.96 standard errors over problems.
+Accuracy is that of the likeliest answer token after sampled thoughts, the greedy one, and none. An
+interval is the mean +- 1.96 standard errors over problems: they, not thoughts, are independent.
 """
 
-import dataclasses
 import itertools
 import math
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -46,11 +45,9 @@ def evaluate_base(model: HybridLM, corpus: Corpus, config: Config) -> dict:
     problems = problem_positions(corpus, config)
     found = evaluate_thoughts(model, problems, {})
     return {
-        "accuracy": side_by_side({"base": found["accuracy"]}),
-        "gain_nats": found["gain_nats"],
+        "accuracy": side_by_side({"base": found["accuracy"]}), "gain_nats": found["gain_nats"],
         "forced_style": evaluate_forced_style(model, problems),
-        "loss_nats": {"no_think_text": {"base": interval(text_losses(model, corpus, config))}},
-    }
+        "loss_nats": {"no_think_text": {"base": interval(text_losses(model, corpus, config))}}}
 
 
 def evaluate_both(model: HybridLM, base: HybridLM, teacher: HybridLM | None, corpus: Corpus,
@@ -68,8 +65,7 @@ def evaluate_both(model: HybridLM, base: HybridLM, teacher: HybridLM | None, cor
     text_before, text_after = measure(text_positions(corpus, config))
     loss_before, loss_after = (text_losses(m, corpus, config) for m in (base, model))
     return {
-        "gain_nats": after["gain_nats"],
-        "gain_nats_by_family": after["gain_nats_by_family"],
+        "gain_nats": after["gain_nats"], "gain_nats_by_family": after["gain_nats_by_family"],
         "gain_nats_before": before["gain_nats"],
         **{key: side_by_side({"base": before[key], config.mode: after[key]})
            for key in ("accuracy", "thought_tokens", "closed")},
@@ -77,14 +73,12 @@ def evaluate_both(model: HybridLM, base: HybridLM, teacher: HybridLM | None, cor
         "loss_nats": {
             "no_think_text": {"base": interval(loss_before), config.mode: interval(loss_after)},
             "no_think_text_change": interval((loss_after - loss_before) / loss_before.mean())},
-        "text_positions": {config.mode: text_after, "base": text_before},
-    }
+        "text_positions": {config.mode: text_after, "base": text_before}}
 
 
 def interval(values: Tensor) -> dict[str, float | int]:
     """Mean, 95 % interval (normal approximation) and number of independent observations."""
-    n = len(values)
-    mean = float(values.double().mean())
+    n, mean = len(values), float(values.double().mean())
     half = 1.96 * float(values.double().std()) / math.sqrt(n) if n > 1 else math.nan
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
 
@@ -126,23 +120,21 @@ class Positions(NamedTuple):
 
 def problem_positions(corpus: Corpus, config: Config) -> Positions:
     """At the answers of held-out problems."""
-    problems = held_out_problems(
-        "test", config.eval.problems_per_family, config.seed, corpus.held_out_percent)
-    encode = corpus.tokenizer.encode
+    n, encode = config.eval.problems_per_family, corpus.tokenizer.encode
+    problems = held_out_problems("test", n, config.seed, corpus.held_out_percent)
     pairs = [(encode(p.prompt), encode(p.answer)) for p in problems]
     return Positions(pairs, corpus.tokenizer, config, problems)
 
 
 def text_positions(corpus: Corpus, config: Config) -> Positions:
     """Uniformly random positions of ordinary held-out text."""
-    rng = random.Random(f"text-positions-test-{config.seed}")
-    pairs = [text_position(corpus, config.rlp, "test", rng)
-             for _ in range(config.eval.text_positions)]
+    rng, n = random.Random(f"text-positions-test-{config.seed}"), config.eval.text_positions
+    pairs = [text_position(corpus, config.rlp, "test", rng) for _ in range(n)]
     return Positions(pairs, corpus.tokenizer, config)
 
 
 def together(most: int, each: int, limit: int) -> int:
-    """How many to work on together: at most `most`, and at most `limit` of what each one takes."""
+    """How many to work on together: at most `most`, and as many as `limit` holds of `each`."""
     return max(1, min(most, limit // each))
 
 
@@ -150,8 +142,8 @@ def evaluate_thoughts(model: HybridLM, positions: Positions, plain: dict[str, Te
     """Gains, lengths and share closed of sampled thoughts; at problems accuracies too.
 
     Args: plain: log p(target | context) by each network to compare with, without a thought.
-    Returns: gain_nats.REFERENCE (see the module's docstring), thought_tokens, closed; at problems
-    accuracy.KIND and, with a base, gain_nats_by_family against it; leaves are of `by_family`.
+    Returns: gain_nats.REFERENCE, thought_tokens, closed; at problems accuracy.KIND and, with a
+    base, gain_nats_by_family against it; leaves are of `by_family`.
     """
     c, problems = positions.config, positions.problems
     sampled = measure_thoughts(model, positions, c.rlp.temperature, c.eval.samples)
@@ -173,10 +165,7 @@ def evaluate_thoughts(model: HybridLM, positions: Positions, plain: dict[str, Te
 
 def evaluate_forced_style(model: HybridLM, positions: Positions) -> dict:
     """Accuracy by temperature if every thought must begin as the problem's worked thought does.
-
-    It shows what the model could do if only it chose to think in steps. Part of RLP's gain is this
-    choice; only accuracy beyond that of the forced style is better thinking.
-    """
+    Part of RLP's gain is the choice to think in steps: only accuracy beyond is better thinking."""
     encode = positions.tokenizer.encode
     forced_Bl = torch.tensor([encode(p.thought)[:2] for p in positions.problems])
     found = {f"temperature_{t:g}": measure_thoughts(model, positions, t, 1, forced_Bl)["correct"]
@@ -186,12 +175,9 @@ def evaluate_forced_style(model: HybridLM, positions: Positions) -> dict:
 
 def measure_thoughts(model: HybridLM, positions: Positions, temperature: float, samples: int,
                      forced_Bl: Tensor | None = None) -> dict[str, Tensor]:
-    """Sample thoughts at each position and score its target: means over the samples.
-
-    Args: forced_Bl: tokens that the thoughts of each position must begin with.
-    Returns: logp (after the thought), correct, length, closed, logp_plain, correct_plain: a value a
-    position.
-    """
+    """Sample thoughts at each position, score its target, take means over the samples. Args:
+    forced_Bl: tokens that a position's thoughts must begin with. Returns a value a position: logp
+    (after the thought), correct, length, closed, logp_plain, correct_plain."""
     c = positions.config
     generator = torch.Generator(parallel.device_of(model)).manual_seed(c.seed + 10_000)
     sampling = Sampling(samples, c.rlp.thought_len, temperature)
@@ -249,8 +235,7 @@ def evaluate_sizes(models: list[HybridLM], references: list[int], corpus: Corpus
                    config: Config) -> list[dict]:
     """Models of any size on the same held-out sequences, half of them text and half problems.
 
-    Args: models: the first is the parent; references: for each model the index of the one that it
-    is compared with.
+    Args: models: the first is the parent; references: the index of what each is compared with.
     Returns for each, weighted as training weighs both kinds (see `stratified`): loss_nats, also as
     text_loss_nats and problem_loss_nats; difference_nats (from its reference, paired by sequence);
     loss_change (against the parent, relative, paired); kl_nats (from the parent); top1 (share of
@@ -258,14 +243,12 @@ def evaluate_sizes(models: list[HybridLM], references: list[int], corpus: Corpus
     """
     seq_len, share = config.elastic.seq_len, config.data.text_share
     n = together(16, seq_len * models[0].config.vocab_size, LOGITS_AT_ONCE)
-    found: list[dict[str, dict[str, Tensor]]] = [{} for _ in models]
+    n_batches = math.ceil(config.eval.elastic_rows // 2 / n)
     kinds = []
     for text_share in (1.0, 0.0):
-        alone = dataclasses.replace(
-            config, data=dataclasses.replace(config.data, text_share=text_share))
-        kinds.append([compare(models, to_device(batch, models[0])) for batch in (
-            mixture(corpus, alone, i, n, seq_len, "test")
-            for i in range(math.ceil(config.eval.elastic_rows // 2 / n)))])
+        alone = replace(config, data=replace(config.data, text_share=text_share))
+        made = (mixture(corpus, alone, i, n, seq_len, "test") for i in range(n_batches))
+        kinds.append([compare(models, to_device(batch, models[0])) for batch in made])
     # By model and name: a value for each sequence of text, and for each of problems.
     found = [{name: [torch.cat([figures[m][name] for figures in kind]) for kind in kinds]
               for name in kinds[0][0][m]} for m in range(len(models))]
@@ -298,9 +281,8 @@ def compare(models: list[HybridLM], batch: dict[str, Tensor]) -> list[dict[str, 
 def stratified(text: Tensor, problem: Tensor, text_share: float) -> dict[str, float | int]:
     """Mean of a mixture of two kinds of sequences from a sample of each, with its 95 % interval.
 
-    mean = s m_text + (1 - s) m_problem; its variance is s^2 v_text / n_text + (1 - s)^2 v_problem /
-    n_problem. A sequence of text costs five times as much as one of problems: in one sample their
-    difference would drown all others.
+    m = s m_text + (1 - s) m_problem; its variance is s^2 v_text / n_text + (1 - s)^2 v_problem /
+    n_problem. Text costs five times as many nats: in one sample that would drown all differences.
     """
     parts = [(text_share, interval(text)), (1 - text_share, interval(problem))]
     mean = sum(w * i["mean"] for w, i in parts)
@@ -310,9 +292,9 @@ def stratified(text: Tensor, problem: Tensor, text_share: float) -> dict[str, fl
 
 def _logp_and_loss(model: HybridLM, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Log-probabilities of all tokens everywhere, and the mean loss of each sequence."""
+    targets_BT = batch["targets_BT"]
     hidden_BTD, _ = model(batch["tokens_BT"], ids_BT=batch["ids_BT"])
-    logp_BTV, targets_BT = (torch.log_softmax(model.logits(hidden_BTD).float(), dim=-1),
-                            batch["targets_BT"])
+    logp_BTV = torch.log_softmax(model.logits(hidden_BTD).float(), dim=-1)
     loss_BT = -logp_BTV.gather(-1, targets_BT.clamp(min=0)[..., None])[..., 0]
     return logp_BTV, _row_mean(loss_BT, (targets_BT != -100).double())
 
@@ -324,16 +306,14 @@ def _row_mean(value_BT: Tensor, inside_BT: Tensor) -> Tensor:
 @torch.no_grad()
 def long_losses(model: HybridLM, corpus: Corpus, config: Config) -> Tensor:
     """Mean loss of each held-out text of long_len tokens, at positions that stage 1 never had."""
-    c, losses = config.elastic, []
+    c, device, losses = config.elastic, parallel.device_of(model), []
     found = (d[i : i + c.long_len + 1] for d in corpus.documents["test"]
              for i in range(0, len(d) - c.long_len, c.long_len))
     texts = list(itertools.islice(found, config.eval.elastic_rows))
     for i in range(0, len(texts), 4):
-        tokens_BT = torch.from_numpy(np.stack(texts[i : i + 4])).long()
-        tokens_BT = tokens_BT.to(parallel.device_of(model))
-        hidden_BTD, _ = model(tokens_BT[:, :-1])
-        logp_BT = selected_logp(
-            hidden_BTD[:, c.seq_len - 1 :], model.output_matrix, tokens_BT[:, c.seq_len :])
+        tokens_BT = torch.from_numpy(np.stack(texts[i : i + 4])).long().to(device)
+        hidden_BTD = model(tokens_BT[:, :-1])[0][:, c.seq_len - 1 :]
+        logp_BT = selected_logp(hidden_BTD, model.output_matrix, tokens_BT[:, c.seq_len :])
         losses.append(-logp_BT.mean(1).cpu())
     return torch.cat(losses) if losses else torch.full((2,), math.nan)
 
@@ -349,36 +329,30 @@ def size_facts(model: HybridLM, config: Config) -> dict[str, float]:
             began = time.perf_counter()
             model(batch)[0][0, 0, 0].item()
             times.append(time.perf_counter() - began)
+    shape, n = model.config, c.cost_len
     return {
         "parameters": count_parameters(model),
         "bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
-        "cache_bytes": sum_of_parts(
-            lambda kind, shape: part_cache_bytes(kind, shape, c.cost_len, 4), model.config),
-        "flops_per_token": sum_of_parts(
-            lambda kind, shape: part_flops(kind, shape, c.cost_len), model.config),
-        "tokens_per_second": batch.numel() / sorted(times)[2],
-    }
+        "cache_bytes": sum_of_parts(lambda kind, s: part_cache_bytes(kind, s, n, 4), shape),
+        "flops_per_token": sum_of_parts(lambda kind, s: part_flops(kind, s, n), shape),
+        "tokens_per_second": batch.numel() / sorted(times)[2]}
 
 
 def family_bytes(model: HybridLM, router: torch.nn.Module, sizes: list[HybridLM]) -> dict[str, int]:
-    """What a family takes as one checkpoint with its router, and as a checkpoint for each size.
-
-    In memory it is the full model, the router, and what its largest submodel does not share.
-    """
+    """What a family takes as one checkpoint with its router, and as one checkpoint a size. Its
+    memory is the full model, the router, and what the largest submodel does not share."""
 
     def file_bytes(*networks: torch.nn.Module) -> int:
         states = [{k: v.contiguous() for k, v in n.state_dict().items()} for n in networks]
         return sum(len(safetensors.torch.save(state)) for state in states)
 
     def storage_bytes(*networks: torch.nn.Module) -> int:
-        tensors = [t for n in networks for t in (*n.parameters(), *n.buffers())]
-        storages = [t.untyped_storage() for t in tensors]
+        storages = [t.untyped_storage() for n in networks for t in (*n.parameters(), *n.buffers())]
         return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
     return {
         "family_file": file_bytes(model, router),
         "separate_files": sum(file_bytes(s) for s in sizes),
         "family_memory": max(storage_bytes(model, router, s) for s in sizes),
-        "separate_memory": sum(s.numel() * s.element_size() for m in sizes for s in m.parameters()),
-        "router_parameters": count_parameters(router),
-    }
+        "separate_memory": sum(p.numel() * p.element_size() for s in sizes for p in s.parameters()),
+        "router_parameters": count_parameters(router)}

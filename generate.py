@@ -1,6 +1,7 @@
 """Talk to a trained model and see its thought: `python generate.py RUN "prompt"`."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import tyro
@@ -28,18 +29,17 @@ def talk(run: tyro.conf.Positional[Path], prompt: tyro.conf.Positional[str],
         thought_len: Longest thought, in tokens. The run's own, if left out.
         budget: Sizes of an elastic run to answer with, in turn, such as 1 0.5; none: all of it.
     """
-    require(prompt, f"prompt ({prompt!r}) is empty, and a thought needs at least one token before "
-                    "it; give some text")
+    require(prompt, f"prompt ({prompt!r}) is empty, and a thought needs a token before it; give "
+            "some text")
     require(thought_len is None or thought_len >= 1,
-            f"thought-len ({thought_len}) must be at least 1: the closing tag is a token of the "
-            "thought")
+            f"thought-len ({thought_len}) must be at least 1: the closing tag is a token of it")
     require(temperature is None or temperature >= 0,
             f"temperature ({temperature}) must be 0 (greedy) or more")
 
     def answer(model: HybridLM, tokenizer: Tokenizer, c: RLPConfig) -> str:
         heat = c.temperature if temperature is None else temperature
-        return prompt + show_thought(
-            model, tokenizer, prompt, thought_len or c.thought_len, heat, seed, before=c.prompt)
+        c = replace(c, temperature=heat, thought_len=thought_len or c.thought_len)
+        return prompt + show_thought(model, tokenizer, prompt, c, seed)
 
     if not budget:
         print(answer(*load_model(run)))

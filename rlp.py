@@ -19,8 +19,8 @@ reward change `reward`: `information_gain` stays what is reported. `RLP` is Algo
 
 Where it differs from the paper: neither scorer has the think tags in its softmax (else a base that
 likes to open a thought would seem to predict badly, and gains would look larger); rewards have a
-floor (`rlp.reward_floor`); positions may be answers of problems (`rlp.positions`); an instruction,
-if there is one (`rlp.prompt`), stands before what both scorers read.
+floor (`rlp.reward_floor`); positions may be answers of problems (`rlp.positions`); both scorers may
+read an instruction first (`rlp.prompt`).
 """
 
 import functools
@@ -40,32 +40,23 @@ from thoughts import Sampling, sample_thoughts, score_context
 
 def information_gain(logp_pred_BG: Tensor, logp_ema_B: Tensor) -> Tensor:
     """r = S_pred - S_ema (eq. 5): nats that each thought adds to the observed next token.
-
-    Args: logp_pred_BG: S_pred (eq. 3), log p of the true token after thought g; logp_ema_B: S_ema
-    (eq. 4), log p of the same token by the teacher, without a thought.
-    Returns: gain_BG, detached: no gradient passes through either scorer.
-    """
+    Args: logp_pred_BG: S_pred (eq. 3), log p of it after thought g; logp_ema_B: S_ema (eq. 4), by
+    the teacher without a thought. Returns gain_BG, detached: no gradient reaches a scorer."""
     return (logp_pred_BG - logp_ema_B[:, None]).detach()
 
 
 def reward(gain_BG: Tensor, floor: float) -> Tensor:
-    """What is optimised: the information gain, raised to the floor where it is below.
-
-    One confidently wrong thought costs many nats: without a floor its group teaches nothing else.
-    """
+    """What is optimised: the information gain, raised to the floor where it is below. Without one a
+    confidently wrong thought costs many nats, and its group teaches nothing else."""
     return gain_BG.clamp(min=floor)
 
 
 def group_advantages(reward_BG: Tensor) -> Tensor:
     """A_i = G / (G - 1) (r_i - r_bar) within each group (eq. 6), detached. They sum to 0.
-
     r_bar contains r_i itself, which shrinks r_i - r_bar by (G - 1) / G on average; the factor makes
-    the estimated gradient unbiased. There is no division by the standard deviation. Raises
-    ValueError for a group of one.
-    """
+    the gradient unbiased. Nothing is divided by a deviation. Raises ValueError if G is 1."""
     G = reward_BG.shape[1]
-    require(G >= 2, f"a group has {G} thought; advantages compare thoughts, so rlp.group_size must "
-            "be at least 2")
+    require(G >= 2, f"a group has {G} thought; rlp.group_size must be at least 2, to compare them")
     r_bar_B1 = reward_BG.mean(dim=1, keepdim=True)
     return (G / (G - 1) * (reward_BG - r_bar_B1)).detach()
 
@@ -73,11 +64,8 @@ def group_advantages(reward_BG: Tensor) -> Tensor:
 def clipped_surrogate(logp_RL: Tensor, old_logp_RL: Tensor, advantage_R: Tensor, length_R: Tensor,
                       eps_low: float, eps_high: float) -> Tensor:
     """L_i, the loss of each thought (eq. 7 and 8): minus the mean of min(rho A, clip(rho) A).
-
     Args: logp_RL, old_logp_RL: log pi of the thoughts' tokens now and when they were sampled;
-    length_R: tokens of each thought, at least 1: what lies beyond counts for nothing.
-    Returns: loss_R. At rho = 1 its gradient is -A / length for log pi of every token.
-    """
+    length_R: tokens that count, >= 1. Returns loss_R: at rho = 1 its gradient is -A / length."""
     A_R1 = advantage_R[:, None]
     rho_RL = torch.exp(logp_RL - old_logp_RL)
     clipped_RL = rho_RL.clamp(1 - eps_low, 1 + eps_high)
@@ -110,9 +98,8 @@ def thought_logp(model: HybridLM, batch: dict, tokens_RL: Tensor, length_R: Tens
     """log pi(c_u | x_<t, <think>, c_<u) of every thought token, with gradients.
 
     Each context is run once, and its G thoughts go on from its cache, in buckets of like length:
-    T + G L tokens instead of G (T + L).
-    Args: batch: context_BT and ids_BT; tokens_RL, length_R: R = B G thoughts, those of a context in
-    a row; think: id of <think>. Returns: logp_RL, 0 beyond each length.
+    T + G L tokens instead of G (T + L). Args: batch: context_BT and ids_BT; tokens_RL, length_R:
+    R = B G thoughts, a context's in a row; think: id of <think>. Returns logp_RL, 0 past the ends.
     """
     R, L = tokens_RL.shape
     _, cache = model(batch["context_BT"], ids_BT=batch["ids_BT"])
@@ -133,11 +120,8 @@ def thought_logp(model: HybridLM, batch: dict, tokens_RL: Tensor, length_R: Tens
 
 
 class RLP(Objective):
-    """Algorithm 1 of the paper, as an objective of `loop.fit`.
-
-    networks: "teacher" is phi; "reference" the policy at the start, kept only for a KL term. Both
-    are set to theta at the first batch.
-    """
+    """Algorithm 1 of the paper. networks: "teacher" is phi; "reference", only for a KL term, the
+    policy at the start. Both are set to theta at the first batch."""
 
     headline = "gain_ema_nats"
 
@@ -174,10 +158,9 @@ class RLP(Objective):
     def loss(self, model: HybridLM, batch: dict) -> tuple[Tensor, int, dict[str, Tensor]]:
         """Sum over the thoughts of the clipped surrogate and the KL term, their number, metrics."""
         c, thoughts, gain_R = self.config, batch["thoughts"], batch["gain_R"]
-        logp_RL, old_logp_RL, length_R = (
-            self.policy_logp(model, batch), thoughts.logp_RL, thoughts.length_R)
-        loss_R = clipped_surrogate(
-            logp_RL, old_logp_RL, batch["advantage_R"], length_R, c.eps_low, c.eps_high)
+        logp_RL, old_logp_RL = self.policy_logp(model, batch), thoughts.logp_RL
+        length_R, limits = thoughts.length_R, (c.eps_low, c.eps_high)
+        loss_R = clipped_surrogate(logp_RL, old_logp_RL, batch["advantage_R"], length_R, *limits)
         if c.kl > 0:
             loss_R = loss_R + c.kl * kl_estimate(logp_RL, batch["reference_logp_RL"], length_R)
         is_text_R = batch["is_text_B"].repeat_interleave(c.group_size)

@@ -1,9 +1,8 @@
 """Thoughts: prefill a context once, fork its cache, sample G thoughts, score what follows them.
 
 `sample_thoughts` is the rollout of RLP. After a context x_<t it feeds `<think>`, samples up to L
-tokens for each of G thoughts, closes them, and reads log p(x_t | x_<t, c) from the state that the
-closing tag leaves behind: scoring a thought costs no forward pass of its own. Rows that are done
-leave the batch.
+tokens for each of G thoughts, closes them, and reads log p(x_t | x_<t, c) from the state behind the
+closing tag: scoring costs no forward pass of its own. Rows that are done leave the batch.
 """
 
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from torch import Tensor
 
 from kernels import mask_banned, token_logp, wide
 from model import Cache, HybridLM
+from system import parallel
+from system.config import RLPConfig
 from text.tokenizer import Tokenizer
 
 
@@ -39,8 +40,7 @@ class Thoughts:
     answer_plain_BX: Tensor  # likeliest tokens without a thought
 
 
-# Where a row stands: it is sampling; it ended without a closing tag, and its last token is fed; its
-# closing tag is fed; it is scored.
+# A row samples; ended without a closing tag and is fed its last token; is fed the tag; is scored.
 THINKING, CUT, CLOSING, DONE = range(4)
 
 
@@ -51,7 +51,7 @@ def sample_thoughts(model: HybridLM, batch: dict[str, Tensor], tokenizer: Tokeni
     """Sample G thoughts for each context and score the target after each of them.
 
     Args: batch: context_BT and ids_BT, padded on the left (ids -1), and target_BX, the observed
-    next tokens (see `collate_contexts`); tokenizer: for its tags, and its end-of-text, which ends a
+    next tokens (see `collate_contexts`); tokenizer: for its tags and end-of-text, which ends a
     thought too; forced_Rl: tokens that each thought begins with, to try out a style.
     """
     G, L, temperature = sampling
@@ -114,8 +114,8 @@ def sample_thoughts(model: HybridLM, batch: dict[str, Tensor], tokenizer: Tokeni
 
 
 @torch.no_grad()
-def score_context(model: HybridLM, batch: dict[str, Tensor], tags: tuple[int, int]
-                  ) -> tuple[Tensor, Tensor, Cache]:
+def score_context(model: HybridLM, batch: dict[str, Tensor],
+                  tags: tuple[int, int]) -> tuple[Tensor, Tensor, Cache]:
     """`score_targets` right after the contexts, without a thought; and the cache behind them."""
     hidden_BTD, cache = model(batch["context_BT"], ids_BT=batch["ids_BT"])
     return *score_targets(model, hidden_BTD[:, -1], cache, batch["target_BX"], tags), cache
@@ -124,11 +124,10 @@ def score_context(model: HybridLM, batch: dict[str, Tensor], tags: tuple[int, in
 @torch.no_grad()
 def score_targets(model: HybridLM, hidden_BD: Tensor, cache: Cache | None, target_BX: Tensor,
                   tags: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """log p(target) after a state that has been reached, summed over its X tokens; and the
-    likeliest token at each of their places.
+    """log p(target) after a state, summed over its X tokens; and the likeliest token at each place.
 
-    The first token is read from `hidden_BD`; the others are teacher forced from the cache (unused
-    when X = 1), at temperature 1. The think tags are left out of the softmax: a model that likes to
+    The first token is read from `hidden_BD`, the others are teacher forced from the cache (unused
+    when X = 1), at temperature 1. The softmax leaves the think tags out: a model that likes to
     think would else seem to predict the text badly. Returns logp_B in fp32 or wider, answer_BX.
     """
     hidden_BXD = hidden_BD[:, None]
@@ -141,12 +140,9 @@ def score_targets(model: HybridLM, hidden_BD: Tensor, cache: Cache | None, targe
 
 def sample(logits_RV: Tensor, banned: tuple[int, ...], temperature: float,
            generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """A token per row from softmax(logits / temperature) without the banned ids, and its
-    log-probability there, in fp32 or wider.
-
-    Temperature 0 takes the likeliest token, with its log-probability at temperature 1. Sampling
-    divides the probabilities by exponential noise and takes the largest: one pass, and exact.
-    """
+    """A token per row from softmax(logits / temperature) without the banned ids; its log p there.
+    Temperature 0 takes the likeliest token, with its log p at temperature 1. Sampling divides the
+    probabilities by exponential noise and takes the largest: one pass, exact, fp32 or wider."""
     logp_RV = torch.log_softmax(
         mask_banned(wide(logits_RV), banned) / (temperature or 1.0), dim=-1)
     if temperature == 0:
@@ -158,20 +154,16 @@ def sample(logits_RV: Tensor, banned: tuple[int, ...], temperature: float,
 
 
 @torch.no_grad()
-def show_thought(model: HybridLM, tokenizer: Tokenizer, prompt: str, thought_len: int,
-                 temperature: float, seed: int, before: str = "") -> str:
-    """The text `<think> thought </think> continuation` after a prompt: the continuation is greedy,
-    up to end-of-text or 8 tokens.
-
-    Args: before: text that the model reads before the prompt (`rlp.prompt`).
-    """
-    device = next(model.parameters()).device
-    ids = [*tokenizer.begin, *tokenizer.encode(before), *tokenizer.encode(prompt)]
+def show_thought(model: HybridLM, tokenizer: Tokenizer, prompt: str, c: RLPConfig,
+                 seed: int) -> str:
+    """`<think> thought </think> continuation`, which is greedy, after c.prompt and a prompt."""
+    device = parallel.device_of(model)
+    ids = [*tokenizer.begin, *tokenizer.encode(c.prompt), *tokenizer.encode(prompt)]
     context_BT = torch.tensor([ids], device=device)
     batch = {"context_BT": context_BT, "ids_BT": torch.zeros_like(context_BT),
              "target_BX": context_BT[:, :1]}  # any: its score is not shown
-    t = sample_thoughts(model, batch, tokenizer, Sampling(1, thought_len, temperature),
-                        torch.Generator(device).manual_seed(seed))
+    sampling, generator = Sampling(1, c.thought_len, c.temperature), torch.Generator(device)
+    t = sample_thoughts(model, batch, tokenizer, sampling, generator.manual_seed(seed))
     shown = [tokenizer.think, *t.tokens_RL[0].tolist()]
     if not t.closed_R[0]:
         shown.append(tokenizer.close)

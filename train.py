@@ -10,17 +10,15 @@
 
 How to read: `MODES`, then `run`. The training loop is `fit` in system/loop.py.
 
-To add a mode: a settings class, derived from FitConfig, and its field in `Config`
-(system/config.py), and an entry in `MODES`.
+To add a mode: a settings class, derived from FitConfig, its field in `Config`, an entry in `MODES`.
 """
 
-import dataclasses
 import json
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +35,7 @@ import nested
 import routers
 from model import HybridLM
 from rlp import RLP
-from system import checkpoint, huggingface, parallel
+from system import checkpoint, huggingface, parallel, rundir
 from system.config import Config, ModelConfig
 from system.costs import count_parameters
 from system.errors import path_and_reason, require
@@ -46,27 +44,7 @@ from system.loop import check_rows, console, fit, split_batch
 from system.machine import bf16_warning, peak_memory_gib, pick_device, set_threads, versions
 from system.objective import NextToken, Objective
 from system.presets import PAPERS, PRESETS
-from system.rundir import (
-    alone_in,
-    build_model,
-    check_text,
-    load_hf_weights,
-    logged_seconds,
-    newest,
-    prepare_run_dir,
-    resolve,
-    resume_point,
-    run_meta,
-    warn,
-)
-from text.batches import (
-    cpt_batch,
-    elastic_batch,
-    mixture,
-    pretrain_batch,
-    problem_tokens,
-    rlp_batch,
-)
+from text import batches
 from text.corpus import Corpus
 from text.problems import held_out_problems
 from text.shards import ShardSet, is_shards
@@ -87,31 +65,24 @@ class Trained(NamedTuple):
 
 @dataclass(frozen=True)
 class Mode:
-    """What one mode needs beside its settings, which are the group of its name in `Config`.
+    """What one mode needs beside its settings, which are the group of its name in `Config`."""
 
-    batch: of a step, a function of (seed, step) alone. objective: what is learned; it may prepare
-    the model. figures: what summary.json holds; all processes call it, and it returns None on those
-    that `parallel.part` ends. refuse: raises ValueError for what cannot work with this model,
-    before anything is written. needs_base: whether training begins with the base's weights.
-    """
-
-    batch: Callable[[Corpus, Config, int], dict[str, Tensor]]
-    objective: Callable[[HybridLM, Corpus, Config], Objective]
-    figures: Callable[[Trained], dict | None]
+    batch: Callable[[Corpus, Config, int], dict[str, Tensor]]  # of (seed, step) alone
+    objective: Callable[[HybridLM, Corpus, Config], Objective]  # may prepare the model
+    figures: Callable[[Trained], dict | None]  # for summary.json; None where `parallel.part` ends
+    # Raises ValueError for what cannot work with this model, before anything is written.
     refuse: Callable[[ModelConfig, Config, torch.device], None] = lambda *_: None
-    needs_base: bool = True
+    needs_base: bool = True  # whether training begins with the base's weights
 
 
 # ------------------------------------------------------------------------------------------ a run
 
 
 def run(config: Config) -> dict:
-    """A whole run: data, base, training, held-out figures, plots. Returns what summary.json holds.
-
-    Of several processes the first measures, alone; the others return an empty dict.
-    """
+    """A run: data, base, training, held-out figures, plots. Returns what summary.json holds.
+    Of several processes the first measures, alone; the others return an empty dict."""
     began = time.perf_counter()
-    config = resolve(config.check())
+    config = rundir.resolve(config.check())
     importance.chosen_scores(config.elastic)  # refuses unknown ones
     if config.dry_run:
         return dry_run(config)
@@ -122,35 +93,35 @@ def run(config: Config) -> dict:
     console.quiet = not parallel.is_first()
     check_rows(getattr(config, config.mode), config.mode)
     # 2. The parts. Whatever does not fit together is refused before anything is written.
-    start = resume_point(config, run_dir)
+    start = rundir.resume_point(config, run_dir)
     corpus = parallel.in_turn(lambda: Corpus.load(config.data))
-    check_text(start, corpus)
-    model = build_model(config, corpus.tokenizer.n_vocab, device, config.seed)
+    require(start is None or start.meta["corpus"] == corpus.key,
+            "resume: the text is not what the run was started with (that of data.path, or what "
+            "ships with this Python); restore it, or choose another --out")
+    model = rundir.build_model(config, corpus.tokenizer.n_vocab, device, config.seed)
     mode.refuse(model.config, config, device)
     saved = start.meta.get("threads", 0) if start else 0  # with others, sums would round otherwise
     threads = set_threads(model, config.threads or saved, device)
-    parallel.on_first(lambda: prepare_run_dir(config, corpus.tokenizer))
+    parallel.on_first(lambda: rundir.prepare_run_dir(config, corpus.tokenizer))
     warn_of_answers(corpus.tokenizer, config)
-    warn(bf16_warning(model, device))
+    rundir.warn(bf16_warning(model, device))
     others = f" and {parallel.team.world - 1} more" if parallel.team.world > 1 else ""
     console.print(f"{config.mode}: {count_parameters(model):,} parameters, {config.model.pattern},"
                   f" on {device}{others}; results in {escape(str(run_dir))}")
     if threads:
         console.print(threads)
     # 3. Training.
-    has_base = mode.needs_base or config.init
-    base_facts = base_weights(config, corpus, model) if has_base else {}
+    base_facts = base_weights(config, corpus, model) if mode.needs_base or config.init else {}
     objective = train(config.mode, model, corpus, config, run_dir, start)
     # 4. Figures, plots, samples.
     found = mode.figures(Trained(model, objective, corpus, config, run_dir))
     if found is None:
         return {}
     summary = {
-        **{name: getattr(config, name) for name in ("mode", "preset", "seed")},
+        "mode": config.mode, "preset": config.preset, "seed": config.seed,
         "parameters": count_parameters(model), **base_facts, **found,
         "wall_s": time.perf_counter() - began, "peak_memory_gib": peak_memory_gib(device),
-        "versions": versions(),
-    }
+        "versions": versions()}
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     plots.plot_run(run_dir)
     tables.print_summary(summary, console)
@@ -162,54 +133,49 @@ def run(config: Config) -> dict:
 
 def train(name: str, model: HybridLM, corpus: Corpus, config: Config, run_dir: Path,
           start: checkpoint.Checkpoint | None, objective: Objective | None = None) -> Objective:
-    """Train a model in the mode of that name, or with another objective on the mode's batches.
-
-    Returns the objective, with its networks.
-    """
+    """Train in a mode, or with another objective on its batches. Returns the objective."""
     mode = MODES[name]
     objective = objective or mode.objective(model, corpus, config)
     run_dir.mkdir(parents=True, exist_ok=True)
+    meta = {"config": rundir.shared_settings(config), "corpus": corpus.key, "versions": versions(),
+            "threads": torch.get_num_threads()}
     fit(model, objective, lambda step: mode.batch(corpus, config, step), getattr(config, name),
-        run_dir, config.seed, run_meta(config, corpus), name, start)
+        run_dir, config.seed, meta, name, start)
     return objective
 
 
 def base_weights(config: Config, corpus: Corpus, model: HybridLM) -> dict:
-    """Load the base into the model: from `init`, else from the cache, else by pretraining it now.
-
-    Returns, for summary.json: its folder, whether it was there already, and the seconds that its
-    training steps took.
-    """
-    if config.init and huggingface.is_hf(Path(config.init)):
-        load_hf_weights(model, Path(config.init), corpus.tokenizer)
-        return {"base_dir": config.init, "base_was_cached": True, "base_train_s": 0.0}
+    """Load the base into the model: from `init`, else the cache, else by pretraining it now.
+    Returns its folder, whether it was there already, and the seconds that its steps took."""
     was_cached, folder = True, Path(config.init)
-    found = newest(folder) if config.init else None
-    require(found or not config.init, f"init ({config.init}) holds no checkpoint; give the run "
-            "folder of an earlier run, or a Hugging Face directory")
-    if not config.init:
+    if config.init and huggingface.is_hf(folder):
+        rundir.load_hf_weights(model, folder, corpus.tokenizer)
+        return {"base_dir": config.init, "base_was_cached": True, "base_train_s": 0.0}
+    if config.init:
+        found = rundir.newest(folder)
+        require(found, f"init ({config.init}) holds no checkpoint; give the folder of an earlier "
+                "run, or a Hugging Face directory")
+    else:
         key = fingerprint([config.base_fingerprint(), corpus.key])
         folder = Path(config.data.cache_dir) / f"base-{key}"
-        own = dataclasses.replace(config, mode="pretrain", out=str(folder))
+        own = replace(config, mode="pretrain", out=str(folder))
 
         def trained() -> checkpoint.Checkpoint | None:
-            found = newest(folder)
+            found = rundir.newest(folder)
             return found if found and found.meta["step"] >= config.pretrain.steps else None
 
-        found = trained()
-        if not found:
-            with alone_in(folder):
-                found = trained()  # another program may have trained it meanwhile
-                if not found:
+        if not (found := trained()):
+            with rundir.alone_in(folder):  # another program may have trained it meanwhile
+                if not (found := trained()):
                     was_cached = False
                     console.print(f"training the base once; it is kept in {escape(str(folder))}")
-                    parallel.on_first(lambda: prepare_run_dir(own, corpus.tokenizer))
-                    train("pretrain", model, corpus, own, folder, newest(folder))
+                    parallel.on_first(lambda: rundir.prepare_run_dir(own, corpus.tokenizer))
+                    train("pretrain", model, corpus, own, folder, rundir.newest(folder))
                     found = trained()
-    warn(found.warning)
+    rundir.warn(found.warning)
     checkpoint.load_weights(model, found.tensors("model"), found.path)
     return {"base_dir": str(folder), "base_was_cached": was_cached,
-            "base_train_s": logged_seconds(folder)}
+            "base_train_s": rundir.logged_seconds(folder)}
 
 
 # ---------------------------------------------------------------------------- figures of the modes
@@ -225,25 +191,23 @@ def figures_before_and_after(t: Trained) -> dict | None:
     if not parallel.part():
         return None
     config, device = t.config, parallel.device_of(t.model)
-    base = build_model(config, t.corpus.tokenizer.n_vocab, device, config.seed)
+    base = rundir.build_model(config, t.corpus.tokenizer.n_vocab, device, config.seed)
     base_weights(config, t.corpus, base)  # from disk: training had no room to spare for it
     teacher = t.objective.networks.get("teacher")
     found = evals.evaluate_both(t.model, base.requires_grad_(False), teacher, t.corpus, config)
-    write_samples({"base": base, config.mode: t.model}, t.corpus, config, t.run_dir)
+    write_samples({"base": base, config.mode: t.model}, t)
     return found
 
 
-def write_samples(networks: dict[str, HybridLM], corpus: Corpus, config: Config,
-                  run_dir: Path) -> None:
+def write_samples(networks: dict[str, HybridLM], t: Trained) -> None:
     """samples.txt: two held-out problems of each family, and what each network thinks of them."""
-    c, lines = config.rlp, []
-    for problem in held_out_problems("test", 2, config.seed, corpus.held_out_percent):
+    c, lines = t.config, []
+    for problem in held_out_problems("test", 2, c.seed, t.corpus.held_out_percent):
         lines.append(f"[{problem.family}] {problem.prompt}   (right:{problem.answer})")
         for name, network in networks.items():
-            text = show_thought(network, corpus.tokenizer, problem.prompt, c.thought_len,
-                                c.temperature, config.seed, before=c.prompt)
+            text = show_thought(network, t.corpus.tokenizer, problem.prompt, c.rlp, c.seed)
             lines.append(f"  {name:>4}: {text}")
-    (run_dir / "samples.txt").write_text("\n".join(lines) + "\n")
+    (t.run_dir / "samples.txt").write_text("\n".join(lines) + "\n")
 
 
 # ------------------------------------------------------------------------------------- elastic
@@ -261,18 +225,18 @@ def make_elastic(model: HybridLM, corpus: Corpus, config: Config) -> elastic.Ela
     parent = parallel.frozen_copy(model)
     ranking = order_parent(model, corpus, config)
     torch.manual_seed(config.seed)
-    router = routers.build_router(model.config, config.elastic, ranking.depth,
-                                  parallel.device_of(model))
-    return elastic.Elastic(config.elastic, router, parent)
+    c, device = config.elastic, parallel.device_of(model)
+    router = routers.build_router(model.config, c, ranking.depth, device)
+    return elastic.Elastic(c, router, parent)
 
 
 def order_parent(model: HybridLM, corpus: Corpus, config: Config) -> importance.Ranking:
     """Rank units on training sequences that no step will see; order the weights, in place."""
     c = config.elastic
-    batch = evals.to_device(mixture(corpus, config, 10**6, c.calibration_rows, c.seq_len), model)
+    batch = batches.mixture(corpus, config, 10**6, c.calibration_rows, c.seq_len)
     # In pieces of 8, so that memory does not grow with their number. On the first process, for
     # principal axes may come out with other signs elsewhere.
-    pieces = split_batch(batch, -(-c.calibration_rows // 8))
+    pieces = split_batch(evals.to_device(batch, model), -(-c.calibration_rows // 8))
     ranking = parallel.on_first(lambda: importance.rank(model, pieces, c, config.seed))
     importance.order_weights(model, ranking)
     return ranking
@@ -308,19 +272,18 @@ def figures_of_family(t: Trained) -> dict | None:
             "budget": b, "fraction": router.fraction(b),
             "target": router.fraction(b) * router.full_cost,
             "cost": routers.total_cost(size.config, c, parallel.device_of(size)),
-            "widths": dataclasses.asdict(own), **evals.size_facts(size, config), **found})
+            "widths": asdict(own), **evals.size_facts(size, config), **found})
     named = {f"{b:g}": m for b, m in zip(c.budgets, families["elastic"], strict=True)}
-    write_samples(named, t.corpus, config, t.run_dir)
-    seconds = {name: logged_seconds(t.run_dir / "baselines" / name) for name in rivals}
-    full = dataclasses.asdict(nested.full_widths(parent.config))
+    write_samples(named, t)
+    seconds = {name: rundir.logged_seconds(t.run_dir / "baselines" / name) for name in rivals}
+    full = asdict(nested.full_widths(parent.config))
+    facts = {"pattern": parent.config.pattern, "widths": full, **evals.size_facts(parent, config)}
     return {
-        "teacher": {"pattern": parent.config.pattern, "widths": full,
-                    **evals.size_facts(parent, config), **teacher},
-        "budgets": entries.pop("elastic"), "stage1": entries.pop("stage1", []),
-        "baselines": entries, "train_s": {"elastic": logged_seconds(t.run_dir), **seconds},
+        "teacher": {**facts, **teacher}, "budgets": entries.pop("elastic"),
+        "stage1": entries.pop("stage1", []), "baselines": entries,
+        "train_s": {"elastic": rundir.logged_seconds(t.run_dir), **seconds},
         "memory": evals.family_bytes(t.model, router, families["elastic"]),
-        "n_tokens": c.n_tokens(),
-    }
+        "n_tokens": c.n_tokens()}
 
 
 def train_rival(name: str, t: Trained, widths: dict[float, nested.Widths],
@@ -330,13 +293,13 @@ def train_rival(name: str, t: Trained, widths: dict[float, nested.Widths],
     model = parallel.frozen_copy(parent).requires_grad_(True)
 
     def settings(**changed: object) -> Config:
-        return dataclasses.replace(t.config, elastic=dataclasses.replace(c, **changed))
+        return replace(t.config, elastic=replace(c, **changed))
 
     def begin(folder: Path) -> checkpoint.Checkpoint | None:
-        return newest(folder) if t.config.resume else None
+        return rundir.newest(folder) if t.config.resume else None
 
     # A family of another kind.
-    scores = [f.name for f in dataclasses.fields(c) if f.name.startswith("score_")]
+    scores = [f.name for f in fields(c) if f.name.startswith("score_")]
     family = {"random-order": dict.fromkeys(scores, "random"), "fixed": {"choose": "fixed"},
               "uniform": {"long_weights": (1.0,) * len(c.budgets)}}
     if name in family:
@@ -347,10 +310,9 @@ def train_rival(name: str, t: Trained, widths: dict[float, nested.Widths],
     n_steps = c.steps // len(c.budgets) if name == "separate" else c.steps
     weights = {"kl": 0.0, "ce": 1.0} if name == "scratch" else {}
     config = settings(steps=n_steps, budgets=(1.0,), long_weights=(1.0,), **weights)
-    sizes = [nested.submodel(model, w) for w in widths.values()]
     alone = []
-    for b, size in zip(widths, sizes, strict=True):
-        size = parallel.frozen_copy(size).requires_grad_(True)
+    for b, w in widths.items():
+        size = parallel.frozen_copy(nested.submodel(model, w)).requires_grad_(True)
         if name == "scratch":
             torch.manual_seed(config.seed)
             size = HybridLM(size.config).to(parallel.device_of(parent))
@@ -362,11 +324,12 @@ def train_rival(name: str, t: Trained, widths: dict[float, nested.Widths],
 
 
 MODES: dict[str, Mode] = {
-    "pretrain": Mode(pretrain_batch, lambda *_: NextToken(), figures_of_one, needs_base=False),
-    "rlp": Mode(rlp_batch, lambda model, corpus, config: RLP(config.rlp, corpus.tokenizer),
+    "pretrain": Mode(
+        batches.pretrain_batch, lambda *_: NextToken(), figures_of_one, needs_base=False),
+    "rlp": Mode(batches.rlp_batch, lambda _, corpus, config: RLP(config.rlp, corpus.tokenizer),
                 figures_before_and_after),
-    "cpt": Mode(cpt_batch, lambda *_: NextToken(), figures_before_and_after),
-    "elastic": Mode(elastic_batch, make_elastic, figures_of_family, refuse_elastic),
+    "cpt": Mode(batches.cpt_batch, lambda *_: NextToken(), figures_before_and_after),
+    "elastic": Mode(batches.elastic_batch, make_elastic, figures_of_family, refuse_elastic),
 }
 
 
@@ -376,28 +339,24 @@ MODES: dict[str, Mode] = {
 def warn_of_answers(tokenizer: Tokenizer, config: Config) -> None:
     """Say where a tokenizer does not suit the problems."""
     problems = held_out_problems("train", 4, config.seed, config.data.held_out_percent)
-    longest = max(len(problem_tokens(tokenizer, p)[1]) for p in problems) - 1
+    longest = max(len(batches.problem_tokens(tokenizer, p)[1]) for p in problems) - 1
     if longest > config.rlp.horizon:
-        warn(f"answers take up to {longest} tokens of this tokenizer, and rlp.horizon "
-             f"({config.rlp.horizon}) looks at the first; with --rlp.horizon {longest} accuracy "
-             "and reward are those of the whole answer")
+        rundir.warn(f"answers take up to {longest} tokens of this tokenizer, and rlp.horizon "
+                    f"({config.rlp.horizon}) looks at the first; with --rlp.horizon {longest} "
+                    "accuracy and reward are those of the whole answer")
 
 
 def dry_run(config: Config) -> dict:
-    """Print the settings and what the run would take; load nothing but a tokenizer.json.
-
-    Where model.vocab_size is 0 and data.tokenizer is "corpus", the vocabulary counts as full: a
-    short text makes a smaller one. Returns what is printed, see views/estimate.py.
-    """
+    """Print the settings and the run's estimate, and return it; read nothing but a tokenizer.json.
+    A vocabulary still to be made from the text counts as full: a short text's is smaller."""
     n_vocab, name = config.model.vocab_size, config.data.tokenizer
     if n_vocab == 0 and name == "corpus" and config.data.path and is_shards(Path(config.data.path)):
         n_vocab = ShardSet(Path(config.data.path)).tokenizer["n_vocab"]
     elif n_vocab == 0:
         n_vocab = config.data.vocab_size if name == "corpus" else named_tokenizer(name).n_vocab
-    shape = dataclasses.replace(config.model, vocab_size=n_vocab)
-    config = dataclasses.replace(config, model=shape)
+    config = replace(config, model=replace(config.model, vocab_size=n_vocab))
     if config.init and not Path(config.init).is_dir():
-        warn(f"init ({config.init}) is not here: the shape is that of model.*")
+        rundir.warn(f"init ({config.init}) is not here: the shape is that of model.*")
     console.print_json(json.dumps(config.to_dict()))
     facts = estimate.facts(config)
     tables.print_estimate(facts, console)
@@ -405,11 +364,8 @@ def dry_run(config: Config) -> dict:
 
 
 def parse(argv: list[str], settings: type[Config] = Config) -> Config:
-    """Settings from the command line, over those of the preset.
-
-    Args: settings: `Config`, or a class derived from it that has settings of more modes.
-    Raises ValueError for an unknown preset.
-    """
+    """Settings from the command line, over the preset's. Raises ValueError if that is unknown.
+    Args: settings: `Config`, or a class derived from it that has settings of more modes."""
     name, known = "cpu", PRESETS | PAPERS
     for word, following in zip(argv, [*argv[1:], ""], strict=False):
         if word == "--preset":
@@ -422,9 +378,7 @@ def parse(argv: list[str], settings: type[Config] = Config) -> Config:
 
 
 def main(argv: list[str] | None = None, settings: type[Config] = Config) -> int:
-    """The program: 0 for success, 1 for a run that broke off, 2 for unusable settings, 130 after
-    Ctrl-C or SIGTERM.
-    """
+    """0: success, 1: the run broke off, 2: unusable settings, 130: stopped by Ctrl-C or SIGTERM."""
     config = None
     try:
         config = parse(sys.argv[1:] if argv is None else argv, settings)
@@ -459,20 +413,18 @@ def broke_off(error: Exception, config: Config) -> str:
     """What to say of a run that ran out of memory or lost a process; '' for any other error."""
     who = f"process {parallel.team.rank}: " if parallel.team.world > 1 else ""
     first_line = str(error).strip().split("\n")[0][:200]
-    is_saved = any((config.run_dir() / "checkpoint").glob("step_*[0-9]"))
-    how = "with --resume" if is_saved else "with the same command"
-    go_on = (f"what was saved in {config.run_dir()} stays usable" if is_saved
-             else "no step of this run was saved yet")
+    how, go_on = "with the same command", "no step of this run was saved yet"
+    if any((config.run_dir() / "checkpoint").glob("step_*[0-9]")):
+        how, go_on = "with --resume", f"what was saved in {config.run_dir()} stays usable"
     is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
     if is_memory or "DefaultCPUAllocator: can't allocate" in str(error):
         return (f"{who}out of memory ({first_line}); {go_on}; go on {how} and a larger "
                 f"--{config.mode}.accumulate (while the base trains: --pretrain.accumulate), more "
                 "processes, or --parallel.activation-checkpointing; a smaller "
                 f"--{config.mode}.batch is another run, with another --out")
-    if parallel.is_lost(error):
-        return (f"{who}another process was lost ({first_line}); {go_on}; go on {how}, on any "
-                "number of processes")
-    return ""
+    lost = (f"{who}another process was lost ({first_line}); {go_on}; go on {how}, on any number of "
+            "processes")
+    return lost if parallel.is_lost(error) else ""
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""Checkpoints that survive crashes: written aside and renamed, verified on loading, the last ones
-kept.
+"""Checkpoints that survive crashes: written aside and renamed, verified on loading, the last kept.
 
     RUN/checkpoint/step_000200/
         meta.json                what the caller says of it, and the size and SHA-256 of every file
@@ -7,16 +6,14 @@ kept.
         optimizer.pt             optimizer states, read with weights_only=True: no code is run
 
 A folder without a complete meta.json, or with a file that does not match it, is not a checkpoint:
-loading names it and takes the one before.
-
-Where the weights are sharded over processes (parallel.py), each process writes its part, in the
-format of torch.distributed.checkpoint, and the first writes meta.json once all parts are there:
+loading names it and takes the one before. Where weights are sharded over processes (parallel.py),
+each writes its part, as torch.distributed.checkpoint does, and the first meta.json at the end:
 
         shards/                  every tensor, as NETWORK/NAME and optimizer/N/PARAMETER/NAME
         optimizer.pt             the rest of the optimizer states: rates and other settings
 
-Either format is read by any number of processes, sharded or not; what is read lands in the tensors
-that are there. All processes must see the same run folder.
+Either format is read by any number of processes, sharded or not, into the tensors that are there.
+All processes must see the same run folder.
 """
 
 import json
@@ -38,27 +35,17 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.tensor import DTensor
 
 from system import parallel
+from system.errors import require
 from system.files import sha256
 
 KEEP = 2
-SAME = "use the settings it was made with"
-
-
 # What torch's description of shards is made of, beside dtypes.
 DESCRIPTION = {
-    "collections.OrderedDict",
-    "pathlib.PosixPath",
-    "pathlib.WindowsPath",
-    "torch.Size",
-    "torch.distributed.checkpoint.filesystem._StorageInfo",
-    "torch.serialization._get_layout",
-    *(
-        f"torch.distributed.checkpoint.metadata.{name}"
-        for name in ("Metadata", "MetadataIndex", "ChunkStorageMetadata", "TensorStorageMetadata",
-                     "BytesStorageMetadata", "TensorProperties", "StorageMeta",
-                     "_MEM_FORMAT_ENCODING")
-    ),
-}
+    "collections.OrderedDict", "pathlib.PosixPath", "pathlib.WindowsPath", "torch.Size",
+    "torch.distributed.checkpoint.filesystem._StorageInfo", "torch.serialization._get_layout",
+    *(f"torch.distributed.checkpoint.metadata.{name}" for name in (
+        "Metadata", "MetadataIndex", "ChunkStorageMetadata", "TensorStorageMetadata",
+        "BytesStorageMetadata", "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING"))}
 
 
 @dataclass
@@ -88,12 +75,11 @@ class Checkpoint:
         return torch.load(self.path / "optimizer.pt", weights_only=True, map_location="cpu")
 
     def fill(self, network: nn.Module, name: str) -> None:
-        """Copy a network's weights into one of its shape, sharded or not. Raises ValueError if the
-        shapes differ."""
+        """Copy weights into a network, sharded or not. Raises ValueError if the shapes differ."""
         targets = network.state_dict()
         if self.is_sharded:
             shapes = {k: tuple(t.shape) for k, t in targets.items()}
-            check_shapes(self._empty(name, "meta"), shapes, self.path, SAME)
+            check_shapes(self._empty(name, "meta"), shapes, self.path)
             self._read({f"{name}/{k}": t for k, t in targets.items()})
         elif not any(isinstance(t, DTensor) for t in targets.values()):
             load_weights(network, self.tensors(name), self.path)
@@ -107,22 +93,19 @@ class Checkpoint:
         for n, (optimizer, saved) in enumerate(zip(optimizers, self.optimizer(), strict=True)):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             state: dict[int, dict[str, Tensor]] = {}
+            for i, values in saved["state"].items():  # empty if they are sharded
+                p = parameters[i]
+                state[i] = {k: parallel.like(t, p) if t.shape == p.shape else t
+                            for k, t in values.items()}
             if self.is_sharded:
-                for key, held in self._sizes().items():
-                    kind, *where = key.split("/")
-                    if kind == "optimizer" and int(where[0]) == n:
-                        p = parameters[int(where[1])]
-                        same, dtype = held.size == p.shape, held.properties.dtype
-                        like = p if same else torch.empty(held.size)
-                        value = torch.zeros_like(like, dtype=dtype).detach()
-                        state.setdefault(int(where[1]), {})[where[2]] = value
+                for key, held in self._sizes(f"optimizer/{n}/").items():
+                    place, name = key.split("/")
+                    p = parameters[int(place)]
+                    like = p if held.size == p.shape else torch.empty(held.size)
+                    value = torch.zeros_like(like, dtype=held.properties.dtype).detach()
+                    state.setdefault(int(place), {})[name] = value
                 self._read({f"optimizer/{n}/{i}/{k}": t
                             for i, values in state.items() for k, t in values.items()})
-            else:
-                for i, values in saved["state"].items():
-                    p = parameters[i]
-                    state[i] = {k: parallel.like(t, p) if t.shape == p.shape else t
-                                for k, t in values.items()}
             optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
 
     @property
@@ -130,18 +113,18 @@ class Checkpoint:
         """Whether processes wrote parts of it."""
         return (self.path / "shards").is_dir()
 
-    def _sizes(self) -> dict[str, TensorStorageMetadata]:
-        return _SafeReader(self.path / "shards").read_metadata().state_dict_metadata
+    def _sizes(self, prefix: str = "") -> dict[str, TensorStorageMetadata]:
+        """What shards hold under a prefix, by the rest of the name."""
+        sizes = _SafeReader(self.path / "shards").read_metadata().state_dict_metadata
+        return {k.removeprefix(prefix): v for k, v in sizes.items() if k.startswith(prefix)}
 
     def _empty(self, name: str, device: str = "cpu") -> dict[str, Tensor]:
         """Room for the whole tensors of a network."""
-        sizes = {k: v for k, v in self._sizes().items() if k.startswith(f"{name}/")}
-        return {k.removeprefix(f"{name}/"): torch.empty(v.size, dtype=v.properties.dtype,
-                                                        device=device) for k, v in sizes.items()}
+        return {k: torch.empty(v.size, dtype=v.properties.dtype, device=device)
+                for k, v in self._sizes(f"{name}/").items()}
 
     def _read(self, targets: dict[str, Tensor], alone: bool = False) -> None:
-        """Into the tensors, each process its part; alone: for a process that asks without the
-        others."""
+        """Into the tensors, each process its part; alone: one process asks without the others."""
         if targets:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.load(targets, storage_reader=_SafeReader(self.path / "shards"),
@@ -149,8 +132,7 @@ class Checkpoint:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads torch's description of shards and nothing else: no other class is ever looked up, no
-    other code runs."""
+    """Reads torch's description of shards: no other class is ever looked up, no other code runs."""
 
     def find_class(self, module: str, name: str) -> Any:
         """Raises UnpicklingError for what does not belong there."""
@@ -173,17 +155,13 @@ class _SafeReader(dcp.FileSystemReader):
         return metadata
 
 
-def save(run_dir: Path, step: int, networks: dict[str, nn.Module], optimizer: Any,
+def save(run_dir: Path, step: int, networks: dict[str, nn.Module], optimizer: list[dict],
          meta: dict[str, Any]) -> Path:
-    """Write RUN/checkpoint/step_N whole or not at all, then drop all but the newest KEEP. Returns
-    its folder.
-
-    All processes of a run call it. Args: optimizer: a state dict of each optimizer.
-    """
-    folder = run_dir / "checkpoint"
-    final, partial = folder / f"step_{step:06d}", folder / f"step_{step:06d}.partial"
-    parameters = [p for network in networks.values() for p in network.parameters()]
-    sharded = any(isinstance(p, DTensor) for p in parameters)
+    """All processes write RUN/checkpoint/step_N, whole or not at all; drop all but the newest KEEP.
+    Returns the folder. Args: optimizer: a state dict of each optimizer."""
+    final = run_dir / "checkpoint" / f"step_{step:06d}"
+    partial = final.with_suffix(".partial")
+    sharded = any(isinstance(p, DTensor) for net in networks.values() for p in net.parameters())
 
     def begin() -> None:
         shutil.rmtree(partial, ignore_errors=True)
@@ -220,8 +198,7 @@ def save(run_dir: Path, step: int, networks: dict[str, nn.Module], optimizer: An
 
 def _write_shards(partial: Path, networks: dict[str, nn.Module],
                   optimizer: list[dict]) -> dict[str, dict]:
-    """This process's part of a checkpoint. Returns size and checksum of its files: hashing is
-    shared out too."""
+    """This process's part of a checkpoint. Returns its files' facts: hashing is shared out too."""
     tensors = {f"{name}/{k}": t for name, network in networks.items()
                for k, t in network.state_dict().items()}
     for n, state in enumerate(optimizer):
@@ -236,10 +213,7 @@ def _write_shards(partial: Path, networks: dict[str, nn.Module],
 
 
 def newest(run_dir: Path) -> Checkpoint | None:
-    """The newest checkpoint that is whole, None if there never was one.
-
-    Raises ValueError, naming the damage, if there are checkpoints and none of them is whole.
-    """
+    """The newest whole checkpoint, None if there are none. Raises ValueError if all are damaged."""
     damage = []
     for path in _folders(run_dir):
         problem = _problem(path)
@@ -248,38 +222,33 @@ def newest(run_dir: Path) -> Checkpoint | None:
             warning = f"{'; '.join(damage)}: going on from {path} instead" if damage else ""
             return Checkpoint(path, meta, warning)
         damage.append(problem)
-    if damage:
-        raise ValueError(f"no usable checkpoint in {run_dir}: {'; '.join(damage)}; train again "
-                         "into another folder")
+    require(not damage, f"no usable checkpoint in {run_dir}: {'; '.join(damage)}; train again into "
+            "another folder")
     return None
 
 
 def load_weights(network: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
-    """Copy a state dict into a network. Raises ValueError that names missing, unknown or misshapen
-    tensors."""
+    """Copy a state dict into a network. Raises ValueError if they do not fit (`check_shapes`)."""
     shapes = {name: tuple(t.shape) for name, t in network.state_dict().items()}
-    check_shapes(tensors, shapes, source, SAME)
+    check_shapes(tensors, shapes, source)
     network.load_state_dict(tensors)
 
 
-def check_shapes(
-    tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], source: Path, remedy: str
-) -> None:
-    """Raises ValueError that names the first five tensors of `source` that are missing, unknown or
-    misshapen."""
+def check_shapes(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], source: Path,
+                 remedy: str = "use the settings it was made with") -> None:
+    """Raises ValueError that names the first five tensors that are missing, unknown, misshapen."""
     wrong = [f"{k} is missing" for k in shapes if k not in tensors]
     wrong += [f"{k} is unknown" for k in tensors if k not in shapes]
     wrong += [f"{k} has shape {list(tensors[k].shape)}, the model needs {list(shape)}"
               for k, shape in shapes.items() if k in tensors and tuple(tensors[k].shape) != shape]
-    if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise ValueError(f"{source} does not fit the model: {'; '.join(wrong[:5])}{more}; {remedy}")
+    more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+    require(not wrong, f"{source} does not fit the model: {'; '.join(wrong[:5])}{more}; {remedy}")
 
 
 def _folders(run_dir: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
     found = (run_dir / "checkpoint").glob("step_*")
-    whole = [p for p in found if re.fullmatch(r"step_\d+", p.name)]
+    whole = (p for p in found if re.fullmatch(r"step_\d+", p.name))
     return sorted(whole, key=lambda p: int(p.name[5:]), reverse=True)
 
 
@@ -293,8 +262,7 @@ def _problem(path: Path) -> str | None:
         file = path / name
         if not file.exists():
             return f"{file} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            n_bytes = file.stat().st_size
+        if (n_bytes := file.stat().st_size) != expected["bytes"]:
             return f"{file} has {n_bytes} bytes instead of {expected['bytes']} (truncated)"
         if sha256(file) != expected["sha256"]:
             return f"{file} does not match its checksum"

@@ -1,8 +1,7 @@
 """The one training loop. What is learned is up to an `Objective`. Read `fit`, then `update`.
 
-The loss is divided by the total count of a step, so accumulation and the number of processes cannot
-change it. All randomness is a function of (seed, step): a resumed run repeats the uninterrupted
-one, on a CPU bit for bit.
+The loss is divided by a step's total count, so accumulation and processes cannot change it. All
+randomness is a function of (seed, step): a resumed run repeats the whole one, on a CPU bit for bit.
 """
 
 import json
@@ -35,8 +34,7 @@ def fit(model: HybridLM, objective: Objective, make_batch: Callable[[int], dict[
         start: checkpoint.Checkpoint | None = None) -> None:
     """The training loop of every mode: batch, prepare, update, log, save.
 
-    Args: make_batch: the batch of a step, of which each process runs its parts; meta: goes into
-    every checkpoint; start: where to go on from.
+    Args: make_batch: of a step; meta: goes into every checkpoint; start: where to go on from.
     Raises KeyboardInterrupt after Ctrl-C or SIGTERM, once the step is finished and saved;
     FloatingPointError if a gradient is not finite, with the weights before it saved; ValueError if
     the processes and parts do not divide the batch.
@@ -50,9 +48,8 @@ def fit(model: HybridLM, objective: Objective, make_batch: Callable[[int], dict[
     optimizers = build_optimizers(model, settings) + objective.optimizers()
     for group in (g for optimizer in optimizers for g in optimizer.param_groups):
         group["peak_lr"] = group["lr"]
-    step = 0
-    if start is not None:
-        step = start.meta["step"]
+    step = start.meta["step"] if start else 0
+    if start:
         restore(start, model, objective, optimizers)
     log_file = run_dir / "metrics.jsonl" if parallel.is_first() else Path(os.devnull)
     trim_log(log_file, step)
@@ -121,11 +118,8 @@ def noise(device: torch.device, seed: int, step: int, label: str, part: int) -> 
 
 def update(model: HybridLM, objective: Objective, parts: list[dict], optimizers: list,
            settings: FitConfig, step: int) -> dict[str, float]:
-    """One optimizer step on the mean loss over all parts of all processes; skipped if the gradient
-    is not finite.
-
-    Returns metrics: means over the parts that have them, each part with its count as weight.
-    """
+    """One optimizer step on the mean loss over all parts and processes, if the gradient is finite.
+    Returns metrics: means over the parts that have them, each part with its count as weight."""
     # 1. Gradients of the summed loss of this process's parts.
     runner = parallel.whole(model, trains=True) if objective.runs_whole else model
     sums = []
@@ -144,8 +138,8 @@ def update(model: HybridLM, objective: Objective, parts: list[dict], optimizers:
     total_count = totals["loss"][1]
     trained = [p for o in optimizers for group in o.param_groups for p in group["params"]]
     parallel.sum_gradients(trained)
-    torch._foreach_div_(
-        [parallel.local(p.grad) for p in trained if p.grad is not None], total_count)
+    gradients = [parallel.local(p.grad) for p in trained if p.grad is not None]
+    torch._foreach_div_(gradients, total_count)
     grad_norm = parallel.clip_gradients(list(model.parameters()), settings.clip_norm)
     # 3. Step at this step's share of the peak rates.
     rate = schedule(step, settings)
@@ -164,8 +158,8 @@ def add_up(parts: list[dict[str, tuple[float, int]]]) -> dict[str, tuple[float, 
     totals: dict[str, tuple[float, int]] = {}
     for part in parts:
         for name, (value, weight) in part.items():
-            before = totals.get(name, (0.0, 0))
-            totals[name] = (before[0] + value, before[1] + weight)
+            total, weights = totals.get(name, (0.0, 0))
+            totals[name] = (total + value, weights + weight)
     return totals
 
 

@@ -21,9 +21,7 @@ PASSES = 3  # timed, after one to warm up
 
 
 def pick_device(config: Config) -> torch.device:
-    """The device asked for, or CUDA where there is one. Raises ValueError if CUDA is asked for and
-    missing.
-    """
+    """The device asked for, or CUDA where there is one. Raises ValueError if it is missing."""
     has_cuda = torch.cuda.is_available()
     require(config.device != "cuda" or has_cuda,
             "device (cuda) is not available on this machine; use --device cpu or auto")
@@ -33,23 +31,18 @@ def pick_device(config: Config) -> torch.device:
 
 
 def set_threads(model: nn.Module, asked: int, device: torch.device) -> str:
-    """Use the number of threads asked for, or the fastest one where 0 is asked. Returns what to
-    say of it.
-
-    More threads are not always faster: on cores that other programs use, the threads of a matrix
-    product wait for each other, and a step has taken five times as long. OMP_NUM_THREADS counts as
-    asked for; so does what torchrun sets.
-    """
+    """Use the number of threads asked for, the fastest if that is 0. Returns what to say of it.
+    More are not always faster: on cores that others use, the threads of a matrix product wait for
+    each other; a step took five times as long. OMP_NUM_THREADS, as torchrun sets it, counts too."""
     if device.type != "cpu":
         return ""
     if asked or "OMP_NUM_THREADS" in os.environ or parallel.team.world > 1:
         torch.set_num_threads(asked or torch.get_num_threads())
         return ""
-    n, ms = 1, {}
-    while n <= (os.cpu_count() or 1):
+    ms = {}
+    for n in [2**i for i in range((os.cpu_count() or 1).bit_length())]:
         torch.set_num_threads(n)
         ms[n] = pass_ms(model)
-        n *= 2
     best = min(ms, key=ms.get)
     torch.set_num_threads(best)
     shown = ", ".join(f"{n}: {t:.0f} ms" for n, t in ms.items())
@@ -63,10 +56,9 @@ def bf16_warning(model: nn.Module, device: torch.device) -> str:
     plain = pass_ms(model)
     with parallel.compute():
         low = pass_ms(model)
-    if low <= plain:
-        return ""
-    return (f"a forward pass takes {low:.0f} ms in bf16 and {plain:.0f} ms in fp32 on this "
+    said = (f"a forward pass takes {low:.0f} ms in bf16 and {plain:.0f} ms in fp32 on this "
             "processor; leave --parallel.dtype at fp32")
+    return said if low > plain else ""
 
 
 @torch.no_grad()
@@ -99,14 +91,11 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def commit() -> str:
-    """Short hash of the commit that the code is at, with "+" where a .py file differs from it; ""
-    without git.
-    """
-    root = Path(__file__).parent.parent
+    """Short hash of the code's commit, with "+" if a .py file differs from it; "" without git."""
+    root, options = Path(__file__).parent.parent, {"capture_output": True, "text": True}
 
     def git(*words: str) -> subprocess.CompletedProcess:
-        return subprocess.run(["git", "-C", root, *words], capture_output=True, text=True,
-                              timeout=60)
+        return subprocess.run(["git", "-C", root, *words], **options, timeout=60)
 
     if not (root / ".git").exists():  # a folder above may belong to another project
         return ""

@@ -1,8 +1,8 @@
 """Muon for matrices (Jordan et al. 2024): momentum, made orthogonal by five Newton-Schulz steps.
 
-torch.optim.Muon takes these steps in bf16 on every device. A processor without bf16 instructions
-emulates them: 148 ms instead of 5 for a [1024, 128] matrix, most of a training step at our size. So
-on a CPU they are taken in fp32 here; on a GPU in bf16, as torch does. States and rates are torch's.
+torch.optim.Muon takes them in bf16 on every device. A processor without bf16 emulates it: 148 ms
+instead of 5 for a [1024, 128] matrix, most of a training step at our size. So here they are in fp32
+on a CPU, in bf16 on a GPU. States and rates are torch's.
 """
 
 import math
@@ -11,13 +11,9 @@ import torch
 from torch import Tensor
 
 
-def orthogonalized(update: Tensor, coefficients: tuple[float, float, float], steps: int,
-                   eps: float) -> Tensor:
-    """Newton-Schulz: X <- a X + (b X X^T + c (X X^T)^2) X, from X = update / |update|.
-
-    The singular values end near 1 (in .7 to 1.2 with torch's coefficients), the directions stay.
-    Args: update: [rows, columns]. Returns it in fp32 on a CPU, in bf16 on a GPU.
-    """
+def orthogonalized(update: Tensor, coefficients: tuple, steps: int, eps: float) -> Tensor:
+    """Newton-Schulz: X <- a X + (b X X^T + c (X X^T)^2) X, from X = update [rows, columns] / norm.
+    The singular values end near 1 (.7 to 1.2 with torch's coefficients), the directions stay."""
     a, b, c = coefficients
     x = update.float() if update.device.type == "cpu" else update.bfloat16()
     is_tall = x.shape[0] > x.shape[1]  # the smaller of X X^T and X^T X

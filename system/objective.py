@@ -2,9 +2,8 @@
 
     prepare(model, batch, step, generator)   makes of a part of the batch what the updates need.
                                              All sampling belongs here, from the generator given
-    loss(model, prepared)                    (sum, count, metrics); called for each of n_updates
-                                             optimizer steps. What is minimised is the sum over all
-                                             parts and processes, divided by their whole count
+    loss(model, prepared)                    (sum, count, metrics) at each of n_updates steps: what
+                                             is minimised is all parts' sums over all their counts
     after_step(model)                        follows every optimizer step
 
 A batch is a dict of tensors whose rows are cut into parts. Metrics are scalars to log: means, which
@@ -19,20 +18,16 @@ from model import HybridLM
 
 
 class Objective:
-    """The defaults do nothing: an objective replaces what it needs.
+    """The defaults do nothing: an objective replaces what it needs."""
 
-    networks: those beside the model, by their names in a checkpoint: what is not here is not saved,
-    restored or collected. One that is made during training is a `parallel.frozen_copy` of the
-    model: a resumed run makes it again before it loads its weights. n_updates: optimizer steps from
-    each batch. runs_whole: the loss takes the weights apart, so that sharded ones are gathered for
-    it. headline: the metric that the progress bar shows.
-    """
-
-    n_updates = 1
-    runs_whole = False
-    headline = "loss"
+    n_updates = 1  # optimizer steps from each batch
+    runs_whole = False  # whether the loss takes the weights apart: sharded ones are gathered for it
+    headline = "loss"  # the metric that the progress bar shows
 
     def __init__(self):
+        # Those beside the model, by their names in a checkpoint: what is not here is not saved,
+        # restored or collected. One that is made during training is a `parallel.frozen_copy` of the
+        # model: a resumed run makes it again before it loads its weights.
         self.networks: dict[str, nn.Module] = {}
 
     def prepare(self, model: HybridLM, batch: dict[str, Tensor], step: int,

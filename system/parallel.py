@@ -1,29 +1,25 @@
 """Several processes, one run: the process group, sharding from outside, sums over all processes.
 
 `torchrun --nproc-per-node 8 train.py ...` starts the same program once per GPU and tells each copy
-its rank through the environment, which only this file reads. A process that is alone takes the same
-path: every function here then does nothing.
+its rank through the environment, which only this file reads. For a process that is alone every
+function here does nothing.
 
-    rows        rank r of n takes the r-th part of every batch; a batch is a function of (seed,
-                step), so all agree on it
+    rows        rank r of n takes the r-th part of every batch, which is a function of (seed, step)
     loss        sums of losses and gradients over all processes, divided by the count over all
     rollouts    sampled from unsharded weights, gathered once a step: ranks decode for different
                 numbers of tokens, and FSDP's own gathering would wait for the shortest for ever
 
-How to read: `start`, then `shard`, which gives `loop.fit` the network that it trains. Two ways of
-sharing the work out:
+How to read: `start`, then `shard`, which gives `loop.fit` the network that it trains. Two ways:
 
 * data: all weights on every process; `sum_gradients` adds up what the backward passes left.
-* fsdp: FSDP2 keeps 1/W of every matrix, of its optimizer state and of the EMA teacher on each
-process and gathers a block while it works. Vectors (norms, rates, biases) stay whole everywhere.
-Where a loss calls the weights in another way than block by block (Elastic: slices of them, other
-budgets on other ranks), `whole` gathers them once a step and `scatter_gradients` brings the
-gradients back: sharded are then the master weights and the optimizer states only.
+* fsdp: FSDP2 keeps 1/W of every matrix, its optimizer state and the EMA teacher on each process and
+gathers a block while it works; vectors stay whole. Where a loss takes the weights other than block
+by block (Elastic: slices, and other budgets on other ranks), `whole` gathers them once a step and
+`scatter_gradients` brings the gradients back: sharded are then master weights and optimizer states.
 
 Weights, optimizer states and teacher are fp32. With dtype bf16, matrix products run in bf16
-(`compute`): a step of 1e-6 moves 2 % of bf16 weights, and a moving average of 0.999 none.
-
-Not here: tensor, pipeline, sequence or expert parallelism.
+(`compute`): a step of 1e-6 moves 2 % of bf16 weights, and a moving average of 0.999 none. Not here:
+tensor, pipeline, sequence or expert parallelism.
 """
 
 import contextlib
@@ -32,9 +28,8 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -45,7 +40,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
-ALONE = SimpleNamespace(mode="data", dtype="fp32", activation_checkpointing=False, compile=False)
+from system.config import FitConfig, ParallelConfig
+
 FSDP_FROM = 500_000_000  # parameters from which mode "auto" shards
 
 
@@ -53,25 +49,22 @@ FSDP_FROM = 500_000_000  # parameters from which mode "auto" shards
 class Team:
     """The processes of the run, as this one sees them."""
 
-    rank: int = 0
-    world: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    settings: Any = field(default_factory=lambda: ALONE)  # a config.ParallelConfig
+    rank: int
+    world: int
+    device: torch.device
+    settings: ParallelConfig
     gathered: dict | None = None  # what `whole` has found, inside `gathering_once`
 
 
-team = Team()
+team = Team(0, 1, torch.device("cpu"), ParallelConfig())
 
 
 # -------------------------------------------------------------------------------- the process group
 
 
-def start(settings: Any, device: torch.device) -> torch.device:
-    """Join the processes that torchrun started. Returns the device of this one.
-
-    Args: settings: a config.ParallelConfig; device: of which type to work on.
-    Raises ValueError if there are more processes than GPUs on a machine.
-    """
+def start(settings: ParallelConfig, device: torch.device) -> torch.device:
+    """Join the processes that torchrun started. Returns this one's device, of the type given.
+    Raises ValueError if there are more processes than GPUs on a machine."""
     defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
     rank, world, local = (int(os.environ.get(name, value)) for name, value in defaults.items())
     if device.type == "cuda" and world > 1:
@@ -82,9 +75,8 @@ def start(settings: Any, device: torch.device) -> torch.device:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, rank=rank, world_size=world, timeout=timedelta(seconds=settings.timeout_s))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank,
+                                world_size=world, timeout=timedelta(seconds=settings.timeout_s))
     team.rank, team.world, team.device, team.settings = rank, world, device, settings
     return device
 
@@ -93,16 +85,13 @@ def stop() -> None:
     """Leave the others, without waiting. A later run in the same process is alone."""
     if dist.is_initialized():
         dist.destroy_process_group()
-    team.rank, team.world, team.settings = 0, 1, ALONE
+    team.rank, team.world, team.settings = 0, 1, ParallelConfig()
 
 
 def leave(code: int) -> int:
-    """End this process at once, if torchrun started it. Returns the code of a process that is
-    alone.
-
-    Without Python's clean-up, that is: after an error the others may never answer, and after
-    success threads of the process group may still run, which C++ turns into an abort.
-    """
+    """End this process with the code if torchrun started it, else return it. There is no clean-up:
+    after an error the others may never answer, and threads of the group may still run, which C++
+    turns into an abort."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -111,8 +100,7 @@ def leave(code: int) -> int:
 
 
 def part() -> bool:
-    """After training all processes part. Returns whether this one goes on: the first does, to
-    measure and to write."""
+    """After training: whether this process goes on, to measure and write. Only the first does."""
     goes_on = is_first()
     barrier()
     stop()
@@ -139,8 +127,7 @@ def everyone(value: Any) -> list[Any]:
 
 
 def on_first(function: Callable[[], Any]) -> Any:
-    """What the function returns on the first process, for all; a ValueError or OSError there is
-    raised on all."""
+    """What the function returns or raises (ValueError, OSError) on the first process, on all."""
     if team.world == 1:
         return function()
     answer: list[Any] = [None, None]
@@ -156,8 +143,7 @@ def on_first(function: Callable[[], Any]) -> Any:
 
 
 def in_turn(function: Callable[[], Any]) -> Any:
-    """Calls the function on the first process, then on the others, which find the files that it
-    left."""
+    """Call the function on the first process, then on the others, which find the files it left."""
     mine = []
     on_first(lambda: mine.append(function()))
     return mine[0] if mine else function()
@@ -170,9 +156,8 @@ def is_lost(error: Exception) -> bool:
     return team.world > 1 and said
 
 
-def parts_of(settings: Any) -> range:
-    """The parts of a step's batch that this process runs; there are `accumulate` for each
-    process."""
+def parts_of(settings: FitConfig) -> range:
+    """The parts of a step's batch that this process runs: `accumulate` of them."""
     return range(team.rank * settings.accumulate, (team.rank + 1) * settings.accumulate)
 
 
@@ -193,20 +178,15 @@ def exactly() -> contextlib.AbstractContextManager:
 
 
 def shard(network: nn.Module) -> nn.Module:
-    """The network to train in the place of this one: itself, or a dressed one (recomputing,
-    compiled, sharded).
-
-    All processes get the weights of the first. A dressed network that is not sharded shares its
-    memory with the given one; a sharded one takes its weights over until `collect` brings them
-    back.
-    """
+    """The network to train in place of this: itself, or dressed (recomputed, compiled, sharded).
+    All get the first process's weights. A dressed one shares memory with the one given; a sharded
+    one takes the weights over until `collect` brings them back."""
     c, n = team.settings, sum(p.numel() for p in network.parameters())
     broadcast(network)
     is_sharded = team.world > 1 and (c.mode == "fsdp" or (c.mode == "auto" and n >= FSDP_FROM))
     if not (is_sharded or c.activation_checkpointing or c.compile):
         return network
-    dressed = skeleton(network)
-    dressed.load_state_dict(network.state_dict(), assign=True)
+    dressed = undressed(network, network.state_dict(), trains=True)
     dressed.dressed = True
     for block in dressed.layers:
         if c.activation_checkpointing:
@@ -216,15 +196,13 @@ def shard(network: nn.Module) -> nn.Module:
     if is_sharded:  # the warning is of in-place changes to a block's output: there are none here
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
         network.to("meta")
-        vectors = {p for p in dressed.parameters() if p.dim() < 2}
         options = {"mesh": init_device_mesh(team.device.type, (team.world,)),
-                   "ignored_params": vectors}
+                   "ignored_params": {p for p in dressed.parameters() if p.dim() < 2}}
         low, sums = (torch.bfloat16, torch.float32) if c.dtype == "bf16" else (None, None)
         cast = MixedPrecisionPolicy(low, sums, cast_forward_inputs=False)
         for block in dressed.layers:
             fully_shard(block, mp_policy=cast, **options)
-        # Embedding and head: `logits` needs them after forward, and a loss may run several passes
-        # before its backward.
+        # Embedding and head stay: `logits` needs them after forward, and so may another pass.
         fully_shard(dressed, reshard_after_forward=False, **options)
         dressed.set_reshard_after_backward(False, recurse=False)
         for module in dressed.modules():
@@ -235,18 +213,19 @@ def shard(network: nn.Module) -> nn.Module:
 
 
 def recomputed(function: Callable) -> Callable:
-    """The function, whose inner results are made again in the backward pass if the settings ask for
-    it."""
+    """The function, recomputed inside the backward pass if the settings ask for it."""
     if not team.settings.activation_checkpointing:
         return function
     return functools.partial(recompute, function, use_reentrant=False)
 
 
-def skeleton(network: nn.Module) -> nn.Module:
-    """An undressed network of the same shape whose weights take no memory."""
+def undressed(network: nn.Module, weights: dict[str, Tensor], trains: bool) -> nn.Module:
+    """An undressed network of the same shape that takes these weights over."""
     plain = next(c for c in type(network).__mro__ if not issubclass(c, FSDPModule))
     with torch.device("meta"):
-        return plain(network.config)
+        made = plain(network.config).requires_grad_(trains)
+    made.load_state_dict(weights, assign=True)
+    return made
 
 
 def reshard(network: nn.Module) -> None:
@@ -262,29 +241,22 @@ def is_dressed(network: nn.Module) -> bool:
 
 @torch.no_grad()
 def whole(network: nn.Module, trains: bool = False, for_sampling: bool = False) -> nn.Module:
-    """The network undressed and unsharded: itself if it is so already, else one that shares or
-    gathers its weights.
-
-    Args: for_sampling: with the matrices of layers and head in the dtype of `compute`, so that no
-    step casts them.
-    """
+    """The network undressed and unsharded: itself, or one that shares or gathers its weights; those
+    of layers and head, for_sampling, in the dtype of `compute`, so that no step casts them."""
     low = for_sampling and team.settings.dtype == "bf16"
     if not is_dressed(network) and not low:
         return network
-    if team.gathered is not None and (network, low) in team.gathered:
-        return team.gathered[network, low]
+    known = {} if team.gathered is None else team.gathered
 
     def weight(name: str, p: Tensor) -> Tensor:
         t = p.full_tensor() if isinstance(p, DTensor) else p
         is_matrix = t.dim() == 2 and "conv" not in name and not name.startswith("embed")
         return t.bfloat16() if low and is_matrix else t
 
-    found = skeleton(network).requires_grad_(trains)
-    weights = {name: weight(name, p) for name, p in network.state_dict().items()}
-    found.load_state_dict(weights, assign=True)
-    if team.gathered is not None:
-        team.gathered[network, low] = found
-    return found
+    if (network, low) not in known:
+        weights = {name: weight(name, p) for name, p in network.state_dict().items()}
+        known[network, low] = undressed(network, weights, trains)
+    return known[network, low]
 
 
 @contextlib.contextmanager
@@ -299,29 +271,24 @@ def gathering_once() -> Iterator[None]:
 
 @torch.no_grad()
 def frozen_copy(network: nn.Module) -> nn.Module:
-    """A copy that does not train, with memory of its own, sharded like the network (then only to be
-    kept and gathered)."""
-    copied = skeleton(network).requires_grad_(False)
+    """A copy in memory of its own that does not train; sharded like the network, to be gathered."""
     weights = {name: p.detach().clone() for name, p in network.state_dict().items()}
-    copied.load_state_dict(weights, assign=True)
+    copied = undressed(network, weights, trains=False)
     copied.dressed = is_dressed(network)
     return copied
 
 
 def collect(trained: nn.Module, network: nn.Module, others: dict[str, nn.Module]) -> None:
-    """After training: the weights back into the network that `shard` was given, and the others, in
-    their dict, undressed and unsharded."""
-    if trained is not network and any(p.is_meta for p in network.parameters()):
+    """After training: the weights back into what `shard` was given; the others whole, in place."""
+    if any(p.is_meta for p in network.parameters()):
         network.load_state_dict(whole(trained).state_dict(), assign=True)
     for name, other in others.items():
-        if is_dressed(other):
-            others[name] = whole(other)
+        others[name] = whole(other)
 
 
 @torch.no_grad()
 def broadcast(network: nn.Module) -> None:
-    """Weights and buffers of the first process for all: what was measured or summed in another
-    order may differ."""
+    """The first process's weights and buffers for all: sums in another order may differ."""
     if team.world > 1:
         for t in network.state_dict().values():
             dist.broadcast(t, 0)
@@ -350,8 +317,7 @@ def like(full: Tensor, target: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sum_gradients(parameters: list[nn.Parameter], at_once: int = 2**26) -> None:
-    """Add the gradients of all processes up where FSDP has not done so; where no process has one it
-    stays None."""
+    """Sum the gradients of all processes where FSDP has not; None stays None if all have None."""
     plain = [p for p in parameters if not isinstance(p, DTensor)]
     if team.world == 1 or not plain:
         return
@@ -363,10 +329,8 @@ def sum_gradients(parameters: list[nn.Parameter], at_once: int = 2**26) -> None:
         bucket.append(p)
         is_last = i + 1 == len(used) or used[i + 1].dtype != p.dtype
         if is_last or sum(q.numel() for q in bucket) >= at_once:
-            flat = torch.cat(
-                [torch.zeros_like(q).flatten() if q.grad is None else q.grad.flatten()
-                 for q in bucket]
-            )
+            flat = torch.cat([(torch.zeros_like(q) if q.grad is None else q.grad).flatten()
+                              for q in bucket])
             dist.all_reduce(flat)
             for q, grad in zip(bucket, flat.split([q.numel() for q in bucket]), strict=True):
                 q.grad = grad.view_as(q)
@@ -375,23 +339,19 @@ def sum_gradients(parameters: list[nn.Parameter], at_once: int = 2**26) -> None:
 
 @torch.no_grad()
 def scatter_gradients(gathered: nn.Module, network: nn.Module) -> None:
-    """Gradients of what `whole` gathered, summed over the processes where the network is sharded,
-    become the network's."""
+    """The gradients of what `whole` gathered become the network's: summed where it is sharded."""
     for p, q in zip(gathered.parameters(), network.parameters(), strict=True):
+        grad = p.grad
         if isinstance(q, DTensor):
-            grad = torch.zeros_like(p) if p.grad is None else p.grad
-            q.grad = DTensor.from_local(grad, q.device_mesh, [Partial()]).redistribute(
-                placements=q.placements)
-        elif p is not q:
-            q.grad = p.grad
-        if p is not q:
-            p.grad = None
+            grad = torch.zeros_like(p) if grad is None else grad
+            summed = DTensor.from_local(grad, q.device_mesh, [Partial()])
+            grad = summed.redistribute(placements=q.placements)
+        p.grad, q.grad = None, grad
 
 
 @torch.no_grad()
 def clip_gradients(parameters: list[nn.Parameter], largest: float) -> float:
-    """Scale the gradients so that their norm over all weights is at most `largest`. Returns the
-    norm before."""
+    """Scale the gradients to a norm over all weights of at most `largest`. Returns that before."""
     if not any(isinstance(p, DTensor) for p in parameters):
         return float(nn.utils.clip_grad_norm_(parameters, largest))
     trained = [p for p in parameters if p.grad is not None]

@@ -1,17 +1,16 @@
 """A run's folder: what is written into it, what can be read out of it, and where a run goes on.
 
-One folder holds one run: config.json (settings, versions, command), metrics.jsonl, checkpoint/, hf/
-(the tokenizer), and at the end summary.json. `load_run` gives model, tokenizer and settings back;
-`load_model` takes a Hugging Face directory too.
+It holds config.json (settings, versions, command), metrics.jsonl, checkpoint/, hf/ (the tokenizer),
+and at the end summary.json. `load_run` reads it; `load_model` takes a Hugging Face directory too.
 """
 
 import contextlib
-import dataclasses
 import fcntl
 import json
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,25 +22,21 @@ from system.config import Config, RLPConfig, saved_config
 from system.errors import require
 from system.loop import console
 from system.machine import pick_device, versions
-from text.corpus import Corpus
 from text.tokenizer import FileTokenizer, Tokenizer, named_tokenizer
 
 
 def build_model(config: Config, n_vocab: int, device: torch.device, seed: int) -> HybridLM:
-    """A freshly initialised model. Raises ValueError if model.vocab_size is too small for the
-    tokenizer."""
-    shape = config.model
-    require(shape.vocab_size == 0 or shape.vocab_size >= n_vocab,
-            f"model.vocab_size ({shape.vocab_size}) is smaller than the tokenizer's {n_vocab}; use "
+    """A freshly initialised model. Raises ValueError if model.vocab_size is below n_vocab."""
+    n = config.model.vocab_size or n_vocab
+    require(n >= n_vocab, f"model.vocab_size ({n}) is smaller than the tokenizer's {n_vocab}; use "
             "0 for the tokenizer's")
     torch.manual_seed(seed)
-    return HybridLM(dataclasses.replace(shape, vocab_size=shape.vocab_size or n_vocab)).to(device)
+    return HybridLM(replace(config.model, vocab_size=n)).to(device)
 
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Wait until no other program is inside, and keep others out. The lock ends with the process,
-    if not before."""
+    """Wait until no other program is inside, and keep others out, at most until this one ends."""
     held = []
 
     def take() -> None:
@@ -58,8 +53,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def load_hf_weights(model: HybridLM, folder: Path, tokenizer: Tokenizer) -> None:
-    """Load a Hugging Face directory into a model, which may have rows for more tokens than it (see
-    `resolve`)."""
+    """Load a Hugging Face directory into a model, which may have more rows than it (`resolve`)."""
     _, tensors = huggingface.load_hf(folder)
     n_known = len(tensors["embed.weight"])
     beyond = [i for i in range(n_known, model.config.vocab_size) if i not in tokenizer.new_ids]
@@ -68,22 +62,19 @@ def load_hf_weights(model: HybridLM, folder: Path, tokenizer: Tokenizer) -> None
 
 
 def resolve(config: Config) -> Config:
-    """The settings with what files say of them: the text of rlp.prompt_file, and the shape and the
-    tokenizer of `init`.
+    """The settings with what files say: the text of rlp.prompt_file, shape and tokenizer of `init`.
 
-    What lies in `init` has the only shape that its weights fit, so model.* is replaced by it; so is
-    data.tokenizer by that of a Hugging Face directory, or of a run that began with one. Raises
-    ValueError for a file that cannot be used.
+    The weights in `init` fit one shape only, so it replaces model.*; data.tokenizer becomes that of
+    a Hugging Face directory, or of a run that began with one. Raises ValueError for unusable files.
     """
     if config.rlp.prompt_file:
-        require(not config.rlp.prompt,
-                "rlp.prompt and rlp.prompt_file are both given; leave one out")
+        require(not config.rlp.prompt, "rlp.prompt and rlp.prompt_file are given; leave one out")
         try:
             text = Path(config.rlp.prompt_file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"rlp.prompt_file ({config.rlp.prompt_file}) cannot be read as UTF-8 "
                              f"text: {error}") from error
-        config = dataclasses.replace(config, rlp=dataclasses.replace(config.rlp, prompt=text))
+        config = replace(config, rlp=replace(config.rlp, prompt=text))
     folder = Path(config.init)
     if not config.init or not (folder / "config.json").is_file():
         return config
@@ -92,40 +83,31 @@ def resolve(config: Config) -> Config:
     tokenizer = folder if is_hf else folder / "hf"
     if tokenizer.is_dir():
         n_vocab = max(shape.vocab_size, FileTokenizer(tokenizer).n_vocab)
-        shape = dataclasses.replace(shape, vocab_size=n_vocab)
-        config = with_tokenizer(config, tokenizer)
-    return dataclasses.replace(config, model=shape)
-
-
-def with_tokenizer(config: Config, folder: Path) -> Config:
-    """The settings with the tokenizer.json of a folder."""
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(folder)))
+        shape = replace(shape, vocab_size=n_vocab)
+        config = replace(config, data=replace(config.data, tokenizer=str(tokenizer)))
+    return replace(config, model=shape)
 
 
 def logged_seconds(run_dir: Path) -> float:
-    """Seconds of training in the log of a run, or of the runs one folder below; 0 for a model that
-    was only cut out."""
+    """Seconds of training in the log of a run, or of the runs one folder below; 0 without one."""
     own = run_dir / "metrics.jsonl"
     logs = [own] if own.exists() else run_dir.glob("*/metrics.jsonl")
     return sum(json.loads(line)["seconds"] for log in logs for line in log.read_text().splitlines())
 
 
 def newest(folder: Path) -> checkpoint.Checkpoint | None:
-    """The newest checkpoint in a folder that may not exist: looked for by the first process, for
-    all."""
+    """The newest checkpoint in a folder that may not exist, as the first process finds it."""
     return parallel.on_first(lambda: checkpoint.newest(folder) if folder.is_dir() else None)
 
 
 def resume_point(config: Config, run_dir: Path) -> checkpoint.Checkpoint | None:
-    """The checkpoint to go on from, None to start anew.
-
-    Raises ValueError if the folder holds a run and resume was not asked for (nothing saved is
-    overwritten), if there is nothing to resume, or if the checkpoint was made with other settings.
-    """
+    """The checkpoint to go on from, None to start anew. Raises ValueError if the folder holds a run
+    and resume was not asked for (nothing saved is overwritten), if there is nothing to resume, or
+    if it was made with other settings."""
     found = newest(run_dir)
     if not config.resume:
-        require(found is None, f"out ({run_dir}) already holds a run; add --resume to go on with "
-                "it, or choose another --out")
+        require(not found, f"out ({run_dir}) already holds a run; add --resume to go on with it, "
+                "or choose another --out")
         return None
     require(found, f"resume: {run_dir} holds no checkpoint; leave --resume out to start")
     warn(found.warning)
@@ -137,19 +119,9 @@ def resume_point(config: Config, run_dir: Path) -> checkpoint.Checkpoint | None:
     return found
 
 
-def check_text(start: checkpoint.Checkpoint | None, corpus: Corpus) -> None:
-    """Raises ValueError if a run would go on with another text than it was started with."""
-    require(start is None or start.meta["corpus"] == corpus.key,
-            "resume: the text is not what the run was started with (that of data.path, or what "
-            "ships with this Python); restore it, or choose another --out")
-
-
 def shared_settings(config: Config) -> dict:
-    """The settings that a resumed run must share, flat.
-
-    Those of pretraining are among them: the run's base was made with them, and they say what modes
-    read that go on with its mixture.
-    """
+    """The settings that a resumed run must share, flat. Those of pretraining are among them: of the
+    run's base, and of the mixture that some modes go on with."""
     groups = {"model", "data", "pretrain", config.mode}
     # accumulate: on fewer processes it makes up for them; baseline: rivals can be added later.
     free = ("cache_dir", "checkpoint_every", "log_every", "accumulate", "baseline")
@@ -162,29 +134,18 @@ def shared_settings(config: Config) -> dict:
     return flat
 
 
-def run_meta(config: Config, corpus: Corpus) -> dict:
-    """What a checkpoint says of its run: settings, text and versions."""
-    return {"config": shared_settings(config), "corpus": corpus.key, "versions": versions(),
-            "threads": torch.get_num_threads()}
-
-
-def prepare_run_dir(config: Config, tokenizer: Tokenizer) -> Path:
-    """Make the run folder; write config.json, and the tokenizer if it comes from files or from the
-    text, which may change.
-
-    Raises ValueError if it cannot be written to.
-    """
+def prepare_run_dir(config: Config, tokenizer: Tokenizer) -> None:
+    """Make the run folder, with settings and tokenizer. Raises ValueError if that fails."""
     run_dir = config.run_dir()
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         text = {"command": " ".join(sys.argv), "versions": versions(), "config": config.to_dict()}
         (run_dir / "config.json").write_text(json.dumps(text, indent=1) + "\n")
-        if tokenizer.json:
+        if tokenizer.json:  # from files or from the text, which may change
             tokenizer.save(run_dir / "hf")
     except OSError as error:
         raise ValueError(f"out ({run_dir}) cannot be written to: {error.strerror}; choose another "
                          "--out") from error
-    return run_dir
 
 
 def warn(message: str) -> None:
@@ -194,17 +155,14 @@ def warn(message: str) -> None:
 
 
 def load_run(run_dir: Path) -> tuple[HybridLM, Tokenizer, Config]:
-    """The model, tokenizer and settings of a finished or interrupted run. Raises ValueError if
-    there is none."""
+    """Model, tokenizer, settings of a finished or interrupted run. Raises ValueError if none."""
     found = newest(run_dir)
-    require(found,
-            f"{run_dir} holds no checkpoint; give the folder of a run, such as runs/rlp-cpu-seed0")
+    require(found, f"{run_dir} holds no checkpoint; give a run's folder, like runs/rlp-cpu-seed0")
     config = saved_config(run_dir)
     if (run_dir / "hf").is_dir():
-        config = with_tokenizer(config, run_dir / "hf")
-    require(config.data.tokenizer != "corpus",
-            f"{run_dir / 'hf'}, the run's tokenizer, is missing; copy it from where the run was "
-            "made, or train again")
+        config = replace(config, data=replace(config.data, tokenizer=str(run_dir / "hf")))
+    require(config.data.tokenizer != "corpus", f"{run_dir / 'hf'}, the run's tokenizer, is missing;"
+            " copy it from where the run was made, or train again")
     tokenizer = named_tokenizer(config.data.tokenizer)
     model = build_model(config, tokenizer.n_vocab, pick_device(config), config.seed)
     checkpoint.load_weights(model, found.tensors("model"), found.path)
@@ -212,8 +170,7 @@ def load_run(run_dir: Path) -> tuple[HybridLM, Tokenizer, Config]:
 
 
 def load_model(folder: Path) -> tuple[HybridLM, Tokenizer, RLPConfig]:
-    """Model, tokenizer and how it thinks, of a run or of a Hugging Face directory. Raises
-    ValueError if it is neither."""
+    """Model, tokenizer and how it thinks, of a run or a Hugging Face directory, else ValueError."""
     if not huggingface.is_hf(folder):
         model, tokenizer, config = load_run(folder)
         return model, tokenizer, config.rlp

@@ -368,7 +368,8 @@ def test_the_instruction_is_read_from_its_file_and_kept_with_the_run(program, wo
 
 def test_the_instruction_changes_what_a_shown_thought_is_sampled_from(corpus, make_model):
     model = make_model(vocab_size=corpus.tokenizer.n_vocab, tie_embeddings=False).float()
-    plain, led = (show_thought(model, corpus.tokenizer, "Tom", 12, 1.0, 0, before=text) for text in ("", "Think."))
+    settings = [RLPConfig(thought_len=12, temperature=1.0, prompt=text) for text in ("", "Think.")]
+    plain, led = (show_thought(model, corpus.tokenizer, "Tom", c, 0) for c in settings)
     assert plain != led
 
 

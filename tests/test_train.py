@@ -337,7 +337,7 @@ def test_a_pretraining_run_leaves_a_plot_of_its_loss_and_the_figures_of_the_base
 
 
 def test_a_second_run_takes_the_base_from_the_cache(program, finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "alone_in", lambda *_: pytest.fail("trained a base again"))
+    monkeypatch.setattr(rundir, "alone_in", lambda *_: pytest.fail("trained a base again"))
     assert program(tmp_path / "run", "--rlp.lr", 1e-3) == 0
     assert summary_of(tmp_path / "run")["base_dir"] == summary_of(finished)["base_dir"]
 

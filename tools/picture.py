@@ -22,6 +22,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import FancyBboxPatch
 
 from kernels import mask_banned
+from system import parallel
 from system.errors import exit_code, require
 from system.files import read_json
 from system.rundir import load_model, load_run
@@ -36,9 +37,8 @@ INK, PALE, GREY, CARD, BOX, GOOD, BAD = (np.array(to_rgb(f"#{color}")) for color
 def think(model, tokenizer, problem, config) -> dict:
     """One thought about a problem: its words, the nats that each adds, and log p of the next token
     ([V], scored as RLP does) at once and after it."""
-    c, device = config.rlp, next(model.parameters()).device
-    text = show_thought(model, tokenizer, problem.prompt, c.thought_len, c.temperature, config.seed,
-                        c.prompt)
+    c, device = config.rlp, parallel.device_of(model)
+    text = show_thought(model, tokenizer, problem.prompt, c, config.seed)
     thought = tokenizer.encode(text.removeprefix("<think>").split("</think>")[0])
     context = [*tokenizer.begin, *tokenizer.encode(c.prompt), *tokenizer.encode(problem.prompt)]
     prefixes = [context] + [[*context, tokenizer.think, *thought[:n], tokenizer.close]
