@@ -2,9 +2,8 @@
 
 H query heads share K key-value heads (arXiv 2305.13245): head h reads group h // J, J = H / K.
 Nemotron-H has no positional embedding at all (the Mamba layers tell the order), Qwen3 has RoPE
-(arXiv 2104.09864) and QK-norm (arXiv 2302.05442); both are switches here.
-
-How to read: `Attention.forward`, then `attention_mask`: one rule for padding, packing, causality.
+(arXiv 2104.09864) and QK-norm (arXiv 2302.05442); both are switches here. `attention_mask` is the
+one rule for padding, packing and causality.
 """
 
 import torch
@@ -21,23 +20,18 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
-        self.head_dim = config.attn_head_dim
-        self.rope_theta = config.rope_theta
+        self.head_dim, self.rope_theta = config.attn_head_dim, config.rope_theta
         self.q_proj = nn.Linear(config.d_model, self.n_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(config.d_model, self.n_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.d_model, self.n_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.n_heads * self.head_dim, config.d_model, bias=False)
-        self.q_norm, self.k_norm = (
-            HeadNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-            for _ in "qk")
+        norm = HeadNorm if config.qk_norm else nn.Identity  # which takes any arguments
+        self.q_norm, self.k_norm = (norm(self.head_dim, eps=config.norm_eps) for _ in "qk")
 
     def forward(self, x_BTD: Tensor, cached: tuple[Tensor, Tensor] | None, mask: Tensor | None
                 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Args: cached: keys and values of earlier tokens, [B, K, U, P] each, or None; mask: see
-        `attention_mask`.
-
-        Returns: y_BTD, and the keys and values of the earlier and of these tokens.
-        """
+        """cached: keys and values of earlier tokens, [B, K, U, P] each, or None; mask: that of
+        `attention_mask`. Returns y_BTD, and the keys and values of the earlier and these tokens."""
         # 1. Queries, keys and values of the new tokens; the keys and values of all behind them.
         heads = "b t (h p) -> b h t p"
         q_BHTP = self.q_norm(rearrange(self.q_proj(x_BTD), heads, p=self.head_dim))
@@ -46,16 +40,13 @@ class Attention(nn.Module):
         if self.rope_theta:
             start = 0 if cached is None else cached[0].shape[2]
             q_BHTP, k_BKTP = (rope(t, start, self.rope_theta) for t in (q_BHTP, k_BKTP))
-        if cached is None:
-            k_BKSP, v_BKSP = k_BKTP, v_BKTP
-        else:
-            k_BKSP, v_BKSP = append(cached[0], k_BKTP), append(cached[1], v_BKTP)
+        k_BKSP, v_BKSP = (k_BKTP, v_BKTP) if cached is None else (
+            append(past, new) for past, new in zip(cached, (k_BKTP, v_BKTP), strict=True))
         # 2. Attend.
         causal = mask is None and x_BTD.shape[1] > 1  # no mask and one token: it sees everything
         grouped, keys, values = self.n_heads != self.n_kv_heads, k_BKSP, v_BKSP
         if grouped and q_BHTP.is_cuda and (mask is not None or q_BHTP.dtype == torch.float32):
-            # Flash attention takes neither masks nor fp32 there, and the other kernel without all
-            # scores takes no groups.
+            # Flash attention takes no mask and no fp32; the other without all scores, no groups.
             grouped, J = False, self.n_heads // self.n_kv_heads
             keys, values = (t.repeat_interleave(J, dim=1) for t in (k_BKSP, v_BKSP))
         y_BHTP = F.scaled_dot_product_attention(
@@ -71,23 +62,17 @@ class HeadNorm(nn.RMSNorm):
         return super().forward(x_BHTP.to(self.weight.dtype)).to(x_BHTP.dtype)
 
 
-ROOM = 32  # positions
-
-
 def append(past_BKUP: Tensor, new_BKTP: Tensor) -> Tensor:
     """The new positions behind those of the past, which stays as it is.
-
     Without gradients the result is the front of a longer buffer, and the next call writes into its
-    room: decoding does not copy its past for every token. The room is for whoever goes on first; a
-    second continuation of the same past finds it taken and copies.
-    """
-    U, S = past_BKUP.shape[2], past_BKUP.shape[2] + new_BKTP.shape[2]
+    room, instead of copying the past for every token. Whoever goes on first takes the room; a
+    second continuation of the same past copies."""
     if torch.is_grad_enabled():
         return torch.cat([past_BKUP, new_BKTP], dim=2)
-    buffer = getattr(past_BKUP, "buffer", None)
+    B, K, U, P = past_BKUP.shape
+    S, buffer = U + new_BKTP.shape[2], getattr(past_BKUP, "buffer", None)
     if buffer is None or buffer.n_taken != U or buffer.shape[2] < S:
-        B, K, _, P = past_BKUP.shape
-        buffer = past_BKUP.new_empty(B, K, S + ROOM, P)
+        buffer = past_BKUP.new_empty(B, K, S + 32, P)  # room for 32 positions more
         buffer[:, :, :U] = past_BKUP
     buffer[:, :, U:S] = new_BKTP
     buffer.n_taken = S
@@ -99,16 +84,13 @@ def append(past_BKUP: Tensor, new_BKTP: Tensor) -> Tensor:
 def attention_mask(ids_BS: Tensor | None, n_tokens: int, n_cached: int,
                    device: torch.device) -> Tensor | None:
     """True where query t may read position s: of the same document, and not later.
-
-    Args: ids_BS: document ids of the cached positions followed by the new tokens (-1 padding), None
-    if all of them are of one document without padding.
-    Returns: [B or 1, 1, T, S], or None where plain causality says it all. A padded query sees
-    padding only, so that its row is finite.
-    """
+    ids_BS: document ids of the cached positions and the new tokens (-1 padding), None for one
+    document without padding. Returns [B or 1, 1, T, S], or None where plain causality says it all.
+    A padded query sees padding only, so that its row is finite."""
     if ids_BS is None and (n_cached == 0 or n_tokens == 1):
         return None
-    T, S = n_tokens, n_cached + n_tokens
-    mask = torch.ones(T, S, dtype=torch.bool, device=device).tril(n_cached)[None]
+    size = n_tokens, n_cached + n_tokens
+    mask = torch.ones(size, dtype=torch.bool, device=device).tril(n_cached)[None]
     if ids_BS is not None:
         mask = mask & (ids_BS[:, n_cached:, None] == ids_BS[:, None, :])
     return mask[:, None]
@@ -116,14 +98,11 @@ def attention_mask(ids_BS: Tensor | None, n_tokens: int, n_cached: int,
 
 def rope(x_BHTP: Tensor, start: int, theta: float) -> Tensor:
     """Rotate channel pairs (i, i + P/2) of token t by (start + t) theta^(-2i/P) (arXiv 2104.09864,
-    eq. 34). Scores depend on differences of positions only, so left padding and packing need no
-    positions of their own.
-    """
+    eq. 34). Scores depend on differences only: left padding and packing need no own positions."""
     T, P = x_BHTP.shape[-2:]
     like = {"device": x_BHTP.device, "dtype": torch.promote_types(x_BHTP.dtype, torch.float32)}
     frequency = theta ** (-torch.arange(0, P, 2, **like) / P)
     angle = torch.arange(start, start + T, **like)[:, None] * frequency
-    cos, sin = (
-        torch.cat([f(angle), f(angle)], dim=-1).to(x_BHTP.dtype) for f in (torch.cos, torch.sin))
+    cos, sin = (torch.cat([t, t], dim=-1).to(x_BHTP.dtype) for t in (angle.cos(), angle.sin()))
     left, right = x_BHTP.chunk(2, dim=-1)
     return x_BHTP * cos + torch.cat([-right, left], dim=-1) * sin

@@ -1,19 +1,18 @@
 """The model's hot operations: an obvious reference, a fast PyTorch form, and one dispatcher.
 
-The state-space duality (SSD) of Mamba-2 (arXiv 2405.21060) is the main one. For one head, with a
-step size dt_t > 0 and a negative rate a, a state h of shape [P, N] follows
+The main one is the state-space duality (SSD) of Mamba-2 (arXiv 2405.21060). For one head, with a
+step size dt_t > 0 and a rate a < 0, a state h of shape [P, N] follows
 
     h_t = exp(dt_t a) h_{t-1} + dt_t x_t b_t^T          y_t = h_t c_t + d x_t
 
-`ssd_reference` is these two lines in a loop. `ssd_chunked` cuts the sequence into chunks of Q
-tokens: inside a chunk the recurrence is a masked, decayed attention (matrix products), and only C =
-T/Q states are passed from chunk to chunk. kernels_gpu.py does the same in Triton.
+`ssd_reference` is these two lines in a loop. `ssd_chunked` cuts the sequence into C = T/Q chunks:
+inside one the recurrence is a masked, decayed attention (matrix products), and only states are
+passed from chunk to chunk. kernels_gpu.py does the same in Triton.
 
-`ssd`, `ssd_step`, `causal_conv`, `gated_norm` and `selected_logp`, at the end of the file, are what
-the model calls. `use` chooses their form: "auto" runs Triton on CUDA tensors and the fast PyTorch
-form on others, "reference" and "triton" run that form everywhere. The references are the
-specification: the other forms have their arguments, and the tests hold all of them equal, in
-values, final states and every gradient. Conventions:
+The model calls the operations at the end of the file. `use` chooses their form: "auto" runs Triton
+on CUDA tensors and the fast PyTorch form on others, "reference" and "triton" run that form
+everywhere. The references are the specification: tests hold all forms equal to them, in values,
+final states and every gradient. Conventions:
 
 * `ids_BT` holds a document id per token. Tokens of different documents do not see each other; id -1
 is padding, a document of its own that writes nothing. `None` means one document and no padding.
@@ -59,11 +58,10 @@ def ssd_reference(x_BTHP: Tensor, dt_BTH: Tensor, a_H: Tensor, b_BTKN: Tensor, c
                   chunk: int = 64) -> tuple[Tensor, Tensor]:
     """The recurrence of SSD, one token at a time (arXiv 2405.21060, eq. 1 and 2).
 
-    Args: x_BTHP: inputs; dt_BTH: step sizes after the softplus, >= 0; a_H: rates, < 0; b_BTKN,
-    c_BTKN: input and output maps, shared by the J heads of a group; d_H: skip weights; state_BHPN:
-    initial state, zeros if None; chunk: ignored.
-    Returns: y_BTHP in the dtype of x, and the final state in fp32 (or wider).
-    """
+    Args: dt_BTH: step sizes after the softplus, >= 0; a_H: rates, < 0; b_BTKN, c_BTKN: input and
+    output maps, shared by the J heads of a group; d_H: skip weights; state_BHPN: initial state,
+    zeros if None; chunk: ignored.
+    Returns: y_BTHP in the dtype of x, and the final state in fp32 (or wider)."""
     B, T, H, P = x_BTHP.shape
     J, N = H // b_BTKN.shape[2], b_BTKN.shape[3]
     state_BHPN = wide(x_BTHP.new_zeros(B, H, P, N) if state_BHPN is None else state_BHPN)
@@ -75,21 +73,17 @@ def ssd_reference(x_BTHP: Tensor, dt_BTH: Tensor, a_H: Tensor, b_BTKN: Tensor, c
             dt_BH = dt_BH * (ids_BT[:, t, None] >= 0)
             if t > 0:
                 state_BHPN = state_BHPN * (ids_BT[:, t] == ids_BT[:, t - 1])[:, None, None, None]
-        decay_BH = torch.exp(dt_BH * a_H)
-        state_BHPN = decay_BH[..., None, None] * state_BHPN + torch.einsum(
-            "bh,bhp,bhn->bhpn", dt_BH, x_BHP, b_BHN)
+        added_BHPN = torch.einsum("bh,bhp,bhn->bhpn", dt_BH, x_BHP, b_BHN)
+        state_BHPN = torch.exp(dt_BH * a_H)[..., None, None] * state_BHPN + added_BHPN
         y_list.append(torch.einsum("bhpn,bhn->bhp", state_BHPN, c_BHN) + d_H[:, None] * x_BHP)
     return torch.stack(y_list, dim=1).to(x_BTHP.dtype), state_BHPN
 
 
 def ssd_chunked(x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN, d_H, state_BHPN=None, ids_BT=None, chunk=64):
-    """`ssd_reference` from matrix products over chunks (arXiv 2405.21060, section 6).
-
+    """`ssd_reference` from matrix products over chunks (arXiv 2405.21060, section 6), linear in T.
     With l the running sum of dt a inside a chunk, token q receives from token s <= q of its chunk
     the weight (c_q . b_s) exp(l_q - l_s) dt_s, and from the state at the chunk's start exp(l_q) h
-    c_q. Cost is linear in T. c_q . b_s is computed once per group; the chunk state and its read-out
-    are one matrix product per group. Half precision is widened to fp32 first.
-    """
+    c_q. c_q . b_s, the chunk's state and its read-out are one matrix product per group."""
     B, T, H, P = x_BTHP.shape
     Q = min(chunk, T)
     C = -(-T // Q)
@@ -98,16 +92,13 @@ def ssd_chunked(x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN, d_H, state_BHPN=None, ids_B
     x, dt, b, c = (wide(t) for t in (x_BTHP, dt_BTH, b_BTKN, c_BTKN))
     if C * Q != T:  # padding with dt = 0 leaves the state as it is
         x, dt, b, c = (F.pad(t, [0, 0] * (t.dim() - 2) + [0, C * Q - T]) for t in (x, dt, b, c))
-
-    # 1. The decays. l: log decay since the chunk's start. m = l - log dt: the step size of token s
-    #    rides along in exp(l_q - m_s).
+    # 1. The decays. l: log decay since the chunk's start. m = l - log dt: exp(l_q - m_s) has dt_s.
     dt_BCHQ = rearrange(dt, "b (c q) h -> b c h q", q=Q)
     l_BCHQ = (dt_BCHQ * a_H[:, None]).cumsum(-1)
     m_BCHQ = l_BCHQ - dt_BCHQ.clamp(min=1e-30).log()
     to_end_BCHQ, from_start_BCHQ = torch.exp(l_BCHQ[..., -1:] - m_BCHQ), torch.exp(l_BCHQ)
     carry_BCH = from_start_BCHQ[..., -1]
-    # 2. A token sees itself and those before it, of its own document; `before` is the document that
-    #    a chunk's start state is of.
+    # 2. A token sees its own document, up to itself; `before`: the document of the start state.
     seen = l_BCHQ.new_ones(Q, Q).tril()
     if ids_BT is not None:
         ids_BCQ = torch.cat([ids_BT, ids_BT[:, -1:].expand(B, C * Q - T)], dim=1).view(B, C, Q)
@@ -120,24 +111,20 @@ def ssd_chunked(x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN, d_H, state_BHPN=None, ids_B
     # 3. The products.
     x_BCQHP = rearrange(x, "b (c q) h p -> b c q h p", q=Q)
     b_BCKQN, c_BCKQN = (rearrange(t, "b (c q) k n -> b c k q n", q=Q) for t in (b, c))
-    state_BHPN = (l_BCHQ.new_zeros(B, H, P, b.shape[-1]) if state_BHPN is None
-                  else state_BHPN.to(l_BCHQ.dtype))
+    first_BHPN = l_BCHQ.new_zeros(B, H, P, b.shape[-1]) if state_BHPN is None else state_BHPN
     with torch.autocast(x.device.type, enabled=False):
         y_BCQHP, state_BHPN = ChunkProducts.apply(
             x_BCQHP, b_BCKQN, c_BCKQN, l_BCHQ, m_BCHQ, seen, to_end_BCHQ, from_start_BCHQ,
-            carry_BCH, d_H, state_BHPN)
+            carry_BCH, d_H, first_BHPN.to(l_BCHQ.dtype))
     return y_BCQHP.flatten(1, 2)[:, :T].to(x_BTHP.dtype), state_BHPN
 
 
 class ChunkProducts(torch.autograd.Function):
     """The heavy part of `ssd_chunked`: its matrix products and the recurrence over chunks.
-
-    Time goes into passes over large tensors as much as into the products. Autograd would make twice
-    as many passes, most of them into new memory. Two more traps of speed on CPU: the exp of -inf
-    takes twice as long, so what is not seen is 0 before the exp (above the diagonal the difference
-    is positive and could overflow) and multiplied by 0 after it; and an exp that underflows takes
-    ten to thirty times as long, so differences end at -80, where nothing is left.
-    """
+    Autograd would make twice as many passes over large tensors, most into new memory, and they take
+    as long as the products. Two traps on CPU: the exp of -inf takes twice as long, so what is not
+    seen is 0 before the exp (above the diagonal it could overflow) and multiplied by 0 after it; an
+    exp that underflows takes ten to thirty times as long, so differences end at -80."""
 
     @staticmethod
     def forward(ctx, x_BCQHP, b_BCKQN, c_BCKQN, l_BCHQ, m_BCHQ, seen, to_end_BCHQ, from_start_BCHQ,
@@ -147,20 +134,20 @@ class ChunkProducts(torch.autograd.Function):
         to_end, from_start = (t.transpose(2, 3)[..., None] for t in (to_end_BCHQ, from_start_BCHQ))
         # 1. Inside a chunk. The skip is a token's weight in its own output.
         scores = (c_BCKQN @ b_BCKQN.mT)[:, :, :, None]
-        decay_BCHQQ = (
-            (l_BCHQ[..., :, None] - m_BCHQ[..., None, :]).tril_().clamp_(min=-80).exp_().mul_(seen))
+        log_BCHQQ = l_BCHQ[..., :, None] - m_BCHQ[..., None, :]
+        decay_BCHQQ = log_BCHQQ.tril_().clamp_(min=-80).exp_().mul_(seen)
         weights_BCHQQ = (scores * decay_BCHQQ.unflatten(2, (K, -1))).flatten(2, 3)
         weights_BCHQQ.diagonal(dim1=-2, dim2=-1).add_(d_H[:, None])
         x_BCHQP = x_BCQHP.transpose(2, 3).contiguous()
         inside_BCHQP = weights_BCHQQ @ x_BCHQP
-        # 2. Between chunks: what each adds to the state, the recurrence, and what is read of the
-        #    state. The J heads of a group share their matrices: they are one product.
+        # 2. Between chunks: what each adds to the state, the recurrence, what is read of the state.
         xend = _by_group(x_BCQHP * to_end, K)
         added_BCHPN = (xend.mT @ b_BCKQN).view(B, C, -1, x_BCQHP.shape[-1], N)
         start_BCHPN, state_BHPN = _recur(added_BCHPN, carry_BCH, state_BHPN, range(C))
-        read_BCQHP = _by_head(c_BCKQN @ start_BCHPN.view(B, C, K, -1, N).mT, x_BCQHP)
-        y_BCQHP = torch.addcmul(
-            inside_BCHQP.transpose(2, 3), read_BCQHP, from_start, out=torch.empty_like(x_BCQHP))
+        read = c_BCKQN @ start_BCHPN.view(B, C, K, -1, N).mT
+        read_BCQHP = read.transpose(2, 3).reshape(x_BCQHP.shape)
+        y_BCQHP = torch.empty_like(x_BCQHP)
+        torch.addcmul(inside_BCHQP.transpose(2, 3), read_BCQHP, from_start, out=y_BCQHP)
         ctx.save_for_backward(
             x_BCQHP, x_BCHQP, b_BCKQN, c_BCKQN, scores, decay_BCHQQ, weights_BCHQQ, to_end,
             from_start, carry_BCH, xend, start_BCHPN, read_BCQHP)
@@ -181,7 +168,7 @@ class ChunkProducts(torch.autograd.Function):
         dcarry_BCH = (dadded_BCHPN * start_BCHPN).sum((-2, -1))
         dadded = dadded_BCHPN.view(B, C, K, -1, N)
         db_BCKQN = xend @ dadded
-        dxend_BCQHP = _by_head(b_BCKQN @ dadded.mT, x_BCQHP)
+        dxend_BCQHP = (b_BCKQN @ dadded.mT).transpose(2, 3).reshape(x_BCQHP.shape)
         dto_end = (dxend_BCQHP * x_BCQHP).sum(-1).transpose(2, 3)
         # 1. Inside a chunk.
         dy_BCHQP = dy_BCQHP.transpose(2, 3).contiguous()
@@ -198,12 +185,9 @@ class ChunkProducts(torch.autograd.Function):
                 dcarry_BCH, dd_H, dstate_BHPN)
 
 
-def _recur(added_BCHPN: Tensor, carry_BCH: Tensor, state_BHPN: Tensor,
-           chunks: Iterable[int]) -> tuple[Tensor, Tensor]:
+def _recur(added_BCHPN, carry_BCH, state_BHPN, chunks: Iterable[int]) -> tuple[Tensor, Tensor]:
     """state <- carry state + added, chunk by chunk: the state before each, and the one after all.
-    From the last chunk to the first it is its own gradient: from those of the states before the
-    chunks to those of what the chunks add.
-    """
+    Run from the last chunk to the first it is its own gradient."""
     before_BCHPN, state_BHPN = torch.empty_like(added_BCHPN), state_BHPN.clone()
     for i in chunks:
         before_BCHPN[:, i] = state_BHPN
@@ -216,11 +200,6 @@ def _by_group(t_BCQHP: Tensor, K: int) -> Tensor:
     return t_BCQHP.unflatten(3, (K, -1)).flatten(4).transpose(2, 3)
 
 
-def _by_head(t: Tensor, like_BCQHP: Tensor) -> Tensor:
-    """From [B, C, K, Q, J P] back."""
-    return t.transpose(2, 3).reshape(like_BCQHP.shape)
-
-
 def ssd_step_reference(x_BHP: Tensor, dt_BH: Tensor, a_H: Tensor, b_BKN: Tensor, c_BKN: Tensor,
                        d_H: Tensor, state_BHPN: Tensor) -> tuple[Tensor, Tensor]:
     """One token of the recurrence: y_BHP and the new state, nothing changed in place."""
@@ -230,10 +209,8 @@ def ssd_step_reference(x_BHP: Tensor, dt_BH: Tensor, a_H: Tensor, b_BKN: Tensor,
 
 
 def ssd_step_torch(x_BHP, dt_BH, a_H, b_BKN, c_BKN, d_H, state_BHPN):
-    """The same with as few passes over the state as PyTorch allows. The J heads of a group are one
-    matrix [J P, N]: B and C need no copy a head. It is read by a row times a matrix; a matrix times
-    a column takes eight times as long.
-    """
+    """The same with as few passes over the state as PyTorch allows: a group's heads are one matrix
+    [J P, N]. It is read by a row times a matrix: a matrix times a column takes 8 times as long."""
     B, H, P = x_BHP.shape
     K, N = b_BKN.shape[1:]
     decay_BH = torch.exp(wide(dt_BH) * a_H)
@@ -247,19 +224,16 @@ def ssd_step_torch(x_BHP, dt_BH, a_H, b_BKN, c_BKN, d_H, state_BHPN):
 # ------------------------------------------------------------------------------- causal convolution
 
 
-def causal_conv_reference(x_BTE: Tensor, weight_EW: Tensor, bias_E: Tensor,
-                          tail_BYE: Tensor | None = None,
-                          ids_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Depthwise causal convolution written as its sum: y_t = bias + sum over j of weight_j x_{t -
-    (W-1) + j}.
-
-    Args: tail_BYE: the W - 1 inputs before x, zeros if None; ids_BT: see the module's docstring.
-    Returns: y_BTE (before the SiLU), and the W - 1 last inputs, to go on from.
-    """
+def causal_conv_reference(
+        x_BTE: Tensor, weight_EW: Tensor, bias_E: Tensor, tail_BYE: Tensor | None = None,
+        ids_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Depthwise causal convolution as its sum: y_t = bias + sum over j of weight_j x_{t-(W-1)+j}.
+    tail_BYE: the W - 1 inputs before x, zeros if None. Returns y_BTE (before the SiLU), and the
+    W - 1 last inputs, to go on from."""
     B, T, E = x_BTE.shape
     W = weight_EW.shape[1]
     ids_BT = torch.zeros(B, T, dtype=torch.long, device=x_BTE.device) if ids_BT is None else ids_BT
-    x_BZE, ids_BZ = _with_tail(x_BTE, tail_BYE, ids_BT, W)
+    x_BZE, ids_BZ, left_BYE = _with_tail(x_BTE, tail_BYE, ids_BT, W)
     rows = []
     for t in range(T):
         y_BE = bias_E.expand(B, E)
@@ -267,43 +241,39 @@ def causal_conv_reference(x_BTE: Tensor, weight_EW: Tensor, bias_E: Tensor,
             same_B = (ids_BZ[:, t + j] == ids_BT[:, t]) & (ids_BT[:, t] >= 0)
             y_BE = y_BE + weight_EW[:, j] * x_BZE[:, t + j] * same_B[:, None]
         rows.append(y_BE)
-    return torch.stack(rows, dim=1), x_BZE[:, T:] * _kept(ids_BZ[:, T:], ids_BT)[..., None]
+    return torch.stack(rows, dim=1), left_BYE
 
 
 def causal_conv_torch(x_BTE, weight_EW, bias_E, tail_BYE=None, ids_BT=None):
     """The same as W multiply-adds over whole shifted sequences, on CPU faster than F.conv1d."""
     T, W = x_BTE.shape[1], weight_EW.shape[1]
-    (x_BZE, ids_BZ), cuts = _with_tail(x_BTE, tail_BYE, ids_BT, W), None
-    tail_BYE = x_BZE[:, T:]
+    x_BZE, ids_BZ, left_BYE = _with_tail(x_BTE, tail_BYE, ids_BT, W)
     if T == 1 and ids_BT is None:  # a step of decoding is too small for W passes
-        return (x_BZE * weight_EW.t()).sum(dim=1, keepdim=True) + bias_E, tail_BYE
-    if ids_BT is not None:
-        cuts = [((ids_BZ[:, j : j + T] != ids_BT) | (ids_BT < 0)).nonzero(as_tuple=True)
-                for j in range(W)]
-        tail_BYE = tail_BYE * _kept(ids_BZ[:, T:], ids_BT)[..., None].to(x_BTE.dtype)
-    return ShiftedSum.apply(x_BZE, weight_EW, bias_E, cuts), tail_BYE
+        return (x_BZE * weight_EW.t()).sum(dim=1, keepdim=True) + bias_E, left_BYE
+    cuts = None if ids_BT is None else [
+        ((ids_BZ[:, j : j + T] != ids_BT) | (ids_BT < 0)).nonzero(as_tuple=True) for j in range(W)]
+    return ShiftedSum.apply(x_BZE, weight_EW, bias_E, cuts), left_BYE
 
 
 def _with_tail(x_BTE: Tensor, tail_BYE: Tensor | None, ids_BT: Tensor | None, W: int):
-    """The inputs behind the W - 1 before them, and the documents of them all (None for None)."""
-    tail_BYE = x_BTE.new_zeros(len(x_BTE), W - 1, x_BTE.shape[2]) if tail_BYE is None else tail_BYE
-    return torch.cat([tail_BYE, x_BTE], dim=1), (
-        None if ids_BT is None else torch.cat([ids_BT[:, :1].expand(-1, W - 1), ids_BT], dim=1))
-
-
-def _kept(ids_BY: Tensor, ids_BT: Tensor) -> Tensor:
-    """Which of the last W - 1 inputs the next token may read: the last document's, no padding."""
-    return (ids_BY == ids_BT[:, -1:]) & (ids_BY >= 0)
+    """The inputs behind the W - 1 before them; the documents of them all; the W - 1 last inputs, 0
+    where the next token may not read them: of other documents than the last, and padding."""
+    (B, T, E), ids_BZ = x_BTE.shape, None
+    tail_BYE = x_BTE.new_zeros(B, W - 1, E) if tail_BYE is None else tail_BYE
+    x_BZE = torch.cat([tail_BYE, x_BTE], dim=1)
+    left_BYE = x_BZE[:, T:]
+    if ids_BT is not None:
+        ids_BZ = torch.cat([ids_BT[:, :1].expand(-1, W - 1), ids_BT], dim=1)
+        kept_BY = (ids_BZ[:, T:] == ids_BT[:, -1:]) & (ids_BT[:, -1:] >= 0)
+        left_BYE = left_BYE * kept_BY[..., None].to(x_BTE.dtype)
+    return x_BZE, ids_BZ, left_BYE
 
 
 class ShiftedSum(torch.autograd.Function):
     """y_t = bias + sum over j of weight_j x_{t+j}: T + W - 1 inputs give T outputs.
-
-    Autograd would make a padded copy of the gradient for each of the W taps; this makes one. Two
-    traps of speed: rows of weight_EW are strided, which keeps the multiply-adds from being
-    vectorised; and so would a mask over documents, while boundaries are few: `cuts` lists, for each
-    tap, the (row, token) pairs that it must not reach.
-    """
+    Autograd would make a padded copy of the gradient for each tap; this makes one. Strided rows of
+    weight_EW, or a mask over documents, would keep the multiply-adds from being vectorised: so
+    `cuts` lists, for each tap, the few (row, token) pairs that it must not reach."""
 
     @staticmethod
     def forward(ctx, x_BZE, weight_EW, bias_E, cuts):
@@ -332,11 +302,8 @@ class ShiftedSum(torch.autograd.Function):
 
 def _cut(t_BTE: Tensor, cuts: list[tuple[Tensor, Tensor]] | None, j: int) -> Tensor:
     """The tensor with zeros where tap j would reach into another document."""
-    if cuts is None or len(cuts[j][0]) == 0:
-        return t_BTE
-    t_BTE = t_BTE.clone()
-    t_BTE[cuts[j]] = 0
-    return t_BTE
+    is_whole = cuts is None or len(cuts[j][0]) == 0
+    return t_BTE if is_whole else t_BTE.index_put(cuts[j], t_BTE.new_zeros(()))
 
 
 # ---------------------------------------------------------------------------- gated norm, log-probs
@@ -350,9 +317,7 @@ def gated_norm_reference(
 
 class GatedNorm(torch.autograd.Function):
     """`gated_norm` with half as many passes over large tensors as autograd makes, most in place.
-
-    With n = g / rms(g): dg = (dn - n mean(n dn)) / rms(g), the mean being over a group.
-    """
+    With n = g / rms(g): dg = (dn - n mean(n dn)) / rms(g), the mean being over a group."""
 
     @staticmethod
     def forward(ctx, y_BTI, z_BTI, weight_I, n_groups, eps):
@@ -372,8 +337,8 @@ class GatedNorm(torch.autograd.Function):
         y_BTI, z_BTI, weight_I, n_BTI, scale = ctx.saved_tensors
         buffer_BTI = grad_BTI * n_BTI
         dweight_I = buffer_BTI.sum(dim=(0, 1))
-        groups, normed = (
-            t.unflatten(-1, (ctx.n_groups, -1)) for t in (buffer_BTI.mul_(weight_I), n_BTI))
+        buffer_BTI.mul_(weight_I)
+        groups, normed = (t.unflatten(-1, (ctx.n_groups, -1)) for t in (buffer_BTI, n_BTI))
         mean = groups.mean(-1, keepdim=True)
         torch.mul(grad_BTI, weight_I, out=buffer_BTI)
         groups.addcmul_(normed, mean, value=-1).mul_(scale)
@@ -391,9 +356,8 @@ def mask_banned(logits: Tensor, banned: tuple[int, ...]) -> Tensor:
 
 def token_logp(logits: Tensor, token: Tensor, banned: tuple[int, ...] = (),
                temperature: float = 1.0) -> Tensor:
-    """log softmax(logits / temperature)[token], the softmax being over the ids that are not banned:
-    logits [..., V] and token [...] give [...]. A banned token itself gets -inf.
-    """
+    """log softmax(logits / temperature)[token] over the ids not banned: logits [..., V] and token
+    [...] give [...]. A banned token itself gets -inf."""
     logits = mask_banned(wide(logits), banned) / temperature
     return logits.gather(-1, token[..., None])[..., 0] - logits.logsumexp(-1)
 
@@ -406,12 +370,9 @@ def selected_logp_reference(hidden: Tensor, weight_VD: Tensor, token: Tensor,
 
 class SelectedLogp(torch.autograd.Function):
     """Log-probabilities of given tokens without a tensor of [tokens, vocabulary], there and back.
-
-    The vocabulary is cut into parts of VOCABULARY_TILE ids. Forward keeps a running log-sum-exp;
-    backward computes each part's logits again and turns them into their gradient. The matrix
-    products are PyTorch's, on a GPU too: beside them the passes over a part's logits are cheap, and
-    in Triton they are one kernel each.
-    """
+    For each part of VOCABULARY_TILE ids forward adds to a running log-sum-exp; backward computes
+    its logits again and turns them into their gradient. The matrix products are PyTorch's, on a GPU
+    too: beside them the passes over the logits are cheap, and in Triton one kernel each."""
 
     @staticmethod
     def forward(ctx, hidden_TD, weight_VD, token_T, banned, temperature, add_part, part_gradient):
@@ -450,8 +411,7 @@ def _vocabulary_parts(hidden_TD: Tensor, weight_VD: Tensor, banned: tuple[int, .
         yield first, logits
 
 
-def _add_part(logits: Tensor, at_T: Tensor, temperature: float, lse_T: Tensor,
-              chosen_T: Tensor) -> None:
+def _add_part(logits: Tensor, at_T: Tensor, temperature: float, lse_T: Tensor, chosen_T: Tensor):
     """In place: a part's logits join the running log-sum-exp; those of tokens in it are noted."""
     logits = wide(logits).div_(temperature)
     rows = ((at_T >= 0) & (at_T < logits.shape[1])).nonzero()[:, 0]
@@ -462,8 +422,7 @@ def _add_part(logits: Tensor, at_T: Tensor, temperature: float, lse_T: Tensor,
     torch.add(top_T, total_T.log(), out=lse_T)
 
 
-def _part_gradient(logits: Tensor, at_T: Tensor, temperature: float, lse_T: Tensor,
-                   grad_T: Tensor) -> Tensor:
+def _part_gradient(logits: Tensor, at_T: Tensor, temperature: float, lse_T: Tensor, grad_T: Tensor):
     """Gradient of a part's logits: (1 at the token - softmax) grad / temperature; banned ids 0."""
     rows = ((at_T >= 0) & (at_T < logits.shape[1])).nonzero()[:, 0]
     rows = rows[logits[rows, at_T[rows]] > float("-inf")]

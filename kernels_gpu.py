@@ -1,20 +1,18 @@
 """The hot operations of kernels.py as Triton kernels, for CUDA GPUs; kernels.py chooses who runs.
 
-How to read, knowing PyTorch. A kernel is a program for one tile of the result. `kernel[grid](...)`
+How to read, knowing PyTorch. A kernel is a program for one tile of the result: `kernel[grid](...)`
 starts it once for each point of the grid, in no order; `_program(axis)` is its point. A tensor
 comes as the address of its first number: `start + offsets` is a tile of addresses, which is loaded
-into registers, worked on in fp32, and stored. Sizes of tiles are powers of two and known when a
-kernel is compiled (`constexpr`); a matrix product takes no side below 16. So P is cut into tiles of
-P2, or fits in one, and `p < P` masks what lies outside: it is loaded as 0 and not stored. Names end
-in the letters of their tile. The kernels of the SSD follow `kernels.ssd_chunked`, names included.
+into registers, worked on in fp32, and stored. Sizes of tiles are powers of two, known when a kernel
+is compiled (`constexpr`), at least 16 in a matrix product. So P is cut into tiles of P2; `p < P`
+masks what lies outside: loaded as 0, not stored. Names end in the letters of their tile.
 
 Row (b, t) of a tensor [B, T, ...] begins at (b T + t) stride. Where a tile begins is one number of
 64 bits (61,000 tokens of a wide model pass 2^31); places inside a tile take 32 bits, for registers
 are scarce. No atomics and no autotuning: a result does not depend on timing.
 
-Where they differ from PyTorch's forms: a chunk always has 64 tokens; fp64 is not taken; products of
-fp32 numbers are as exact as torch's own (torch.set_float32_matmul_precision); states between chunks
-are kept in the dtype of x. Not here: convolution and SiLU in one kernel, fp8, clusters.
+Unlike PyTorch's forms: a chunk always has 64 tokens; no fp64; products of fp32 numbers are as exact
+as torch's own (torch.set_float32_matmul_precision); states between chunks are in the dtype of x.
 """
 
 from __future__ import annotations  # `tl.constexpr` is no name where triton is missing
@@ -40,14 +38,10 @@ VOCABULARY_TILE = 4096  # ids whose logits are made at a time
 
 def require_triton(can_launch: bool, what: str) -> None:
     """Raises ValueError unless Triton is installed and can run: on CUDA, or in its interpreter."""
-    require(triton is not None, "kernels (triton) needs the package of that name: "
-                                "pip install triton (or choose kernels auto)")
+    require(triton, "kernels (triton) needs Triton: pip install triton (or choose kernels auto)")
     require(can_launch or not isinstance(_program, triton.JITFunction),
             f"kernels (triton) needs CUDA, and {what}; choose kernels auto, or set "
             "TRITON_INTERPRET=1 before Python starts (slow, for tests)")
-
-
-# ------------------------------------------------------------------------------------ shared pieces
 
 
 @jit
@@ -86,13 +80,8 @@ def _rows(t: Tensor) -> tuple[Tensor, int]:
 
 
 def _tile(n: int) -> int:
-    """Size of the tile that n entries fit in."""
+    """Size of the tile that n entries fit in, for a matrix product."""
     return max(16, triton.next_power_of_2(n))
-
-
-def _precision() -> str:
-    """Of products of fp32 numbers: three passes of tf32 are fp32; one only where torch may too."""
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 # ---------------------------------------------------------------------------------------------- SSD
@@ -102,17 +91,14 @@ def _precision() -> str:
 def _chunk(dt, a, ids, batch, head, chunk, T, H: tl.constexpr, Q: tl.constexpr):
     """What the tokens of one chunk of a head share: dt; l, the running sum of dt a; exp(l_Q - l),
     exp(l) and exp(l_Q), the decays to the chunk's end, since its start and over all of it, 0 where
-    documents change. Every exponent is cut off at 0: rounding can leave a difference of equal sums
-    a little above, and above the diagonal it would overflow.
-    """
+    documents change. Exponents end at 0: rounding can pass it, and the upper triangle overflow."""
     # 1. Tokens past the end have a step size of 0: they neither write nor decay.
     q = tl.arange(0, Q)
     start = dt + (batch * T + chunk * Q) * H + head
     dt_Q = tl.load(start + q * H, mask=q < T - chunk * Q, other=0.0)
     l_Q = tl.cumsum(dt_Q * tl.load(a + head), 0)
     total = tl.sum(tl.where(q == Q - 1, l_Q, 0.0), 0)  # a register cannot be indexed: l_Q[Q - 1]
-    # 2. Documents, counted within the chunk; the token before it has number 0, and so has the state
-    #    that comes in. Equal numbers mean the same document.
+    # 2. Documents, counted within the chunk from 0, that of the token before and of the state.
     changes_Q, n_changes = q * 0, 0
     if ids is not None:
         own_Q = _document(ids, batch, chunk * Q + q, T)
@@ -129,10 +115,9 @@ def _chunk(dt, a, ids, batch, head, chunk, T, H: tl.constexpr, Q: tl.constexpr):
 def _decay(l_Q, changes_Q, TRANSPOSED: tl.constexpr, Q: tl.constexpr):
     """exp(l_q - l_s) where token q sees token s, else 0: [q, s], or [s, q] if TRANSPOSED."""
     i_Q = tl.arange(0, Q)
+    seen_QQ, difference_QQ = i_Q[:, None] >= i_Q[None, :], l_Q[:, None] - l_Q[None, :]
     if TRANSPOSED:
         seen_QQ, difference_QQ = i_Q[None, :] >= i_Q[:, None], l_Q[None, :] - l_Q[:, None]
-    else:
-        seen_QQ, difference_QQ = i_Q[:, None] >= i_Q[None, :], l_Q[:, None] - l_Q[None, :]
     seen_QQ = seen_QQ & (changes_Q[:, None] == changes_Q[None, :])
     return tl.where(seen_QQ, tl.exp(tl.minimum(difference_QQ, 0.0)), 0.0)
 
@@ -144,11 +129,8 @@ def ssd_states_kernel(x, dt, a, b, ids, first, states, last, stride_x, stride_b,
                       PRECISION: tl.constexpr):
     """h <- exp(l_Q) h + sum over s of exp(l_Q - l_s) dt_s x_s b_s^T: walks along the chunks with
     one tile of one head's state in registers; stores it before each chunk, and at the end.
-
-    BACKWARD is the mirror: x is the gradient of y, b is c, and what is stored is the gradient of
-    the state after each chunk: g <- exp(l_Q) g + sum over q of exp(l_q) dy_q c_q^T, from the last
-    chunk to the first.
-    """
+    BACKWARD is the mirror, from the last chunk to the first: x is dy, b is c, and the gradient of
+    the state after each chunk is stored: g <- exp(l_Q) g + sum over q of exp(l_q) dy_q c_q^T."""
     batch, head = _program(0) // H, _program(0) % H
     q, n_chunks = tl.arange(0, Q), tl.cdiv(T, Q)
     p = (_program(1) * P2).to(tl.int32) + tl.arange(0, P2)
@@ -158,7 +140,7 @@ def ssd_states_kernel(x, dt, a, b, ids, first, states, last, stride_x, stride_b,
         state_PN += _load(first + _program(0) * P * N, p * N, n, p < P, n < N)
     for i in range(n_chunks):
         chunk = n_chunks - 1 - i if BACKWARD else i
-        # 1. The state as it stands before the chunk, for the kernels that do all chunks at once.
+        # 1. The state before the chunk, for the kernels that do all chunks at once.
         at_chunk = (batch * n_chunks + chunk) * H + head
         _store(states + at_chunk * P * N, p * N, n, state_PN, p < P, n < N)
         # 2. What the chunk adds: x is loaded transposed, so that the sum over s is one product.
@@ -200,13 +182,10 @@ def ssd_scan_kernel(x, dt, a, b, c, d, ids, states, y, stride_x, stride_b, strid
 def ssd_dx_kernel(x, dt, a, b, c, d, ids, dy, dstates, dx, ddt, dd, stride_x, stride_b, stride_c, T,
                   H: tl.constexpr, J: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
                   P2: tl.constexpr, N2: tl.constexpr, Q: tl.constexpr, PRECISION: tl.constexpr):
-    """dx of one chunk of one head, the gradient of dt other than through the decays, and the
-    chunk's part of dd.
-
+    """dx of one chunk of one head, its part of dd, and the gradient of dt but for the decays.
     Token s is read by the tokens q >= s of its chunk and by the state after it: u_s = sum over q of
     (c_q . b_s) exp(l_q - l_s) dy_q + exp(l_Q - l_s) dstate b_s. Then dx_s = dt_s u_s + d dy_s, dt_s
-    has the gradient x_s . u_s, and d that of the sum of x_s . dy_s.
-    """
+    has the gradient x_s . u_s, and d the sum of x_s . dy_s."""
     batch, head, chunk = _program(0) // H, _program(0) % H, _program(1)
     q, p, n = tl.arange(0, Q), tl.arange(0, P2), tl.arange(0, N2)
     row, inside_Q = batch * T + chunk * Q, q < T - chunk * Q
@@ -239,15 +218,12 @@ def ssd_dbc_kernel(x, dt, a, b, c, ids, dy, states, dstates, db, dc, dda, stride
         dc_q = sum over s of w_qs b_s + exp(l_q) h^T dy_q
         db_s = sum over q of w_qs c_q + exp(l_Q - l_s) dt_s dstate^T x_s
 
-    dda_t is the sum over all that crosses from before t to t or later. Of the chunk's own pairs
-    that is the sum of z_qs = w_qs (c_q . b_s) over s < t <= q: row sums minus column sums, from t
-    on. They must come from the same fp32 tile, for they nearly cancel.
-
-    All of it is a sum over N and P, so programs take parts of N, and the loop takes parts of P. The
-    weights are needed as [q, s] and as [s, q], and computed twice: transposing a product in
-    registers to use it in the next one has given wrong results on Hopper. And only one product is
-    added straight to each sum: two in a loop have given wrong results on Blackwell.
-    """
+    dda_t sums all that crosses from before t to t or later. Of the chunk's own pairs that is z_qs =
+    w_qs (c_q . b_s) over s < t <= q: row sums minus column sums, from t on, of the same fp32 tile,
+    for they nearly cancel. All sum over N and P: programs take parts of N, the loop parts of P.
+    The weights are computed twice, [q, s] and [s, q]: transposing a product in registers to use it
+    in the next one has given wrong results on Hopper. And only one product is added straight to
+    each sum: two in a loop have given wrong results on Blackwell."""
     K: tl.constexpr = H // J
     PARTS: tl.constexpr = (P + P2 - 1) // P2
     batch, group, chunk = _program(0) // K, _program(0) % K, _program(1)
@@ -267,7 +243,6 @@ def ssd_dbc_kernel(x, dt, a, b, c, ids, dy, states, dstates, db, dc, dda, stride
         kept = carry * tl.sum(state_PN.to(tl.float32) * dstate_PN)
         x_QP = _load(x + row * stride_x + head * P, q * stride_x, p, inside_Q, p < P)
         dy_QP = _load(dy + (row * H + head) * P, q * (H * P), p, inside_Q, p < P)
-
         # 2. dc, from w as [q, s]; of dda, the chunk's pairs and what is read of the state.
         weights_QQ = tl.dot(dy_QP, tl.trans(x_QP), input_precision=PRECISION)
         weights_QQ *= _decay(l_Q, changes_Q, False, Q) * dt_Q[None, :]
@@ -277,7 +252,6 @@ def ssd_dbc_kernel(x, dt, a, b, c, ids, dy, states, dstates, db, dc, dda, stride
         products_QQ = tl.dot(c_QN, tl.trans(b_QN), input_precision=PRECISION)  # kept, it spills
         z_QQ = weights_QQ * products_QQ
         ahead_Q = tl.sum(z_QQ, 1) - tl.sum(z_QQ, 0) + tl.sum(read_QN * c_QN, 1)
-
         # 3. db, from w as [s, q]; of dda, what is sent to the state.
         weights_QQ = tl.dot(x_QP, tl.trans(dy_QP), input_precision=PRECISION)
         weights_QQ *= _decay(l_Q, changes_Q, True, Q) * dt_Q[:, None]
@@ -285,7 +259,6 @@ def ssd_dbc_kernel(x, dt, a, b, c, ids, dy, states, dstates, db, dc, dda, stride
         db_QN += tl.dot(weights_QQ.to(x.dtype.element_ty), c_QN, input_precision=PRECISION)
         db_QN += sent_QN
         behind_Q = tl.sum(sent_QN * b_QN, 1)
-
         # 4. dda: from t on what is ahead, before t what was sent, and what passes through.
         dda_Q = tl.cumsum(ahead_Q, 0, reverse=True) + tl.cumsum(behind_Q, 0) - behind_Q + kept
         at_part = (_program(2) * PARTS + i % PARTS) * (tl.num_programs(0) // K) * T
@@ -299,10 +272,11 @@ class TritonSSD(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN, d_H, state_BHPN, ids_BT):
-        """dt, a, d and the state are in fp32, b and c in the dtype of x."""
+        """dt, a, d and the state in fp32, b and c in the dtype of x; tf32x3 is as good as fp32."""
         (B, T, H, P), (K, N) = x_BTHP.shape, b_BTKN.shape[2:]
         (x_BTHP, at_x), (b_BTKN, at_b), (c_BTKN, at_c) = _rows(x_BTHP), _rows(b_BTKN), _rows(c_BTKN)
-        ctx.sizes = {"H": H, "J": H // K, "P": P, "N": N, "Q": TILE, "PRECISION": _precision()}
+        precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+        ctx.sizes = {"H": H, "J": H // K, "P": P, "N": N, "Q": TILE, "PRECISION": precision}
         ctx.strides = at_x, at_b, at_c, T
         states_BCHPN, last_BHPN = _walk(
             x_BTHP, dt_BTH, a_H, b_BTKN, ids_BT, state_BHPN, at_x, at_b, ctx.sizes, False)
@@ -445,8 +419,7 @@ def conv_kernel(x, weight, bias, tail, ids, y, left, stride_x, T, E, W: tl.const
 def conv_grad_kernel(x, weight, tail, ids, dy, dleft, dx, dw, stride_x, T, E, W: tl.constexpr,
                      T2: tl.constexpr, E2: tl.constexpr):
     """dx_z = sum over j of weight_j dy_{z - j}, for T2 of the T + W - 1 inputs (the tail first),
-    and this tile's parts of dweight_j = sum over z of x_z dy_{z - j} and of dbias.
-    """
+    and this tile's parts of dweight_j = sum over z of x_z dy_{z - j} and of dbias."""
     batch, z, i = _program(2), _program(1) * T2, tl.arange(0, T2)
     e = (_program(0) * E2).to(tl.int32) + tl.arange(0, E2)
     own_Z = _document(ids, batch, z + i - (W - 1), T)
@@ -529,8 +502,8 @@ def _gated(y, z, row, i, group, stride_y, stride_z, eps, GROUP: tl.constexpr):
 
 
 @jit
-def norm_kernel(
-        y, z, weight, out, stride_y, stride_z, I, eps, GROUP: tl.constexpr, I2: tl.constexpr):
+def norm_kernel(y, z, weight, out, stride_y, stride_z, I, eps, GROUP: tl.constexpr,
+                I2: tl.constexpr):
     """weight g / rms(g) for one group of one token, GROUP channels."""
     row, group, i = _program(0), _program(1), tl.arange(0, I2)
     _, _, _, g_I, scale = _gated(y, z, row, i, group, stride_y, stride_z, eps, GROUP)
@@ -543,8 +516,7 @@ def norm_kernel(
 def norm_grad_kernel(y, z, weight, dout, dy, dz, dw, stride_y, stride_z, n_rows, I, eps,
                      GROUP: tl.constexpr, I2: tl.constexpr, T2: tl.constexpr):
     """With n = g / rms(g) and dn = weight dout: dg = (dn - n mean(n dn)) / rms(g), and from it dy
-    and dz, for one group of T2 tokens, one after the other; and their part of dweight.
-    """
+    and dz, for one group of T2 tokens, one after the other; and their part of dweight."""
     first, group, i = _program(0) * T2, _program(1), tl.arange(0, I2)
     w_I = tl.load(weight + group * GROUP + i, mask=i < GROUP, other=0.0).to(tl.float32)
     dw_I = tl.zeros([I2], tl.float32)

@@ -6,12 +6,9 @@
     out        = norm(y silu(z)) W_out
 
 Training runs the chunked scan over whole sequences; decoding runs the same mixer on one token at a
-time, from the two tensors it leaves behind: the last W - 1 inputs of the convolution, and the
-state. Both carry gradients, so a prefix can be computed once and continued in many ways. The heavy
-operations are in kernels.py.
-
-Where it differs from some public code: step sizes are not clamped (nor are they in Megatron's
-scan).
+time, from what it leaves behind: the last W - 1 inputs of the convolution, and the state. Both
+carry gradients, so a prefix can be computed once and continued in many ways. Unlike in some public
+code, step sizes are not clamped (nor are they in Megatron's scan).
 """
 
 import math
@@ -33,14 +30,15 @@ class Mamba2(nn.Module):
         self.n_heads, self.head_dim = config.mamba_heads, config.mamba_head_dim
         self.n_groups, self.d_state, self.chunk = config.mamba_groups, config.d_state, config.chunk
         self.norm_eps = config.norm_eps
-        self.rows = in_proj_rows(config)
-        d_inner, self.d_conv = self.rows["z"], sum(self.rows[part] for part in "xBC")
-        self.in_proj = nn.Linear(config.d_model, sum(self.rows.values()), bias=False)
-        self.conv_weight = nn.Parameter(torch.empty(self.d_conv, config.conv_width))
-        self.conv_bias = nn.Parameter(torch.empty(self.d_conv))
-        self.A_log = nn.Parameter(torch.empty(self.n_heads))
-        self.D = nn.Parameter(torch.empty(self.n_heads))
-        self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
+        rows = in_proj_rows(config)
+        self.conv_rows = [rows[part] for part in "xBC"]
+        d_inner, d_conv = rows["z"], sum(self.conv_rows)
+        self.rows = [d_inner, d_conv, rows["dt"]]
+        self.in_proj = nn.Linear(config.d_model, sum(self.rows), bias=False)
+        self.conv_weight = nn.Parameter(torch.empty(d_conv, config.conv_width))
+        self.conv_bias = nn.Parameter(torch.empty(d_conv))
+        self.A_log, self.D, self.dt_bias = (
+            nn.Parameter(torch.empty(self.n_heads)) for _ in range(3))
         self.norm_weight = nn.Parameter(torch.empty(d_inner))
         self.out_proj = nn.Linear(d_inner, config.d_model, bias=False)
         self.reset_parameters()
@@ -59,19 +57,15 @@ class Mamba2(nn.Module):
 
     def forward(self, u_BTD: Tensor, cached: tuple[Tensor, Tensor] | None, ids_BT: Tensor | None
                 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Args: cached: (convolution tail [B, W-1, E], state [B, H, P, N]) of the tokens before, or
-        None.
-
+        """cached: (convolution tail [B, W-1, E], state [B, H, P, N]) of the tokens before, or None.
         Returns: y_BTD, and the tail and the state after these tokens. Padding belongs on the left
-        of whatever is continued from: the tail is made of the last W - 1 positions, padded or not.
-        """
+        of whatever is continued from: the tail is the last W - 1 positions, padded or not."""
         # 1. Project, and convolve what the scan reads.
         tail_BYE, state_BHPN = (None, None) if cached is None else cached
-        z_BTI, xbc_BTE, dt_BTH = self.in_proj(u_BTD).split(
-            [self.rows["z"], self.d_conv, self.rows["dt"]], dim=-1)
+        z_BTI, xbc_BTE, dt_BTH = self.in_proj(u_BTD).split(self.rows, dim=-1)
         xbc_BTE, tail_BYE = kernels.causal_conv(
             xbc_BTE, self.conv_weight, self.conv_bias, tail_BYE, ids_BT)
-        x_BTI, b, c = F.silu(xbc_BTE).split([self.rows[part] for part in "xBC"], dim=-1)
+        x_BTI, b, c = F.silu(xbc_BTE).split(self.conv_rows, dim=-1)
         x_BTHP = x_BTI.unflatten(-1, (self.n_heads, self.head_dim))
         b_BTKN, c_BTKN = (t.unflatten(-1, (self.n_groups, self.d_state)) for t in (b, c))
         dt_BTH, a_H = F.softplus(dt_BTH + self.dt_bias), -torch.exp(self.A_log)

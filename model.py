@@ -1,13 +1,10 @@
 """The hybrid language model: Mamba-2, attention and feed-forward layers in the order of a pattern.
 
 `M` is a Mamba-2 mixer, `*` attention, `-` a feed-forward network, as in Nemotron-H (arXiv
-2504.03624). Every layer is y = x + mixer(norm(x)), with one RMSNorm before it; a last norm and the
-output matrix follow. One `Cache` holds what each layer needs to go on.
-
-`LanguageModel` says what the methods ask of a model: a network of another make that offers it can
-be trained by them (tests/test_contract.py does so with a GRU). A new kind of layer has four places:
-`MIXERS` here, `WIDTH_FIELDS` in system/config.py, the tables of system/costs.py, and, to be read
-and written as others do, the names in system/huggingface.py.
+2504.03624). Every layer is y = x + mixer(norm(x)); a last norm and the output matrix follow.
+`LanguageModel` says what the methods ask of a model: they train a network of another make too
+(tests/test_contract.py: a GRU). A new kind of layer has four places: `MIXERS` here, `WIDTH_FIELDS`
+in system/config.py, the tables of system/costs.py, and the names in system/huggingface.py.
 """
 
 from dataclasses import dataclass
@@ -24,10 +21,8 @@ from system.config import ModelConfig
 
 class LanguageCache(Protocol):
     """What a `LanguageModel` remembers of the tokens that it has seen, a row for each sequence.
-
-    Nobody changes a cache: to go on makes a new one, so that one prefix can be continued in many
-    ways, one after the other. It carries gradients, from every continuation back into the prefix.
-    """
+    Going on makes a new one: a prefix can be continued in many ways, one after the other, and
+    gradients flow back into it from every continuation."""
 
     def select(self, rows: Tensor) -> "LanguageCache":
         """The cache of the named rows, in that order, repeated ones too."""
@@ -37,25 +32,19 @@ class LanguageCache(Protocol):
 
 
 class LanguageModel(Protocol):
-    """What next-token prediction, distillation, the sampling of thoughts and RLP ask of a model;
-    routers and slices (Elastic) ask for a `HybridLM`.
-
-    It is an `nn.Module`, and `type(model)(model.config)` builds another of its shape: a method
-    keeps frozen copies of a model as teachers. Its vocabulary is `config.vocab_size` ids.
-    """
+    """What all methods but Elastic's routers and slices, which want a `HybridLM`, ask of a model.
+    It is an `nn.Module`, and `type(model)(model.config)` builds another of its shape, for frozen
+    copies as teachers. Its vocabulary is `config.vocab_size` ids."""
 
     config: Any
 
     def __call__(self, tokens_BT: Tensor, cache: LanguageCache | None = None,
                  ids_BT: Tensor | None = None) -> tuple[Tensor, LanguageCache]:
-        """Args: tokens_BT: token ids; cache: of the tokens before, or None; ids_BT: the document of
-        each token, -1 for padding, None for one document without padding. Tokens see no other
-        document and no later token. What goes on from a cache, with ids None, goes on with its last
-        document; contexts that are continued are padded on the left, and their padding is as if it
-        were not there.
-
-        Returns: hidden_BTD, from which `logits` predicts each next token, and the cache after them.
-        """
+        """cache: that of the tokens before, or None; ids_BT: the document of each token, -1 for
+        padding; None for one document without padding, or for a cache's last one. Tokens see no
+        other document and no later token. Contexts to be continued are padded on the left, and
+        their padding is as if it were not there. Returns hidden_BTD, from which `logits` predicts
+        each next token, and the cache after them."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits of hidden states, [..., D] to [..., V]: hidden W^T."""
@@ -90,11 +79,8 @@ MIXERS = {"M": Mamba2, "*": Attention, "-": FeedForward}
 @dataclass
 class Cache:
     """The `LanguageCache` of a `HybridLM`.
-
     layers: a tuple per layer. `*`: keys and values, [B, K, S, P] each; `M`: the convolution's tail
-    [B, W-1, E] and the state [B, H, P, N]; `-`: nothing. ids_BS: document ids of the S positions
-    (-1 padding), None if none is padded.
-    """
+    [B, W-1, E] and the state [B, H, P, N]; `-`: nothing. ids_BS: None if none is padded."""
 
     layers: list[tuple[Tensor, ...]]
     n_tokens: int
@@ -103,13 +89,13 @@ class Cache:
     def select(self, rows: Tensor) -> "Cache":
         """The named rows, in that order. Gradients add up over repeated rows."""
         layers = [tuple(t.index_select(0, rows) for t in layer) for layer in self.layers]
-        return Cache(layers, self.n_tokens,
-                     None if self.ids_BS is None else self.ids_BS.index_select(0, rows))
+        ids_BS = None if self.ids_BS is None else self.ids_BS.index_select(0, rows)
+        return Cache(layers, self.n_tokens, ids_BS)
 
     def fork(self, n: int) -> "Cache":
         """Each row n times in a row."""
-        some = self.layers[next(i for i, layer in enumerate(self.layers) if layer)][0]
-        return self.select(torch.arange(some.shape[0], device=some.device).repeat_interleave(n))
+        some = next(t for layer in self.layers for t in layer)
+        return self.select(torch.arange(len(some), device=some.device).repeat_interleave(n))
 
 
 class Block(nn.Module):
@@ -136,8 +122,7 @@ class HybridLM(nn.Module):
         config.check()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
-        self.layers = nn.ModuleList(
-            Block(kind, config.layer(i)) for i, kind in enumerate(config.pattern))
+        self.layers = nn.ModuleList(Block(k, config.layer(i)) for i, k in enumerate(config.pattern))
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.head = (None if config.tie_embeddings
                      else nn.Linear(config.d_model, config.vocab_size, bias=False))
@@ -145,10 +130,8 @@ class HybridLM(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Embeddings N(0, 1); matrices N(0, 1/fan_in); those that write to the residual stream 0,
-        for it begins as the tokens themselves, not buried under the noise of untrained layers; the
-        head N(0, 0.02), and tied embeddings too, for they serve as head.
-        """
+        """Embeddings N(0, 1), tied ones and the head N(0, 0.02); matrices N(0, 1/fan_in); 0 those
+        that write to the residual stream: it begins as the tokens themselves, without noise."""
         for name, p in self.named_parameters():
             if p.dim() < 2 or "conv" in name:
                 continue
@@ -188,8 +171,7 @@ def _join_ids(ids_BT: Tensor | None, cache: Cache | None, tokens_BT: Tensor) -> 
     old = None if cache is None else cache.ids_BS
     if cache is None or (ids_BT is None and old is None):
         return ids_BT
-    if old is None:
-        old = ids_BT.new_zeros(len(tokens_BT), cache.n_tokens)
     if ids_BT is None:
         ids_BT = old[:, -1:].clamp(min=0).expand(tokens_BT.shape)
+    old = ids_BT.new_zeros(len(tokens_BT), cache.n_tokens) if old is None else old
     return torch.cat([old, ids_BT], dim=1)

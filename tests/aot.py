@@ -22,7 +22,6 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import kernels
-import kernels_gpu
 
 COPY_BYTES_PER_NS = 3000.0  # an H100's 3.0 TB/s, read plus written
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -146,7 +145,7 @@ def launches_of(s: Shape, dtype: torch.dtype) -> dict[str, tuple[Launch, int]]:
         kernels.selected_logp_triton(tensor(s.B, s.T, s.D), tensor(s.V, s.D), token, (3,), 0.7).sum().backward()
 
     found = {}
-    with mock.patch.object(kernels_gpu, "_precision", return_value="tf32"):
+    with mock.patch.object(torch, "get_float32_matmul_precision", return_value="high"):
         for launch in record(lambda: mixer(s.T, tensor(s.B, s.T, dtype=torch.int64, grad=False)).backward()) + record(logp):
             found[str(launch)] = launch, s.B * s.T
         with torch.no_grad():

@@ -17,8 +17,8 @@ CPU = torch.device("cpu")
 TINY_MODEL = ModelConfig(pattern="M*-", d_model=16, d_ff=24, n_heads=2, n_kv_heads=1, attn_head_dim=8, mamba_heads=4,
                          mamba_head_dim=4, d_state=6, chunk=4)  # fmt: skip
 TINY = {
-    "ssd": {"B": 2, "T": 16, "H": 4, "P": 3, "N": 5, "chunk": 4, "default": 8},
-    "mixer": {"B": 2, "T": 16, "D": 8, "H": 4, "P": 3, "N": 5, "chunk": 4, "lengths": (8, 16, 32)},
+    "ssd": {"B": 2, "T": 16, "H": 4, "P": 3, "N": 5, "Q": 4, "default": 8},
+    "mixer": {"B": 2, "T": 16, "D": 8, "H": 4, "P": 3, "N": 5, "Q": 4, "lengths": (8, 16, 32)},
     "decode": {"B": 2, "T": 6, "D": 8, "H": 4, "P": 3, "N": 5, "n_steps": 3},
     "logp": {"T": 7, "D": 5, "V": 11},
     "base-step": {"B": 2, "T": 9, "V": 20, "model": TINY_MODEL},

@@ -177,7 +177,7 @@ def references(model):
 def benchmarks(model):
     """The contestants that are written out in bench.py."""
     sizes = {"B": 2, "T": 8, "H": 4, "P": 3, "N": 6}
-    bench.check(bench.ssd_work(torch.device("cpu"), **sizes, K=2, chunk=4).contestants, 1e-4)
+    bench.check(bench.ssd_work(torch.device("cpu"), **sizes, K=2, Q=4).contestants, 1e-4)
     bench.check(bench.rlp_step_work(torch.device("cpu"), 2, 9, 3, 5, 20, model.config).contestants, 1e-4)
 
 
