@@ -156,6 +156,19 @@ def test_held_out_problems_are_the_same_for_the_same_seed_and_differ_between_see
     assert len({p.question for p in first} | {p.question for p in val}) == 2 * 9 * len(FAMILIES)
 
 
+def test_a_family_with_too_few_different_questions_is_refused_by_name_and_with_their_number(monkeypatch):
+    """Three questions, in the buckets BUCKETS: none is held out, so no draw is of the val split."""
+    monkeypatch.setitem(
+        FAMILIES, "few", lambda rng: problems.Problem("few", f"Twice {rng.randint(1, 3)}?", (" 1", " 2"), " 2")
+    )
+    assert len(held_out_problems("train", 3, 0, 5)) == 3 * len(FAMILIES)
+    remedy = r"not 4; let it make more, or ask for fewer \(eval.problems_per_family\)"
+    with pytest.raises(ValueError, match=f"'few' makes only 3 different questions of the train split, {remedy}"):
+        held_out_problems("train", 4, 0, 5)
+    with pytest.raises(ValueError, match="'few' makes only 3 different questions, and none of the val split; let it make more"):
+        draw_problem(random.Random(0), "val", 5, "few")
+
+
 def questions(tokens, tokenizer):
     """Questions of the problems in a row of token ids."""
     return {d.split("\nAnswer:")[0] for d in tokenizer.decode(tokens).split(END) if "\nAnswer:" in d}
