@@ -117,28 +117,27 @@ def sum_problem(rng: random.Random) -> Problem:
 
 FAMILIES: dict[str, Callable[[random.Random], Problem]] = {
     "lookup": lookup_problem, "chain": chain_problem, "word": word_problem, "sum": sum_problem}
-PATIENCE = 10_000  # draws without a new question, after which a family counts as exhausted
 
 
 def draw_problem(
     rng: random.Random, split: str, held_out_percent: int, family: str | None = None) -> Problem:
     """A random problem of a split, of any family or of one: drawn until its bucket is the split's.
-    Raises ValueError if none of PATIENCE draws is."""
+    Raises ValueError if none of 10,000 draws is."""
     name, others = family or rng.choice(list(FAMILIES)), set()
     buckets = buckets_of(split, held_out_percent)
-    for _ in range(PATIENCE):
+    for _ in range(10_000):
         problem = FAMILIES[name](rng)
         if bucket_of(problem.question) in buckets:
             return problem
         others.add(problem.question)
-    raise ValueError(f"problem family {name!r} makes only {len(others)} different questions, and "
-                     f"none of the {split} split; let it make more")
+    raise ValueError(f"problem family {name!r} makes no problem of the {split} split in 10,000 "
+                     f"draws; let it make more than {len(others)} different questions")
 
 
 def held_out_problems(
     split: str, n_per_family: int, seed: int, held_out_percent: int) -> list[Problem]:
     """n different problems of each family, the same for every run with this seed. Raises ValueError
-    if PATIENCE draws in a row make none that is new."""
+    if 10,000 draws in a row make none that is new."""
     problems = []
     for family in FAMILIES:
         rng = random.Random(f"problems-{split}-{family}-{seed}")
@@ -147,9 +146,9 @@ def held_out_problems(
         while len(found) < n_per_family:
             problem = draw_problem(rng, split, held_out_percent, family)
             n_idle = n_idle + 1 if problem.question in found else 0
-            require(n_idle < PATIENCE, f"problem family {family!r} makes only {len(found)} "
-                    f"different questions of the {split} split, not {n_per_family}; let it make "
-                    "more, or ask for fewer (eval.problems_per_family)")
+            require(n_idle < 10_000, f"problem family {family!r} makes only {len(found)} different "
+                    f"problems of the {split} split, not {n_per_family}; let it make more, or ask "
+                    "for fewer (eval.problems_per_family)")
             found[problem.question] = problem
         problems += found.values()
     return problems
