@@ -1,5 +1,4 @@
-"""Every setting, in frozen dataclasses: a field's comment is its help on the command line, its type
-holds its rule, a preset is an instance.
+"""Every setting, in frozen dataclasses: its comment is its help, its type holds its rule.
 
 `python train.py --mode rlp --preset cpu --rlp.group-size 16` builds a `Config`. `Config.check`
 refuses what cannot work, naming the value, the rule and the remedy. `to_dict` and `from_dict` keep
@@ -22,27 +21,25 @@ WIDTH_FIELDS = {"M": ("mamba_heads", "mamba_head_dim"), "*": ("n_heads",), "-": 
 
 
 class Rule(NamedTuple):
-    """What a number must be, in its type: `Annotated[int, at_least(16)]`. The text follows name and
-    value in a message; `holds` must be false for NaN, as comparisons are.
-    """
+    """What a number must be, in its type: `Annotated[int, at_least(16)]`."""
 
-    text: str
-    holds: Callable[[float], bool]
+    text: str  # follows name and value in a message
+    holds: Callable[[float], bool]  # false for NaN, as comparisons are
 
 
 def at_least(least: int, note: str = "") -> Rule:
-    """The rule that a number is `least` or more; the note says why."""
-    return Rule(f"must be {f'at least {least}' if least else '0 or more'}{note}",
-                lambda value: value >= least)
+    """A number is `least` or more; the note says why."""
+    bound = f"at least {least}" if least else "0 or more"
+    return Rule(f"must be {bound}{note}", lambda value: value >= least)
 
 
 def within(low: int, high: int, note: str = "") -> Rule:
-    """The rule that a number lies between two others, or is one of them; the note says why."""
+    """A number lies between two others, or is one of them; the note says what is usual."""
     return Rule(f"must lie in [{low}, {high}]{note}", lambda value: low <= value <= high)
 
 
 def positive(note: str = "") -> Rule:
-    """The rule that a number is above 0; the note says what is usual."""
+    """A number is above 0; the note says what is usual."""
     return Rule(f"must be positive{note}", lambda value: value > 0)
 
 
@@ -58,18 +55,16 @@ class Settings:
     """A group of settings. The rules of single settings stand in their types."""
 
     def check(self, group: str = "") -> None:
-        """Raises ValueError, which names the group too, for a setting that breaks the rule in its
-        type, or is none of the choices there. Subclasses add the rules between settings.
-        """
+        """Raises ValueError for a setting that breaks the rule in its type, or is no choice there.
+        Subclasses add the rules between settings."""
         for name, kind in get_type_hints(type(self), include_extras=True).items():
             value, path = getattr(self, name), f"{group}.{name}".lstrip(".")
             rules = [m for m in getattr(kind, "__metadata__", ()) if isinstance(m, Rule)]
             while get_origin(kind) is tuple:
                 kind = get_args(kind)[0]
             for one in value if isinstance(value, tuple) else (value,):
-                for rule in rules:
-                    require(isinstance(one, int | float) and rule.holds(one),
-                            f"{path} ({one}) {rule.text}")
+                for text, holds in rules:
+                    require(isinstance(one, int | float) and holds(one), f"{path} ({one}) {text}")
                 if get_origin(kind) is Literal:
                     require_known(path, one, get_args(kind))
 
@@ -83,8 +78,7 @@ class ModelConfig(Settings):
     vocab_size: Annotated[int, at_least(0, "; 0 takes the tokenizer's")] = 0
     d_model: Count = 128  # Width of the residual stream.
     d_ff: Count = 384  # Neurons of a feed-forward layer.
-    # Feed-forward activation: relu2 (squared ReLU) or swiglu.
-    ffn: Literal["relu2", "swiglu"] = "relu2"
+    ffn: Literal["relu2", "swiglu"] = "relu2"  # Feed-forward activation: squared ReLU or SwiGLU.
     n_heads: Count = 4  # Query heads of attention.
     n_kv_heads: Count = 2  # Key-value heads, each shared by n_heads / n_kv_heads query heads.
     attn_head_dim: Count = 32  # Channels of an attention head.
@@ -99,33 +93,29 @@ class ModelConfig(Settings):
     chunk: Count = 32  # Chunk length of the scan; any value gives the same result.
     tie_embeddings: bool = False  # Use the embedding as output matrix.
     norm_eps: Annotated[float, positive("; 1e-5 is usual")] = 1e-5  # Epsilon of every RMSNorm.
-    # Widths of each layer where they differ: M heads and head channels, * query heads, - neurons.
-    # Empty: all as above.
+    # Widths layer by layer, if not all alike: M heads and channels, * query heads, - neurons.
     widths: tuple[tuple[int, ...], ...] = ()
 
     def layer(self, i: int) -> "ModelConfig":
         """The shape of layer i: this one, with the widths that are the layer's own."""
         own = self.widths[i] if self.widths else ()
-        return replace(
-            self, widths=(), **dict(zip(WIDTH_FIELDS[self.pattern[i]], own, strict=False)))
+        own = dict(zip(WIDTH_FIELDS[self.pattern[i]], own, strict=False))
+        return replace(self, widths=(), **own)
 
     def check(self, group: str = "model") -> None:
         """Raises ValueError for a shape that cannot be built."""
         super().check(group)
-        unknown = sorted(set(self.pattern) - set(WIDTH_FIELDS))
-        require(self.pattern != "",
-                "model.pattern is empty: it needs at least one layer, for example 'M-M*-'")
-        require(not unknown,
-                f"model.pattern ({self.pattern!r}) has the unknown letters {''.join(unknown)!r}; a "
+        pattern, n_widths = self.pattern, len(self.widths)
+        unknown = "".join(sorted(set(pattern) - set(WIDTH_FIELDS)))
+        require(pattern, "model.pattern is empty: it needs at least one layer, such as 'M-M*-'")
+        require(not unknown, f"model.pattern ({pattern!r}) has the unknown letters {unknown!r}; a "
                 f"layer is one of {' '.join(WIDTH_FIELDS)}, such as M (Mamba-2), * (attention) or "
                 "- (feed-forward)")
-        require(set(self.pattern) != {"-"},
-                f"model.pattern ({self.pattern!r}) has no layer but -, so no token would see "
-                "another; add M or *")
-        require(len(self.widths) in (0, len(self.pattern)),
-                f"model.widths has {len(self.widths)} entries; it needs one for each of "
-                f"{len(self.pattern)} layers, or none")
-        for i in range(len(self.widths)):
+        require(set(pattern) != {"-"}, f"model.pattern ({pattern!r}) has no layer but -, so no "
+                "token would see another; add M or *")
+        require(n_widths in (0, len(pattern)), f"model.widths has {n_widths} entries; it needs one "
+                f"for each of {len(pattern)} layers, or none")
+        for i in range(n_widths):
             self.layer(i).check()
         _divides("model.n_heads", self.n_heads, "model.n_kv_heads", self.n_kv_heads)
         _divides("model.mamba_heads", self.mamba_heads, "model.mamba_groups", self.mamba_groups)
@@ -137,21 +127,18 @@ class ModelConfig(Settings):
 class DataConfig(Settings):
     """What the model reads."""
 
-    # A UTF-8 file, a folder of such files, or a folder that `tools.shards` wrote; empty means the
-    # text that ships with Python.
+    # A UTF-8 file, a folder of such files or one that `tools.shards` wrote; empty: Python's texts.
     path: str = ""
     # "corpus" trains a vocabulary on the text; a folder has one in its tokenizer.json; other names,
     # such as "gpt2", are tiktoken's and may download. A Hugging Face `init` brings its own.
     tokenizer: str = "corpus"
     # Size of the vocabulary that "corpus" trains, special tokens included.
     vocab_size: Annotated[int, at_least(300, ": 256 bytes, 3 special tokens, merges")] = 1024
-    # Share of training tokens that is ordinary text, the rest being generated reasoning problems;
-    # in the first, clean part of pretraining it is pretrain.clean_text_share instead.
+    # Share of training tokens that is ordinary text; the rest are generated problems. In the first,
+    # clean part of pretraining it is pretrain.clean_text_share instead.
     text_share: Share = 0.3
-    # Per cent of the documents and of the problems in each held-out split: val and test.
-    held_out_percent: Annotated[int, within(1, 25)] = 5
-    # Where the tokenizer, the encoded text and trained bases are kept.
-    cache_dir: str = "runs/cache"
+    held_out_percent: Annotated[int, within(1, 25)] = 5  # Per cent in each of the splits val, test.
+    cache_dir: str = "runs/cache"  # Where the tokenizer, the tokens and trained bases are kept.
 
 
 @dataclass(frozen=True)
@@ -160,17 +147,15 @@ class FitConfig(Settings):
 
     steps: Annotated[int, at_least(0)] = 1000  # Optimizer steps; 0 keeps the model as it is.
     batch: Count = 32  # Sequences a step (contexts, for RLP).
-    # Parts that each process runs its share of a step's batch in, one after the other. Next-token
-    # prediction gives the same result in any number. RLP and elastic draw their noise part by part:
-    # one process with 2 parts equals two processes with one part each.
+    # Parts that each process runs its share of a step's batch in, in turn. Next-token prediction
+    # gives the same result in any number; RLP and elastic draw their noise part by part, so one
+    # process with 2 parts equals two processes with one part each.
     accumulate: Count = 1
     lr: Weight = 3e-3  # Peak learning rate of AdamW.
-    # Peak learning rate of Muon for the matrices inside the layers; 0 leaves them to AdamW.
-    muon_lr: Weight = 0.0
+    muon_lr: Weight = 0.0  # Peak rate of Muon for matrices inside layers; 0 leaves them to AdamW.
     weight_decay: Weight = 0.0  # Decoupled weight decay of matrices.
     warmup: Annotated[int, at_least(0)] = 20  # Steps of linear warm-up.
-    # The rate falls linearly to zero over this last share of the steps; it is constant until then.
-    decay: Share = 0.0
+    decay: Share = 0.0  # Last share of the steps, over which the rate falls linearly to zero.
     clip_norm: Positive = 1.0  # Largest norm of the gradient.
     checkpoint_every: Count = 200  # Steps between checkpoints (one is always written at the end).
     log_every: Count = 1  # Steps between lines of metrics.jsonl.
@@ -190,49 +175,37 @@ class PretrainConfig(FitConfig):
     """Next-token prediction on packed documents: it makes the base that RLP starts from."""
 
     seq_len: Length = 256  # Tokens of a packed training sequence.
-    # First share of the steps in which the families enter one by one, look-up first, always worked
-    # out and without text: in-context look-up forms within 0.4 M tokens alone, and not within 2 M
-    # in the whole mixture.
+    # First share of the steps: families enter one by one, look-up first, worked out, without text.
+    # In-context look-up forms within 0.4 M tokens alone, and not within 2 M in the whole mixture.
     intro_share: Share = 0.32
-    # Share of the steps after which not all thoughts are worked out: the mixture below follows.
-    clean_share: Share = 0.65
-    # Share of text tokens in the clean part between the two (data.text_share afterwards).
-    clean_text_share: Share = 0.3
+    clean_share: Share = 0.65  # Share of the steps until which all thoughts are worked out.
+    clean_text_share: Share = 0.3  # Share of text in the clean part (data.text_share afterwards).
     clean_think: Share = 0.85  # Share of problem documents with a thought in the clean part.
     think: Share = 0.4  # Share of problem documents with a thought afterwards.
-    # Of those thoughts, the share that is worked out; the others stop half-way or are filler.
-    worked: Share = 0.35
-    # Share of text windows with a filler thought inside, after which the text goes on.
-    text_think: Share = 0.4
+    worked: Share = 0.35  # Share of thoughts worked out; the others stop half-way or are filler.
+    text_think: Share = 0.4  # Share of text windows with a filler thought inside.
 
 
 @dataclass(frozen=True)
 class RLPConfig(FitConfig):
     """Reinforcement as a pretraining objective (arXiv 2510.01265)."""
 
-    # Where the token to predict is: the first of a problem's answer, or one uniformly random
-    # position a document (the paper's choice).
+    # The token to predict: the first of a problem's answer, or a random one (the paper's choice).
     positions: Literal["answer", "random"] = "answer"
-    # Share of contexts taken from ordinary text, at random positions (the rest are problems).
-    text_share: Share = 0.25
-    # Longest context, in tokens; longer ones lose their beginning.
-    context_len: Annotated[int, at_least(8)] = 128
-    # Instruction before every context, with a thought and without, for a base not taught the tags.
-    prompt: str = ""
+    text_share: Share = 0.25  # Share of contexts in text, at random positions; others: problems.
+    context_len: Annotated[int, at_least(8)] = 128  # Longer contexts lose their beginning.
+    prompt: str = ""  # Instruction before every context, for a base that was not taught the tags.
     prompt_file: str = ""  # UTF-8 file to take that text from, such as prompts/think.txt.
     # Thoughts per context, G; the paper uses 16.
     group_size: Annotated[int, at_least(2, ": advantages compare the thoughts of a group")] = 8
     # Longest thought in tokens, its closing tag included.
     thought_len: Annotated[int, at_least(1, ": the closing tag is a token of the thought")] = 40
-    # Observed tokens after a thought that the reward looks at; the paper uses 1.
-    horizon: Count = 1
-    # Sampling temperature of thoughts, in training and in evaluation; the paper's.
-    temperature: Positive = 0.7
+    horizon: Count = 1  # Observed tokens after a thought that the reward looks at; the paper's.
+    temperature: Positive = 0.7  # Temperature of thoughts, in training and after; the paper's.
     eps_low: Share = 0.2  # Lower clip of the likelihood ratio: 1 - eps_low.
     eps_high: Weight = 0.2  # Upper clip of the likelihood ratio: 1 + eps_high.
     inner_epochs: Count = 1  # Updates from each batch of thoughts.
-    # Weight of the KL divergence from the starting policy, on thought tokens; the paper uses 0.
-    kl: Weight = 0.0
+    kl: Weight = 0.0  # Weight of the thoughts' KL from the starting policy; the paper uses 0.
     # Decay of the teacher's moving average.
     tau: Annotated[float, within(0, 1, "; the paper's is 0.999")] = 0.999
     # Rewards below this are raised to it; -inf (the paper) leaves them as they are.
@@ -249,64 +222,47 @@ class CPTConfig(FitConfig):
 class ElasticConfig(FitConfig):
     """Nested models in one, and routers that choose them (Nemotron Elastic, arXiv 2511.16664)."""
 
-    # Budgets, as fractions of the full model's cost, or (above 1) as absolute costs in units of
-    # elastic.cost.
+    # Budgets, as fractions of the full model's cost, or (above 1) in units of elastic.cost.
     budgets: Annotated[tuple[float, ...], Rule(
         "must lie in (0, 1] as a fraction, or above 1 as an absolute cost",
         lambda value: value > 0)] = (1.0, 0.75, 0.5)
-    # What a budget limits: parameters, memory (bytes of weights and caches), flops (a token),
-    # latency (measured, ns/token).
+    # What a budget limits. memory: bytes of weights and caches; latency: measured, ns a token.
     cost: Literal["parameters", "memory", "flops", "latency"] = "parameters"
     cost_batch: Count = 8  # Sequences that are served at once, for memory and latency.
     cost_len: Count = 1024  # Tokens of a served sequence, for memory and FLOPs.
-    # Widths of the residual stream to choose from; empty: eighths of all, down to half.
-    d_model_choices: tuple[int, ...] = ()
+    d_model_choices: tuple[int, ...] = ()  # Widths of the stream; empty: eighths, down to half.
     ffn_choices: tuple[int, ...] = ()  # Numbers of FFN neurons; empty: 24ths, down to a quarter.
     # Numbers of Mamba heads, multiples of model.mamba_groups; empty: eighths or groups, to half.
     mamba_head_choices: tuple[int, ...] = ()
-    # Numbers of channels of a Mamba head; empty: all, three quarters, half.
-    mamba_channel_choices: tuple[int, ...] = ()
+    mamba_channel_choices: tuple[int, ...] = ()  # Channels of a head; empty: all, 3/4, half.
     # Numbers of query heads, multiples of model.n_kv_heads; empty: every multiple, down to half.
     attn_head_choices: tuple[int, ...] = ()
     depth_choices: tuple[int, ...] = ()  # Numbers of layers that are kept; empty: all.
     # Axes on which each layer has its own choice; on the others all layers of a kind share one.
     heterogeneous: tuple[Literal["ffn", "mamba_heads", "mamba_channels", "attn_heads"], ...] = (
         "ffn", "mamba_heads", "mamba_channels", "attn_heads")
-    # How widths are chosen: by the trained router, or by hand, every axis by about the same factor.
-    choose: Literal["router", "fixed"] = "router"
-    # How a router's choice becomes a mask while it learns: the weighted sum of all masks (soft, the
-    # paper's mode 2), the likeliest mask times its probability (top1, mode 1), or the likeliest
-    # mask with the gradient of the sum.
+    choose: Literal["router", "fixed"] = "router"  # Widths from the router, or alike on all axes.
+    # A router's choice while it learns: the weighted sum of all masks (soft, the paper's mode 2),
+    # the likeliest mask times its probability (top1, mode 1), or with the gradient of the sum.
     mask: Literal["soft", "top1", "straight-through"] = "soft"
-    # Share of the steps in which routers learn on masks; then choices are settled and cut out.
-    search_share: Share = 0.3
+    search_share: Share = 0.3  # Share of the steps on masks; then choices are settled and cut out.
     router_width: Count = 256  # Width of a router's hidden layer; the paper uses 256.
     router_lr: Weight = 1e-2  # Learning rate of the routers; the paper's.
-    # Head start of the largest choices, in logits: training begins above the smaller budgets.
-    router_bias: Weight = 1.0
-    # Weight of the budget loss (lambda); the paper's is 1, for another form of the loss.
-    router_weight: Weight = 5.0
-    # Channels of the residual stream: pca turns the stream onto its principal axes, the parent's
-    # function unchanged, and the first channels hold most of it. The others only put them in order:
-    # paper is equation 1, output weighs that by what reads the channel. For this and the next four
-    # random is a score too, and importance.SCORES has them all.
+    router_bias: Weight = 1.0  # Head start of the largest choices, in logits.
+    router_weight: Weight = 5.0  # Weight of the budget loss, lambda; the paper's has another form.
+    # Order of the stream's channels: pca turns them onto its principal axes, the parent's function
+    # unchanged, and the first hold most of it; paper is equation 1, output weighs that by what
+    # reads a channel. This and the next four have random too: see importance.SCORES.
     score_d_model: str = "pca"
-    # Order of FFN neurons: paper is equation 2, output what a neuron adds to the stream.
-    score_ffn: str = "output"
-    # Order of Mamba heads and channels: paper is equations 3 and 4, output what they add.
-    score_mamba: str = "output"
-    # Order of query heads: paper is the size of the queries, output what a head adds.
-    score_attn: str = "paper"
-    # Order of layers: paper is equation 5, greedy scores the rest again after each removal.
-    score_depth: str = "paper"
+    score_ffn: str = "output"  # Of neurons: paper is eq. 2, output what one adds to the stream.
+    score_mamba: str = "output"  # Of heads and channels: paper is eq. 3 and 4, output as for ffn.
+    score_attn: str = "paper"  # Of query heads: paper is the queries' size, output what one adds.
+    score_depth: str = "paper"  # Of layers: paper is eq. 5, greedy scores the rest again each time.
     calibration_rows: Count = 32  # Sequences of training text that importance is measured on.
     kl: Weight = 1.0  # Weight of the forward KL divergence from the frozen parent.
-    # Weight of the forward KL divergence from the full model itself, as a teacher that trains (not
-    # for the full budget).
-    self_kl: Weight = 0.0
+    self_kl: Weight = 0.0  # Weight of the KL from the full model as it trains (smaller budgets).
     ce: Weight = 0.0  # Weight of the cross-entropy, for every budget.
-    # Weight of the full model's cross-entropy (alpha): as a teacher it must not collapse.
-    full_ce: Weight = 0.0
+    full_ce: Weight = 0.0  # Weight of the full model's cross-entropy (alpha), as it is a teacher.
     kl_temperature: Positive = 1.0  # Temperature of both distributions in the divergences.
     seq_len: Length = 256  # Tokens of a training sequence in stage 1.
     long_len: Length = 512  # Tokens of a training sequence in stage 2, a multiple of seq_len.
@@ -317,8 +273,8 @@ class ElasticConfig(FitConfig):
     long_weights: Annotated[tuple[float, ...], at_least(0, ", and not all 0")] = (0.5, 0.3, 0.2)
     # Rivals to train and measure too. scratch: each size alone from random weights; separate,
     # minitron: each size cut from the parent and distilled alone, with 1/n or all of the family's
-    # tokens; random-order, fixed, uniform: the family with random ranks, with widths by hand, with
-    # uniform sampling in stage 2.
+    # tokens; random-order, fixed, uniform: the family with random ranks, widths by hand, uniform
+    # sampling in stage 2.
     baseline: tuple[
         Literal["scratch", "separate", "minitron", "random-order", "fixed", "uniform"], ...] = ()
 
@@ -329,30 +285,25 @@ class ElasticConfig(FitConfig):
         require(budgets, "elastic.budgets is empty: give at least one, such as 1.0")
         require(budgets == tuple(sorted(set(budgets), reverse=True)),
                 f"elastic.budgets {budgets} must be different and fall, the largest first")
-        require(budgets[0] <= 1 or budgets[-1] > 1,
-                f"elastic.budgets {budgets} mixes absolute costs and fractions; give either, for "
-                "example all as fractions")
-        require(len(weights) == len(budgets),
-                f"elastic.long_weights {weights} must have one entry for each of the "
-                f"{len(budgets)} budgets")
-        require(sum(weights) > 0,
-                f"elastic.long_weights {weights} must be 0 or more, and not all 0")
-        require(self.kl + self.self_kl + self.ce > 0,
-                "elastic.kl, elastic.self_kl and elastic.ce are all 0: nothing would be learned; "
-                "give one a weight")
-        require(self.self_kl == 0 or self.full_ce + self.ce + self.kl > 0,
-                "elastic.self_kl needs elastic.full_ce, elastic.ce or elastic.kl above 0: else "
-                "nothing teaches the teacher")
+        require(budgets[0] <= 1 or budgets[-1] > 1, f"elastic.budgets {budgets} mixes absolute "
+                "costs and fractions; give either, for example all as fractions")
+        require(len(weights) == len(budgets), f"elastic.long_weights {weights} must have one entry "
+                f"for each of the {len(budgets)} budgets")
+        require(any(weights), f"elastic.long_weights {weights} must be 0 or more, and not all 0")
+        require(self.kl + self.self_kl + self.ce > 0, "elastic.kl, elastic.self_kl and elastic.ce "
+                "are all 0: nothing would be learned; give one a weight")
+        require(self.self_kl == 0 or self.full_ce + self.ce + self.kl > 0, "elastic.self_kl needs "
+                "elastic.full_ce, elastic.ce or elastic.kl above 0, or nothing teaches the teacher")
         require(self.kl + self.ce > 0 or not set(self.baseline) & {"separate", "minitron"},
                 "elastic.baseline: separate and minitron learn by elastic.kl and elastic.ce, and "
                 "both are 0; give one a weight")
         _divides("elastic.long_len", self.long_len, "elastic.seq_len", self.seq_len)
         if self.long_batch == 0:
-            _divides("elastic.batch", self.batch, "elastic.long_len / elastic.seq_len",
-                     self.long_len // self.seq_len)
+            times = self.long_len // self.seq_len
+            _divides("elastic.batch", self.batch, "elastic.long_len / elastic.seq_len", times)
         if self.stage_1_steps() < self.steps:
-            _divides("the sequences of stage 2", self.long_rows(), "elastic.accumulate",
-                     self.accumulate)
+            rows = self.long_rows()
+            _divides("the sequences of stage 2", rows, "elastic.accumulate", self.accumulate)
 
     def fewest_rows(self) -> int:
         """The most parts that the batches of both stages can be dealt out to evenly."""
@@ -369,9 +320,8 @@ class ElasticConfig(FitConfig):
 
     def n_tokens(self) -> int:
         """Tokens of the whole run."""
-        n_short = self.stage_1_steps()
-        return (n_short * self.batch * self.seq_len
-                + (self.steps - n_short) * self.long_rows() * self.long_len)
+        n, n_long = self.stage_1_steps(), self.long_rows() * self.long_len
+        return n * self.batch * self.seq_len + (self.steps - n) * n_long
 
 
 Interval = Annotated[int, at_least(2, " to give an interval")]
@@ -382,13 +332,10 @@ class EvalConfig(Settings):
     """What is measured on held-out documents at the end of a run."""
 
     problems_per_family: Interval = 150  # Held-out problems of each family.
-    # Sampled thoughts per problem.
-    samples: Annotated[int, at_least(1, " to give an interval")] = 4
-    # Positions of ordinary text at which the gain of a thought is measured.
-    text_positions: Interval = 256
+    samples: Annotated[int, at_least(1, " to give an interval")] = 4  # Thoughts per problem.
+    text_positions: Interval = 256  # Positions of text where the gain of a thought is measured.
     text_tokens: Interval = 65536  # Tokens of held-out text for the no-think loss.
-    # Held-out sequences of the training mixture on which elastic budgets are compared.
-    elastic_rows: Interval = 512
+    elastic_rows: Interval = 512  # Sequences of the mixture on which budgets are compared.
 
 
 @dataclass(frozen=True)
@@ -396,15 +343,14 @@ class ParallelConfig(Settings):
     """How work is shared out among processes (torchrun). A run may go on with others of these."""
 
     # data keeps the whole model on every process and adds gradients up; fsdp also shards weights,
-    # optimizer states and the teacher (FSDP2); auto takes fsdp from 500 million parameters on. A
-    # process that is alone shares nothing out.
+    # optimizer states and the teacher (FSDP2); auto takes fsdp from 500 million parameters on.
     mode: Literal["auto", "data", "fsdp"] = "auto"
     # Numbers of matrix products. Weights, optimizer states and the teacher are fp32 in any case.
     dtype: Literal["fp32", "bf16"] = "fp32"
     # Compute each block's inside again in the backward pass, to save memory (elastic: a budget's).
     activation_checkpointing: bool = False
-    # Compile each block for the updates of pretrain and cpt, which takes a while, and on a CPU a
-    # C++ compiler. Others run uncompiled: rlp would compile again for every length.
+    # Compile each block for the updates of pretrain and cpt: a CPU needs a C++ compiler for that.
+    # Others run uncompiled: rlp would compile again for every length.
     compile: bool = False
     # Seconds after which a process that does not answer counts as lost.
     timeout_s: Annotated[int, at_least(1, "; 1800 is usual")] = 1800
@@ -414,25 +360,20 @@ class ParallelConfig(Settings):
 class Config(Settings):
     """All settings of a run."""
 
-    # What to train with: a group of settings below that has steps, such as rlp or elastic.
-    mode: str = "rlp"
-    # Named settings that the other options change; they stand in presets.py.
-    preset: str = "cpu"
+    mode: str = "rlp"  # What to train with: a group of settings below that has steps.
+    preset: str = "cpu"  # Named settings that the other options change; they stand in presets.py.
     out: str = ""  # Run folder; empty means runs/MODE-PRESET-seedN.
     seed: Annotated[int, at_least(0)] = 0  # Seed of the weights, the batches and the sampling.
     resume: bool = False  # Go on from the newest checkpoint of the run folder.
-    # Where the starting weights are: a run folder, or a Hugging Face directory. Its shape replaces
-    # model.*; if it holds a tokenizer, that replaces data.tokenizer. Empty means a base that is
-    # trained once and kept in data.cache_dir.
+    # Starting weights: a run folder or a Hugging Face directory. Its shape replaces model.*, its
+    # tokenizer data.tokenizer. Empty: a base that is trained once and kept in data.cache_dir.
     init: str = ""
     device: Literal["auto", "cpu", "cuda"] = "auto"  # Device: auto, cpu or cuda.
     # Threads of the CPU; 0: OMP_NUM_THREADS, or else as many as are fastest at the start.
     threads: Annotated[int, at_least(0, "; 0 measures which number is fastest")] = 0
-    # Form of the hot operations: auto (Triton on CUDA, else fast PyTorch), reference (slow and
-    # obvious) or triton.
+    # The hot operations: auto (Triton on CUDA, else fast PyTorch), reference (slow) or triton.
     kernels: Literal["auto", "reference", "triton"] = "auto"
-    # Print the settings and what the run would take, then stop: no GPU, data or download is needed.
-    dry_run: bool = False
+    dry_run: bool = False  # Print what the run would take, then stop: no GPU, data or download.
     dry_run_gpus: Count = 1  # GPUs that a dry run divides weights and batches among.
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -453,7 +394,7 @@ class Config(Settings):
         return [name for name, group in self.groups().items() if isinstance(group, FitConfig)]
 
     def check(self, group: str = "") -> "Config":
-        """Returns itself if everything fits together. Raises ValueError otherwise."""
+        """Itself, if everything fits together. Raises ValueError otherwise."""
         super().check(group)
         require_known("mode", self.mode, self.modes())
         for name, settings in self.groups().items():
@@ -482,10 +423,9 @@ def from_dict(cls: type, values: dict[str, Any]) -> Any:
     require(isinstance(values, dict),
             f"saved settings of {cls.__name__} ({values!r}) are no JSON object; copy them again")
     default = cls()
-    unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
-    require(not unknown,
-            f"the saved settings have fields that {cls.__name__} lacks: {', '.join(unknown)}; use "
-            "the version that wrote them")
+    unknown = ", ".join(sorted(set(values) - {f.name for f in dataclasses.fields(cls)}))
+    require(not unknown, f"the saved settings have fields that {cls.__name__} lacks: {unknown}; "
+            "use the version that wrote them")
     groups = {name: from_dict(type(getattr(default, name)), value)
               for name, value in values.items() if isinstance(getattr(default, name), Settings)}
     return replace(default, **{name: _tuples(value) for name, value in values.items()} | groups)
@@ -501,8 +441,7 @@ def saved_config(run_dir: Path) -> Config:
 
 def require_known(name: str, value: str, choices: Iterable[str]) -> None:
     """Raises ValueError unless a setting is one of its choices."""
-    require(value in choices,
-            f"{name} ({value!r}) is unknown; choose one of {', '.join(choices)}")
+    require(value in choices, f"{name} ({value!r}) is unknown; choose one of {', '.join(choices)}")
 
 
 def _tuples(value: Any) -> Any:

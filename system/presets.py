@@ -4,34 +4,25 @@
 
 `PRESETS` run on two CPU cores. `PAPERS` are for hardware that most readers do not have: the shapes
 are those of the released models, so their weights fit (`init`), and text is read from shards (see
-shards.py) in `data.path`. GPU hours are the FLOPs of the dry run at 40 % of an H100's 989 TFLOP/s
-in bf16; they count every thought at its full length, and no time for decoding token by token, which
-is bound by memory. None of them has been run here. Where a paper does not say (as far as we know
-it), the project's default stays: the clip of RLP, the schedule and the sampling of Nemotron
-Elastic's search, and its choices of widths, which are not published.
+shards.py) in `data.path`. None of them has been run here. GPU hours are the FLOPs of the dry run at
+40 % of an H100's 989 TFLOP/s in bf16; they count every thought at its full length, and no time for
+decoding token by token, which is bound by memory. Where a paper does not say, as far as we know,
+the default stays: RLP's clip, and the schedule, sampling and widths of Nemotron Elastic's search.
 """
 
 from dataclasses import replace
 
-from system.config import (
-                           Config,
-                           CPTConfig,
-                           DataConfig,
-                           ElasticConfig,
-                           EvalConfig,
-                           ModelConfig,
-                           PretrainConfig,
-                           RLPConfig,
-)
+from system.config import Config, CPTConfig, DataConfig, ElasticConfig, EvalConfig, ModelConfig
+
+from system.config import PretrainConfig, RLPConfig  # isort: skip
 
 PRESETS: dict[str, Config] = {
     # The default: a base is trained once and kept; RLP, CPT and Elastic start from it.
     # Command:   python train.py --mode rlp    (or cpt, or elastic)
-    # Hardware:  two CPU cores.
+    # Hardware:  two CPU cores, 1.2 GiB of memory.
     # Cost:      RLP 41 TFLOP, Elastic 54, base included: 10 to 14 minutes, 6 to 9 for the base.
-    # Memory:    1.2 GiB.
-    # Expected:  RLP raises the accuracy of sampled thoughts on made-up problems from .55 to .90 or
-    #            more; half of the parameters have about the parent's loss after Elastic.
+    # Expected:  RLP raises the accuracy of sampled thoughts from .55 to .90 or more on made-up
+    #            problems; after Elastic half of the parameters have about the parent's loss.
     # Source:    settings of this project, for 777 thousand parameters; figures from results/.
     "cpu": Config(
         pretrain=PretrainConfig(steps=3000, batch=8, lr=3e-3, muon_lr=0.02, decay=0.4,
@@ -42,8 +33,7 @@ PRESETS: dict[str, Config] = {
                               search_share=0.15, router_width=64, ce=1.0, self_kl=1.0)),
     # Every part runs, nothing is learned: for tests and for a first look at the code.
     # Command:   python train.py --mode rlp --preset smoke
-    # Hardware:  one CPU core.
-    # Cost:      seconds.
+    # Hardware:  one CPU core, for seconds.
     "smoke": Config(
         preset="smoke", threads=1,
         model=ModelConfig(pattern="M*-", d_model=32, d_ff=64, n_heads=2, n_kv_heads=1,
@@ -70,9 +60,8 @@ NEMOTRON_12B = ModelConfig(pattern="M-M-M-M*-" * 6 + "M-M-M-M-", vocab_size=1310
 # Ordinary text alone, from shards; a mixture without the thoughts that the small base is taught.
 TEXT = {"data": DataConfig(path="data/shards", text_share=1.0),
         "pretrain": PretrainConfig(text_think=0.0)}
-# RLP with the paper's batch, lengths, rate and rollouts (arXiv 2510.01265, section on the setup):
-# one random position a document, no floor under the reward. 32 GPUs hold 16 contexts each, one at a
-# time with its 16 thoughts.
+# The setup of arXiv 2510.01265: one random position a document, no floor under the reward. 32 GPUs
+# hold 16 contexts each, one at a time with its 16 thoughts.
 RLP_OF_THE_PAPER = RLPConfig(batch=512, accumulate=16, lr=1e-6, warmup=0, positions="random",
                              text_share=1.0, context_len=2048, prompt_file="prompts/think.txt",
                              group_size=16, thought_len=2048, temperature=0.7, kl=0.0, tau=0.999,
@@ -84,8 +73,7 @@ PAPERS: dict[str, Config] = {
     #                --tokenizer models/Qwen3-1.7B-Base
     #            python train.py --preset qwen3-1.7b-rlp
     # Hardware:  32 H100-80GB (the paper's).
-    # Cost:      0.29 EFLOP a step, 48 EFLOP in all: 33 GPU hours. (The paper's 12.47 s a step make
-    #            18: its thoughts end earlier.)
+    # Cost:      0.29 EFLOP a step, 48 in all: 33 GPU hours (18 at the paper's 12.47 s a step).
     # Memory:    15 GB a GPU with layers recomputed, 105 GB without.
     # Expected:  the paper's average over its benchmarks goes from 30.32 to 36.03 %.
     # Source:    arXiv 2510.01265, setup and results on Qwen3-1.7B-Base.
@@ -98,13 +86,11 @@ PAPERS: dict[str, Config] = {
     #            python train.py --preset nemotron-12b-rlp
     # Hardware:  32 H100-80GB.
     # Cost:      1.7 EFLOP a step, 408 EFLOP in all: 287 GPU hours.
-    # Memory:    61 GB a GPU with layers recomputed, 53 of them while thoughts are sampled; 487 GB
-    #            without. The figures at the end need more than an H100 has: model, teacher and base
-    #            whole and in fp32, 148 GB. They come after the last step is saved, which can be
-    #            exported without them.
+    # Memory:    61 GB a GPU with layers recomputed, 53 while thoughts are sampled; 487 GB without.
+    #            The last figures need model, teacher and base whole in fp32, 148 GB, more than an
+    #            H100 has. They come after the last step is saved, which can be exported first.
     # Expected:  the paper's average over its benchmarks goes from 42.81 to 61.32 %.
-    # Source:    arXiv 2510.01265, results on Nemotron-Nano-12B-v2; batch, lengths and rate as for
-    #            Qwen3.
+    # Source:    arXiv 2510.01265, results on Nemotron-Nano-12B-v2; the rest as for Qwen3.
     "nemotron-12b-rlp": Config(
         mode="rlp", preset="nemotron-12b-rlp", init="models/NVIDIA-Nemotron-Nano-12B-v2-Base",
         dry_run_gpus=32, model=NEMOTRON_12B, rlp=replace(RLP_OF_THE_PAPER, steps=238), **TEXT),
@@ -120,8 +106,7 @@ PAPERS: dict[str, Config] = {
     # Hardware:  256 GPUs (ours; two long sequences each).
     # Cost:      1.0 to 2.3 EFLOP a step, 9,609 EFLOP in all: 6,750 GPU hours.
     # Memory:    198 GB a GPU with layers recomputed: updates run on whole fp32 weights beside a
-    #            whole parent, 148 GB. An H100 would need layers that are split over GPUs, which are
-    #            not here.
+    #            whole parent, 148 GB. An H100 would need layers split over GPUs: not done here.
     # Expected:  the paper's averages are 77.41, 75.95 and 70.61 % for 12B, 9B and 6B.
     # Source:    arXiv 2511.16664, recipe and results.
     "nemotron-12b-elastic": Config(

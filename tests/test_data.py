@@ -156,6 +156,24 @@ def test_held_out_problems_are_the_same_for_the_same_seed_and_differ_between_see
     assert len({p.question for p in first} | {p.question for p in val}) == 2 * 9 * len(FAMILIES)
 
 
+def test_a_family_without_new_questions_is_given_up_after_10_000_draws_however_many_are_asked_for(monkeypatch):
+    """Three questions, in the buckets 37, 98 and 31: none is held out."""
+    drawn = []
+
+    def few(rng):
+        drawn.append(rng.randint(1, 3))
+        return problems.Problem("few", f"Twice {drawn[-1]}?", (" 1", " 2"), " 2")
+
+    monkeypatch.setattr(problems, "FAMILIES", {"few": few})
+    assert len(held_out_problems("train", 3, 0, 5)) == 3
+    remedy = r"not 9000; let it make more, or ask for fewer \(eval.problems_per_family\)"
+    with pytest.raises(ValueError, match=f"'few' makes only 3 different problems of the train split, {remedy}"):
+        held_out_problems("train", 9000, 0, 5)
+    assert 10_000 < len(drawn) < 10_100
+    with pytest.raises(ValueError, match="in 10,000 draws; let it make more than 3 different questions"):
+        held_out_problems("val", 9000, 0, 5)
+
+
 def questions(tokens, tokenizer):
     """Questions of the problems in a row of token ids."""
     return {d.split("\nAnswer:")[0] for d in tokenizer.decode(tokens).split(END) if "\nAnswer:" in d}

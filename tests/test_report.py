@@ -256,6 +256,11 @@ def test_the_speed_table_has_the_fastest_of_those_that_do_the_same_work():
     assert made.splitlines()[-1] == "| mixer | 2 | fast | 5 | 2.5 | 2.5 |"
 
 
+def test_the_speed_table_begins_with_the_scan():
+    first = report.tables(ROOT / "results")["speed"].splitlines()[2]
+    assert re.match(r"\| scan \| [\d.]+ \| (?!ours).* \| [\d.]+ \| [\d.]+ \| [\d.]+ \|$", first)
+
+
 def test_readme_and_results_are_what_report_writes():
     readme = (ROOT / "README.md").read_text()
     assert report.fill(readme, report.tables(ROOT / "results")) == readme

@@ -24,14 +24,13 @@ from text.tokenizer import Tokenizer
 
 def with_thought(tokenizer: Tokenizer, document: list[int], thought: str, t: int) -> list[int]:
     """The document with a thought, between its tags, before token t."""
-    return [*document[:t], tokenizer.think, *tokenizer.encode(thought), tokenizer.close,
-            *document[t:]]
+    inside = [tokenizer.think, *tokenizer.encode(thought), tokenizer.close]
+    return document[:t] + inside + document[t:]
 
 
 def problem_tokens(tokenizer: Tokenizer, problem: Problem,
                    thought: str | None = None) -> tuple[list[int], list[int]]:
-    """Token ids of the prompt (with the thought between its tags, if there is one) and of the
-    answer with END."""
+    """Token ids of the prompt, with the thought if there is one, and of the answer with END."""
     prompt = tokenizer.encode(problem.prompt)
     if thought is not None:
         prompt = with_thought(tokenizer, prompt, thought, len(prompt))
@@ -49,8 +48,7 @@ class Stage(NamedTuple):
 
 
 def stage_of(config: Config, step: int) -> Stage:
-    """Families enter one by one, worked out and without text; then all of them, still worked out;
-    then the mixture."""
+    """Families enter one by one, worked out, without text; all of them, worked out; the mixture."""
     fit, families = config.pretrain, list(FAMILIES)
     if step < fit.intro_share * fit.steps:
         n = 1 + int(len(families) * step / (fit.intro_share * fit.steps))
@@ -65,12 +63,10 @@ def pretrain_batch(
     """Packed documents for next-token prediction: tokens_BT, targets_BT (-100 where none follows)
     and ids_BT (the document of each token, counted in its row).
 
-    Each document is text if the batch has less text so far than its share of the tokens, else a
-    problem. A function of (seed, step) alone. Raises nothing: the settings were checked.
+    Each document is text if the batch has less text so far than its share, else a problem.
     """
     fit, stage, tokenizer = config.pretrain, stage_of(config, step), corpus.tokenizer
-    rng = random.Random(
-        f"pretrain-{config.seed}-{step}" + ("" if split == "train" else f"-{split}"))
+    rng = random.Random(f"pretrain-{config.seed}-{step}" + f"-{split}" * (split != "train"))
     tokens_BT = np.zeros((fit.batch, fit.seq_len + 1), dtype=np.int64)
     ids_BT = np.zeros_like(tokens_BT)
     n_text = n_all = 0  # tokens of the batch so far
@@ -86,8 +82,8 @@ def pretrain_batch(
                     document = with_thought(
                         tokenizer, document, filler(rng), rng.randrange(1, len(document) + 1))
             else:
-                problem = draw_problem(
-                    rng, split, corpus.held_out_percent, rng.choice(stage.families))
+                family = rng.choice(stage.families)
+                problem = draw_problem(rng, split, corpus.held_out_percent, family)
                 has_thought = rng.random() < stage.think
                 thought = thought_for(problem, rng, stage.worked) if has_thought else None
                 prompt, answer = problem_tokens(tokenizer, problem, thought)
@@ -112,8 +108,8 @@ def cpt_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
 def elastic_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
     """The base's last mixture in short sequences, then (stage 2) in long ones.
 
-    budget_B: the index in elastic.budgets that each sequence trains: drawn uniformly in stage 1, by
-    elastic.long_weights in stage 2 (eq. 18 and 19). A function of (seed, step) alone.
+    budget_B: the index in elastic.budgets that each sequence trains, drawn uniformly in stage 1, by
+    elastic.long_weights in stage 2 (eq. 18 and 19).
     """
     c = config.elastic
     is_long = step >= c.stage_1_steps()
@@ -134,8 +130,7 @@ def mixture(corpus: Corpus, config: Config, step: int, n_rows: int, seq_len: int
 
 
 def rlp_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
-    """Contexts, the tokens that follow them (see `collate_contexts`) and is_text_B: a function of
-    (seed, step) alone."""
+    """Contexts and the tokens that follow them (see `collate_contexts`), and is_text_B."""
     fit = config.rlp
     rng = random.Random(f"rlp-{config.seed}-{step}")
     is_text, pairs = [], []
@@ -149,8 +144,7 @@ def rlp_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
 
 def problem_position(
     corpus: Corpus, fit: RLPConfig, rng: random.Random) -> tuple[list[int], list[int]]:
-    """Context and following tokens in a problem document without a thought: at the answer, or at a
-    random position."""
+    """Context and following tokens in a problem without a thought: at the answer, or anywhere."""
     problem = draw_problem(rng, "train", corpus.held_out_percent)
     prompt, answer = problem_tokens(corpus.tokenizer, problem)
     document = prompt + answer
@@ -167,22 +161,20 @@ def text_position(
 
 
 def _random_position(document: list[int], horizon: int, rng: random.Random) -> int:
-    """Uniform over the positions that `horizon` tokens follow; over all from 1 on if the document
-    is too short for any."""
+    """Uniform over the positions from 1 on that `horizon` tokens follow; over all if none does."""
     n_after = horizon if horizon < len(document) else 1
     return rng.randrange(1, len(document) - n_after + 1)
 
 
 def collate_contexts(tokenizer: Tokenizer, contexts: list[list[int]], targets: list[list[int]],
                      fit: RLPConfig) -> dict[str, Tensor]:
-    """context_BT (padded on the left), ids_BT (-1 at the padding, 0 elsewhere), target_BX (X =
-    horizon tokens).
+    """context_BT (padded on the left), ids_BT (-1 at the padding, 0 elsewhere) and target_BX.
 
     A context longer than rlp.context_len loses its beginning; a target shorter than the horizon is
     filled up with END. Before each context stand what the tokenizer begins a document with and the
-    instruction `rlp.prompt`.
+    instruction `rlp.prompt`, for thoughts and for predictions without one.
     """
-    before = instruction(tokenizer, fit)
+    before = [*tokenizer.begin, *tokenizer.encode(fit.prompt)]
     contexts = [before + c[-fit.context_len :] for c in contexts]
     T = max(len(c) for c in contexts)
     context_BT = torch.full((len(contexts), T), tokenizer.end)
@@ -192,9 +184,3 @@ def collate_contexts(tokenizer: Tokenizer, contexts: list[list[int]], targets: l
         ids_BT[i, T - len(c) :] = 0
     target_BX = torch.tensor([(t + [tokenizer.end] * fit.horizon)[: fit.horizon] for t in targets])
     return {"context_BT": context_BT, "ids_BT": ids_BT, "target_BX": target_BX}
-
-
-def instruction(tokenizer: Tokenizer, fit: RLPConfig) -> list[int]:
-    """What stands before every context of RLP, for thoughts and for predictions without one;
-    usually nothing."""
-    return [*tokenizer.begin, *(tokenizer.encode(fit.prompt) if fit.prompt else [])]

@@ -1,5 +1,4 @@
-"""Text as documents of token ids: what ships with Python, files of your own, or shards; held-out
-documents kept apart.
+"""Text as documents of token ids, split by what is held out: Python's own, your files, or shards.
 
 The default text is the language reference, the docstrings and the sources of the running Python.
 What is made of a text is kept in data.cache_dir, under a fingerprint of the text and the settings.
@@ -27,8 +26,7 @@ from text.tokenizer import CorpusTokenizer, Tokenizer, named_tokenizer
 
 
 def python_documents() -> Iterator[tuple[str, str]]:
-    """(name, text) of the reference topics, and of each standard module: its docstrings, and its
-    source.
+    """(name, text) of the reference topics, and of each standard module's docstrings and source.
 
     Both documents of a module carry the module's name: they land in the same split.
     """
@@ -45,14 +43,12 @@ def python_documents() -> Iterator[tuple[str, str]]:
 
 
 def user_documents(path: Path) -> Iterator[tuple[str, str]]:
-    """(name, text) of a UTF-8 file, cut at blank lines into pieces of about 2,000 characters, or of
-    a folder's files.
+    """(name, text) of a file's or folder's pieces: about 2,000 characters, cut at blank lines.
 
     Raises ValueError for a path that does not exist, or a file that is empty or not UTF-8 text.
     """
-    require(
-        path.exists(),
-        f"data.path ({path}) does not exist; give a UTF-8 text file, a folder of them, or nothing")
+    require(path.exists(), f"data.path ({path}) does not exist; give a UTF-8 text file, "
+            "a folder of them, or nothing")
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     require(files, f"data.path ({path}) is a folder without files; put UTF-8 text files into it")
     for file in files:
@@ -61,8 +57,7 @@ def user_documents(path: Path) -> Iterator[tuple[str, str]]:
         except UnicodeDecodeError as error:
             raise ValueError(f"data.path: {file} is not UTF-8 text (byte {error.start}); "
                              "convert it or leave it out") from None
-        require("\0" not in text,
-                f"data.path: {file} holds zero bytes, so it is not text; leave it out")
+        require("\0" not in text, f"data.path: {file} holds zero bytes, so it is not text; omit it")
         require(text.strip(), f"data.path: {file} is empty; leave it out or give another file")
         pieces = [""]
         for paragraph in re.split(r"(?<=\n)\s*\n", text):
@@ -83,8 +78,7 @@ class Corpus:
 
     @staticmethod
     def load(config: DataConfig) -> "Corpus":
-        """Read the text, or what an earlier run made of the same text and settings. Raises
-        ValueError for unusable text."""
+        """The text, or what an earlier run made of it. Raises ValueError for unusable text."""
         if config.path and is_shards(Path(config.path)):
             return Corpus._of_shards(config)
         # 1. Every text once: of copies under two names the first stays, else they could land in
@@ -94,9 +88,8 @@ class Corpus:
             first.setdefault(text.strip(), (name, text))
         named = [pair for stripped, pair in first.items() if stripped]
         n_characters = sum(len(text) for _, text in named)
-        require(n_characters >= 20_000,
-                f"data.path ({config.path}) holds {n_characters} characters; "
-                "at least 20000 are needed to train and hold out")
+        require(n_characters >= 20_000, f"data.path ({config.path}) holds {n_characters} "
+                "characters; at least 20000 are needed to train and hold out")
         # 2. The splits, by the names of the texts.
         percent, texts = config.held_out_percent, {}
         for split in SPLITS:
@@ -107,8 +100,8 @@ class Corpus:
         #    a tokenizer.json that is the content, which may change under the same name.
         examples = tokenizer_examples(percent)
         tokenizer = None if config.tokenizer == "corpus" else named_tokenizer(config.tokenizer)
-        source = ([tokenizer.json, tokenizer.end] if tokenizer is not None and tokenizer.json
-                  else config.tokenizer)
+        own = tokenizer is not None and tokenizer.json
+        source = [tokenizer.json, tokenizer.end] if own else config.tokenizer
         key = fingerprint(
             [named, examples, source, config.vocab_size, percent, CorpusTokenizer.pattern])
         file = Path(config.cache_dir) / f"corpus-{key}.npz"

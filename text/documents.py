@@ -1,5 +1,4 @@
-"""Documents of token ids, held in memory or in memory-mapped files, and the window that training
-and figures read from them.
+"""Documents of token ids, in memory or in memory-mapped files, and the window that is read of them.
 
 Both kinds are the same two arrays: all tokens in a row, and where in them each document starts.
 To find the document of a token is a binary search in the starts.
@@ -34,7 +33,7 @@ class Documents:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of all of them."""
+        """Of all documents."""
         return int(self.tokens_before[-1])
 
     def __len__(self) -> int:
@@ -48,8 +47,7 @@ class Documents:
         return self._document(k, i - int(self.documents_before[k])).astype(np.int32)
 
     def window(self, rng: random.Random, length: int) -> np.ndarray:
-        """Up to `length` tokens in a row from one document, documents chosen in proportion to their
-        length."""
+        """Up to `length` tokens in a row of one document, chosen in proportion to its length."""
         at = rng.randrange(self.n_tokens)
         k = _place(self.tokens_before, at)
         starts = self.parts[k][1]
@@ -64,6 +62,5 @@ class Documents:
 
 
 def _place(starts: np.ndarray, at: int) -> int:
-    """The last i with starts[i] <= at."""
-    # an int64, for searchsorted copies `starts` to the type of anything else
+    """The last i with starts[i] <= at. (searchsorted copies `starts` unless `at` is an int64.)"""
     return int(np.searchsorted(starts, np.int64(at), side="right")) - 1

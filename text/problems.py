@@ -26,8 +26,8 @@ from text.held_out import bucket_of, buckets_of
 class Problem:
     """A question with one right answer, and the steps that lead to it.
 
-    Each step and the answer begin with a space or a sign: they are put together as they are. There
-    are at least two steps, so that a thought can stop half-way. Raises ValueError for fewer.
+    Each step and the answer begin with a space or a sign: they are put together as they are.
+    Raises ValueError for fewer than two steps: a thought must be able to stop half-way.
     """
 
     family: str
@@ -53,8 +53,7 @@ class Problem:
 NAMES = ("Ann", "Bob", "Eve", "Tom", "Kim", "Max", "Sue", "Leo", "Zoe", "Ian", "Amy", "Dan")
 THINGS = ("apples", "books", "coins", "cards", "shells", "stamps")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday")
-GAINS = ("buys", "finds", "gets")
-LOSSES = ("sells", "loses", "gives")
+GAINS, LOSSES = ("buys", "finds", "gets"), ("sells", "loses", "gives")
 LETTERS = "abcdefghijkmnpqrstuvwxyz"
 FILLER = (" Let me think.", " Hmm.", " This looks easy.", " I am not sure.",
           " It could be anything.", " One moment.", " Well, well.", " A good question.",
@@ -84,8 +83,8 @@ def word_problem(rng: random.Random) -> Problem:
         lines.append(f"On {day} {name} {verb} {abs(new - value)}.")
         steps.append(f" {day} {sign}{abs(new - value)} {new}")
         value = new
-    return Problem(
-        "word", f"{' '.join(lines)} How many {thing} has {name}?", tuple(steps), f" {value}")
+    question = f"{' '.join(lines)} How many {thing} has {name}?"
+    return Problem("word", question, tuple(steps), f" {value}")
 
 
 def lookup_problem(rng: random.Random) -> Problem:
@@ -95,8 +94,8 @@ def lookup_problem(rng: random.Random) -> Problem:
     calls = [f"{a} calls {b}." for a, b in zip(ring, ring[1:] + ring[:1], strict=True)]
     rng.shuffle(calls)
     steps = tuple(f" {i} {ring[i - 1]} calls {ring[i]}" for i in range(1, hops + 1))
-    return Problem("lookup", f"Ring: {' '.join(calls)} Start at {ring[0]}, {hops} calls on?", steps,
-                   f" {ring[hops]}")
+    question = f"Ring: {' '.join(calls)} Start at {ring[0]}, {hops} calls on?"
+    return Problem("lookup", question, steps, f" {ring[hops]}")
 
 
 def sum_problem(rng: random.Random) -> Problem:
@@ -122,34 +121,35 @@ FAMILIES: dict[str, Callable[[random.Random], Problem]] = {
 
 def draw_problem(
     rng: random.Random, split: str, held_out_percent: int, family: str | None = None) -> Problem:
-    """A random problem of a split, of any family or of one: drawn again until its bucket is one of
-    the split's. Raises ValueError if that never happens."""
-    name = family or rng.choice(list(FAMILIES))
+    """A random problem of a split, of any family or of one: drawn until its bucket is the split's.
+    Raises ValueError if none of 10,000 draws is."""
+    name, others = family or rng.choice(list(FAMILIES)), set()
     buckets = buckets_of(split, held_out_percent)
     for _ in range(10_000):
         problem = FAMILIES[name](rng)
         if bucket_of(problem.question) in buckets:
             return problem
+        others.add(problem.question)
     raise ValueError(f"problem family {name!r} makes no problem of the {split} split in 10,000 "
-                     "draws; let it make more different questions")
+                     f"draws; let it make more than {len(others)} different questions")
 
 
 def held_out_problems(
     split: str, n_per_family: int, seed: int, held_out_percent: int) -> list[Problem]:
     """n different problems of each family, the same for every run with this seed. Raises ValueError
-    if a family does not have so many."""
+    if 10,000 draws in a row make none that is new."""
     problems = []
     for family in FAMILIES:
         rng = random.Random(f"problems-{split}-{family}-{seed}")
         found: dict[str, Problem] = {}
-        for _ in range(1000 * n_per_family):
+        n_idle = 0
+        while len(found) < n_per_family:
             problem = draw_problem(rng, split, held_out_percent, family)
+            n_idle = n_idle + 1 if problem.question in found else 0
+            require(n_idle < 10_000, f"problem family {family!r} makes only {len(found)} different "
+                    f"problems of the {split} split, not {n_per_family}; let it make more, or ask "
+                    "for fewer (eval.problems_per_family)")
             found[problem.question] = problem
-            if len(found) == n_per_family:
-                break
-        require(len(found) >= n_per_family,
-                f"problem family {family!r} makes only {len(found)} different problems of the "
-                f"{split} split, not {n_per_family}; let it make more, or ask for fewer")
         problems += found.values()
     return problems
 
@@ -162,8 +162,7 @@ def tokenizer_examples(held_out_percent: int) -> list[str]:
 
 
 def thought_for(problem: Problem, rng: random.Random, worked: float) -> str:
-    """A worked thought with probability `worked`; otherwise, evenly, one that stops half-way, or
-    filler."""
+    """A worked thought with probability `worked`; else, evenly, one that stops early, or filler."""
     if rng.random() < worked:
         return problem.thought
     if rng.random() < 0.5:

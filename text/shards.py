@@ -1,5 +1,4 @@
-"""Text as shards of tokens on disk: built once, then read through memory maps, however large they
-are.
+"""Text as shards of tokens on disk: built once, then read through memory maps, of any size.
 
     python -m tools.shards build TEXTS... --out DIR --tokenizer MODEL    from *.jsonl and *.txt
     python -m tools.shards check DIR                          compare the checksum of every file
@@ -13,9 +12,8 @@ Held out: every document has the bucket of its text (see held_out.py), so copies
 and a shard's documents are sorted by bucket. Whatever the share that is held out, a split is one
 range of documents of each shard, and all that is held in memory are 100 counts a shard.
 
-Reading is random access: a window is a function of the random numbers that ask for it, hence of
-(seed, step). Resuming needs no state, and every process can make the rows of any batch. Building
-holds one shard in memory, twice while it is written.
+Reading is random access, by random numbers that depend on (seed, step) alone: resuming needs no
+state, and every process can make any row. Building holds a shard in memory, twice while writing.
 """
 
 import json
@@ -36,20 +34,15 @@ VERSION, LIST = 2, "shards.json"
 AGAIN = "copy it again from where it was built, or build again"
 
 
-# ---------------------------------------------------------------------------------------- building
-
-
 def input_files(inputs: list[Path]) -> list[Path]:
-    """The *.jsonl and *.txt files named, and those in the folders named. Raises ValueError if there
-    are none."""
+    """The *.jsonl and *.txt files named and in the folders named. Raises ValueError if none are."""
     files: list[Path] = []
     for path in inputs:
         require(path.exists(),
                 f"input ({path}) does not exist; give *.jsonl or *.txt files, or folders of them")
         inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         found = [p for p in inside if p.suffix in (".jsonl", ".txt")]
-        require(found,
-                f"input ({path}) is or holds no *.jsonl and no *.txt file; rename or convert it")
+        require(found, f"input ({path}) is or holds no *.jsonl and no *.txt file; convert it")
         files += found
     return files
 
@@ -57,35 +50,33 @@ def input_files(inputs: list[Path]) -> list[Path]:
 def read_documents(files: list[Path], piece: int = 1_000_000) -> Iterator[str]:
     """Every text that is not blank: of each line of a *.jsonl file, and of each *.txt file.
 
-    piece: characters after which a *.txt file is cut at the next blank line, so that none has to
-    fit into memory.
+    piece: characters after which a *.txt file is cut at the next blank line, to fit into memory.
     Raises ValueError for what is not UTF-8, not JSON, or has no text, with the file and the line.
     """
     for file in files:
-        make = _json_texts if file.suffix == ".jsonl" else _pieces
         try:
             with open(file, encoding="utf-8") as lines:
-                yield from (text for text in make(file, lines, piece) if text.strip())
+                is_json = file.suffix == ".jsonl"
+                found = _json_texts(file, lines) if is_json else _pieces(lines, piece)
+                yield from (text for text in found if text.strip())
         except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{file} is not UTF-8 text ({error.reason}); convert it or leave it out") from None
+            raise ValueError(f"{file} is not UTF-8 text ({error.reason}); convert it") from None
 
 
-def _json_texts(file: Path, lines: Iterable[str], piece: int) -> Iterator[str]:
+def _json_texts(file: Path, lines: Iterable[str]) -> Iterator[str]:
     for i, line in enumerate(lines, 1):
         if line.strip():
             try:
                 value = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{file} line {i} is not JSON ({error.msg}); "
-                                 "mend it or leave the line out") from None
+                raise ValueError(f"{file} line {i} is not JSON ({error.msg}); mend it") from None
             text = value.get("text") if isinstance(value, dict) else None
             require(isinstance(text, str),
                     f'{file} line {i} has no "text" that is a string; a line is {{"text": "..."}}')
             yield text
 
 
-def _pieces(file: Path, lines: Iterable[str], piece: int) -> Iterator[str]:
+def _pieces(lines: Iterable[str], piece: int) -> Iterator[str]:
     text = ""
     for line in lines:
         text += line
@@ -96,11 +87,8 @@ def _pieces(file: Path, lines: Iterable[str], piece: int) -> Iterator[str]:
 
 
 def shard_tokenizer(name: str, vocab_size: int, texts: Iterable[str]) -> Tokenizer:
-    """The tokenizer to build shards with.
-
-    "corpus" is trained on problems and on the first 20 million characters of texts that no setting
-    holds out: val and test have at most 25 per cent each.
-    """
+    """The tokenizer to build with. "corpus" is trained on problems and the first 20 million
+    characters of texts that no setting holds out: val and test have at most 25 per cent each."""
     if name != "corpus":
         return named_tokenizer(name)
     sample, n = [], 0
@@ -114,15 +102,13 @@ def shard_tokenizer(name: str, vocab_size: int, texts: Iterable[str]) -> Tokeniz
 
 def build(texts: Iterable[str], out: Path, tokenizer: Tokenizer, source: str,
           shard_tokens: int = 2**26) -> list[dict]:
-    """Write texts as shards of about shard_tokens tokens, and the tokenizer in `hf/`. Returns the
-    entries of the shards in shards.json.
+    """Write texts as shards of about shard_tokens tokens, and the tokenizer in `hf/`.
 
     source: the name by which the tokenizer was asked for.
-    Raises ValueError if there is no text, or if `out` holds a data set.
+    Returns the shards' entries in shards.json. Raises ValueError without text, or if `out` has one.
     """
     require_new(out)
-    require(
-        shard_tokens >= 1, f"shard_tokens ({shard_tokens}) must be at least 1; 67108864 is usual")
+    require(shard_tokens >= 1, f"shard_tokens ({shard_tokens}) must be at least 1; 2**26 is usual")
     if tokenizer.json:
         tokenizer.save(out / "hf")
     dtype = "uint16" if tokenizer.n_vocab <= 2**16 else "uint32"
@@ -163,17 +149,12 @@ def _write_shard(out: Path, name: str, documents: list[tuple[int, np.ndarray]]) 
     return entry
 
 
-# ----------------------------------------------------------------------------------------- reading
-
-
 def is_shards(path: Path) -> bool:
     """Whether a folder holds shards. Raises ValueError if their build was cut short."""
-    if (path / LIST).is_file():
-        return True
-    require(
-        not (path.is_dir() and any(path.glob("*.tokens.npy"))),
-        f"{path} holds shards but no {LIST}: it was lost, or the build did not end; build again")
-    return False
+    found = (path / LIST).is_file()
+    require(found or not any(path.glob("*.tokens.npy")), f"{path} holds shards but no {LIST}: it "
+            "was lost, or the build did not end; build again")
+    return found
 
 
 def write_cached(file: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -188,17 +169,16 @@ def write_cached(file: Path, write: Callable[[BinaryIO], Any]) -> None:
 class ShardSet:
     """A folder of shards.
 
-    shards: of each its tokens, where its documents start, and which document is the first of each
-    bucket; the former two are memory-mapped. sha256: checksums of all files.
+    shards: of each its tokens and where its documents start, both memory-mapped, and which document
+    is the first of each bucket. sha256: checksums of all files.
     """
 
     def __init__(self, folder: Path):
-        """Raises ValueError for what is missing, cut short or of another make; see `check` for
-        single bytes."""
+        """Raises ValueError for what is missing, cut short or of another make; bytes: `check`."""
         self.folder, listed = folder, read_json(folder / LIST)
         version = listed.get("version")
-        require(version == VERSION, f"{folder / LIST} has the format version {version}; "
-                f"this program reads {VERSION}: build again")
+        require(version == VERSION, f"{folder / LIST} has the format version {version}; this "
+                f"program reads {VERSION}: build again")
         self.shards, self.sha256 = [], {}
         try:
             self.tokenizer = listed["tokenizer"]
@@ -209,8 +189,7 @@ class ShardSet:
         self.key = fingerprint([self.tokenizer, [*self.sha256.values()]])
 
     def _open(self, entry: dict, dtype: str) -> None:
-        """Map the shard of an entry, unless its files are not what the entry says, as far as that
-        shows without reading all of them."""
+        """Map an entry's shard. Refuses files that are not as it says, by headers and sizes."""
         n_tokens, counts = entry["n_tokens"], entry["bucket_documents"]
         files = {part: self.folder / f"{entry['name']}.{part}.npy" for part in ("tokens", "starts")}
         tokens = _mapped(files["tokens"], dtype, n_tokens)
@@ -223,37 +202,33 @@ class ShardSet:
         self.sha256 |= {file: entry["sha256"][part] for part, file in files.items()}
 
     def documents(self, buckets: range) -> Documents:
-        """Those of some buckets of all shards."""
+        """Of some buckets of all shards."""
         return Documents([(tokens, starts[first[buckets.start] : first[buckets.stop] + 1])
                           for tokens, starts, first in self.shards])
 
     def open_tokenizer(self, name: str) -> Tokenizer:
-        """The tokenizer that data.tokenizer names; "corpus" is the shards' own. Raises ValueError
-        if they were built with another one."""
+        """The tokenizer of a name; "corpus" is the shards' own. Raises ValueError for another."""
         theirs, source = self.tokenizer["fingerprint"], self.tokenizer["source"]
         folder, kept, own = self.folder, self.folder / "hf", name == "corpus"
         if own and (kept.is_dir() or source == "corpus"):
             tokenizer = FileTokenizer(kept)
         else:
             tokenizer = named_tokenizer(source if own else name)
-        require(
-            tokenizer.fingerprint == theirs,
-            f"the tokenizer in {folder} is not the one that it was built with (fingerprint "
-            f"{theirs}): it is damaged; {AGAIN}" if own else
-            f"data.tokenizer ({name}) is not the one that {folder} was built with ({source}, "
-            f"fingerprint {theirs}): tokens would be read as other text; build again with this "
-            "one, or leave data.tokenizer and init out to use that one")
+        wrong = (f"the tokenizer in {folder} is not the one that it was built with; {AGAIN}" if own
+                 else f"data.tokenizer ({name}) is not the one that {folder} was built with "
+                 f"({source}, fingerprint {theirs}): tokens would be read as other text; build "
+                 "again with this one, or leave data.tokenizer and init out to use that one")
+        require(tokenizer.fingerprint == theirs, wrong)
         return tokenizer
 
     def check(self) -> None:
         """Read every byte. Raises ValueError for the first file that is not as it was written."""
         for file, digest in self.sha256.items():
-            require(sha256(file) == digest, f"{file} is damaged: its content has another checksum "
-                    f"than when it was written; {AGAIN}")
+            require(sha256(file) == digest,
+                    f"{file} is damaged: its content has another checksum; {AGAIN}")
 
     def check_once(self, cache_dir: Path) -> None:
-        """`check`, unless a note in cache_dir says that it was done and no file has changed its
-        size or time since."""
+        """`check`, unless a note in cache_dir says that files of these sizes and times passed."""
         stats = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in self.sha256]
         known = fingerprint([str(self.folder.resolve()), self.key, stats])
         note = cache_dir / f"shards-{known}.checked"

@@ -1,21 +1,16 @@
 """Text to token ids and back, with three special tokens: what ends a document, and the think tags.
 
-Three kinds, one interface: a vocabulary of byte pairs trained on the corpus itself
-(`CorpusTokenizer`), the tokenizer.json of a Hugging Face directory (`FileTokenizer`), and one that
-tiktoken knows by name (`Tokenizer`). The first two are tokenizer.json files, which a run keeps.
+Three kinds, one interface: byte pairs trained on the corpus itself (`CorpusTokenizer`), the
+tokenizer.json of a Hugging Face directory (`FileTokenizer`), and one that tiktoken knows by name
+(`Tokenizer`). The first two are tokenizer.json files, which a run keeps.
 """
 
 import json
 from pathlib import Path
 
 import tiktoken
-from tokenizers import AddedToken, Regex
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel, Split
-from tokenizers.pre_tokenizers import Sequence as Steps
-from tokenizers.trainers import BpeTrainer
 
 from system.errors import require
 from system.files import fingerprint, write_whole
@@ -59,13 +54,11 @@ class Tokenizer:
         return self.encoding.encode_ordinary(text)
 
     def decode(self, tokens: list[int]) -> str:
-        """Text of token ids, special tokens included; bytes that are no UTF-8 become the
-        replacement character."""
+        """Text of token ids, special tokens included; what is no UTF-8 becomes U+FFFD."""
         return self.encoding.decode([int(t) for t in tokens])
 
     def save(self, folder: Path) -> None:
-        """Write tokenizer.json, with the tags, and the config.json beside it: what FileTokenizer
-        reads, and an export."""
+        """Write what FileTokenizer reads: tokenizer.json, with the tags, and its config.json."""
         settings = json.dumps(self.settings, indent=1) + "\n"
         write_whole(folder / "tokenizer.json", lambda f: f.write(self.json.encode()))
         write_whole(folder / "config.json", lambda f: f.write(settings.encode()))
@@ -75,23 +68,21 @@ class FileTokenizer(Tokenizer):
     """The tokenizer.json of a Hugging Face directory, run by the `tokenizers` library.
 
     END is the eos_token_id (the first, if several) of the config.json beside it, or the token
-    `<|endoftext|>`. THINK and CLOSE are its tokens of that name; if it has none, they become new
-    tokens after its last one, listed in `new_ids`.
+    `<|endoftext|>`. Think tags that it lacks become tokens after its last one, listed in `new_ids`.
     Raises ValueError if a file cannot be used, or nothing says what ends a text.
     """
 
     def __init__(self, folder: Path):
         file, beside = folder / "tokenizer.json", folder / "config.json"
-        require(file.is_file(), f"{file} does not exist; "
-                "a model of Hugging Face needs the tokenizer that it was trained with")
+        require(file.is_file(), f"{file} does not exist; a model of Hugging Face needs the "
+                "tokenizer that it was trained with")
         # 1. the two files
         self.json = file.read_text(encoding="utf-8")
         try:
             self.settings = json.loads(beside.read_text("utf-8")) if beside.is_file() else {}
             base = HFTokenizer.from_str(self.json)
-        except Exception as error:  # the library raises nothing narrower
-            raise ValueError(
-                f"{file} or {beside} cannot be read ({error}); copy it again") from error
+        except Exception as e:  # the library raises nothing narrower
+            raise ValueError(f"{file} or {beside} cannot be read ({e}); copy it again") from e
         # 2. the tags
         missing = [text for text in (THINK, CLOSE) if base.token_to_id(text) is None]
         if missing:
@@ -128,21 +119,18 @@ class FileTokenizer(Tokenizer):
 
 
 class CorpusTokenizer(Tokenizer):
-    """Byte pairs trained on a corpus: a tokenizer.json, run by tiktoken, which makes the same
-    tokens in a fifth of the time.
+    """Byte pairs trained on a corpus: a tokenizer.json, run by tiktoken in a fifth of the time.
 
-    Why the same: tiktoken joins any two neighbours that make a token, the file only the pairs that
-    were trained. But between two places that no pair crosses, text is joined in one way only, in
-    training as here, so neighbours that make a token are such a pair.
+    Why the tokens are the same: tiktoken joins any two neighbours that make a token, the file only
+    the pairs that were trained. But between two places that no pair crosses, text is joined in one
+    way only, in training as here, so neighbours that make a token are such a pair.
     """
 
-    # A word, a digit or a run of signs, each with at most one space before it: digits stay single,
-    # so sums can be learned.
+    # A word, a digit or a run of signs, after at most one space. Single digits make sums learnable.
     pattern = r"""'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
     def __init__(self, text: str):
-        # In the file a byte is a character: the printable bytes are themselves, the other 68 are
-        # U+0100 and what follows.
+        # In the file a byte is a character: printable ones are themselves, the other 68 U+0100 on.
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = [b for b in range(256) if b not in printable]
         byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
@@ -155,28 +143,26 @@ class CorpusTokenizer(Tokenizer):
     @classmethod
     def train(cls, texts: list[str], vocab_size: int) -> "CorpusTokenizer":
         """Of at most vocab_size tokens, the three special ones included."""
-        made = HFTokenizer(BPE())
-        split = Split(Regex(cls.pattern), behavior="isolated")
-        made.pre_tokenizer = Steps([split, ByteLevel(add_prefix_space=False, use_regex=False)])
-        made.decoder = ByteLevelDecoder()
-        made.train_from_iterator(texts, BpeTrainer(
-            vocab_size=vocab_size - 3, initial_alphabet=ByteLevel.alphabet(), show_progress=False))
+        made = HFTokenizer(models.BPE())
+        split = pre_tokenizers.Split(Regex(cls.pattern), behavior="isolated")
+        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        made.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+        made.decoder = decoders.ByteLevel()
+        made.train_from_iterator(texts, trainers.BpeTrainer(
+            vocab_size=vocab_size - 3, initial_alphabet=to_bytes.alphabet(), show_progress=False))
         made.add_special_tokens([AddedToken(t, normalized=False) for t in (END, THINK, CLOSE)])
         return cls(made.to_str(pretty=True))
 
 
 def named_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer.json of a folder, or tiktoken's own vocabulary. Raises ValueError if there is
-    none of that name."""
+    """A folder's tokenizer.json, or tiktoken's vocabulary. Raises ValueError if there is none."""
     if Path(name).is_dir():
         return FileTokenizer(Path(name))
     known = tiktoken.list_encoding_names()
-    require(name in known,
-            f"data.tokenizer ({name!r}) is unknown; choose 'corpus' or one of {', '.join(known)}, "
-            "or give a folder that holds a tokenizer.json")
+    require(name in known, f"data.tokenizer ({name!r}) is unknown; choose 'corpus' or one of "
+            f"{', '.join(known)}, or give a folder that holds a tokenizer.json")
     try:
         return Tokenizer(tiktoken.get_encoding(name))
     except OSError as error:
-        raise ValueError(
-            f"data.tokenizer ({name!r}) must be downloaded once by tiktoken, and that failed "
-            f"({type(error).__name__}); use 'corpus' when offline") from error
+        raise ValueError(f"data.tokenizer ({name!r}) must be downloaded once by tiktoken, and that "
+                         f"failed ({type(error).__name__}); use 'corpus' when offline") from error

@@ -113,7 +113,7 @@ def picture(run: tyro.conf.Positional[Path], family: str = "chain",
     problem, before = next((pair for pair in tried if not pair[1]["right"]), (None, None))
     require(problem, f"family ({family}) has no problem that the base gets wrong; give another")
     thoughts = think(model, tokenizer, problem, c), before
-    log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    log = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     gain_nats = [line["gain_problems_nats"] for line in log]
     draw(problem.question, thoughts, tokenizer, gain_nats).savefig(out, dpi=200, transparent=True)
     print(f"wrote {out}")

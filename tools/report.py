@@ -23,8 +23,7 @@ T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # of a 95 % interval from so many s
 
 
 def load(folder: Path) -> dict[str, list[dict]]:
-    """What results/ holds: for each kind of run, such as `rlp-cpu`, its summaries in the order of
-    seeds; benchmarks under `bench-cpu` and `bench-cuda`."""
+    """What results/ holds: by kind (`rlp-cpu`) the summaries by seed; `bench-cpu`, `bench-cuda`."""
     found = defaultdict(list)
     for file in sorted(folder.glob("*.json"), key=lambda file: (len(file.stem), file.stem)):
         kind = re.sub(r"-seed\d+$", "", re.sub(r"^bench-.*-", "bench-", file.stem))
@@ -51,9 +50,8 @@ def rlp_table(found: dict[str, list[dict]]) -> str:
     columns = {f"{name}, {n_seeds(found[kind])}": (found[kind], who)
                for name, kind, who in kinds if found[kind]}
     return view.markdown(view.thought_rows(columns, [
-        "gain over the frozen base, nats", "accuracy, sampled thoughts",
-        "accuracy, greedy thought", "loss on text, no thought, nats",
-        "gain at ordinary text, nats"]))
+        "gain over the frozen base, nats", "accuracy, sampled thoughts", "accuracy, greedy thought",
+        "loss on text, no thought, nats", "gain at ordinary text, nats"]))
 
 
 def elastic_table(runs: list[dict]) -> str:
@@ -64,8 +62,7 @@ def elastic_table(runs: list[dict]) -> str:
                                    for size in zip(*families, strict=True))],
             ["loss, of the parent's", *over_sizes(families, "loss_change", "+.1%")]]
     for name in ("separate", "minitron", "random-order"):
-        rivals = [run["baselines"][name] for run in runs if name in run["baselines"]]
-        if rivals:
+        if rivals := [run["baselines"][name] for run in runs if name in run["baselines"]]:
             rows.append([f"{view.RIVALS[name]}: nats minus elastic",
                          *over_sizes(rivals, "difference_nats", "+.3f")])
     return view.markdown(rows)
@@ -78,15 +75,15 @@ def over_sizes(families: list[list[dict]], key: str, form: str) -> list[str]:
 
 
 def speed_table(found: list[dict]) -> str:
-    """A row a benchmark: ours beside the fastest of the others that do the same work. The scan is
-    left out: it is a part of the mixer."""
+    """A row a benchmark: ours beside the fastest of the others that do the same work. Decoding is
+    left out: it is a part of the RLP step."""
     rows = [["one CPU thread", "ours, ms", "the fastest other", "ms", "times as long",
              "times the memory"]]
     for bench in found:
         ours, *others = bench["rows"]
         same = [r for r in others
                 if "ms" in r and "difference" in r and not r["name"].startswith("ours")]
-        if same and bench["bench"] != "ssd":
+        if same and bench["bench"] != "decode":
             best = min(same, key=lambda row: row["ms"])
             rows.append([bench["title"].split(", ")[0], f"{ours['ms']:.4g}", best["name"],
                          f"{best['ms']:.4g}", f"{best['times_ours']:.1f}",
@@ -108,7 +105,6 @@ def n_seeds(runs: list[dict]) -> str:
 
 # ------------------------------------------------------------------------------------------- claims
 
-
 RULE = """A claim is reproduced where all its checks hold, in part where some do. A check is of a
 95 % interval: over seeds (Student's t, paired), or over problems or sequences where there is one
 seed. What `results/` lacks is not tested here. Sizes stand in order, the largest first."""
@@ -118,8 +114,8 @@ def above(leaves: list[dict], others: list[dict] | None = None) -> bool:
     """Whether figures are surely larger than others, or than 0 if there are none: see RULE."""
     if len(leaves) < 2:
         return bool(leaves) and leaves[0]["low"] > (others[0]["high"] if others else 0)
-    d = [a["mean"] - b["mean"] for a, b in zip(leaves, others or [{"mean": 0}] * len(leaves),
-                                               strict=True)]
+    others = others or [{"mean": 0}] * len(leaves)
+    d = [a["mean"] - b["mean"] for a, b in zip(leaves, others, strict=True)]
     return statistics.mean(d) > T95[min(len(d), 5)] * statistics.stdev(d) / len(d) ** 0.5
 
 
@@ -129,11 +125,12 @@ def claims(found: dict[str, list[dict]]) -> list[list[str]]:
 
     def add(claim: str, command: str, runs: list[dict] = (), checks: list[bool] = (),
             figures: str = "") -> None:
-        verdict = ("reproduced" if all(checks) else "in part" if any(checks)
-                   else "**not reproduced**") if runs else "not tested here"
-        rows.append([claim, verdict, figures * bool(runs), ", ".join(str(r["seed"]) for r in runs),
-                     f"`python train.py {command}`",
-                     ", ".join(sorted({view.commit(run) for run in runs}))])
+        verdict = ("not tested here" if not runs else "reproduced" if all(checks) else
+                   "in part" if any(checks) else "**not reproduced**")
+        seeds = ", ".join(str(run["seed"]) for run in runs)
+        commits = ", ".join(sorted({view.commit(run) for run in runs}))
+        shown = figures if runs else ""
+        rows.append([claim, verdict, shown, seeds, f"`python train.py {command}`", commits])
 
     def get(path: str, runs: list[dict], who: str = "rlp") -> list[dict]:
         return [view.figure(run, path, who) for run in runs]
@@ -201,7 +198,6 @@ def claims(found: dict[str, list[dict]]) -> list[list[str]]:
 
 # --------------------------------------------------------------------------------------- RESULTS.md
 
-
 INTRO = """# Results
 
 Made from `results/` by `python -m tools.report`, never by hand. In brackets stands the 95 %
@@ -241,9 +237,11 @@ def results(folder: Path) -> str:
                 if run["seed"] == seed}
         columns = {"base": ([next(iter(runs.values()))], "base"),
                    **{name: ([run], run["mode"]) for name, run in runs.items()}}
-        costs = [f"{name} {view.total_minutes(run):.1f} min with the base, "
-                 f"{run['peak_memory_gib']:.1f} GiB, commit {view.commit(run)}"
-                 for name, run in runs.items()]
+        costs = []
+        for name, run in runs.items():
+            seconds = run["wall_s"] + run["base_train_s"] * run["base_was_cached"]
+            costs.append(f"{name} {seconds / 60:.1f} min with the base, "
+                         f"{run['peak_memory_gib']:.1f} GiB, commit {view.commit(run)}")
         parts += [f"### Seed {seed}", view.markdown(view.thought_rows(columns)), "; ".join(costs)]
     parts.append(ELASTIC)
     for run in found["elastic-cpu"]:
@@ -257,14 +255,11 @@ def results(folder: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-# -------------------------------------------------------------------------------------- the program
-
-
 def fill(text: str, made: dict[str, str]) -> str:
     """The text with every generated part replaced. Raises ValueError for one that nobody makes."""
     def put(match: re.Match) -> str:
-        require(match[2] in made, f"README.md has a table {match[2]!r}, which is not made; take "
-                f"it out, or name one of {', '.join(made)}")
+        require(match[2] in made, f"README.md has a table {match[2]!r}, which is not made; take it "
+                f"out, or name one of {', '.join(made)}")
         return f"{match[1]}{made[match[2]]}\n<!-- end -->"
 
     return re.sub(r"(<!-- table (\S+) -->\n).*?<!-- end -->", put, text, flags=re.S)

@@ -1,5 +1,5 @@
-"""Build and check shards of tokens: `python -m tools.shards build TEXTS --out DIR`, `python -m
-tools.shards check DIR`. What they are stands in text/shards.py."""
+"""Build and check shards of tokens, see text/shards.py: `python -m tools.shards build TEXTS --out
+DIR`, `python -m tools.shards check DIR`."""
 
 import sys
 from pathlib import Path
@@ -31,14 +31,9 @@ def run_build(inputs: tyro.conf.Positional[list[Path]], out: Path, tokenizer: st
 
 
 def run_check(folder: tyro.conf.Positional[Path]) -> None:
-    """Read every byte of a folder of shards and compare checksums.
-
-    Args:
-        folder: The folder.
-    """
-    require(shards.is_shards(folder),
-            f"{folder} holds no {shards.LIST}; "
-            "give a folder that `python -m tools.shards build` wrote")
+    """Read every byte of a folder of shards and compare checksums."""
+    require(shards.is_shards(folder), f"{folder} holds no {shards.LIST}; give a folder that "
+            "`python -m tools.shards build` wrote")
     found = shards.ShardSet(folder)
     found.check()
     print(f"{folder}: {len(found.shards)} shards are as they were written")

@@ -1,9 +1,7 @@
-"""What a run would take, before it runs: FLOPs and tokens of a step, memory of a GPU. Arithmetic on
-shapes; no weights.
+"""What a run would take: FLOPs and tokens of a step, memory of a GPU. Arithmetic on shapes.
 
 With f(t) the FLOPs of a forward pass per token (`costs.part_flops`: two per weight of a matrix, and
-what attention and the scan add at length t), a backward pass is 2 f, so a training step costs 3 f
-per token:
+what attention and the scan add at length t), a backward pass is 2 f, a training step 3 f per token:
 
     next token  3 f; every mode that is not below
     rlp         rollout: the context once and G thoughts of L tokens from its cache, 1 f each;
@@ -18,12 +16,11 @@ and thoughts count at their full length, an upper bound. Not counted: optimizer,
 activation functions, the logits that losses make twice, and held-out evaluation.
 
 Memory counts what stays between steps in fp32 (weights, gradients, optimizer, moving averages and
-frozen copies), divided among the GPUs but for elastic's parent, and what a step needs: whole
-weights, layers that are gathered from the other GPUs, caches, and activations as the reference
-forms of kernels.py keep them for the backward pass (fused kernels keep less). That is in bf16, but
-for the whole weights and gradients on which Elastic works. A step of RLP needs its rollouts' part
-or its update's, whichever is larger. A run in fp32 takes twice the activations. Not counted: copies
-of weights under a mask (elastic, while routers search), what the allocator wastes.
+frozen copies), divided among the GPUs but for elastic's parent, and what a step needs in bf16:
+whole weights (elastic: with gradients, in fp32), layers that are gathered from the other GPUs,
+caches, and activations as the reference forms of kernels.py keep them (fused kernels keep less;
+fp32 takes twice). A step of RLP needs its rollouts' part or its update's, whichever is larger. Not
+counted: weights under a mask (elastic, while routers search), what the allocator wastes.
 """
 
 import functools
@@ -41,8 +38,7 @@ from system.config import Config, ElasticConfig, ModelConfig
 
 STATE_BYTES = 4  # of a weight, a gradient, each of AdamW's two moments, and an average
 COMPUTE_BYTES = 2  # of an activation and a cached number: bf16
-# Of a logit while its loss is taken, at most: itself, its log-softmax and its gradient, in fp32.
-LOGIT_BYTES = 3 * 4
+LOGIT_BYTES = 3 * 4  # of a logit while its loss is taken: with log-softmax and gradient, in fp32
 H100_FLOPS = 989e12  # a second, bf16, dense: the data sheet of the H100 SXM
 MFU = 0.4  # the share of it that counts as reached
 
@@ -78,12 +74,9 @@ def facts(config: Config) -> dict:
     out = {"parameters": parameters(config.model),
            "phases": [{"name": p.name, "steps": p.n_steps, "tokens": p.n_tokens, "flops": p.flops}
                       for p in found],
-           "total_tokens": sum(p.n_steps * p.n_tokens for p in found),
-           "total_flops": total,
-           "h100_hours": total / (MFU * H100_FLOPS) / 3600,
-           "n_gpus": n,
-           "memory": {"all kept": memory(config, n),
-                      "layers recomputed": memory(config, n, recompute=True)}}
+           "total_tokens": sum(p.n_steps * p.n_tokens for p in found), "total_flops": total,
+           "h100_hours": total / (MFU * H100_FLOPS) / 3600, "n_gpus": n,
+           "memory": {"all kept": memory(config, n), "layers recomputed": memory(config, n, True)}}
     if config.mode == "rlp":
         out["thoughts"] = config.rlp.steps * config.rlp.batch * config.rlp.group_size
     if config.mode == "elastic":
@@ -103,8 +96,7 @@ def body_flops(shape: ModelConfig, n_tokens: int, n_before: int = 0) -> float:
     """FLOPs of n_tokens through the layers, after n_before cached ones; no output matrix."""
     # part_flops(t) is for t / 2 positions seen on average; here they are n_before + n_tokens / 2
     seen = 2 * n_before + n_tokens
-    return n_tokens * sum(
-        n * costs.part_flops(kind, own, seen) for (kind, own), n in parts(shape).items())
+    return n_tokens * sum(n * costs.part_flops(*part, seen) for part, n in parts(shape).items())
 
 
 def head_flops(shape: ModelConfig, n_tokens: int) -> float:
@@ -156,10 +148,9 @@ def elastic_phases(config: Config) -> list[Phase]:
                 (f"{stage}, search", settled - begin, [whole] * len(sizes)),
                 (stage, end - settled, [forward_flops(s, n_rows, seq_len) for s in sizes])):
             student = 3 * sum(w * f for w, f in zip(weights, students, strict=True))
-            flops = {"teacher": n_teachers * whole, "student": student}
             if n_steps:
-                found.append(Phase(name, n_steps, n_rows, seq_len,
-                                   {part: f for part, f in flops.items() if f}))
+                teacher = {"teacher": n_teachers * whole} if n_teachers else {}
+                found.append(Phase(name, n_steps, n_rows, seq_len, teacher | {"student": student}))
     return found
 
 
@@ -168,11 +159,8 @@ PHASES = {"rlp": rlp_phases, "elastic": elastic_phases}  # every other mode: nex
 
 @functools.cache
 def family(full: ModelConfig, c: ElasticConfig) -> list[ModelConfig]:
-    """The shape of each budget, with widths by hand: what a router will choose costs as much.
-
-    Latency is not measured here: each of its models counts as the full one, an upper bound.
-    """
-    if c.cost == "latency":
+    """The shape of each budget, with widths by hand: what a router will choose costs as much."""
+    if c.cost == "latency":  # is not measured here: the full model is an upper bound
         return [full] * len(c.budgets)
     router = routers.build_router(full, replace(c, choose="fixed"), None, torch.device("cpu"))
     return [nested.shrink(full, router.choose(b)) for b in c.budgets]
@@ -186,26 +174,24 @@ def parameters(shape: ModelConfig) -> int:
     return costs.sum_of_parts(costs.part_parameters, shape)
 
 
-def family_bytes(full: ModelConfig, c: ElasticConfig, n_bytes: int = 2) -> dict[str, float]:
-    """Bytes of a family's weights: in one checkpoint with its router, and in one for each size."""
-    router = routers.unmeasured_router(full, c)
-    return {"model": n_bytes * parameters(full),
-            "router": n_bytes * sum(p.numel() for p in router.parameters()),
-            "separate": n_bytes * sum(parameters(size) for size in family(full, c))}
+def family_bytes(full: ModelConfig, c: ElasticConfig) -> dict[str, float]:
+    """bf16 bytes of a family's weights: in one checkpoint with its router, in one for each size."""
+    n_router = sum(p.numel() for p in routers.unmeasured_router(full, c).parameters())
+    counts = {"model": parameters(full), "router": n_router,
+              "separate": sum(parameters(size) for size in family(full, c))}
+    return {name: COMPUTE_BYTES * n for name, n in counts.items()}
 
 
 def memory(config: Config, n_gpus: int = 1, recompute: bool = False) -> dict[str, float]:
     """Bytes on one of n_gpus by part, and at the peak, of the largest step of the run's own mode
-    (its base takes no more). recompute: only the input of each layer is kept for the backward pass,
-    and one layer's activations are there at a time.
+    (its base takes no more). recompute: of all layers but one at a time only the input is kept.
     """
     shape, c, layers = config.model, getattr(config, config.mode), parts(config.model)
     n, share = parameters(shape), STATE_BYTES * parameters(shape) / n_gpus
     # 1. Between steps. AdamW keeps two moments of a weight, Muon one.
-    muon = (c.muon_lr > 0) * sum(
-        k * costs.matrix_parameters(*layer) for layer, k in layers.items())
-    states = {"weights": share, "gradients": share,
-              "optimizer": STATE_BYTES * (2 * n - muon) / n_gpus}
+    muon = (c.muon_lr > 0) * sum(k * costs.matrix_parameters(*part) for part, k in layers.items())
+    moments = STATE_BYTES * (2 * n - muon) / n_gpus
+    states = {"weights": share, "gradients": share, "optimizer": moments}
     # 2. In an update: one part of a step on one GPU is batch / (GPUs x accumulate) sequences.
     own = PHASES.get(config.mode, next_token_phases)(config)
     sequences = [(math.ceil(p.n_rows / (n_gpus * c.accumulate)), p) for p in own]
@@ -240,9 +226,11 @@ def cache_bytes(shape: ModelConfig, n_tokens: int) -> float:
 
 def activation_bytes(shape: ModelConfig, n_tokens: int, n_logits: int, recompute: bool) -> float:
     """Bytes kept for the backward pass of n_tokens, and those of n_logits logits."""
-    layers = [(kept_numbers(kind, own), n) for (kind, own), n in parts(shape).items()]
-    numbers = (len(shape.pattern) * shape.d_model + max(kept for kept, _ in layers) if recompute
-               else sum(kept * n for kept, n in layers))
+    layers = parts(shape)
+    if recompute:
+        numbers = len(shape.pattern) * shape.d_model + max(kept_numbers(*part) for part in layers)
+    else:
+        numbers = sum(n * kept_numbers(*part) for part, n in layers.items())
     return COMPUTE_BYTES * n_tokens * numbers + LOGIT_BYTES * n_logits
 
 

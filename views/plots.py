@@ -15,8 +15,7 @@ BLUE, ORANGE, GREY = "#2f6db3", "#e07b39", "#9a9a9a"
 
 
 def plot_run(run_dir: Path) -> None:
-    """gain.png, accuracy.png and thoughts.png of an RLP run, loss.png of the others; of elastic
-    widths.png and sizes.png too."""
+    """Of RLP gain, accuracy and thoughts as PNGs, else loss; of elastic widths and sizes too."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((run_dir / "summary.json").read_text())
     if summary["mode"] == "elastic":
@@ -26,26 +25,23 @@ def plot_run(run_dir: Path) -> None:
         _plot_series(run_dir / "loss.png", lines, {"loss": ""}, "training loss (nats a token)")
         return
     gains = {"gain_problems_nats": "in problems", "gain_text_nats": "in ordinary text"}
+    length = {"thought_tokens": ""}
     _plot_series(run_dir / "gain.png", lines, gains, "information gain (nats)")
-    _plot_series(run_dir / "thoughts.png", lines, {"thought_tokens": ""},
-                 "length of sampled thoughts (tokens)")
+    _plot_series(run_dir / "thoughts.png", lines, length, "length of sampled thoughts (tokens)")
     plot_accuracy([summary], run_dir / "accuracy.png")
 
 
 def plot_accuracy(summaries: list[dict], file: Path) -> None:
-    """Held-out accuracy by family, before and after RLP, with 95 % intervals over problems.
-
-    Of runs with several seeds the bars are means, and a dot is a seed.
-    """
+    """Held-out accuracy by family, before and after RLP, with 95 % intervals over problems; of runs
+    with several seeds the bars are means, and a dot is a seed."""
     families = [k for k in summaries[0]["accuracy"]["sampled"] if k != "all"] + ["all"]
     kinds = (("no_think", "base", GREY, "base, no thought"),
              ("sampled", "base", BLUE, "base, its own thoughts"),
              ("sampled", "rlp", ORANGE, "after RLP, sampled thoughts"))
     figure, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
     for i, (kind, who, color, label) in enumerate(kinds):
-        # [families, seeds]
         leaves = [[s["accuracy"][kind][f][who] for s in summaries] for f in families]
-        means = np.array([[leaf["mean"] for leaf in row] for row in leaves])
+        means = np.array([[leaf["mean"] for leaf in row] for row in leaves])  # [families, seeds]
         half = np.array([[leaf["high"] - leaf["mean"] for leaf in row] for row in leaves])
         at = np.arange(len(families)) + 0.27 * (i - 1)
         axis.bar(at, means.mean(1), 0.25, yerr=half.mean(1) / len(summaries) ** 0.5, color=color,
@@ -54,8 +50,7 @@ def plot_accuracy(summaries: list[dict], file: Path) -> None:
             for values, x in zip(means.T, np.linspace(-0.06, 0.06, len(summaries)), strict=True):
                 axis.plot(at + x, values, ".", color="black", markersize=3)
     axis.set_xticks(range(len(families)), families)
-    axis.set_ylim(0, 1.02)
-    axis.set_ylabel("accuracy on held-out problems")
+    axis.set(ylim=(0, 1.02), ylabel="accuracy on held-out problems")
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=3, frameon=False, fontsize=8)
     _finish(figure, axis, file)
 
@@ -77,38 +72,34 @@ def plot_widths(summary: dict, file: Path) -> None:
                  color=plt.cm.Blues(0.9 - 0.6 * k / max(1, len(budgets) - 1)),
                  label=f"{100 * budget['fraction']:.0f} %")
     axis.set_xticks(range(len(names)), names, fontsize=8)
-    axis.set_xlabel("layer: M Mamba-2, * attention, - FFN")
-    axis.set_ylabel("share that is kept")
+    axis.set(xlabel="layer: M Mamba-2, * attention, - FFN", ylabel="share that is kept")
     axis.legend(title="budget", frameon=False, fontsize=8, ncols=len(budgets), loc="upper center",
                 bbox_to_anchor=(0.5, 1.3))
     _finish(figure, axis, file)
 
 
 def plot_sizes(summary: dict, file: Path) -> None:
-    """Held-out loss against size, for the elastic family and every rival, with 95 % intervals; the
-    families stand a little apart, so that their intervals can be seen."""
+    """Held-out loss against size: the family and its rivals, a little apart to show intervals."""
     figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
     axis.axhline(summary["teacher"]["loss_nats"]["mean"], color=GREY, linewidth=0.8, linestyle=":",
                  label="parent")
     families = {"elastic": summary["budgets"], **summary["baselines"]}
     for i, (name, entries) in enumerate(families.items()):
         leaves = [e["loss_nats"] for e in entries]
-        style = ({"color": ORANGE, "linewidth": 2, "zorder": 9} if name == "elastic"
-                 else {"color": plt.cm.viridis(i / 7)})
+        ours = {"color": ORANGE, "linewidth": 2, "zorder": 9}
+        style = ours if name == "elastic" else {"color": plt.cm.viridis(i / 7)}
         apart = 1 + 0.006 * (i - (len(families) - 1) / 2)
         axis.errorbar([apart * e["parameters"] / 1e6 for e in entries],
                       [leaf["mean"] for leaf in leaves],
                       [leaf["high"] - leaf["mean"] for leaf in leaves], marker="o", markersize=3,
                       capsize=2, elinewidth=1, label=RIVALS.get(name, name), **style)
-    axis.set_xlabel("parameters (millions)")
-    axis.set_ylabel("held-out loss (nats a token)")
+    axis.set(xlabel="parameters (millions)", ylabel="held-out loss (nats a token)")
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     _finish(figure, axis, file)
 
 
 def _plot_series(file: Path, lines: list[dict], labels: dict[str, str], axis_label: str) -> None:
-    """Metrics over steps: each step pale, a running mean over about a twentieth of the run on
-    top."""
+    """Metrics over steps: each pale, a running mean over about a twentieth of the run on top."""
     figure, axis = plt.subplots(figsize=(5, 3), layout="constrained")
     for (key, label), color in zip(labels.items(), (BLUE, ORANGE), strict=False):
         points = [(line["step"], line[key]) for line in lines if np.isfinite(line.get(key, np.nan))]
@@ -121,8 +112,7 @@ def _plot_series(file: Path, lines: list[dict], labels: dict[str, str], axis_lab
     if axis.get_legend_handles_labels()[1]:
         axis.legend(frameon=False, fontsize=8)
     axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-    axis.set_xlabel("step")
-    axis.set_ylabel(axis_label)
+    axis.set(xlabel="step", ylabel=axis_label)
     _finish(figure, axis, file)
 
 

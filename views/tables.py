@@ -1,7 +1,7 @@
 """Tables of runs and benchmarks: rows of text, shown in a terminal of 80 columns or as Markdown.
 
-A figure is a dict of mean, low, high and n; low and high bound its 95 % interval. How to read:
-`cell` and `over_seeds`, the rows that are made of them, then what is printed.
+A figure is a dict of mean, low, high and n; low and high bound its 95 % interval. Read `cell` and
+`over_seeds`, the rows that are made of them, then what is printed.
 """
 
 from collections.abc import Callable
@@ -12,14 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 RIVALS = {  # what tables and plots call an elastic family and each `elastic.baseline`
-    "elastic": "elastic, one run",
-    "separate": "alone, equal tokens in all",
-    "minitron": "alone, n times the tokens",
-    "scratch": "from scratch, n times",
-    "random-order": "elastic, random order",
-    "fixed": "elastic, widths by hand",
-    "uniform": "elastic, uniform stage 2",
-}
+    "elastic": "elastic, one run", "separate": "alone, equal tokens in all",
+    "minitron": "alone, n times the tokens", "scratch": "from scratch, n times",
+    "random-order": "elastic, random order", "fixed": "elastic, widths by hand",
+    "uniform": "elastic, uniform stage 2"}
 
 
 def cell(leaf: dict[str, Any] | None, form: str = ".2f") -> str:
@@ -50,28 +46,24 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
 
 
-# ------------------------------------------------------------------------------ modes with thoughts
-
-
 def figures(families: list[str]) -> dict[str, tuple[str, str]]:
-    """Where a summary has each figure of a mode with thoughts: for its model, and for the base that
+    """Where a summary of a mode with thoughts has each figure: of its model, and of the base that
     it began with. WHO stands for `base` or the mode."""
     gains = {"frozen_base": "the frozen base", "ema": "the EMA teacher",
              "own_no_think": "no thought", "empty_thought": "an empty thought"}
-    kinds = {"sampled": "sampled thoughts", "greedy": "greedy thought", "no_think": "no thought"}
-    found = {f"gain over {name}, nats": (f"gain_nats/{key}", f"gain_nats_before/{key}")
-             for key, name in gains.items()}
-    found |= {f"accuracy, {label}": (f"accuracy/{kind}/all/WHO",) * 2
-              for kind, label in kinds.items()}
-    found |= {f"  {family}, sampled thoughts": (f"accuracy/sampled/{family}/WHO",) * 2
-              for family in families}
-    found |= {"loss on text, no thought, nats": ("loss_nats/no_think_text/WHO",) * 2,
-              "gain at ordinary text, nats": ("text_positions/WHO/gain_nats/frozen_base",) * 2,
-              "thought, tokens": ("thought_tokens/all/WHO",) * 2,
-              "thoughts that close": ("closed/all/WHO",) * 2,
-              "change of the loss on text": ("loss_nats/no_think_text_change", "")}
-    return found | {f"accuracy, style forced, T = {t}":
-                    ("", f"forced_style_base/temperature_{t}/all") for t in ("0", "0.7", "1")}
+    alike = {"accuracy, sampled thoughts": "accuracy/sampled/all/WHO",
+             "accuracy, greedy thought": "accuracy/greedy/all/WHO",
+             "accuracy, no thought": "accuracy/no_think/all/WHO",
+             **{f"  {name}, sampled thoughts": f"accuracy/sampled/{name}/WHO" for name in families},
+             "loss on text, no thought, nats": "loss_nats/no_think_text/WHO",
+             "gain at ordinary text, nats": "text_positions/WHO/gain_nats/frozen_base",
+             "thought, tokens": "thought_tokens/all/WHO", "thoughts that close": "closed/all/WHO"}
+    forced = "forced_style_base/temperature_{}/all"
+    return {**{f"gain over {name}, nats": (f"gain_nats/{key}", f"gain_nats_before/{key}")
+               for key, name in gains.items()},
+            **{label: (path, path) for label, path in alike.items()},
+            "change of the loss on text": ("loss_nats/no_think_text_change", ""),
+            **{f"accuracy, style forced, T = {t}": ("", forced.format(t)) for t in (0, 0.7, 1)}}
 
 
 def figure(summary: dict, path: str, who: str) -> dict[str, Any] | None:
@@ -84,8 +76,7 @@ def figure(summary: dict, path: str, who: str) -> dict[str, Any] | None:
 
 def thought_rows(columns: dict[str, tuple[list[dict], str]], labels: list[str] | None = None,
                  show: Callable[..., str] = cell) -> list[list[str]]:
-    """Figures (those named, or all that are there) by columns: each is runs of several seeds, and
-    whose figures they are. The first row is the head."""
+    """Figures, those named or all that are there, by columns: runs of several seeds, and whose."""
     accuracy = next(iter(columns.values()))[0][0]["accuracy"]
     paths = figures([name for name in accuracy["sampled"] if name != "all"])
     rows = [[f"{accuracy['greedy']['all']['base']['n']} problems", *columns]]
@@ -100,16 +91,13 @@ def thought_rows(columns: dict[str, tuple[list[dict], str]], labels: list[str] |
     return rows
 
 
-# ------------------------------------------------------------------------------------- elastic runs
-
-
 def budget_heads(summary: dict) -> list[str]:
     """`75 %` for each budget of an elastic run."""
     return [f"{100 * e['fraction']:.0f} %" for e in summary["budgets"]]
 
 
 def budget_rows(summary: dict, show: Callable[..., str] = cell) -> list[list[str]]:
-    """What each budget of an elastic run reaches; the first row is the head."""
+    """What each budget of an elastic run reaches."""
     facts: dict[str, Callable[[dict], str]] = {
         "loss, nats a token": lambda e: show(e["loss_nats"], ".3f"),
         "against the parent": lambda e: show(e["loss_change"], "+.1%"),
@@ -125,57 +113,41 @@ def budget_rows(summary: dict, show: Callable[..., str] = cell) -> list[list[str
     parent, entries = summary["teacher"], summary["budgets"]
     rows = [[f"{parent['loss_nats']['n']} sequences", "parent", *budget_heads(summary)],
             *([name, *map(f, [parent, *entries])] for name, f in facts.items())]
-    for stage, sizes in ((1, summary["stage1"]), (2, entries if summary["stage1"] else [])):
+    for stage, sizes in ((1, summary["stage1"]), (2, entries)) if summary["stage1"] else ():
         losses = [f"{e['long_loss_nats']['mean']:.3f}" for e in [parent, *sizes]]
-        rows += [[f"long text, stage {stage}", *losses]] * bool(sizes)
+        rows.append([f"long text, stage {stage}", *losses])
     return rows
 
 
 def rival_rows(summary: dict, show: Callable[..., str] = cell) -> list[list[str]]:
-    """How far each rival's loss is from the family's, paired by sequence; the first row is the
-    head."""
-    rows = [["nats minus elastic", *budget_heads(summary)]]
-    for name, family in summary["baselines"].items():
-        rows.append([RIVALS.get(name, name), *(show(e["difference_nats"], "+.3f") for e in family)])
-    return rows
-
-
-# --------------------------------------------------------------------------------------- benchmarks
+    """How far each rival's loss is from the family's, paired by sequence."""
+    return [["nats minus elastic", *budget_heads(summary)],
+            *([RIVALS.get(name, name), *(show(e["difference_nats"], "+.3f") for e in family)]
+              for name, family in summary["baselines"].items())]
 
 
 def bench_table(found: dict) -> str:
     """One benchmark of bench.py in Markdown: a row a contestant, and what it was measured on."""
     rows = [[found["title"], "ms", "times ours", "thousand tokens/s", "peak MiB"]]
     for row in found["rows"]:
-        cells = [row["note"], "", "", ""]
-        if "ms" in row:
-            cells = [f"{row['ms']:.4g}", f"{row['times_ours']:.2f}",
-                     f"{row['tokens_per_s'] / 1e3:.3g}", f"{row['peak_bytes'] / 2**20:.3g}"]
-        rows.append([row["name"], *cells])
-    parts = [markdown(rows), surroundings(found)]
-    if "growth" in found:
-        g = found["growth"]
+        rows.append([row["name"], row["note"], "", "", ""] if "ms" not in row else [
+            row["name"], f"{row['ms']:.4g}", f"{row['times_ours']:.2f}",
+            f"{row['tokens_per_s'] / 1e3:.3g}", f"{row['peak_bytes'] / 2**20:.3g}"])
+    versions = [f"{k} {v}" for k, v in found["versions"].items() if k in ("torch", "transformers")]
+    on_cpu = [found.get("instructions", ""), f"threads: {found['threads']}"]
+    words = [found["machine"], *on_cpu * (found["device"] == "cpu"),
+             f"fp32 ({found['precision']})", *versions, f"commit {commit(found)}"]
+    parts = [markdown(rows), ", ".join(filter(None, words)) + "; medians."]
+    if g := found.get("growth"):
         rows = [["tokens", *map(str, g["tokens"])], ["ms", *(f"{ms:.4g}" for ms in g["ms"])],
                 ["peak MiB", *(f"{n / 2**20:.3g}" for n in g["peak_bytes"])]]
         parts += [markdown(rows), f"Time grows with the power {g['exponent']:.2f} of the length."]
     return "\n\n".join(parts)
 
 
-def surroundings(found: dict) -> str:
-    """The machine that a benchmark ran on, its settings, and the commit of the code."""
-    versions = [f"{k} {v}" for k, v in found["versions"].items() if k in ("torch", "transformers")]
-    on_cpu = [found.get("instructions", ""), f"threads: {found['threads']}"]
-    words = [found["machine"], *on_cpu * (found["device"] == "cpu"),
-             f"fp32 ({found['precision']})", *versions, f"commit {commit(found)}"]
-    return ", ".join(filter(None, words)) + "; medians."
-
-
 def commit(found: dict) -> str:
-    """The commit that a result is from; results did not name it before that day."""
+    """The commit that a result is from; older results do not name it."""
     return found["versions"].get("commit") or "before 2026-11-26"
-
-
-# ------------------------------------------------------------------------------------- the terminal
 
 
 def print_rows(rows: list[list[str]], console: Console) -> None:
@@ -191,8 +163,7 @@ def print_rows(rows: list[list[str]], console: Console) -> None:
 
 def print_summary(summary: dict, console: Console) -> None:
     """The closing tables of a run; summary.json has the rest."""
-    console.print(f"\nheld-out figures, seed {summary['seed']}: "
-                  "mean ± half of the 95 % interval\n")
+    console.print(f"\nheld-out figures, seed {summary['seed']}: mean ± half of the 95 % interval\n")
     if summary["mode"] == "elastic":
         print_rows(budget_rows(summary, short), console)
         if summary["baselines"]:
@@ -201,15 +172,15 @@ def print_summary(summary: dict, console: Console) -> None:
         who = dict.fromkeys(["base", summary["mode"]][: 1 + (summary["mode"] != "pretrain")])
         print_rows(thought_rows({w: ([summary], w) for w in who}, show=short), console)
     console.print(f"{summary['wall_s']:.0f} s, {summary['peak_memory_gib']:.2f} GiB at the peak; "
-                  f"all figures are in summary.json")
+                  "all figures are in summary.json")
 
 
 def print_estimate(facts: dict, console: Console) -> None:
     """What a run would take (see estimate.py), as tables for the terminal."""
+    thoughts = f", {facts['thoughts']:,} thoughts" if "thoughts" in facts else ""
     console.print(f"\n{facts['parameters']:,} parameters, {facts['total_tokens']:,} tokens"
-                  + (f", {facts['thoughts']:,} thoughts" if "thoughts" in facts else "")
-                  + f"\n{facts['total_flops']:.3g} FLOPs: {facts['h100_hours']:,.3g} H100 hours at "
-                  "40 % of its peak\n")
+                  f"{thoughts}\n{facts['total_flops']:.3g} FLOPs: {facts['h100_hours']:,.3g} H100 "
+                  "hours at 40 % of its peak\n")
     rows = [["phase", "steps", "tokens/step", "FLOPs/step", "of which"]]
     for p in facts["phases"]:
         step = sum(p["flops"].values())
@@ -226,9 +197,3 @@ def print_estimate(facts: dict, console: Console) -> None:
         model, router, apart = (facts["family"][k] / 1e9 for k in ("model", "router", "separate"))
         console.print(f"all sizes, bf16: {model + router:,.3g} GB in one checkpoint, {apart:,.3g} "
                       f"GB in one for each\nthe router is {100 * router / model:.2g} % of it")
-
-
-def total_minutes(summary: dict) -> float:
-    """Minutes of the whole job: of the run, and of the base's training where the run found it in
-    the cache."""
-    return (summary["wall_s"] + summary["base_train_s"] * summary["base_was_cached"]) / 60
