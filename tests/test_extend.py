@@ -57,12 +57,12 @@ def own_mode(monkeypatch):
     monkeypatch.setitem(train.MODES, "mild", mode)
 
 
-def test_a_mode_takes_three_places(own_mode, corpus_read_once, cache_dir, tmp_path):
+def test_a_mode_takes_three_places(own_mode, corpus_read_once, tmp_path):
     """It trains from the base, is measured, resumes and is estimated, like those that are built in."""
     words = [
         *WORDS,
         "--data.cache-dir",
-        str(cache_dir),
+        str(tmp_path / "cache"),
         "--mode",
         "mild",
         "--mild.steps",
@@ -80,8 +80,8 @@ def test_a_mode_takes_three_places(own_mode, corpus_read_once, cache_dir, tmp_pa
     assert train.main([*words[:-1], str(tmp_path / "dry"), "--dry-run"], OwnConfig) == 0
 
 
-def test_a_mode_without_an_entry_is_refused(corpus_read_once, cache_dir, tmp_path, capsys):
-    words = [*WORDS, "--data.cache-dir", str(cache_dir), "--mode", "mild", "--out", str(tmp_path / "run")]
+def test_a_mode_without_an_entry_is_refused(corpus_read_once, tmp_path, capsys):
+    words = [*WORDS, "--data.cache-dir", str(tmp_path / "cache"), "--mode", "mild", "--out", str(tmp_path / "run")]
     assert train.main(words) == 2
     assert "mode ('mild') is unknown; choose one of" in " ".join(capsys.readouterr().out.split())
 
@@ -94,9 +94,9 @@ def first_units(model, sums, i):
     return torch.arange(model.layers[i].mixer.up_proj.weight.shape[0], 0, -1).double()
 
 
-def test_a_score_takes_two_places(monkeypatch, corpus_read_once, cache_dir, tmp_path):
+def test_a_score_takes_two_places(monkeypatch, corpus_read_once, tmp_path):
     monkeypatch.setitem(importance.SCORES["ffn"], "as-they-stand", first_units)
-    words = [*WORDS, "--data.cache-dir", str(cache_dir), "--mode", "elastic", "--elastic.score-ffn"]
+    words = [*WORDS, "--data.cache-dir", str(tmp_path / "cache"), "--mode", "elastic", "--elastic.score-ffn"]
     assert train.main([*words, "as-they-stand", "--out", str(tmp_path / "run")]) == 0
     assert train.main([*words, "unheard-of", "--out", str(tmp_path / "none")]) == 2
     assert not (tmp_path / "none").exists()
@@ -105,9 +105,9 @@ def test_a_score_takes_two_places(monkeypatch, corpus_read_once, cache_dir, tmp_
 # ------------------------------------------------------------------------------------ a reward, in one place
 
 
-def test_a_reward_takes_one_place(monkeypatch, corpus_read_once, cache_dir, tmp_path):
+def test_a_reward_takes_one_place(monkeypatch, corpus_read_once, tmp_path):
     """It is what is optimised; the gain that is reported stays what it was."""
-    words = [*WORDS, "--data.cache-dir", str(cache_dir), "--rlp.steps", "1", "--out"]
+    words = [*WORDS, "--data.cache-dir", str(tmp_path / "cache"), "--rlp.steps", "1", "--out"]
     assert train.main([*words, str(tmp_path / "plain")]) == 0
     monkeypatch.setattr(rlp, "reward", lambda gain_BG, floor: -gain_BG)
     assert train.main([*words, str(tmp_path / "own")]) == 0
@@ -124,9 +124,9 @@ def double_problem(rng: random.Random) -> problems.Problem:
     return problems.Problem("double", f"Twice {n}?", (f" {n}", f" + {n}"), f" {2 * n % 10}")
 
 
-def test_a_family_takes_one_place(monkeypatch, cache_dir, tmp_path):
+def test_a_family_takes_one_place(monkeypatch, tmp_path):
     monkeypatch.setitem(problems.FAMILIES, "double", double_problem)
-    words = [*WORDS, "--data.cache-dir", str(cache_dir), "--rlp.steps", "1", "--out", str(tmp_path / "run")]
+    words = [*WORDS, "--data.cache-dir", str(tmp_path / "cache"), "--rlp.steps", "1", "--out", str(tmp_path / "run")]
     assert train.main(words) == 0
     summary = summary_of(tmp_path / "run")
     assert summary["accuracy"]["sampled"]["double"]["rlp"]["n"] == 4
