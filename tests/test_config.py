@@ -436,8 +436,8 @@ def test_a_run_can_be_resumed_with_other_kernels():
 
 
 def attributes_read(tree):
-    """Patterns of the names X of every `something.X` and `getattr(something, f"...")` that is read, other than in checks and
-    in the key of the base.
+    """Patterns of the names X of every `something.X` and `getattr(something, f"...")` that is read, other than in checks
+    and in the key of the base.
     """
     functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
     checks = [f for f in functions if f.name in ("check", "base_fingerprint")]
@@ -446,6 +446,7 @@ def attributes_read(tree):
     calls = [n for n in nodes if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "getattr"]
     made = [n.args[1].values for n in calls if isinstance(n.args[1], ast.JoinedStr)]
     patterns = {"".join(part.value if isinstance(part, ast.Constant) else ".+" for part in parts) for parts in made}
+    assert ".+" not in patterns
     return patterns | {n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
 
 
