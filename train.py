@@ -36,7 +36,7 @@ import routers
 from model import HybridLM
 from rlp import RLP
 from system import checkpoint, huggingface, parallel, rundir
-from system.config import Config, ModelConfig
+from system.config import Config, ModelConfig, require_known
 from system.costs import count_parameters
 from system.errors import path_and_reason, require
 from system.files import fingerprint
@@ -84,6 +84,7 @@ def run(config: Config) -> dict:
     began = time.perf_counter()
     config = rundir.resolve(config.check())
     importance.chosen_scores(config.elastic)  # refuses unknown ones
+    require_known("mode", config.mode, MODES)
     if config.dry_run:
         return dry_run(config)
     mode, run_dir = MODES[config.mode], config.run_dir()

@@ -314,7 +314,7 @@ SIZES = ["d_model", "d_ff", "n_heads", "n_kv_heads", "attn_head_dim", "mamba_hea
     ("changes", "field", "value", "remedy"),
     [
         ({"pattern": "M-X*"}, "model.pattern", "'M-X*'", "such as M (Mamba-2), * (attention) or - (feed-forward)"),
-        ({"pattern": ""}, "model.pattern", "empty", "at least one layer, for example 'M-M*-'"),
+        ({"pattern": ""}, "model.pattern", "empty", "at least one layer, such as 'M-M*-'"),
         ({"pattern": "--"}, "model.pattern", "'--'", "add M or *"),
         ({"n_heads": 6, "n_kv_heads": 4}, "model.n_heads", "6", "must be a multiple of model.n_kv_heads (4); nearest is 8"),
         (

@@ -22,7 +22,7 @@ from text.batches import collate_contexts
 from thoughts import sample_thoughts
 
 THINK, CLOSE, END = 3, 4, 5
-TOKENIZER = SimpleNamespace(think=THINK, close=CLOSE, end=END, tags=(THINK, CLOSE), begin=())
+TOKENIZER = SimpleNamespace(think=THINK, close=CLOSE, end=END, tags=(THINK, CLOSE), begin=(), encode=lambda text: [])
 CONTEXTS, TARGETS = [[0, 1, 2, 0, 1], [2, 1, 1]], [[2, 0], [1, END]]
 NEAR = {"rtol": 1e-9, "atol": 1e-9}
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
