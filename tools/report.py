@@ -63,7 +63,8 @@ def elastic_table(runs: list[dict]) -> str:
             ["loss, of the parent's", *over_sizes(families, "loss_change", "+.1%")]]
     for name in ("separate", "minitron", "random-order"):
         if rivals := [run["baselines"][name] for run in runs if name in run["baselines"]]:
-            rows.append([f"{view.RIVALS[name]}: nats minus elastic",
+            fewer = f" ({n_seeds(rivals)})" if len(rivals) < len(runs) else ""
+            rows.append([f"{view.RIVALS[name]}: nats minus elastic{fewer}",
                          *over_sizes(rivals, "difference_nats", "+.3f")])
     return view.markdown(rows)
 
@@ -98,7 +99,7 @@ def samples(file: Path) -> str:
     return "```text\n" + "".join(first[name] for name in sorted(first)) + "```"
 
 
-def n_seeds(runs: list[dict]) -> str:
+def n_seeds(runs: list) -> str:
     """`3 seeds`."""
     return f"{len(runs)} seed{'s' * (len(runs) != 1)}"
 
