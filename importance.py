@@ -237,7 +237,6 @@ def order_weights(model: HybridLM, ranking: Ranking) -> None:
     model.load_state_dict(take(weights, model.config, ranking.units))
 
 
-
 # What `score_table` halves: for each axis its score, the kind of layer, the shares of its widths.
 HALVES = {"d_model": ("d_model", "", ()), "depth": ("depth", "", ()), "ffn": ("ffn", "-", (0.5,)),
           "mamba_heads": ("mamba", "M", (0.5, 1)), "mamba_channels": ("mamba", "M", (1, 0.5)),

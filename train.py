@@ -373,7 +373,7 @@ def parse(argv: list[str], settings: type[Config] = Config) -> Config:
             name = following
         elif word.startswith("--preset="):
             name = word.split("=", 1)[1]
-    require(name in known, f"preset ({name!r}) is unknown; choose one of {', '.join(known)}")
+    require_known("preset", name, known)
     preset = settings(**vars(known[name]))
     return tyro.cli(settings, default=preset, args=argv, prog="train.py", description=__doc__)
 

@@ -25,11 +25,10 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def sha256(file: Path, start: int = 0) -> str:
-    """Checksum of a file's bytes from `start` on."""
+def sha256(file: Path) -> str:
+    """Checksum of a file's bytes."""
     digest = hashlib.sha256()
     with open(file, "rb") as f:
-        f.seek(start)
         while block := f.read(2**20):
             digest.update(block)
     return digest.hexdigest()

@@ -46,8 +46,6 @@ def fit(model: HybridLM, objective: Objective, make_batch: Callable[[int], dict[
         parallel.broadcast(network)
     device, plain, model = parallel.device_of(model), model, parallel.shard(model)
     optimizers = build_optimizers(model, settings) + objective.optimizers()
-    for group in (g for optimizer in optimizers for g in optimizer.param_groups):
-        group["peak_lr"] = group["lr"]
     step = start.meta["step"] if start else 0
     if start:
         restore(start, model, objective, optimizers)
@@ -145,7 +143,7 @@ def update(model: HybridLM, objective: Objective, parts: list[dict], optimizers:
     rate = schedule(step, settings)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * rate
+            group["lr"] = group.setdefault("peak_lr", group["lr"]) * rate
         if np.isfinite(grad_norm):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)

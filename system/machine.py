@@ -15,6 +15,7 @@ from torch import nn
 
 from system import parallel
 from system.config import Config
+from system.costs import count_parameters
 from system.errors import require
 
 PASSES = 3  # timed, after one to warm up
@@ -64,7 +65,7 @@ def bf16_warning(model: nn.Module, device: torch.device) -> str:
 @torch.no_grad()
 def pass_ms(model: nn.Module) -> float:
     """The shortest of a few forward passes over 512 tokens, or over 64 for a large model."""
-    n_rows = 8 if sum(p.numel() for p in model.parameters()) < 10**8 else 1
+    n_rows = 8 if count_parameters(model) < 10**8 else 1
     tokens_BT = torch.zeros(n_rows, 64, dtype=torch.long)
     times = []
     for _ in range(1 + PASSES):

@@ -263,8 +263,6 @@ def base_step_work(device: torch.device, B=8, T=256, V=1024, model=CPU_MODEL) ->
         if muon:
             weights = optimizers[1].param_groups[0]["params"]
             optimizers[1] = muon(weights, lr=muon_lr, weight_decay=settings.weight_decay)
-        for group in (g for optimizer in optimizers for g in optimizer.param_groups):
-            group["peak_lr"] = group["lr"]
 
         def run() -> list[Tensor]:
             update(network, NextToken(), [batch], optimizers, settings, settings.warmup)

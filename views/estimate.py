@@ -176,7 +176,7 @@ def parameters(shape: ModelConfig) -> int:
 
 def family_bytes(full: ModelConfig, c: ElasticConfig) -> dict[str, float]:
     """bf16 bytes of a family's weights: in one checkpoint with its router, in one for each size."""
-    n_router = sum(p.numel() for p in routers.unmeasured_router(full, c).parameters())
+    n_router = costs.count_parameters(routers.unmeasured_router(full, c))
     counts = {"model": parameters(full), "router": n_router,
               "separate": sum(parameters(size) for size in family(full, c))}
     return {name: COMPUTE_BYTES * n for name, n in counts.items()}
