@@ -1,0 +1,245 @@
+"""Documents in which some tokens follow, in several steps, from what stands before them.
+
+RLP puts a thought before a random token of a document. Here many of those tokens cannot be guessed
+without work, and a short worked thought gives them away:
+
+    ledger   Accounts modulo 10: Ann 4 Bob 7 Kim 1
+             Ann to Bob 3 5: Ann 6 Bob 5            thoughts: " 4 -3 1 -5 6" and " 7 +3 0 +5 5"
+    session  >>> f = lambda p, q: (p - q + 9) % 10
+             >>> f(4, 7)
+             6                                      thought: " 4 -7 7 +9 6"
+    trace    a program that prints its variables in each round of a loop, and what it prints
+    doctest  examples from docstrings of Python's own modules; nobody wrote a thought for them
+
+A kind is a function from a random generator to a `Computed`, and its entry in `KINDS`. Every result
+of a session, a trace or a doctest is what Python gave for that very text.
+"""
+
+import functools
+import importlib
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from text.held_out import bucket_of, buckets_of
+from text.problems import LETTERS, NAMES
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A document in pieces; a piece with a thought is a result, of one digit.
+
+    pieces: (text, thought); the thought, where there is one, stands before its piece and ends in
+        the same digit. The pieces' tokens are those of the whole text.
+    canonical: what renamed twins have in common, for the split; by default the text itself.
+    """
+
+    kind: str
+    pieces: tuple[tuple[str, str], ...]
+    canonical: str = ""
+
+    def __post_init__(self):
+        object.__setattr__(self, "canonical", self.canonical or self.text)
+
+    @property
+    def text(self) -> str:
+        """The document, without thoughts."""
+        return "".join(text for text, _ in self.pieces)
+
+
+def worked(start: int, changes: list[str]) -> str:
+    """A start, then each change (such as -5) with the value that it leads to, modulo 10."""
+    thought = f" {start}"
+    for change in changes:
+        start = (start + int(change)) % 10
+        thought += f" {change} {start}"
+    return thought
+
+
+def renamed(text: str, names: list[str]) -> str:
+    """The text with the n-th of the names, in order of appearance, written as n in brackets."""
+    order: dict[str, str] = {}
+    return re.sub(rf"\b({'|'.join(names)})\b",
+                  lambda found: order.setdefault(found[0], f"<{len(order)}>"), text)
+
+
+def computed(kind: str, pieces: list[tuple[str, str]], names: list[str]) -> Computed:
+    """A document whose canonical form has no names."""
+    document = Computed(kind, tuple(pieces))
+    return Computed(kind, document.pieces, renamed(document.text, names))
+
+
+def ledger(rng: random.Random) -> Computed:
+    """Amounts that move between three accounts, and both balances after each line."""
+    names = rng.sample(NAMES, 3)
+    balance = {name: rng.randrange(10) for name in names}
+    pieces = [("Accounts modulo 10:" + "".join(f" {n} {b}" for n, b in balance.items()), "")]
+    for _ in range(rng.randint(7, 10)):
+        giver, taker = rng.sample(names, 2)
+        amounts = rng.choices(range(1, 10), k=rng.randint(2, 3))
+        pieces.append((f"\n{giver} to {taker} {' '.join(map(str, amounts))}:", ""))
+        for name, sign in (giver, "-"), (taker, "+"):
+            thought = worked(balance[name], [f"{sign}{amount}" for amount in amounts])
+            balance[name] = int(thought[-1])
+            pieces += [(f" {name}", ""), (f" {balance[name]}", thought)]
+    return computed("ledger", pieces, names)
+
+
+@dataclass(frozen=True)
+class Sum:
+    """`(p - q + 3) % 10` of any two numbers: the sign of the second, and a change (such as +3)."""
+
+    sign: str
+    change: str
+
+    def of(self, first: str, second: str) -> str:
+        """The expression in Python."""
+        return f"({first} {self.sign} {second} {self.change[0]} {self.change[1]}) % 10"
+
+    def thought(self, first: int, second: int) -> str:
+        """The way to its value."""
+        return worked(first, [f"{self.sign}{second}", self.change])
+
+
+def draw_sum(rng: random.Random) -> Sum:
+    """One of 36 sums."""
+    return Sum(rng.choice("+-"), f"{rng.choice('+-')}{rng.randint(1, 9)}")
+
+
+def session(rng: random.Random) -> Computed:
+    """An interpreter's session: a function or a dict, a list, and questions to them."""
+    names = rng.sample(LETTERS, 5)
+    f, p, q, many, item = names
+    ring, sum_ = rng.sample(range(10), 5), draw_sum(rng)
+    after = dict(zip(ring, ring[1:] + ring[:1], strict=True))
+    numbers, is_function = rng.sample(ring, 4), rng.random() < 0.5
+    lines = [f"{f} = " + (f"lambda {p}, {q}: {sum_.of(p, q)}" if is_function else
+                          str(dict(sorted(after.items())))), f"{many} = {numbers}"]
+    values: dict = {}
+    exec("\n".join(lines), values)
+    pieces = [("\n".join(f">>> {line}" for line in lines), "")]
+    asked: set[str] = set()
+    while len(asked) < 6:
+        # 1. A question, and the thought for each digit of its answer.
+        kind, n_hops = rng.choice(["one", "sorted", "each", "each"]), rng.randint(2, 3)
+        x, y, z = rng.sample(ring, 3)
+        if is_function and kind == "each":
+            line = f"[{f}({item}, {x}) for {item} in {many}]"
+            thoughts = [sum_.thought(n, x) for n in numbers]
+        elif is_function:
+            line = f"{f}({x}, {f}({y}, {z}))"
+            inner = sum_.thought(y, z)
+            thoughts = [inner + "," + sum_.thought(x, int(inner[-1]))]
+        else:
+            line = f"{f}[" * n_hops + (str(x) if kind == "one" else item) + "]" * n_hops
+            thoughts = [path(after, n, n_hops) for n in ([x] if kind == "one" else numbers)]
+            if kind == "each":
+                line = f"[{line} for {item} in {many}]"
+            elif kind == "sorted":
+                line = f"sorted({line} for {item} in {many})"
+                found = sorted(thought[-1] for thought in thoughts)
+                thoughts = ["".join(thoughts) + ", " + " ".join(found[:i]) for i in range(1, 5)]
+        if line in asked:
+            continue
+        # 2. The answer is Python's.
+        asked.add(line)
+        pieces.append((f"\n>>> {line}\n", ""))
+        for part in re.split(r"( ?\d)", repr(eval(line, values))):
+            if part:
+                pieces.append((part, thoughts.pop(0) if part[-1].isdigit() else ""))
+    return computed("session", pieces, names)
+
+
+def path(after: dict[int, int], start: int, n_hops: int) -> str:
+    """A start and the numbers that the hops from it lead to."""
+    thought = f" {start}"
+    for _ in range(n_hops):
+        start = after[start]
+        thought += f" {start}"
+    return thought
+
+
+def trace(rng: random.Random) -> Computed:
+    """A loop over two or three variables, and their values after each round. Drawn until no two
+    rounds end alike: from there on the values would repeat."""
+    counter, *names = rng.sample(LETTERS, rng.randint(3, 4))
+    n_rounds = 10 if len(names) == 2 else 8
+    shown: list[str] = []
+    while len(set(shown)) < n_rounds:
+        # 1. The program: each variable becomes a sum of itself and another one.
+        values = {name: rng.randrange(10) for name in names}
+        others = {name: rng.choice([n for n in names if n != name]) for name in names}
+        sums = {name: draw_sum(rng) for name in names}
+        program = "\n".join([
+            f"{', '.join(names)} = {', '.join(map(str, values.values()))}",
+            f"for {counter} in range({n_rounds}):",
+            *(f"    {name} = {sums[name].of(name, others[name])}" for name in names),
+            f"    print({', '.join(f'{name!r}, {name}' for name in names)})"])
+        # 2. What it prints.
+        shown.clear()
+        exec(program, {"print": lambda *words: shown.append(" ".join(map(str, words)))})
+    # 3. A thought for each value, from the values before it.
+    pieces = [(program, "")]
+    for line in shown:
+        for before, name, value in re.findall(r"(^|\s)(\w) (\d)", line):
+            thought = sums[name].thought(values[name], values[others[name]])
+            values[name] = int(value)
+            pieces += [((before or "\n") + name, ""), (f" {value}", thought)]
+    return computed("trace", pieces, [counter, *names])
+
+
+# Modules whose examples need no file, network or clock.
+DOCTEST_MODULES = ("collections", "decimal", "difflib", "enum", "fractions", "heapq", "ipaddress",
+                   "json", "math", "statistics", "textwrap", "typing")
+
+
+@functools.cache
+def doctests() -> list[Computed]:
+    """The docstrings' examples that pass when they are run, of 60 to 1,000 characters each.
+
+    The corpus holds the same lines inside the docstrings, dealt to splits by module: so a test
+    example may have been read in training, and its figures are no measure of what is new.
+    """
+    import doctest
+
+    found: dict[str, Computed] = {}
+    for name in DOCTEST_MODULES:
+        for test in doctest.DocTestFinder().find(importlib.import_module(name)):
+            pieces = []
+            for e in test.examples:
+                pieces += [(">>> " + e.source.rstrip("\n").replace("\n", "\n... ") + "\n", ""),
+                           (e.want, "")]
+            document = Computed("doctest", tuple(pieces))
+            if (60 <= len(document.text) <= 1000 and any(e.want for e in test.examples)
+                    and not doctest.DocTestRunner().run(test, out=lambda _: None).failed):
+                found.setdefault(document.text, document)
+    return list(found.values())
+
+
+GENERATED: dict[str, Callable[[random.Random], Computed]] = {
+    "ledger": ledger, "session": session, "trace": trace}
+KINDS = GENERATED | {"doctest": lambda rng: rng.choice(doctests())}
+
+
+def draw_computed(rng: random.Random, split: str, held_out_percent: int,
+                  kind: str | None = None) -> Computed:
+    """A random document of a split, of any generated kind or of the one given: drawn until its
+    bucket is the split's. Raises ValueError if none of 10,000 draws is."""
+    name, others = kind or rng.choice(list(GENERATED)), set()
+    buckets = buckets_of(split, held_out_percent)
+    for _ in range(10_000):
+        document = KINDS[name](rng)
+        if bucket_of(document.canonical) in buckets:
+            return document
+        others.add(document.canonical)
+    raise ValueError(f"computed documents of the kind {name!r}: none of the {split} split in "
+                     f"10,000 draws; let it make more than {len(others)} different ones, or raise "
+                     "data.held_out_percent")
+
+
+def computed_examples(held_out_percent: int) -> list[str]:
+    """Enough training documents, with thoughts, for their words to become tokens."""
+    rng = random.Random("computed examples")
+    documents = [draw_computed(rng, "train", held_out_percent) for _ in range(1000)]
+    return ["".join(thought + text for text, thought in d.pieces) for d in documents]
