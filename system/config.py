@@ -134,9 +134,10 @@ class DataConfig(Settings):
     tokenizer: str = "corpus"
     # Size of the vocabulary that "corpus" trains, special tokens included.
     vocab_size: Annotated[int, at_least(300, ": 256 bytes, 3 special tokens, merges")] = 1024
-    # Share of training tokens that is ordinary text; the rest are generated problems. In the first,
-    # clean part of pretraining it is pretrain.clean_text_share instead.
-    text_share: Share = 0.3
+    # Shares of training tokens that are ordinary text, and documents with results to be computed;
+    # the rest are generated problems.
+    text_share: Share = 0.35
+    computed_share: Share = 0.25
     held_out_percent: Annotated[int, within(1, 25)] = 5  # Per cent in each of the splits val, test.
     cache_dir: str = "runs/cache"  # Where the tokenizer, the tokens and trained bases are kept.
 
@@ -172,18 +173,30 @@ class FitConfig(Settings):
 
 @dataclass(frozen=True)
 class PretrainConfig(FitConfig):
-    """Next-token prediction on packed documents: it makes the base that RLP starts from."""
+    """Next-token prediction on packed documents with worked thoughts: the base's first phase. It
+    ends as soon as the base can think, or after all its steps, and says which."""
 
     seq_len: Length = 256  # Tokens of a packed training sequence.
     # First share of the steps: families enter one by one, look-up first, worked out, without text.
     # In-context look-up forms within 0.4 M tokens alone, and not within 2 M in the whole mixture.
-    intro_share: Share = 0.32
-    clean_share: Share = 0.65  # Share of the steps until which all thoughts are worked out.
-    clean_text_share: Share = 0.3  # Share of text in the clean part (data.text_share afterwards).
-    clean_think: Share = 0.85  # Share of problem documents with a thought in the clean part.
-    think: Share = 0.4  # Share of problem documents with a thought afterwards.
-    worked: Share = 0.35  # Share of thoughts worked out; the others stop half-way or are filler.
-    text_think: Share = 0.4  # Share of text windows with a filler thought inside.
+    intro_share: Share = 0.45
+    think: Share = 0.85  # Share of problems, and of results in computed documents, with a thought.
+    # Enough: on validation problems the likeliest thoughts of every family lead to so many right
+    # answers. 2 is out of reach: all steps are taken.
+    enough: Annotated[float, within(0, 2)] = 0.85
+    enough_every: Count = 250  # Steps between two such measurements, once all families are in.
+
+
+@dataclass(frozen=True)
+class WarmupConfig(FitConfig):
+    """Next-token prediction on documents with thoughts inside: the base's last phase, or the first
+    of a released model. It learns to go on after thoughts of any kind, and that not all are good.
+    """
+
+    seq_len: Length = 256  # Tokens of a packed training sequence.
+    think: Share = 0.4  # Share of problems with a thought.
+    worked: Share = 0.35  # Share of those worked out; the others stop half-way or are filler.
+    gap: Annotated[int, at_least(2)] = 24  # Tokens of text from a thought to the next, on average.
 
 
 @dataclass(frozen=True)
@@ -192,7 +205,12 @@ class RLPConfig(FitConfig):
 
     # The token to predict: the first of a problem's answer, or a random one (the paper's choice).
     positions: Literal["answer", "random"] = "answer"
-    text_share: Share = 0.25  # Share of contexts in text, at random positions; others: problems.
+    text_share: Share = 0.2  # Share of contexts in text, at random positions.
+    computed_share: Share = 0.3  # Share in computed documents, at random positions; the rest: problems.
+    # Tokens from where a thought stands to the token that it is for, in text and in computed
+    # documents: the thought has read them, and they follow it once more. 0 is the paper's; at the
+    # answers of problems it is always 0.
+    back: Annotated[int, at_least(0)] = 8
     context_len: Annotated[int, at_least(8)] = 128  # Longer contexts lose their beginning.
     prompt: str = ""  # Instruction before every context, for a base that was not taught the tags.
     prompt_file: str = ""  # UTF-8 file to take that text from, such as prompts/think.txt.
@@ -378,6 +396,7 @@ class Config(Settings):
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    warmup: WarmupConfig = field(default_factory=WarmupConfig)
     rlp: RLPConfig = field(default_factory=RLPConfig)
     cpt: CPTConfig = field(default_factory=CPTConfig)
     elastic: ElasticConfig = field(default_factory=ElasticConfig)
