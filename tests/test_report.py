@@ -51,7 +51,7 @@ def thinking(seed=0, mode="rlp", after=0.9, text=-2.0):
             "gain_nats_before": {"frozen_base": leaf(0.5)},
             "accuracy": {kind: {"all": accuracy, "sum": accuracy} for kind in ("sampled", "greedy", "no_think")},
             "loss_nats": {"no_think_text": {"base": leaf(3.0), mode: leaf(3.1)}, "no_think_text_change": leaf(0.03)},
-            "text_positions": {mode: {"gain_nats": {"frozen_base": leaf(text)}}}}  # fmt: skip
+            "positions": {"text": {mode: {"gain_nats": {"frozen_base": leaf(text)}}}}}  # fmt: skip
 
 
 def write(folder, **summaries):
