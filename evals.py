@@ -37,7 +37,8 @@ from model import HybridLM
 from system import parallel
 from system.config import Config
 from system.costs import count_parameters, part_cache_bytes, part_flops, sum_of_parts
-from text.batches import collate_contexts, mixture
+from text.batches import Position, collate_contexts, computed_tokens, mixture, random_position
+from text.computed import GENERATED, draw_computed
 from text.corpus import Corpus
 from text.documents import Documents
 from text.problems import Problem, held_out_problems
@@ -71,7 +72,8 @@ def evaluate_both(model: HybridLM, base: HybridLM, teacher: HybridLM | None, cor
 
     problems = problem_positions(corpus, config)
     before, after = measure(problems)
-    others = {"text": text_positions(corpus, config)}
+    others = {"text": text_positions(corpus, config),
+              "computed": computed_positions(corpus, config)}
     found = {name: measure(positions) for name, positions in others.items()}
     (loss_before, documents), (loss_after, _) = (
         text_losses(m, corpus, config) for m in (base, model))
@@ -161,7 +163,7 @@ def side_by_side(trees: dict[str, dict]) -> dict:
 class Positions(NamedTuple):
     """Held-out contexts, the tokens that follow each, and how they are read."""
 
-    pairs: list[tuple[list[int], list[int]]]
+    places: list[Position]
     tokenizer: Tokenizer
     config: Config
     kinds: list[str]  # by which figures are told apart: the family of each problem, for example
@@ -170,9 +172,8 @@ class Positions(NamedTuple):
 
     def batches(self, model: HybridLM, n: int) -> Iterator[dict[str, Tensor]]:
         """n positions at a time, on the model's device (see `collate_contexts`)."""
-        for i in range(0, len(self.pairs), n):
-            contexts, targets = map(list, zip(*self.pairs[i : i + n], strict=True))
-            batch = collate_contexts(self.tokenizer, contexts, targets, self.config.rlp)
+        for i in range(0, len(self.places), n):
+            batch = collate_contexts(self.tokenizer, self.places[i : i + n], self.config.rlp)
             yield to_device(batch, model)
 
     def leaf(self, values: Tensor, samples: int = 0, kind: str | None = None) -> Leaf:
@@ -192,29 +193,50 @@ class Positions(NamedTuple):
                 **{kind: self.leaf(values, samples, kind) for kind in kinds}}
 
 
-def problem_positions(corpus: Corpus, config: Config) -> Positions:
+def problem_positions(corpus: Corpus, config: Config, split: str = "test") -> Positions:
     """At the answers of held-out problems."""
     n, encode = config.eval.problems_per_family, corpus.tokenizer.encode
-    problems = held_out_problems("test", n, config.seed, corpus.held_out_percent)
-    pairs = [(encode(p.prompt), encode(p.answer)) for p in problems]
+    problems = held_out_problems(split, n, config.seed, corpus.held_out_percent)
+    places = [Position(encode(p.prompt), encode(p.answer)) for p in problems]
     families = [p.family for p in problems]
-    return Positions(pairs, corpus.tokenizer, config, families, problems=problems)
+    return Positions(places, corpus.tokenizer, config, families, problems=problems)
+
+
+def validate(model: HybridLM, corpus: Corpus, config: Config, n: int = 48) -> dict[str, float]:
+    """Accuracy of greedy thoughts by family, on n validation problems of each."""
+    config = replace(config, eval=replace(config.eval, problems_per_family=n))
+    positions = problem_positions(corpus, config, "val")
+    correct = positions.by_kind(measure_thoughts(model, positions, 0.0, 1)["correct"], 1)
+    return {family: leaf["mean"] for family, leaf in correct.items() if family != "all"}
 
 
 def text_positions(corpus: Corpus, config: Config) -> Positions:
     """Random positions of held-out documents; `repeats` where the last two tokens of the context
     stand in it before: there it may say what comes next."""
-    rng, fit, pairs, kinds = random.Random(f"text-positions-test-{config.seed}"), config.rlp, [], []
+    rng, fit = random.Random(f"text-positions-test-{config.seed}"), config.rlp
+    places, kinds = [], []
     chosen = deal(corpus.documents["test"], config.eval.text_positions, rng)
     for i in chosen:
-        document = corpus.documents["test"][i].tolist()
-        n_after = min(fit.horizon, len(document) - 1)
-        t = rng.randrange(1, len(document) - n_after + 1)
-        context = document[max(0, t - fit.context_len) : t]
-        pairs.append((context, document[t : t + fit.horizon]))
+        places.append(random_position(corpus.documents["test"][i].tolist(), fit, rng))
+        context = places[-1].context[-fit.context_len :]
         earlier = itertools.pairwise(context[:-1])
         kinds.append("repeats" if tuple(context[-2:]) in earlier else "no_repeat")
-    return Positions(pairs, corpus.tokenizer, config, kinds, torch.tensor(chosen))
+    return Positions(places, corpus.tokenizer, config, kinds, torch.tensor(chosen))
+
+
+def computed_positions(corpus: Corpus, config: Config) -> Positions:
+    """Random positions of held-out documents with results to be computed, a document each."""
+    rng, fit = random.Random(f"computed-positions-test-{config.seed}"), config.rlp
+    places, kinds, documents = [], [], {}
+    while len(places) < config.eval.text_positions:
+        kind = list(GENERATED)[len(places) % len(GENERATED)]
+        found = draw_computed(rng, "test", corpus.held_out_percent, kind)
+        if found.canonical not in documents:
+            documents[found.canonical] = len(documents)
+            document, _ = computed_tokens(corpus.tokenizer, found)
+            places.append(random_position(document, fit, rng))
+            kinds.append(kind)
+    return Positions(places, corpus.tokenizer, config, kinds, torch.arange(len(places)))
 
 
 def deal(documents: Documents, n: int, rng: random.Random) -> list[int]:

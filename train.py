@@ -146,37 +146,50 @@ def train(name: str, model: HybridLM, corpus: Corpus, config: Config, run_dir: P
 
 
 def base_weights(config: Config, corpus: Corpus, model: HybridLM) -> dict:
-    """Load the base into the model: from `init`, else the cache, else by pretraining it now.
+    """Load into the model what training begins with: a Hugging Face directory or a run (`init`), or
+    a base that is pretrained once and kept; where either is warmed up, what became of it.
     Returns its folder, whether it was there already, and the seconds that its steps took."""
-    was_cached, folder = True, Path(config.init)
+    folder, key = Path(config.init), fingerprint([config.base_fingerprint(), corpus.key])
+    was_cached, seconds = True, 0.0
     if config.init and huggingface.is_hf(folder):
         rundir.load_hf_weights(model, folder, corpus.tokenizer)
-        return {"base_dir": config.init, "base_was_cached": True, "base_train_s": 0.0}
-    if config.init:
+    elif config.init:
         found = rundir.newest(folder)
         require(found, f"init ({config.init}) holds no checkpoint; give the folder of an earlier "
                 "run, or a Hugging Face directory")
+        rundir.warn(found.warning)
+        checkpoint.load_weights(model, found.tensors("model"), found.path)
     else:
-        key = fingerprint([config.base_fingerprint(), corpus.key])
         folder = Path(config.data.cache_dir) / f"base-{key}"
-        own = replace(config, mode="pretrain", out=str(folder))
+        was_cached = phase("pretrain", folder, config, corpus, model)
+        seconds += rundir.logged_seconds(folder)
+    if config.mode != "warmup" and config.warmup.steps > 0:
+        folder = config.run_dir() / "warmup" if config.init else folder.with_name(f"warmed-{key}")
+        was_cached &= phase("warmup", folder, config, corpus, model)
+        seconds += rundir.logged_seconds(folder)
+    return {"base_dir": str(folder), "base_was_cached": was_cached, "base_train_s": seconds}
 
-        def trained() -> checkpoint.Checkpoint | None:
-            found = rundir.newest(folder)
-            return found if found and found.meta["step"] >= config.pretrain.steps else None
 
-        if not (found := trained()):
-            with rundir.alone_in(folder):  # another program may have trained it meanwhile
-                if not (found := trained()):
-                    was_cached = False
-                    console.print(f"training the base once; it is kept in {escape(str(folder))}")
-                    parallel.on_first(lambda: rundir.prepare_run_dir(own, corpus.tokenizer))
-                    train("pretrain", model, corpus, own, folder, rundir.newest(folder))
-                    found = trained()
+def phase(name: str, folder: Path, config: Config, corpus: Corpus, model: HybridLM) -> bool:
+    """Train the model in another mode first, unless that was done, and load what it became.
+    Returns whether it was done already."""
+    own, was_done = replace(config, mode=name, out=str(folder)), True
+
+    def ended() -> checkpoint.Checkpoint | None:
+        found = rundir.newest(folder)
+        return found if found and found.meta["ended"] else None
+
+    if not (found := ended()):
+        with rundir.alone_in(folder):  # another program may have trained it meanwhile
+            if not (found := ended()):
+                was_done = False
+                console.print(f"{name}, once; it is kept in {escape(str(folder))}")
+                parallel.on_first(lambda: rundir.prepare_run_dir(own, corpus.tokenizer))
+                train(name, model, corpus, own, folder, rundir.newest(folder))
+                found = ended()
     rundir.warn(found.warning)
     checkpoint.load_weights(model, found.tensors("model"), found.path)
-    return {"base_dir": str(folder), "base_was_cached": was_cached,
-            "base_train_s": rundir.logged_seconds(folder)}
+    return was_done
 
 
 # ---------------------------------------------------------------------------- figures of the modes
@@ -324,9 +337,26 @@ def train_rival(name: str, t: Trained, widths: dict[float, nested.Widths],
     return alone
 
 
+class Pretraining(NextToken):
+    """Next-token prediction until the base can think: see `pretrain.enough`."""
+
+    def __init__(self, corpus: Corpus, config: Config):
+        super().__init__()
+        self.corpus, self.config = corpus, config
+
+    def enough(self, model: HybridLM, step: int) -> str:
+        """Greedy accuracy of each family on validation problems, if the worst is good enough."""
+        c = self.config.pretrain
+        if step < c.intro_share * c.steps or step % c.enough_every:
+            return ""
+        found = evals.validate(parallel.whole(model, for_sampling=True), self.corpus, self.config)
+        return f"accuracy by family: {found}" if min(found.values()) >= c.enough else ""
+
+
 MODES: dict[str, Mode] = {
-    "pretrain": Mode(
-        batches.pretrain_batch, lambda *_: NextToken(), figures_of_one, needs_base=False),
+    "pretrain": Mode(batches.pretrain_batch, lambda _, *data: Pretraining(*data), figures_of_one,
+                     needs_base=False),
+    "warmup": Mode(batches.warmup_batch, lambda *_: NextToken(), figures_of_one),
     "rlp": Mode(batches.rlp_batch, lambda _, corpus, config: RLP(config.rlp, corpus.tokenizer),
                 figures_before_and_after),
     "cpt": Mode(batches.cpt_batch, lambda *_: NextToken(), figures_before_and_after),

@@ -180,6 +180,7 @@ class PretrainConfig(FitConfig):
     # First share of the steps: families enter one by one, look-up first, worked out, without text.
     # In-context look-up forms within 0.4 M tokens alone, and not within 2 M in the whole mixture.
     intro_share: Share = 0.45
+    copy_share: Share = 0.35  # Share of those steps' tokens that is text and its repetition.
     think: Share = 0.85  # Share of problems, and of results in computed documents, with a thought.
     # Enough: on validation problems the likeliest thoughts of every family lead to so many right
     # answers. 2 is out of reach: all steps are taken.
@@ -206,7 +207,7 @@ class RLPConfig(FitConfig):
     # The token to predict: the first of a problem's answer, or a random one (the paper's choice).
     positions: Literal["answer", "random"] = "answer"
     text_share: Share = 0.2  # Share of contexts in text, at random positions.
-    computed_share: Share = 0.3  # Share in computed documents, at random positions; the rest: problems.
+    computed_share: Share = 0.3  # Share in computed documents, at random positions.
     # Tokens from where a thought stands to the token that it is for, in text and in computed
     # documents: the thought has read them, and they follow it once more. 0 is the paper's; at the
     # answers of problems it is always 0.

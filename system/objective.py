@@ -42,6 +42,10 @@ class Objective:
     def after_step(self, model: HybridLM) -> None:
         """Called after every optimizer step."""
 
+    def enough(self, model: HybridLM, step: int) -> str:
+        """Why training is over after this step, although steps are left; "" if it is not."""
+        return ""
+
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """Optimizers of weights that train beside the model's."""
         return []

@@ -54,7 +54,8 @@ def problem_document(tokenizer: Tokenizer, problem: Problem, thought: str | None
     return place_thoughts(tokenizer, prompt + answer, thoughts)
 
 
-def computed_tokens(tokenizer: Tokenizer, found: Computed) -> tuple[list[int], dict[int, list[int]]]:
+def computed_tokens(
+    tokenizer: Tokenizer, found: Computed) -> tuple[list[int], dict[int, list[int]]]:
     """Token ids of a computed document, and by the places of its results their worked thoughts."""
     document, worked = [], {}
     for text, thought in found.pieces:
@@ -62,6 +63,18 @@ def computed_tokens(tokenizer: Tokenizer, found: Computed) -> tuple[list[int], d
             worked[len(document)] = tokenizer.encode(thought)
         document += tokenizer.encode(text)
     return [*document, tokenizer.end], worked
+
+
+def copy_document(corpus: Corpus, rng: random.Random) -> Marked:
+    """Some text, in half of all cases shuffled, other text, and the end of the first again: only
+    that is to be predicted. To go on with what came last time is learned from it in 200 steps;
+    ordinary text teaches it late, and problems teach it for a few words only."""
+    first, between = (corpus.text_window(rng, "train", rng.randint(*n)).tolist()
+                      for n in ((16, 60), (1, 40)))
+    if rng.random() < 0.5:
+        rng.shuffle(first)
+    before, again = first + between, first[rng.randrange(len(first)) :]
+    return [(t, False) for t in before] + [(t, i > 0) for i, t in enumerate(again)]
 
 
 def pack(n_rows: int, seq_len: int, shares: dict[str, float],
@@ -104,9 +117,13 @@ def pretrain_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tenso
     rng = random.Random(f"pretrain-{config.seed}-{step}")
     intro = fit.intro_share * fit.steps
     n_families = 1 + int(len(FAMILIES) * step / intro) if step < intro else len(FAMILIES)
-    shares, think = ({"problem": 1.0}, 1.0) if step < intro else (shares_of(config), fit.think)
+    shares, think = shares_of(config), fit.think
+    if step < intro:
+        shares, think = {"problem": 1 - fit.copy_share, "copy": fit.copy_share}, 1.0
 
     def draw(kind: str) -> Marked:
+        if kind == "copy":
+            return copy_document(corpus, rng)
         if kind == "text":
             return [(t, True) for t in corpus.text_window(rng, "train", fit.seq_len).tolist()]
         if kind == "computed":
@@ -241,8 +258,9 @@ def collate_contexts(
     """context_BT (padded on the left), ids_BT (-1 at the padding, 0 elsewhere), target_BX, back_B.
 
     A context longer than rlp.context_len loses its beginning; a target shorter than the horizon is
-    filled up with END. back_B holds numbers of tokens, the same in all rows that are not 0. Before each context stand what the tokenizer begins a document with and the
-    instruction `rlp.prompt`, for thoughts and for predictions without one.
+    filled up with END. Before each context stand what the tokenizer begins a document with and the
+    instruction `rlp.prompt`, for thoughts and for predictions without one. back_B counts tokens: 0,
+    or the same number in all other rows.
     """
     before = [*tokenizer.begin, *tokenizer.encode(fit.prompt)]
     contexts = [before + p.context[-fit.context_len :] for p in positions]
