@@ -11,8 +11,10 @@ without work, and a short worked thought gives them away:
     trace    a program that prints its variables in each round of a loop, and what it prints
     doctest  examples from docstrings of Python's own modules; nobody wrote a thought for them
 
-A kind is a function from a random generator to a `Computed`, and its entry in `KINDS`. Every result
-of a session, a trace or a doctest is what Python gave for that very text.
+About one token in 7 of a ledger, in 10 of a session and in 5 of a trace is a result. Every thought
+has two steps or more. A session's and a trace's results are what Python gave for that very text.
+
+A kind is a function from a random generator to a `Computed`, and its entry in `KINDS`.
 """
 
 import functools
@@ -188,7 +190,7 @@ def trace(rng: random.Random) -> Computed:
 
 # Modules whose examples need no file, network or clock.
 DOCTEST_MODULES = ("collections", "decimal", "difflib", "enum", "fractions", "heapq", "ipaddress",
-                   "json", "math", "statistics", "textwrap", "typing")
+                   "json", "math", "statistics", "textwrap")
 
 
 @functools.cache
