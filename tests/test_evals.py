@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import tiny_model
 from torch.testing import assert_close
@@ -264,7 +265,8 @@ def test_each_position_is_given_thoughts_of_another_one():
 @torch.no_grad()
 def plain_logits(model, tokens, tags):
     """Next-token logits of one plain pass, without the tags."""
-    return model.logits(model(torch.tensor([tokens]))[0])[0].index_fill(-1, torch.tensor(tags), -torch.inf)
+    logits_TV = model.logits(model(torch.tensor([tokens]))[0])[0]
+    return logits_TV.index_fill(-1, torch.tensor(tags, dtype=torch.long), -torch.inf)
 
 
 def logp_by_hand(model, before, target, tags):
@@ -293,15 +295,17 @@ def networks(corpus):
     tk, ones = corpus.tokenizer, torch.ones(8, dtype=torch.float64)
     digits = [tk.encode(f" {i}")[0] for i in range(10)]
     made = []
-    for seed in range(3):
+    for seed in (9, 39, 14):
         model = tiny_model(vocab_size=tk.n_vocab, pattern="M*-", tie_embeddings=False)
         noise = torch.Generator().manual_seed(seed)
         for p in model.parameters():
             p.data += 0.3 * torch.randn(p.shape, generator=noise, dtype=p.dtype)
-        model.head.weight.data[digits] *= 8
-        model.head.weight.data[tk.close] *= 10
+        head_VD = model.head.weight.data
+        head_VD -= head_VD.mean(1, keepdim=True)  # of the direction of ones, which a digit brings, only END knows
+        head_VD[digits] *= 5
+        head_VD[tk.close] *= 7
+        head_VD[tk.end] = 1.4 * ones
         model.embed.weight.data[digits] += 8 * ones
-        model.head.weight.data[tk.end] = 6 * ones
         made.append(model.requires_grad_(False))
     return made
 
@@ -433,12 +437,14 @@ def families(run):
 def test_the_thoughts_that_are_measured_are_of_all_sorts(run, hand):
     """Else the tests below would say less than they seem to: empty, closed, cut; answers right and wrong, by each model."""
     for who in ("model", "base"):
-        for name in ("problems", "text"):
-            h = hand[who, name]
+        at_problems, at_text = hand[who, "problems"], hand[who, "text"]
+        for h in (at_problems, at_text):
             assert 0 < sum(h.not_empty) < len(h.not_empty)
             assert 0 < sum(h.closed) < len(h.closed)
-            assert {1, 3, LONGEST} <= {len(c) for group in h.groups for c in group}
-        assert 0 < sum(hand[who, "problems"].right) < 24
+        assert {1, 3, LONGEST} <= {len(c) for group in at_problems.groups + at_text.groups for c in group}
+        assert 0 < sum(at_problems.right) < 24
+        assert 0 < sum(at_problems.right_plain) < 24
+    assert any(0 < v < 1 for v in at_problems.right)
     assert set(run.text.kinds) == {"repeats", "no_repeat"}
     assert max(len(context) for context, _ in run.text.pairs) == max(len(c) for c, _ in run.of_problems) == CONTEXT
 
@@ -699,3 +705,162 @@ def test_how_many_are_measured_at_once_changes_no_figure(corpus, networks, monke
     together = figures()
     monkeypatch.setattr(evals, "TOKENS_AT_ONCE", 1)
     assert_close(figures(), together)
+
+
+# ---------------------------------------------------------------------------------------------------- models of many sizes
+
+SEQ_LEN, LONG_LEN, ROWS = 6, 14, 40
+SIZES = dataclasses.replace(
+    SMOKE,
+    elastic=dataclasses.replace(SMOKE.elastic, seq_len=SEQ_LEN, long_len=LONG_LEN),
+    eval=dataclasses.replace(SMOKE.eval, elastic_rows=ROWS),
+)
+
+
+def packed_batch(kind, step, n):
+    """n rows of two documents each, of 2 to 4 tokens and the rest; the last token of a document has no target."""
+    rng = random.Random(f"{kind}-{step}")
+    batch = {name: torch.zeros(n, SEQ_LEN, dtype=torch.long) for name in ("tokens_BT", "targets_BT", "ids_BT")}
+    for b in range(n):
+        cut = rng.randint(2, 4)
+        row = torch.tensor([rng.randrange(12) for _ in range(SEQ_LEN + 1)])
+        batch["tokens_BT"][b], batch["targets_BT"][b] = row[:-1], row[1:]
+        batch["targets_BT"][b, cut - 1] = -100
+        batch["ids_BT"][b, cut:] = 1
+    return batch
+
+
+@pytest.fixture(scope="module")
+def sizes():
+    """A parent, two smaller models and their figures; the smaller ones are compared with the parent and with each other.
+
+    Long texts: documents of 40, 5 and 15 tokens have 2, 0 and 1 of 14 tokens and the next.
+    """
+    models = [tiny_model(pattern=pattern, tie_embeddings=False).requires_grad_(False) for pattern in ("M*-", "M-", "*-")]
+    corpus = corpus_of(1)
+    texts = [np.random.default_rng(n).integers(0, 12, size=n) for n in (40, 5, 15)]
+    corpus.documents["test"] = Documents([join(texts)])
+    asked = []
+
+    def mixture(_, config, step, n_rows, seq_len, split):
+        asked.append((config.data.text_share, step, n_rows, seq_len, split))
+        return packed_batch(config.data.text_share, step, n_rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evals, "mixture", mixture)
+        found = evals.evaluate_sizes(models, [0, 0, 1], corpus, SIZES)
+    return SimpleNamespace(models=models, found=found, asked=asked, texts=texts, corpus=corpus)
+
+
+def sequence_by_hand(model, parent, batch, b):
+    """Loss, KL from the parent and share of equal likeliest tokens of a sequence, each document in a pass of its own."""
+    loss, kl, same = [], [], []
+    tokens, targets, ids = (batch[name][b].tolist() for name in ("tokens_BT", "targets_BT", "ids_BT"))
+    cut = ids.index(1)
+    for part in (slice(0, cut), slice(cut, SEQ_LEN)):
+        q_TV, p_TV = (plain_logits(m, tokens[part], []).log_softmax(-1).tolist() for m in (model, parent))
+        for q, p, target in zip(q_TV, p_TV, targets[part], strict=True):
+            if target != -100:
+                loss.append(-q[target])
+                kl.append(sum(math.exp(x) * (x - y) for x, y in zip(p, q, strict=True)))
+                same.append(float(q.index(max(q)) == p.index(max(p))))
+    return [sum(values) / len(values) for values in (loss, kl, same)]
+
+
+@pytest.fixture(scope="module")
+def sequences(sizes):
+    """By model and kind (text, problem): loss, KL and agreement of each of the 32 sequences, in two batches of 16."""
+
+    def of(model, share):
+        rows = [(packed_batch(share, step, 16), b) for step in range(2) for b in range(16)]
+        return [list(v) for v in zip(*(sequence_by_hand(model, sizes.models[0], *row) for row in rows), strict=True)]
+
+    return [{kind: of(model, share) for kind, share in (("text", 1.0), ("problem", 0.0))} for model in sizes.models]
+
+
+def weighted(text, problem, s=0.3):
+    """m = s m_text + (1 - s) m_problem, its squared error s^2 e_text^2 + (1 - s)^2 e_problem^2."""
+    mean, error2 = 0.0, 0.0
+    for weight, values in ((s, text), (1 - s, problem)):
+        n, own = len(values), sum(values) / len(values)
+        mean += weight * own
+        error2 += weight**2 * sum((v - own) ** 2 for v in values) / (n - 1) / n
+    half = 1.96 * math.sqrt(error2)
+    return {"mean": mean, "low": mean - half, "high": mean + half, "n": len(text) + len(problem)}
+
+
+def test_sizes_are_measured_on_held_out_text_and_problems_apart(sizes):
+    """40 rows: 20 of each kind, in batches of 16."""
+    assert SIZES.data.text_share == 0.3
+    assert sizes.asked == [(kind, step, 16, SEQ_LEN, "test") for kind in (1.0, 0.0) for step in (0, 1)]
+
+
+@pytest.mark.parametrize("m", [0, 1, 2])
+def test_figures_of_a_size_by_hand(sizes, sequences, m):
+    """Losses, KL and agreement; differences from the parent or from the model that it is compared with, paired."""
+    own, parent, other = sequences[m], sequences[0], sequences[(0, 0, 1)[m]]
+    found = sizes.found[m]
+    for name, i in (("loss_nats", 0), ("kl_nats", 1), ("top1", 2)):
+        assert found[name] == near(weighted(own["text"][i], own["problem"][i]))
+    for kind in ("text", "problem"):
+        assert found[f"{kind}_loss_nats"] == near(normal(own[kind][0]))
+    parent_loss = 0.3 * np.mean(parent["text"][0]) + 0.7 * np.mean(parent["problem"][0])
+    change = [[x / parent_loss for x in minus(own[kind][0], parent[kind][0])] for kind in ("text", "problem")]
+    assert found["loss_change"] == near(weighted(*change))
+    assert found["difference_nats"] == near(weighted(*[minus(own[k][0], other[k][0]) for k in ("text", "problem")]))
+    assert found.keys() == {"loss_nats", "kl_nats", "top1", "text_loss_nats", "problem_loss_nats", "loss_change",
+                            "difference_nats", "long_loss_nats"}  # fmt: skip
+    if m:
+        assert 0 < found["top1"]["mean"] < 1
+
+
+@pytest.mark.parametrize("m", [0, 1, 2])
+def test_loss_of_long_text_by_hand(sizes, m):
+    """Of 14 tokens those after the sixth count, each read after all before: targets 6 to 14; a bootstrap over documents."""
+    losses = []
+    for document, start in ((0, 0), (0, 14), (2, 0)):
+        text = sizes.texts[document][start : start + LONG_LEN + 1].tolist()
+        logp_TV = plain_logits(sizes.models[m], text[:-1], []).log_softmax(-1)
+        losses.append(-sum(float(logp_TV[t - 1, text[t]]) for t in range(SEQ_LEN, LONG_LEN + 1)) / 9)
+    assert sizes.found[m]["long_loss_nats"] == near(bootstrap_of(losses, [0, 0, 2]))
+
+
+def test_facts_of_a_size_by_hand(monkeypatch):
+    """M*-, D 8, V 12, tied. M: 4 heads of 3 channels (I 12), 2 groups of N 5, so in_proj has 2 x 12 + 2 x 10 + 4 = 48 rows
+    and the convolution 32 channels of 4 taps; *: 4 heads of 4 on 2 keys; -: 12 neurons.
+
+    Weights: 12 x 8 + 8 = 104; M 8 + 384 + 128 + 32 + 3 x 4 + 12 + 96 = 672; * 8 + 128 + 64 + 64 + 128 = 392; - 8 + 2 x 96 =
+    200; in all 1,368 of 8 bytes. Cache of 1,024 tokens at 4 bytes: 2 x 8 x 1024 x 4 + 4 x 12 x 5 + 4 x 3 x 32 = 66,160.
+    FLOPs: 2 x 96 + (2 x 480 + 2 x 4 x 32 + 5 x 60) + (2 x 384 + 2 x 16 x 1024) + 2 x 192 = 35,628.
+    8 sequences of 6 tokens in 2 s, the median of 5, 1, 2, 9 and 2: 24 tokens a second.
+    """
+    times = iter([0, 5, 10, 11, 20, 22, 30, 39, 40, 42])
+    monkeypatch.setattr(evals, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    assert evals.size_facts(tiny_model(pattern="M*-"), SIZES) == {
+        "parameters": 1368,
+        "bytes": 10944,
+        "cache_bytes": 66160,
+        "flops_per_token": 35628,
+        "tokens_per_second": 24,
+    }
+
+
+def test_bytes_of_a_family_by_hand(tmp_path):
+    """A model of 4 x 3 weights and 4 biases, 64 bytes of fp32; a router of 2 weights, 8 bytes.
+
+    The larger size has two of its rows and copies of two biases: 8 bytes more; the smaller one a row and its bias, no
+    byte more. So the family takes 64 + 8 + 8, apart they would take 32 + 16. Files are as long as safetensors writes them.
+    """
+    model, router = torch.nn.Linear(3, 4), torch.nn.Linear(1, 1)
+    larger, smaller = torch.nn.Linear(3, 2), torch.nn.Linear(3, 1)
+    larger.weight, larger.bias = torch.nn.Parameter(model.weight.data[:2]), torch.nn.Parameter(model.bias.data[:2].clone())
+    smaller.weight, smaller.bias = torch.nn.Parameter(model.weight.data[:1]), torch.nn.Parameter(model.bias.data[:1])
+    found = evals.family_bytes(model, router, [smaller, larger])
+
+    def file_bytes(network):
+        safetensors.torch.save_file({k: v.clone() for k, v in network.state_dict().items()}, tmp_path / "file")
+        return (tmp_path / "file").stat().st_size
+
+    assert found == {
+        "family_file": file_bytes(model) + file_bytes(router), "separate_files": file_bytes(larger) + file_bytes(smaller),
+        "family_memory": 80, "separate_memory": 48, "router_parameters": 2}  # fmt: skip
