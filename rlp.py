@@ -34,6 +34,7 @@ from system import parallel
 from system.config import RLPConfig
 from system.errors import require
 from system.objective import Objective
+from text.batches import KINDS
 from text.tokenizer import Tokenizer
 from thoughts import Sampling, sample_thoughts, score_context
 
@@ -163,14 +164,13 @@ class RLP(Objective):
         loss_R = clipped_surrogate(logp_RL, old_logp_RL, batch["advantage_R"], length_R, *limits)
         if c.kl > 0:
             loss_R = loss_R + c.kl * kl_estimate(logp_RL, batch["reference_logp_RL"], length_R)
-        is_text_R = batch["is_text_B"].repeat_interleave(c.group_size)
+        kind_R = batch["kind_B"].repeat_interleave(c.group_size)
         with torch.no_grad():
             rho_RL = torch.exp(logp_RL - old_logp_RL)
             clipped_RL = ((rho_RL < 1 - c.eps_low) | (rho_RL > 1 + c.eps_high)).float()
             metrics = {
                 "gain_ema_nats": gain_R.mean(),
-                "gain_problems_nats": gain_R[~is_text_R].mean(),
-                "gain_text_nats": gain_R[is_text_R].mean(),
+                **{f"gain_{k}_nats": gain_R[kind_R == i].mean() for i, k in enumerate(KINDS)},
                 "thought_tokens": length_R.float().mean(),
                 "closed": thoughts.closed_R.float().mean(),
                 "clipped": thought_mean(clipped_RL, length_R).mean(),

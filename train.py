@@ -149,8 +149,11 @@ def base_weights(config: Config, corpus: Corpus, model: HybridLM) -> dict:
     """Load into the model what training begins with: a Hugging Face directory or a run (`init`), or
     a base that is pretrained once and kept; where either is warmed up, what became of it.
     Returns its folder, whether it was there already, and the seconds that its steps took."""
-    folder, key = Path(config.init), fingerprint([config.base_fingerprint(), corpus.key])
-    was_cached, seconds = True, 0.0
+    def kept(name: str, *more: str) -> Path:
+        key = fingerprint([config.base_fingerprint(*more), corpus.key])
+        return Path(config.data.cache_dir) / f"{name}-{key}"
+
+    folder, was_cached, seconds = Path(config.init), True, 0.0
     if config.init and huggingface.is_hf(folder):
         rundir.load_hf_weights(model, folder, corpus.tokenizer)
     elif config.init:
@@ -160,11 +163,11 @@ def base_weights(config: Config, corpus: Corpus, model: HybridLM) -> dict:
         rundir.warn(found.warning)
         checkpoint.load_weights(model, found.tensors("model"), found.path)
     else:
-        folder = Path(config.data.cache_dir) / f"base-{key}"
+        folder = kept("base")
         was_cached = phase("pretrain", folder, config, corpus, model)
         seconds += rundir.logged_seconds(folder)
     if config.mode != "warmup" and config.warmup.steps > 0:
-        folder = config.run_dir() / "warmup" if config.init else folder.with_name(f"warmed-{key}")
+        folder = config.run_dir() / "warmup" if config.init else kept("warmed", "warmup")
         was_cached &= phase("warmup", folder, config, corpus, model)
         seconds += rundir.logged_seconds(folder)
     return {"base_dir": str(folder), "base_was_cached": was_cached, "base_train_s": seconds}

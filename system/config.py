@@ -425,13 +425,14 @@ class Config(Settings):
         """The run folder, with its default name if none was given."""
         return Path(self.out or f"runs/{self.mode}-{self.preset}-seed{self.seed}")
 
-    def base_fingerprint(self) -> str:
-        """Key of the base's settings: equal exactly when the same text would give the same base."""
+    def base_fingerprint(self, *more: str) -> str:
+        """Key of the base's settings: equal exactly when the same text would give the same base.
+        more: "warmup", for the base that was warmed up; what follows thoughts `rlp.back` says."""
         # accumulate: next-token prediction gives the same in any number of parts
         free, d = ("cache_dir", "checkpoint_every", "log_every", "accumulate"), self.to_dict()
         groups = [{name: value for name, value in d[group].items() if name not in free}
-                  for group in ("model", "data", "pretrain")]
-        return fingerprint([*groups, self.seed])
+                  for group in ("model", "data", "pretrain", *more)]
+        return fingerprint([*groups, self.seed, *[self.rlp.back] * len(more)])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -234,7 +234,8 @@ def problem_position(corpus: Corpus, fit: RLPConfig, split: str, rng: random.Ran
 def text_position(corpus: Corpus, fit: RLPConfig, split: str, rng: random.Random) -> Position:
     """At a uniformly random token of the split's text."""
     document, context, target = corpus.documents[split].position(rng, fit.context_len, fit.horizon)
-    return Position(context.tolist(), target.tolist(), document, fit.back)
+    back = fit.back if len(context) >= fit.back else 0
+    return Position(context.tolist(), target.tolist(), document, back)
 
 
 def computed_position(corpus: Corpus, fit: RLPConfig, split: str, rng: random.Random) -> Position:
@@ -244,10 +245,12 @@ def computed_position(corpus: Corpus, fit: RLPConfig, split: str, rng: random.Ra
 
 
 def random_position(document: list[int], fit: RLPConfig, rng: random.Random) -> Position:
-    """Uniform over the tokens from 1 on that `horizon` tokens follow; over all if none does."""
+    """Uniform over the tokens that `horizon` tokens follow and `back` tokens stand before, at least
+    one; in a document too short for that, over those from 1 on."""
     n_after = fit.horizon if fit.horizon < len(document) else 1
-    t = rng.randrange(1, len(document) - n_after + 1)
-    return Position(document[:t], document[t : t + fit.horizon], back=fit.back)
+    last = len(document) - n_after
+    t = rng.randint(max(1, fit.back) if fit.back <= last else 1, last)
+    return Position(document[:t], document[t : t + fit.horizon], back=fit.back * (t >= fit.back))
 
 
 POSITIONS = {"problems": problem_position, "text": text_position, "computed": computed_position}
