@@ -6,8 +6,9 @@ without work, and a short worked thought gives them away:
     ledger   Ledger modulo 10: Ann 4 Bob 7 Kim 1
              Ann to Bob 3 5: Ann 6 Bob 5            thoughts: " 4 -3 1 -5 6" and " 7 +3 0 +5 5"
     session  >>> f = lambda p, q: (p - q + 9) % 10
-             >>> f(4, 7)
-             6                                      thought: " 4 -7 7 +9 6"
+             >>> x = [4, 1, 8, 3]
+             >>> [f(n, 7) for n in x]
+             [6, 3, 0, 5]                           thought before 6: " 4 -7 7 +9 6"
     trace    a program that prints its variables in each round of a loop, and what it prints
     doctest  examples from docstrings of Python's own modules; nobody wrote a thought for them
 
