@@ -3,8 +3,8 @@
 RLP puts a thought before a random token of a document. Here many of those tokens cannot be guessed
 without work, and a short worked thought gives them away:
 
-    ledger   Ledger modulo 10: Ann 4 Bob 7 Kim 1
-             Ann to Bob 3 5: Ann 6 Bob 5            thoughts: " 4 -3 1 -5 6" and " 7 +3 0 +5 5"
+    ledger   Ledger modulo 10: 4
+             7 5 8: 4                               thought: " 4 +7 1 +5 6 +8 4"
     session  >>> f = lambda p, q: (p - q + 9) % 10
              >>> x = [4, 1, 8, 3]
              >>> [f(n, 7) for n in x]
@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from text.held_out import bucket_of, buckets_of
-from text.problems import LETTERS, NAMES
+from text.problems import LETTERS
 
 
 @dataclass(frozen=True)
@@ -73,19 +73,15 @@ def renamed(text: str, names: list[str]) -> str:
 
 
 def ledger(rng: random.Random) -> Computed:
-    """Amounts that move between three accounts, and both balances after each line."""
-    names = rng.sample(NAMES, 3)
-    balance = {name: rng.randrange(10) for name in names}
-    pieces = [("Ledger modulo 10:" + "".join(f" {n} {b}" for n, b in balance.items()), "")]
-    for _ in range(rng.randint(7, 10)):
-        giver, taker = rng.sample(names, 2)
-        amounts = rng.choices(range(1, 10), k=rng.choice((2, 2, 3)))
-        pieces.append((f"\n{giver} to {taker} {' '.join(map(str, amounts))}:", ""))
-        for name, sign in (giver, "-"), (taker, "+"):
-            thought = worked(balance[name], [f"{sign}{amount}" for amount in amounts])
-            balance[name] = int(thought[-1])
-            pieces += [(f" {name}", ""), (f" {balance[name]}", thought)]
-    return Computed("ledger", tuple(pieces), renamed(join(pieces), names))
+    """Payments of a day in each line, and the balance after them."""
+    balance = rng.randrange(10)
+    pieces = [(f"Ledger modulo 10: {balance}", "")]
+    for _ in range(rng.randint(12, 18)):
+        payments = rng.choices(range(1, 10), k=3)
+        thought = worked(balance, [f"+{n}" for n in payments])
+        balance = int(thought[-1])
+        pieces += [(f"\n{' '.join(map(str, payments))}:", ""), (f" {balance}", thought)]
+    return Computed("ledger", tuple(pieces))
 
 
 @dataclass(frozen=True)
