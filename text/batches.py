@@ -154,10 +154,9 @@ def problem_position(
 
 def text_position(
     corpus: Corpus, fit: RLPConfig, split: str, rng: random.Random) -> tuple[list[int], list[int]]:
-    """Context and following tokens at a uniformly random position of a text window."""
-    document = corpus.text_window(rng, split, fit.context_len + fit.horizon).tolist()
-    t = _random_position(document, fit.horizon, rng)
-    return document[:t], document[t : t + fit.horizon]
+    """Context and following tokens at a uniformly random position of the split's text."""
+    _, context, target = corpus.documents[split].position(rng, fit.context_len, fit.horizon)
+    return context.tolist(), target.tolist()
 
 
 def _random_position(document: list[int], horizon: int, rng: random.Random) -> int:
