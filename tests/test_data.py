@@ -9,6 +9,7 @@ import itertools
 import random
 import re
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from text import corpus as corpus_module
 from text.batches import collate_contexts, cpt_batch, pretrain_batch, problem_position, rlp_batch, text_position
 from text.corpus import Corpus
 from text.documents import Documents, join
-from text.held_out import N_BUCKETS, SPLITS, bucket_of, buckets_of
+from text.held_out import N_BUCKETS, SPLITS, bucket_of, buckets_of, clusters_of
 from text.problems import FAMILIES, FILLER, draw_problem, held_out_problems, thought_for
 from text.tokenizer import CLOSE, END, THINK
 
@@ -153,7 +154,7 @@ def test_held_out_problems_are_the_same_for_the_same_seed_and_differ_between_see
     first, again, other = (held_out_problems("test", 9, seed, 5) for seed in (0, 0, 1))
     val = held_out_problems("val", 9, 0, 5)
     assert first == again != other
-    assert len({p.question for p in first} | {p.question for p in val}) == 2 * 9 * len(FAMILIES)
+    assert len({p.canonical for p in first} | {p.canonical for p in val}) == 2 * 9 * len(FAMILIES)
 
 
 def test_a_family_without_new_questions_is_given_up_after_10_000_draws_however_many_are_asked_for(monkeypatch):
@@ -198,12 +199,144 @@ def test_no_document_is_in_two_splits(corpus):
     assert not train & val | train & test | val & test
 
 
+class Given:
+    """A random generator whose draws are given one by one; a sample or a shuffle is given as a whole."""
+
+    def __init__(self, *draws):
+        self.draws = list(draws)
+        self.choice = self.randint = self.randrange = self.sample = lambda *_: self.draws.pop(0)
+
+    def shuffle(self, values):
+        values[:] = [values[i] for i in self.draws.pop(0)]
+
+
+TWINS = {  # the canonical form, and the draws of two problems that share it
+    "chain": ("  5  - 2 3  + 8 1", (3, "ute", 5, "-", 2, "+", 8), (3, "abc", 5, "-", 2, "+", 8)),
+    "word": (
+        " start 9 Monday -5 4 Tuesday +1 5",
+        ("Bob", "books", 9, 2, 4, "sells", 5, "buys"),
+        ("Ann", "coins", 9, 2, 4, "gives", 5, "finds"),
+    ),
+    "lookup": (
+        "1 calls 2. 0 calls 1. 2 calls 0. 2",
+        (3, ["Max", "Bob", "Ann"], 2, [1, 0, 2]),
+        (3, ["Zoe", "Kim", "Max"], 2, [1, 0, 2]),
+    ),
+    "sum": ("10 + 79 + 85", (3, 85, 10, 79), (3, 10, 79, 85)),
+}
+
+
+@pytest.mark.parametrize("family", TWINS)
+def test_renamed_and_reordered_twins_have_one_canonical_form(family):
+    canonical, *draws = TWINS[family]
+    first, second = (FAMILIES[family](Given(*d)) for d in draws)
+    assert first.question != second.question
+    assert first.canonical == second.canonical == canonical
+
+
+OTHERS = {  # as the first of the twins, but for one thing that is neither a name nor an order
+    "chain": (3, "ute", 5, "+", 2, "+", 8),
+    "word": ("Bob", "books", 9, 2, 5, "sells", 6, "buys"),
+    "lookup": (3, ["Max", "Bob", "Ann"], 2, [0, 1, 2]),
+    "sum": (3, 84, 10, 79),
+}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_problems_that_differ_in_more_have_different_canonical_forms(family):
+    """A sign, a change, the place of a call in the list, a number."""
+    assert FAMILIES[family](Given(*OTHERS[family])).canonical != TWINS[family][0]
+
+
+def test_a_family_without_canonical_forms_is_dealt_by_its_questions():
+    assert problems.Problem("x", "Twice 3?", (" 1", " 2"), " 6").canonical == "Twice 3?"
+
+
+@pytest.mark.parametrize("family", TWINS)
+def test_no_canonical_form_is_in_two_splits(family):
+    """3,000 draws of each split. Sums of two numbers and rings of five come again by chance, as twins."""
+    rng = random.Random(0)
+    drawn = {split: [draw_problem(rng, split, 25, family) for _ in range(3000)] for split in SPLITS}
+    train, val, test = ({p.canonical for p in drawn[split]} for split in SPLITS)
+    assert not train & val | train & test | val & test
+    assert sum(len({p.question for p in d}) for d in drawn.values()) > len(train | val | test)
+
+
+def test_names_are_in_the_smallest_cluster_that_their_passages_allow():
+    """By hand. `c` quotes two lines of `b`, and `b` one very long line of `z`; `d` shares single long lines alone,
+    and `e` lines that are too short.
+    """
+    first, second, third = (f"a line of forty characters, or longer, {i}" for i in ("one", "two", "three"))
+    long, short = "one very long line " * 5, "a heading"
+    texts = {
+        "b": f"{first}\n{short}\n  {second}\n{long}",
+        "c": f"{third}\n{first}\n\n{second}",
+        "d": f"{second}\n{first}\n{third}",
+        "e": f"{short}\n{short}\n{first}",
+        "z": f"{short}\n{long}",
+    }
+    assert min(len(first), len(second)) == 42
+    assert clusters_of(list(texts.items())) == {"b": "b", "c": "b", "d": "d", "e": "e", "z": "b"}
+    assert clusters_of(list(texts.items())[::-1]) == clusters_of(list(texts.items()))
+
+
+@pytest.mark.parametrize(("n", "n_clusters"), [(8, 1), (9, 9)])
+def test_what_stands_in_many_documents_links_none(n, n_clusters):
+    """A licence in n of a hundred documents: up to 8 are near duplicates, more are boilerplate."""
+    licence = "Permission is hereby granted, free of charge, to any person\nobtaining a copy of this software and so on\n"
+    documents = [(str(i), (licence if i < n else "") + f"text {i}") for i in range(100)]
+    assert len(set(clusters_of(documents).values())) == 100 - n + n_clusters
+
+
+def test_a_document_that_is_quoted_in_another_is_in_its_split(tmp_path):
+    """Each of 20 paragraphs stands in a file of its own, and four of its lines in another file."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    others = paragraphs(20, seed=1)
+    for i, (text, other) in enumerate(zip(paragraphs(20), others, strict=True)):
+        (folder / f"whole{i}.txt").write_text(text)
+        (folder / f"quote{i}.txt").write_text("\n".join(text.split("\n")[5:9]) + "\n" + other)
+    loaded = load(folder, tmp_path)
+    texts = {s: "".join(loaded.tokenizer.decode(d.tolist()) for d in loaded.documents[s]) for s in SPLITS}
+    for text, other in zip(paragraphs(20), others, strict=True):
+        whole, quote = ([s for s in SPLITS if t.strip() in texts[s]] for t in (text, other))
+        assert len(whole) == 1
+        assert whole == quote
+
+
+def long_lines(documents):
+    return [line for text in documents for line in map(str.strip, text.splitlines()) if len(line) >= 40]
+
+
+def test_few_held_out_lines_stand_in_training_texts(corpus):
+    """Of lines of 40 characters or more .5 %. Dealt by names alone it would be 5 %; the splits keep their sizes."""
+    texts = {s: [corpus.tokenizer.decode(d.tolist()[:-1]) for d in corpus.documents[s]] for s in SPLITS}
+    trained = set(long_lines(texts["train"]))
+    for split in ("val", "test"):
+        lines = long_lines(texts[split])
+        assert len(lines) > 1000
+        assert sum(line in trained for line in lines) < 0.01 * len(lines)
+        assert 0.02 < sum(map(len, texts[split])) / sum(len(t) for ts in texts.values() for t in ts) < 0.08
+
+
 def test_documents_of_one_name_are_in_one_split():
-    """A module's docstrings and its source carry the module's name."""
-    names = [name for name, _ in corpus_module.python_documents()]
-    assert len(names) > len(set(names)) > 200
-    shares = [sum(bucket_of(n) in buckets_of(split, 5) for n in set(names)) / len(set(names)) for split in SPLITS]
+    """A module's docstrings and its source carry the module's name. No cluster is large."""
+    named = list(corpus_module.python_documents())
+    clusters = clusters_of(named)
+    assert len(named) > len(clusters) > 200
+    assert max(Counter(clusters.values()).values()) < 20
+    first = sorted(set(clusters.values()))
+    shares = [sum(bucket_of(n) in buckets_of(split, 5) for n in first) / len(first) for split in SPLITS]
     assert shares == pytest.approx([0.9, 0.05, 0.05], abs=0.05)
+
+
+def test_another_dealing_has_another_key(tmp_path, text_file, monkeypatch):
+    """Of texts or of problems: nothing that was made of other splits is used again."""
+    first = load(text_file, tmp_path).key
+    monkeypatch.setattr(problems, "bucket_of", lambda text: bucket_of(text + "!"))
+    second = load(text_file, tmp_path).key
+    monkeypatch.setattr(corpus_module, "bucket_of", lambda text: bucket_of(text + "!"))
+    assert len({first, second, load(text_file, tmp_path).key}) == 3
 
 
 @pytest.mark.parametrize("percent", [1, 5, 25])
@@ -494,6 +627,33 @@ def test_contexts_are_padded_on_the_left_and_cut_on_the_left(corpus):
     assert batch["context_BT"].tolist() == [[*range(2, 10)], [tk.end] * 5 + [20, 21, 22]]
     assert batch["ids_BT"].tolist() == [[0] * 8, [-1] * 5 + [0] * 3]
     assert batch["target_BX"].tolist() == [[1], [2]]
+
+
+def test_text_positions_are_uniform_over_all_documents_and_have_all_the_context_there_is(corpus):
+    """By hand: documents of 2, 5, 40 tokens. With 3 tokens to come, 1, 2 and 37 positions: one of the first, which is
+    too short for 3, is as likely as any other. At most 8 tokens before; 400 draws each, standard deviation 20.
+    """
+    tokens = [np.arange(0, 2), np.arange(10, 15), np.arange(100, 140)]
+    documents = Documents([join(tokens[:1]), join(tokens[1:])])
+    rng, counts = random.Random(0), Counter()
+    for _ in range(400 * 40):
+        i, context, target = documents.position(rng, 8, 3)
+        t = int(target[0] - tokens[i][0])
+        assert context.tolist() == tokens[i][max(0, t - 8) : t].tolist()
+        assert target.tolist() == tokens[i][t : t + 3].tolist()
+        counts[i, t] += 1
+    assert set(counts) == {(0, 1), *((1, t) for t in (1, 2)), *((2, t) for t in range(1, 38))}
+    assert max(abs(n - 400) for n in counts.values()) < 100
+
+
+def test_text_contexts_are_full_but_for_the_beginnings_of_documents(corpus):
+    """By hand: of 1,001 tokens with 1 to come, positions 1 to 1,000; those after 100 have all 100 tokens, so the mean is
+    (1 + ... + 100 + 900 * 100) / 1,000 = 95.05. The standard error of 500 is .7.
+    """
+    long = Corpus(corpus.tokenizer, {"train": Documents([join([np.arange(1001)])])}, 5)
+    rng, config = random.Random(0), RLPConfig(context_len=100, horizon=1)
+    lengths = [len(text_position(long, config, "train", rng)[0]) for _ in range(500)]
+    assert np.mean(lengths) == pytest.approx(95.05, abs=3)
 
 
 def test_targets_shorter_than_the_horizon_are_filled_with_end_of_text(corpus):

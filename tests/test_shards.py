@@ -110,6 +110,19 @@ def test_a_window_is_what_the_same_documents_in_memory_give(folder):
                 assert window.dtype == np.int32
 
 
+def test_a_position_is_what_the_same_documents_in_memory_give(folder):
+    """And its document is the one of that index."""
+    on_disk = ShardSet(folder).documents(range(10, 90))
+    in_memory = Documents([join(list(on_disk))])
+    for seed in range(100):
+        i, context, target = on_disk.position(random.Random(seed), 7, 2)
+        again = in_memory.position(random.Random(seed), 7, 2)
+        assert (i, context.tolist(), target.tolist()) == (again[0], again[1].tolist(), again[2].tolist())
+        both, document = [*context.tolist(), *target.tolist()], on_disk[i].tolist()
+        assert both in [document[t : t + len(both)] for t in range(len(document))]
+        assert context.dtype == target.dtype == np.int32
+
+
 def test_an_index_outside_is_refused_and_an_empty_split_is_empty(folder):
     documents = ShardSet(folder).documents(range(100))
     for i in (-1, len(documents)):
@@ -328,7 +341,7 @@ def test_nothing_of_the_documents_is_held_but_memory_maps(program, tmp_path):
 
 
 def test_memory_does_not_grow_with_the_data(tmp_path):
-    """27 million tokens (55 MB) and half a million documents (4 MB of starts): a thousand windows allocate less than 1 MiB
+    """27 million tokens (55 MB) and half a million documents (4 MB of starts): a thousand windows and positions allocate less than 1 MiB
     at any time; a copy of the tokens, or of the starts, would be more. Pages of the map are the system's.
     """
     long, short = [7] * 639, [7] * 3
@@ -342,6 +355,7 @@ def test_memory_does_not_grow_with_the_data(tmp_path):
     try:
         for _ in range(1000):
             documents.window(rng, 64)
+            documents.position(rng, 64, 2)
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:
         tracemalloc.stop()

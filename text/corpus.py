@@ -19,7 +19,7 @@ from system.config import DataConfig
 from system.errors import require
 from system.files import fingerprint
 from text.documents import Documents, join
-from text.held_out import SPLITS, bucket_of, buckets_of
+from text.held_out import SPLITS, bucket_of, buckets_of, clusters_of
 from text.problems import tokenizer_examples
 from text.shards import ShardSet, is_shards, write_cached
 from text.tokenizer import CorpusTokenizer, Tokenizer, named_tokenizer
@@ -74,7 +74,7 @@ class Corpus:
     tokenizer: Tokenizer
     documents: dict[str, Documents]
     held_out_percent: int
-    key: str = ""  # fingerprint of the text and of the settings that it was read with
+    key: str = ""  # fingerprint of the splits' texts and problems, and of the settings
 
     @staticmethod
     def load(config: DataConfig) -> "Corpus":
@@ -90,11 +90,11 @@ class Corpus:
         n_characters = sum(len(text) for _, text in named)
         require(n_characters >= 20_000, f"data.path ({config.path}) holds {n_characters} "
                 "characters; at least 20000 are needed to train and hold out")
-        # 2. The splits, by the names of the texts.
-        percent, texts = config.held_out_percent, {}
+        # 2. The splits, by the clusters of the texts.
+        percent, texts, cluster = config.held_out_percent, {}, clusters_of(named)
         for split in SPLITS:
             buckets = buckets_of(split, percent)
-            texts[split] = [text for name, text in named if bucket_of(name) in buckets]
+            texts[split] = [text for name, text in named if bucket_of(cluster[name]) in buckets]
             _require_some(texts[split], split, config)
         # 3. What an earlier run kept. Its key has all that the tokens depend on; of a folder with
         #    a tokenizer.json that is the content, which may change under the same name.
@@ -103,7 +103,7 @@ class Corpus:
         own = tokenizer is not None and tokenizer.json
         source = [tokenizer.json, tokenizer.end] if own else config.tokenizer
         key = fingerprint(
-            [named, examples, source, config.vocab_size, percent, CorpusTokenizer.pattern])
+            [texts, examples, source, config.vocab_size, percent, CorpusTokenizer.pattern])
         file = Path(config.cache_dir) / f"corpus-{key}.npz"
         kept = _load_arrays(file)
         # 4. The tokenizer of the corpus: kept, or trained on the training texts.
@@ -130,7 +130,8 @@ class Corpus:
         documents = {split: found.documents(buckets_of(split, percent)) for split in SPLITS}
         for split in SPLITS:
             _require_some(documents[split], split, config)
-        return Corpus(tokenizer, documents, percent, fingerprint([found.key, percent]))
+        key = fingerprint([found.key, percent, tokenizer_examples(percent)])
+        return Corpus(tokenizer, documents, percent, key)
 
     def text_window(self, rng: random.Random, split: str, length: int) -> np.ndarray:
         """Up to `length` tokens in a row from one document of a split."""

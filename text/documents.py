@@ -1,4 +1,4 @@
-"""Documents of token ids, in memory or in memory-mapped files, and the window that is read of them.
+"""Documents of token ids, in memory or in memory-mapped files, and the parts that are read of them.
 
 Both kinds are the same two arrays: all tokens in a row, and where in them each document starts.
 To find the document of a token is a binary search in the starts.
@@ -48,12 +48,32 @@ class Documents:
 
     def window(self, rng: random.Random, length: int) -> np.ndarray:
         """Up to `length` tokens in a row of one document, chosen in proportion to its length."""
+        _, document, _ = self._draw(rng)
+        start = rng.randrange(max(1, len(document) - length + 1))
+        return document[start : start + length].astype(np.int32)
+
+    def position(self, rng: random.Random, before: int,
+                 after: int) -> tuple[int, np.ndarray, np.ndarray]:
+        """A position, uniform over all tokens that have a token before them and, with themselves,
+        `after` tokens to come; of a document too short for that, over all with a token before them.
+
+        Returns the index of its document, up to `before` tokens before it, and up to `after` tokens
+        from it on. At least one document must have two tokens.
+        """
+        while True:  # of documents of two tokens or more, one in after + 1 is taken or more
+            i, document, t = self._draw(rng)
+            if t >= 1 and (t + after <= len(document) or len(document) <= after):
+                context, target = document[max(0, t - before) : t], document[t : t + after]
+                return i, context.astype(np.int32), target.astype(np.int32)
+
+    def _draw(self, rng: random.Random) -> tuple[int, np.ndarray, int]:
+        """A token, each equally likely: its document's index, the document, its place there."""
         at = rng.randrange(self.n_tokens)
         k = _place(self.tokens_before, at)
         starts = self.parts[k][1]
-        document = self._document(k, _place(starts, at - self.tokens_before[k] + starts[0]))
-        start = rng.randrange(max(1, len(document) - length + 1))
-        return document[start : start + length].astype(np.int32)
+        at += int(starts[0] - self.tokens_before[k])
+        i = _place(starts, at)
+        return int(self.documents_before[k]) + i, self._document(k, i), at - int(starts[i])
 
     def _document(self, k: int, i: int) -> np.ndarray:
         """Document i of part k: a view, so what is not used of it is not read."""

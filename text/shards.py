@@ -8,9 +8,10 @@ A shard is two `.npy` files: the tokens of its documents, each closed by END, as
 and where each document starts, as int64. `shards.json` lists the shards with their counts and
 checksums. It is written last, so a build that was cut short is no data set.
 
-Held out: every document has the bucket of its text (see held_out.py), so copies are in one bucket,
-and a shard's documents are sorted by bucket. Whatever the share that is held out, a split is one
-range of documents of each shard, and all that is held in memory are 100 counts a shard.
+Held out: every document has the bucket of its text (see held_out.py), so copies are in one bucket
+(near duplicates are not looked for), and a shard's documents are sorted by bucket. Whatever the
+share that is held out, a split is one range of documents of each shard, and all that is held in
+memory are 100 counts a shard.
 
 Reading is random access, by random numbers that depend on (seed, step) alone: resuming needs no
 state, and every process can make any row. Building holds a shard in memory, twice while writing.
