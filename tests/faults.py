@@ -81,7 +81,7 @@ FAULTS = [
     Fault("text_weighs_as_problems", "evals.py", "w * i[\"mean\"] for", "0.5 * i[\"mean\"] for", "evals"),
     Fault("kl_the_other_way", "evals.py", "F.kl_div(logp_BTV, wanted_BTV", "F.kl_div(wanted_BTV, logp_BTV", "evals"),
     Fault("reference_is_parent", "evals.py", 'found[reference]["loss_nats"]', "parent", "evals"),
-    Fault("long_text_overlaps", "evals.py", "len(d) - c.long_len, c.long_len)", "len(d) - c.long_len, c.seq_len)", "evals"),
+    Fault("long_text_from_its_start", "evals.py", "[:, c.seq_len - 1 :]", "[:, : 1 - c.seq_len]", "evals"),
     Fault("fastest_of_five", "evals.py", "sorted(times)[2]", "sorted(times)[0]", "evals"),
     Fault("family_without_router", "evals.py", "storage_bytes(model, router, s)", "storage_bytes(model, s)", "evals"),
     # elastic
