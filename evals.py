@@ -239,10 +239,13 @@ def computed_positions(corpus: Corpus, config: Config) -> Positions:
     return Positions(places, corpus.tokenizer, config, kinds, torch.arange(len(places)))
 
 
-def deal(documents: Documents, n: int, rng: random.Random) -> list[int]:
-    """n times the index of a document: each equally often, as nearly as can be."""
-    order = rng.sample(range(len(documents)), min(n, len(documents)))
-    return [order[k % len(order)] for k in range(n)]
+def deal(documents: Documents, n: int, rng: random.Random, least: int = 2) -> list[int]:
+    """n times the index of a document of at least so many tokens: each equally often, as nearly as
+    can be. Empty if there is none."""
+    lengths = np.concatenate([np.diff(starts) for _, starts in documents.parts])
+    fit = np.flatnonzero(lengths >= least)
+    order = [int(fit[k]) for k in rng.sample(range(len(fit)), min(n, len(fit)))]
+    return list(itertools.islice(itertools.cycle(order), n))
 
 
 def together(most: int, each: int, limit: int) -> int:
@@ -342,12 +345,13 @@ def swapped(thought_BGL: Tensor, seed: int) -> Tensor:
     return torch.empty_like(thought_BGL).index_copy(0, ring, thought_BGL[ring.roll(1)])
 
 
-def text_windows(documents: Documents, n: int, length: int, rng: random.Random
+def text_windows(documents: Documents, n: int, length: int, rng: random.Random, least: int = 2
                  ) -> list[tuple[int, np.ndarray]]:
     """At most n windows of length + 1 tokens that have no target in common, with the index of their
-    document: of each document as many, if it is so long. One that is shorter is a window itself."""
+    document: of each document as many, if it is so long. One that is shorter, and has at least
+    `least` tokens, is a window itself."""
     found = []
-    for i, most in Counter(deal(documents, n, rng)).items():
+    for i, most in Counter(deal(documents, n, rng, least)).items():
         document = documents[i]
         starts = range(0, max(1, len(document) - length), length)
         found += [(i, document[start : start + length + 1])
@@ -456,17 +460,15 @@ def long_losses(model: HybridLM, corpus: Corpus, config: Config) -> tuple[Tensor
     """Mean loss of each held-out text of long_len tokens, at positions that stage 1 never had; and
     the document of each."""
     c, device, losses = config.elastic, parallel.device_of(model), []
-    documents = corpus.documents["test"]
-    found = ((n, d[i : i + c.long_len + 1]) for n, d in enumerate(documents)
-             for i in range(0, len(d) - c.long_len, c.long_len))
-    texts = list(itertools.islice(found, config.eval.elastic_rows))
+    rng, n = random.Random(f"long-test-{config.seed}"), config.eval.elastic_rows
+    texts = text_windows(corpus.documents["test"], n, c.long_len, rng, least=c.long_len + 1)
     for i in range(0, len(texts), 4):
         window = np.stack([tokens for _, tokens in texts[i : i + 4]])
         tokens_BT = torch.from_numpy(window).long().to(device)
         hidden_BTD = model(tokens_BT[:, :-1])[0][:, c.seq_len - 1 :]
         logp_BT = selected_logp(hidden_BTD, model.output_matrix, tokens_BT[:, c.seq_len :])
         losses.append(-logp_BT.mean(1).cpu())
-    return torch.cat(losses) if losses else torch.empty(0), torch.tensor([n for n, _ in texts])
+    return torch.cat(losses) if losses else torch.empty(0), torch.tensor([i for i, _ in texts])
 
 
 def size_facts(model: HybridLM, config: Config) -> dict[str, float]:

@@ -243,6 +243,14 @@ def test_windows_of_text_have_no_target_in_common_and_are_dealt_evenly():
         assert (window[0] - sum((95, 7, 400)[:i])) % 10 == 0
 
 
+def test_documents_that_are_too_short_are_left_out():
+    """Of 95, 7, 11 and 1 tokens; a window of 10 targets has 11 tokens, a position one before it."""
+    documents = corpus_of(95, 7, 11, 1).documents["test"]
+    assert {i for i, _ in evals.text_windows(documents, 8, 10, random.Random(0), least=11)} == {0, 2}
+    assert evals.text_windows(documents, 8, 100, random.Random(0), least=101) == []
+    assert set(evals.deal(documents, 8, random.Random(0))) == {0, 1, 2}
+
+
 def test_of_many_documents_as_many_are_chosen_as_there_are_windows():
     documents = corpus_of(*[30] * 50).documents["test"]
     found = evals.text_windows(documents, 20, 10, random.Random(0))
