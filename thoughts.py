@@ -218,9 +218,10 @@ def sample(logits_RV: Tensor, banned: tuple[int, ...], temperature: float,
 
 
 @torch.no_grad()
-def show_thought(model: HybridLM, tokenizer: Tokenizer, prompt: str, c: RLPConfig,
-                 seed: int) -> str:
-    """`<think> thought </think> continuation`, which is greedy, after c.prompt and a prompt."""
+def show_thought(model: HybridLM, tokenizer: Tokenizer, prompt: str, c: RLPConfig, seed: int,
+                 back: int = 0) -> str:
+    """`<think> thought </think> continuation`, which is greedy, after c.prompt and a prompt. The
+    continuation is predicted with the thought `back` tokens before the prompt's end."""
     device = parallel.device_of(model)
     ids = [*tokenizer.begin, *tokenizer.encode(c.prompt), *tokenizer.encode(prompt)]
     context_BT = torch.tensor([ids], device=device)
@@ -232,7 +233,8 @@ def show_thought(model: HybridLM, tokenizer: Tokenizer, prompt: str, c: RLPConfi
     shown = [tokenizer.think, *t.tokens_RL[0].tolist()]
     if not t.closed_R[0]:
         shown.append(tokenizer.close)
-    hidden_BTD, cache = model(torch.tensor([ids + shown], device=device))
+    cut = max(0, len(ids) - back)
+    hidden_BTD, cache = model(torch.tensor([ids[:cut] + shown + ids[cut:]], device=device))
     for _ in range(8):
         token = int(mask_banned(model.logits(hidden_BTD[:, -1]), tokenizer.tags).argmax())
         if token == tokenizer.end:

@@ -352,7 +352,8 @@ class EvalConfig(Settings):
 
     problems_per_family: Interval = 150  # Held-out problems of each family.
     samples: Annotated[int, at_least(1, " to give an interval")] = 4  # Thoughts per problem.
-    text_positions: Interval = 256  # Positions of text where the gain of a thought is measured.
+    # Random positions of text, and as many of computed documents, where thoughts are measured.
+    text_positions: Interval = 512
     text_tokens: Interval = 65536  # Tokens of held-out text for the no-think loss.
     elastic_rows: Interval = 512  # Sequences of the mixture on which budgets are compared.
 

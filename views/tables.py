@@ -16,7 +16,8 @@ RIVALS = {  # what tables and plots call an elastic family and each `elastic.bas
     "minitron": "alone, n times the tokens", "scratch": "from scratch, n times",
     "random-order": "elastic, random order", "fixed": "elastic, widths by hand",
     "uniform": "elastic, uniform stage 2"}
-POSITIONS = {"text": "ordinary text"}  # what tables call the sets of positions of a summary
+# What tables call the sets of positions of a summary.
+POSITIONS = {"text": "ordinary text", "computed": "computed documents"}
 
 
 def cell(leaf: dict[str, Any] | None, form: str = ".2f") -> str:
@@ -91,7 +92,7 @@ def thought_rows(columns: dict[str, tuple[list[dict], str]], labels: list[str] |
     for label in labels or paths:
         leaves = []
         for runs, who in columns.values():
-            path = paths[label][who == "base" and runs[0]["mode"] != "pretrain"]
+            path = paths[label][who == "base" and "gain_nats_before" in runs[0]]
             leaves.append(over_seeds([figure(run, path, who) for run in runs]))
         if any(leaves):
             form = "+.1%" if label.startswith("change") else ".2f"
@@ -171,13 +172,14 @@ def print_rows(rows: list[list[str]], console: Console) -> None:
 
 def print_summary(summary: dict, console: Console) -> None:
     """The closing tables of a run; summary.json has the rest."""
-    console.print(f"\nheld-out figures, seed {summary['seed']}: mean ± the longer side of its 95 % interval\n")
+    console.print(f"\nheld-out figures, seed {summary['seed']}: mean ± the longer side of its 95 % "
+                  "interval\n")
     if summary["mode"] == "elastic":
         print_rows(budget_rows(summary, short), console)
         if summary["baselines"]:
             print_rows(rival_rows(summary, short), console)
     else:
-        who = dict.fromkeys(["base", summary["mode"]][: 1 + (summary["mode"] != "pretrain")])
+        who = dict.fromkeys(["base", summary["mode"]][: 1 + ("gain_nats_before" in summary)])
         print_rows(thought_rows({w: ([summary], w) for w in who}, show=short), console)
     console.print(f"{summary['wall_s']:.0f} s, {summary['peak_memory_gib']:.2f} GiB at the peak; "
                   "all figures are in summary.json")
