@@ -150,8 +150,10 @@ def base_weights(config: Config, corpus: Corpus, model: HybridLM) -> dict:
     a base that is pretrained once and kept; where either is warmed up, what became of it.
     Returns its folder, whether it was there already, and the seconds that its steps took."""
     def kept(name: str, *more: str) -> Path:
-        key = fingerprint([config.base_fingerprint(*more), corpus.key])
-        return Path(config.data.cache_dir) / f"{name}-{key}"
+        """In the cache; where weights come from `init`, which may change, in the run's folder."""
+        origin = [config.init] if config.init else []
+        key = fingerprint([config.base_fingerprint(*more), corpus.key, *origin])
+        return Path(config.run_dir() if origin else config.data.cache_dir) / f"{name}-{key}"
 
     folder, was_cached, seconds = Path(config.init), True, 0.0
     if config.init and huggingface.is_hf(folder):
@@ -166,8 +168,8 @@ def base_weights(config: Config, corpus: Corpus, model: HybridLM) -> dict:
         folder = kept("base")
         was_cached = phase("pretrain", folder, config, corpus, model)
         seconds += rundir.logged_seconds(folder)
-    if config.mode != "warmup" and config.warmup.steps > 0:
-        folder = config.run_dir() / "warmup" if config.init else kept("warmed", "warmup")
+    if config.mode not in ("pretrain", "warmup") and config.warmup.steps > 0:
+        folder = kept("warmed", "warmup")
         was_cached &= phase("warmup", folder, config, corpus, model)
         seconds += rundir.logged_seconds(folder)
     return {"base_dir": str(folder), "base_was_cached": was_cached, "base_train_s": seconds}

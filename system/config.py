@@ -231,6 +231,12 @@ class RLPConfig(FitConfig):
     reward_floor: Annotated[
         float, Rule("must be 0 or less: it would hide gains", lambda value: value <= 0)] = -2.0
 
+    def check(self, group: str = "rlp") -> None:
+        """Raises ValueError for settings that cannot work."""
+        super().check(group)
+        require(self.back <= self.context_len, f"rlp.back ({self.back}) must be at most "
+                f"rlp.context_len ({self.context_len}): the thought stands inside the context")
+
 
 @dataclass(frozen=True)
 class CPTConfig(FitConfig):

@@ -120,12 +120,14 @@ def resume_point(config: Config, run_dir: Path) -> checkpoint.Checkpoint | None:
 
 
 def shared_settings(config: Config) -> dict:
-    """The settings that a resumed run must share, flat. Those of pretraining are among them: of the
-    run's base, and of the mixture that some modes go on with."""
+    """The settings that a resumed run must share, flat. Those of the phases before it are among
+    them: of the run's base, and of the mixture that some modes go on with."""
     groups = {"model", "data", "pretrain", config.mode}
+    if config.mode != "pretrain":
+        groups.add("warmup")
     # accumulate: on fewer processes it makes up for them; baseline: rivals can be added later.
     free = ("cache_dir", "checkpoint_every", "log_every", "accumulate", "baseline")
-    flat = {}
+    flat = {"rlp.back": config.rlp.back} if "warmup" in groups else {}
     for name, value in json.loads(json.dumps(config.to_dict())).items():
         if name in groups:
             flat |= {f"{name}.{k}": v for k, v in value.items() if k not in free}
