@@ -38,6 +38,8 @@ from system import parallel
 from system.config import Config
 from system.costs import count_parameters, part_cache_bytes, part_flops, sum_of_parts
 from text.batches import Position, collate_contexts, computed_tokens, mixture, random_position
+
+from text.batches import shares_of  # isort: skip
 from text.computed import GENERATED, draw_computed
 from text.corpus import Corpus
 from text.documents import Documents
@@ -385,33 +387,35 @@ def to_device(batch: dict[str, Tensor], model: HybridLM) -> dict[str, Tensor]:
 
 def evaluate_sizes(models: list[HybridLM], references: list[int], corpus: Corpus,
                    config: Config) -> list[dict]:
-    """Models of any size on the same held-out sequences, half of them text and half problems.
+    """Models of any size on the same held-out sequences: of each kind of documents as many.
 
     Args: models: the first is the parent; references: the index of what each is compared with.
-    Returns for each, weighted as training weighs both kinds (see `stratified`): loss_nats, also as
-    text_loss_nats and problem_loss_nats; difference_nats (from its reference, paired by sequence);
-    loss_change (against the parent, relative, paired); kl_nats (from the parent); top1 (share of
-    tokens where both find the same one likeliest); long_loss_nats (see `long_losses`).
+    Returns for each, weighted as training weighs the kinds (see `stratified`): loss_nats, also as
+    KIND_loss_nats; difference_nats (from its reference, paired by sequence); loss_change (against
+    the parent, relative, paired); kl_nats (from the parent); top1 (share of tokens where both find
+    the same one likeliest); long_loss_nats (see `long_losses`).
     """
-    seq_len, share = config.elastic.seq_len, config.data.text_share
+    seq_len, shares = config.elastic.seq_len, shares_of(config)
     n = together(16, seq_len * models[0].config.vocab_size, LOGITS_AT_ONCE)
-    n_batches = math.ceil(config.eval.elastic_rows // 2 / n)
-    kinds = []
-    for text_share in (1.0, 0.0):
-        alone = replace(config, data=replace(config.data, text_share=text_share))
+    n_batches = math.ceil(config.eval.elastic_rows / len(shares) / n)
+    kinds = {}
+    for kind in shares:
+        alone = replace(config, data=replace(config.data, **{
+            f"{name}_share": float(name == kind) for name in ("text", "computed")}))
         made = (mixture(corpus, alone, i, n, seq_len, "test") for i in range(n_batches))
-        kinds.append([compare(models, to_device(batch, models[0])) for batch in made])
-    # By model and name: a value for each sequence of text, and for each of problems.
-    found = [{name: [torch.cat([figures[m][name] for figures in kind]) for kind in kinds]
-              for name in kinds[0][0][m]} for m in range(len(models))]
+        kinds[kind] = [compare(models, to_device(batch, models[0])) for batch in made]
+    # By model, name and kind: a value for each sequence.
+    found = [{name: {kind: torch.cat([figures[m][name] for figures in own])
+                     for kind, own in kinds.items()}
+              for name in kinds["text"][0][m]} for m in range(len(models))]
     parent, out = found[0]["loss_nats"], []
-    parent_loss = stratified(*parent, share)["mean"]
+    parent_loss = stratified(parent, shares)["mean"]
     for model, figures, reference in zip(models, found, references, strict=True):
         loss, other = figures["loss_nats"], found[reference]["loss_nats"]
-        figures["loss_change"] = [(a - b) / parent_loss for a, b in zip(loss, parent, strict=True)]
-        figures["difference_nats"] = [a - b for a, b in zip(loss, other, strict=True)]
-        out.append({name: stratified(*pair, share) for name, pair in figures.items()} | {
-            "text_loss_nats": interval(loss[0]), "problem_loss_nats": interval(loss[1]),
+        figures["loss_change"] = {k: (loss[k] - parent[k]) / parent_loss for k in shares}
+        figures["difference_nats"] = {k: loss[k] - other[k] for k in shares}
+        out.append({name: stratified(by_kind, shares) for name, by_kind in figures.items()} | {
+            **{f"{kind}_loss_nats": interval(values) for kind, values in loss.items()},
             "long_loss_nats": over_documents(*long_losses(model, corpus, config))})
     return out
 
@@ -430,16 +434,16 @@ def compare(models: list[HybridLM], batch: dict[str, Tensor]) -> list[dict[str, 
     return found
 
 
-def stratified(text: Tensor, problem: Tensor, text_share: float) -> dict[str, float | int]:
-    """Mean of a mixture of two kinds of sequences from a sample of each, with its 95 % interval.
+def stratified(values: dict[str, Tensor], shares: dict[str, float]) -> dict[str, float | int]:
+    """Mean of a mixture of kinds of sequences from a sample of each, with its 95 % interval.
 
-    m = s m_text + (1 - s) m_problem; its variance is s^2 v_text / n_text + (1 - s)^2 v_problem /
-    n_problem. Text costs five times as many nats: in one sample that would drown all differences.
+    m is the sum of s_k m_k over the kinds, with their shares s_k; its variance that of s_k^2 v_k /
+    n_k. Text costs five times as many nats: in one sample that would drown all differences.
     """
-    parts = [(text_share, interval(text)), (1 - text_share, interval(problem))]
+    parts = [(shares[kind], interval(own)) for kind, own in values.items()]
     mean = sum(w * i["mean"] for w, i in parts)
     half = math.sqrt(sum((w * (i["high"] - i["mean"])) ** 2 for w, i in parts))
-    return {"mean": mean, "low": mean - half, "high": mean + half, "n": len(text) + len(problem)}
+    return {"mean": mean, "low": mean - half, "high": mean + half, "n": sum(i["n"] for _, i in parts)}
 
 
 def _logp_and_loss(model: HybridLM, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

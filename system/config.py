@@ -141,6 +141,11 @@ class DataConfig(Settings):
     held_out_percent: Annotated[int, within(1, 25)] = 5  # Per cent in each of the splits val, test.
     cache_dir: str = "runs/cache"  # Where the tokenizer, the tokens and trained bases are kept.
 
+    def check(self, group: str = "data") -> None:
+        """Raises ValueError for settings that cannot work."""
+        super().check(group)
+        _shares("data", self)
+
 
 @dataclass(frozen=True)
 class FitConfig(Settings):
@@ -234,6 +239,7 @@ class RLPConfig(FitConfig):
     def check(self, group: str = "rlp") -> None:
         """Raises ValueError for settings that cannot work."""
         super().check(group)
+        _shares("rlp", self)
         require(self.back <= self.context_len, f"rlp.back ({self.back}) must be at most "
                 f"rlp.context_len ({self.context_len}): the thought stands inside the context")
 
@@ -475,6 +481,13 @@ def require_known(name: str, value: str, choices: Iterable[str]) -> None:
 def _tuples(value: Any) -> Any:
     """Lists, as JSON has them, to tuples, at every depth."""
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _shares(group: str, settings: Settings) -> None:
+    """Raises ValueError if problems would have less than nothing."""
+    text, computed = settings.text_share, settings.computed_share
+    require(text + computed <= 1, f"{group}.text_share ({text}) and {group}.computed_share "
+            f"({computed}) must add up to 1 at most; the rest is problems")
 
 
 def _divides(name: str, value: int, by_name: str, by: int) -> None:

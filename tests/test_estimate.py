@@ -156,7 +156,11 @@ ALONE = {"pretrain": ["pretrain"], "warmup": ["warmup"], "cpt": ["cpt"], "rlp": 
 @pytest.mark.parametrize(
     ("init", "warmup_steps", "before"),
     [
-        ("", 3, {"pretrain": [], "warmup": ["pretrain"]} | dict.fromkeys(("cpt", "rlp", "elastic"), ["pretrain", "warmup"])),
+        (
+            "",
+            3,
+            {"pretrain": [], "warmup": ["pretrain"]} | dict.fromkeys(("cpt", "rlp", "elastic"), ["pretrain", "warmup"]),
+        ),
         ("", 0, {"pretrain": [], "warmup": ["pretrain"]} | dict.fromkeys(("cpt", "rlp", "elastic"), ["pretrain"])),
         ("x", 3, {"pretrain": [], "warmup": []} | dict.fromkeys(("cpt", "rlp", "elastic"), ["warmup"])),
         ("x", 0, dict.fromkeys(ALONE, [])),

@@ -19,7 +19,7 @@ import rlp
 from rlp import RLP, clipped_surrogate, ema_update, group_advantages, information_gain, kl_estimate, thought_logp
 from system import loop
 from system.config import RLPConfig
-from text.batches import collate_contexts
+from text.batches import Position, collate_contexts
 from thoughts import sample_thoughts
 
 THINK, CLOSE, END = 3, 4, 5
@@ -279,9 +279,10 @@ def model(make_model):
 
 
 def batch_of(contexts=CONTEXTS, targets=TARGETS, horizon=1):
-    """Contexts padded on the left, as in training; the first is said to be of ordinary text."""
-    is_text_B = torch.arange(len(contexts)) == 0
-    return {**collate_contexts(TOKENIZER, contexts, targets, RLPConfig(horizon=horizon)), "is_text_B": is_text_B}
+    """Contexts padded on the left, as in training; the first is said to be of ordinary text, the others of problems."""
+    positions = [Position(context, target) for context, target in zip(contexts, targets, strict=True)]
+    kind_B = (torch.arange(len(contexts)) == 0).long()
+    return {**collate_contexts(TOKENIZER, positions, RLPConfig(horizon=horizon)), "kind_B": kind_B}
 
 
 def plain_logp(model, before, tokens, banned, temperature=1.0):
@@ -422,14 +423,32 @@ def means(metrics):
     return {name: float(total) / n for name, (total, n) in metrics.items() if n}
 
 
-def test_gains_of_text_and_of_problems_are_logged_apart(model):
-    """The first context of the batch is text; its thoughts alone are counted there."""
+def test_gains_of_each_kind_are_logged_apart(model):
+    """The first context is text, the second of a computed document; two are of problems. Three thoughts each."""
     objective = objective_of()
-    prepared = objective.prepare(model, batch_of(), 0, generator())
+    batch = {**batch_of([*CONTEXTS, *CONTEXTS], [*TARGETS, *TARGETS]), "kind_B": torch.tensor([1, 2, 0, 0])}
+    prepared = objective.prepare(model, batch, 0, generator())
     metrics = objective.loss(model, prepared)[2]
-    assert (metrics["gain_text_nats"][1], metrics["gain_problems_nats"][1], metrics["gain_ema_nats"][1]) == (3, 3, 6)
-    assert means(metrics)["gain_text_nats"] == pytest.approx(float(prepared["gain_R"][:3].mean()))
-    assert means(metrics)["gain_problems_nats"] == pytest.approx(float(prepared["gain_R"][3:].mean()))
+    gain_BG = prepared["gain_R"].view(4, 3)
+    for kind, rows in (("text", [0]), ("computed", [1]), ("problems", [2, 3]), ("ema", [0, 1, 2, 3])):
+        assert metrics[f"gain_{kind}_nats"][1] == 3 * len(rows)
+        assert means(metrics)[f"gain_{kind}_nats"] == pytest.approx(float(gain_BG[rows].mean()))
+
+
+def test_right_answers_are_counted_at_problems_alone(model, monkeypatch):
+    """Everything is right; of four contexts two are of problems, with three thoughts each."""
+
+    def sampled(model, batch, *rest):
+        found = sample_thoughts(model, batch, *rest)
+        found.answer_RX = batch["target_BX"].repeat_interleave(3, dim=0)
+        found.answer_RX[:6] += 1  # wrong at text and at the computed document
+        return found
+
+    monkeypatch.setattr(rlp, "sample_thoughts", sampled)
+    objective = objective_of()
+    batch = {**batch_of([*CONTEXTS, *CONTEXTS], [*TARGETS, *TARGETS]), "kind_B": torch.tensor([1, 2, 0, 0])}
+    total, n = objective.loss(model, objective.prepare(model, batch, 0, generator()))[2]["correct"]
+    assert (float(total), n) == (6, 6)
 
 
 def test_metrics_do_not_depend_on_the_number_of_parts(model, monkeypatch):
@@ -441,7 +460,7 @@ def test_metrics_do_not_depend_on_the_number_of_parts(model, monkeypatch):
 
     monkeypatch.setattr(rlp, "sample_thoughts", sampled)
     whole = batch_of([*CONTEXTS, [1, 0, 2], [0, 0]], [*TARGETS, [1, 1], [2, 2]])
-    whole["is_text_B"] = torch.tensor([True, True, True, False])
+    whole["kind_B"] = torch.tensor([1, 1, 1, 0])
     settings, lines = RLPConfig(lr=0.0, kl=0.1), []
     for n in (1, 2, 4):
         objective = objective_of(kl=0.1, reward_floor=-0.5)
@@ -555,7 +574,7 @@ def test_the_first_inner_update_is_not_clipped_and_a_later_one_is(model):
 
 
 def test_clipped_counts_the_tokens_whose_gradient_the_clip_takes(model, monkeypatch):
-    """Ratios 2 and 1/2 with advantages of both signs: the clip takes one good token that is likely, one bad unlikely one."""
+    """Ratios 2 and 1/2 with advantages of both signs: the clip takes a good token that is likely, a bad unlikely one."""
     objective = objective_of(group_size=2)
     prepared = objective.prepare(model, batch_of([CONTEXTS[0]], [TARGETS[0]]), 0, generator())
     prepared["thoughts"].length_R = torch.tensor([3, 3])

@@ -287,7 +287,8 @@ def rlp_step_work(device: torch.device, B=4, T=256, G=8, L=32, V=1024, model=CPU
     objective.start(network)
     context_BT, target_BX = (torch.randint(V - 3, (B, n), device=device) for n in (T, 1))
     batch = {"context_BT": context_BT, "ids_BT": torch.zeros_like(context_BT),
-             "target_BX": target_BX, "is_text_B": torch.zeros(B, dtype=torch.bool, device=device)}
+             "target_BX": target_BX, **{name: torch.zeros(B, dtype=torch.long, device=device)
+                                        for name in ("kind_B", "back_B")}}
 
     generator = torch.Generator(device)
 
