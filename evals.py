@@ -443,7 +443,8 @@ def stratified(values: dict[str, Tensor], shares: dict[str, float]) -> dict[str,
     parts = [(shares[kind], interval(own)) for kind, own in values.items()]
     mean = sum(w * i["mean"] for w, i in parts)
     half = math.sqrt(sum((w * (i["high"] - i["mean"])) ** 2 for w, i in parts))
-    return {"mean": mean, "low": mean - half, "high": mean + half, "n": sum(i["n"] for _, i in parts)}
+    n = sum(i["n"] for _, i in parts)
+    return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
 
 
 def _logp_and_loss(model: HybridLM, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

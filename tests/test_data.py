@@ -638,7 +638,7 @@ def test_thoughts_stand_before_their_token_by_hand(corpus):
 
 
 def test_thoughts_some_tokens_back_are_there_to_be_read_alone_by_hand(corpus):
-    """Two tokens before theirs: the one for 72 before 70, the one for 73 before 71. For 70 and 71 there is no such place."""
+    """Two tokens before theirs: that for 72 before 70, that for 73 before 71. For 70 and 71 there is no such place."""
     tk = corpus.tokenizer
     found = place_thoughts(tk, [70, 71, 72, 73], {0: [90], 1: [91], 2: [80, 81], 3: []}, back=2)
     assert found == [(tk.think, False), (80, False), (81, False), (tk.close, False), (70, True),
