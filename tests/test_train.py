@@ -255,7 +255,7 @@ class EnoughAt(train.NextToken):
 
 
 def test_training_that_has_learned_enough_is_saved_says_so_and_does_not_go_on(tmp_path, capsys):
-    """After 3 of 8 steps, between two checkpoints; what is saved is what three steps alone make, and a resumed run keeps it."""
+    """After 3 of 8 steps, between two checkpoints; saved is what three steps alone make, and a resumed run keeps it."""
     objective = EnoughAt(3)
     pretrain_on_counting(tmp_path / "enough", objective=objective, checkpoint_every=2)
     assert objective.asked == [1, 2, 3]
