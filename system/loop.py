@@ -108,7 +108,8 @@ def fit(model: HybridLM, objective: Objective, make_batch: Callable[[int], dict[
             if step % settings.checkpoint_every == 0 or ended:
                 save()
             if enough:
-                console.print(f"{label} ends after {step} of {settings.steps} steps: {enough}")
+                console.print(f"{label} ends after {step} of {settings.steps} steps: "
+                              f"{escape(enough)}")
         if settings.steps == 0:
             save()
     parallel.collect(model, plain, objective.networks)

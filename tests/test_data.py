@@ -73,7 +73,7 @@ def load(path, tmp_path, **changes) -> Corpus:
 
 def solve_chain(question):
     value = int(re.search(r" = (\d)", question)[1])
-    steps = re.findall(r"\w to \w ([+-]) (\d)\.", question)
+    steps = re.findall(r"\w to \w ([+-])(\d)\.", question)
     return list(itertools.accumulate((int(sign + n) for sign, n in steps), lambda v, n: (v + n) % 10, initial=value))
 
 
@@ -233,7 +233,7 @@ class Given:
 
 
 TWINS = {  # the canonical form, and the draws of two problems that share it
-    "chain": ("  5  - 2 3  + 8 1", (3, "ute", 5, "-", 2, "+", 8), (3, "abc", 5, "-", 2, "+", 8)),
+    "chain": ("  5  -2 3  +8 1", (3, "ute", 5, "-", 2, "+", 8), (3, "abc", 5, "-", 2, "+", 8)),
     "word": (
         " start 9 Monday -5 4 Tuesday +1 5",
         ("Bob", "books", 9, 2, 4, "sells", 5, "buys"),
@@ -678,8 +678,8 @@ def test_a_copied_document_by_hand(draws, expected):
     assert [wanted for _, wanted in found] == [i > 6 for i in range(len(expected))]
 
 
-@pytest.fixture(scope="module")
-def share_of(corpus):
+@pytest.fixture
+def share_of(corpus, monkeypatch):
     """Shares of text and of computed documents in a batch. Both are made of one token here that no problem holds."""
     marks = [corpus.tokenizer.encode(c)[0] for c in "\0\1"]
     marked = Corpus(corpus.tokenizer, {"train": Documents([join([np.full(10_000, marks[0])])])}, 5)
@@ -688,9 +688,8 @@ def share_of(corpus):
         tokens_BT = make(marked, config, step)["tokens_BT"]
         return [float((tokens_BT == mark).float().mean()) for mark in marks]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batches, "draw_computed", lambda *_: Computed("x", (("\1" * 60, ""),)))
-        yield shares
+    monkeypatch.setattr(batches, "draw_computed", lambda *_: Computed("x", (("\1" * 60, ""),)))
+    return shares
 
 
 @pytest.mark.parametrize(("text", "computed"), [(0.0, 0.0), (0.3, 0.0), (0.0, 0.3), (0.25, 0.2), (0.6, 0.4), (1.0, 0.0)])
@@ -724,7 +723,7 @@ def test_thoughts_of_the_base_are_worked(corpus):
     for shares in (PROBLEMS, {"text_share": 0.0, "computed_share": 1.0}):
         batch = pretrain_batch(corpus, config_of(data=shares, pretrain=fit), 0)
         found = documents_of(batch, corpus.tokenizer)
-        assert not any(FILLER in d for d in found)
+        assert not any(d.split(THINK)[1].startswith(FILLER) for d in found if THINK in d)
         if shares == PROBLEMS:
             found = [d for d in found if "Answer:" in d]
             assert sum(THINK in d for d in found) / len(found) == pytest.approx(0.7, abs=0.05)
@@ -831,7 +830,7 @@ def test_half_of_the_mixtures_other_documents_have_thoughts_back_and_those_are_m
             assert len(trained) <= 1
             masked += [False in trained] if trained else []
             assert all(targets[own[i - 1]] == -100 for i in opened if i)
-    assert len(masked) > 200
+    assert len(masked) >= 200
     assert sum(masked) / len(masked) == pytest.approx(0.5, abs=0.1)
     if kind == "text":
         assert n_text / n_thoughts == pytest.approx(24, rel=0.06)
