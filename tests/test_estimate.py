@@ -159,11 +159,11 @@ ALONE = {"pretrain": ["pretrain"], "warmup": ["warmup"], "cpt": ["cpt"], "rlp": 
         (
             "",
             3,
-            {"pretrain": [], "warmup": ["pretrain"]} | dict.fromkeys(("cpt", "rlp", "elastic"), ["pretrain", "warmup"]),
+            {"pretrain": [], "warmup": ["pretrain"]} | {key: ["pretrain", "warmup"] for key in ("cpt", "rlp", "elastic")},
         ),
-        ("", 0, {"pretrain": [], "warmup": ["pretrain"]} | dict.fromkeys(("cpt", "rlp", "elastic"), ["pretrain"])),
-        ("x", 3, {"pretrain": [], "warmup": []} | dict.fromkeys(("cpt", "rlp", "elastic"), ["warmup"])),
-        ("x", 0, dict.fromkeys(ALONE, [])),
+        ("", 0, {"pretrain": [], "warmup": ["pretrain"]} | {key: ["pretrain"] for key in ("cpt", "rlp", "elastic")}),
+        ("x", 3, {"pretrain": [], "warmup": []} | {key: ["warmup"] for key in ("cpt", "rlp", "elastic")}),
+        ("x", 0, {key: [] for key in ALONE}),
     ],
 )
 def test_a_base_that_init_does_not_bring_and_the_warm_up_are_counted(init, warmup_steps, before):
