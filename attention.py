@@ -43,15 +43,27 @@ class Attention(nn.Module):
         k_BKSP, v_BKSP = (k_BKTP, v_BKTP) if cached is None else (
             append(past, new) for past, new in zip(cached, (k_BKTP, v_BKTP), strict=True))
         # 2. Attend.
-        causal = mask is None and x_BTD.shape[1] > 1  # no mask and one token: it sees everything
-        grouped, keys, values = self.n_heads != self.n_kv_heads, k_BKSP, v_BKSP
-        if grouped and q_BHTP.is_cuda and (mask is not None or q_BHTP.dtype == torch.float32):
-            # Flash attention takes no mask and no fp32; the other without all scores, no groups.
-            grouped, J = False, self.n_heads // self.n_kv_heads
-            keys, values = (t.repeat_interleave(J, dim=1) for t in (k_BKSP, v_BKSP))
-        y_BHTP = F.scaled_dot_product_attention(
-            q_BHTP, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+        y_BHTP = attend(q_BHTP, k_BKSP, v_BKSP, mask)
         return self.o_proj(rearrange(y_BHTP, "b h t p -> b t (h p)")), (k_BKSP, v_BKSP)
+
+
+def attend(q_BHTP: Tensor, k_BKSP: Tensor, v_BKSP: Tensor, mask: Tensor | None) -> Tensor:
+    """Every query over the keys that the mask lets it see: y_BHTP."""
+    (_, H, T, P), K = q_BHTP.shape, k_BKSP.shape[1]
+    if T == 1 and not q_BHTP.is_cuda:  # flash attention on a CPU is for many queries
+        q_BKJP = q_BHTP.view(-1, K, H // K, P) * P**-0.5
+        score_BKJS = q_BKJP @ k_BKSP.mT
+        if mask is not None:
+            score_BKJS = score_BKJS.masked_fill(~mask, float("-inf"))
+        return (score_BKJS.softmax(-1) @ v_BKSP).view(q_BHTP.shape)
+    causal = mask is None and T > 1
+    grouped = H != K
+    if grouped and q_BHTP.is_cuda and (mask is not None or q_BHTP.dtype == torch.float32):
+        # Flash attention takes no mask and no fp32; the other without all scores, no groups.
+        grouped = False
+        k_BKSP, v_BKSP = (t.repeat_interleave(H // K, dim=1) for t in (k_BKSP, v_BKSP))
+    return F.scaled_dot_product_attention(
+        q_BHTP, k_BKSP, v_BKSP, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 
 class HeadNorm(nn.RMSNorm):

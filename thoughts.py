@@ -205,16 +205,18 @@ def score_thoughts(model: HybridLM, batch: dict[str, Tensor], tokenizer: Tokeniz
 def sample(logits_RV: Tensor, banned: tuple[int, ...], temperature: float,
            generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """A token per row from softmax(logits / temperature) without the banned ids; its log p there.
-    Temperature 0 takes the likeliest token, with its log p at temperature 1. Sampling divides the
-    probabilities by exponential noise and takes the largest: one pass, exact, fp32 or wider."""
-    logp_RV = torch.log_softmax(
-        mask_banned(wide(logits_RV), banned) / (temperature or 1.0), dim=-1)
+    Temperature 0 takes the likeliest token, with its log p at temperature 1. Sampling inverts the
+    cumulative distribution: the first id at which it reaches a uniform share, above 0, of its own
+    last value, however that was rounded. So no id of probability 0 is drawn. fp32 or wider."""
+    p_RV = torch.softmax(mask_banned(wide(logits_RV), banned) / (temperature or 1.0), dim=-1)
     if temperature == 0:
-        token_R = logp_RV.argmax(-1)
+        token_R1 = p_RV.argmax(-1, keepdim=True)
     else:
-        noise_RV = torch.empty_like(logp_RV).exponential_(generator=generator)
-        token_R = (logp_RV.exp() / noise_RV).argmax(-1)
-    return token_R, logp_RV.gather(-1, token_R[:, None])[:, 0]
+        sum_RV = p_RV.cumsum(-1)
+        share_R1 = 1 - torch.rand(len(p_RV), 1, generator=generator, dtype=p_RV.dtype,
+                                  device=p_RV.device)  # in (0, 1]
+        token_R1 = torch.searchsorted(sum_RV, share_R1 * sum_RV[:, -1:])
+    return token_R1[:, 0], p_RV.gather(-1, token_R1)[:, 0].log()
 
 
 @torch.no_grad()

@@ -77,7 +77,8 @@ def contexts():
         "context_BT": torch.tensor([[9, 9, 1, 2, 3], [4, 5, 6, 7, 8]]),
         "ids_BT": torch.tensor([[-1, -1, 0, 0, 0], [0] * 5]),
         "target_BX": torch.tensor([[1, 2], [3, 4]]),
-        "is_text_B": torch.tensor([True, False]),
+        "kind_B": torch.tensor([1, 0]),
+        "back_B": torch.tensor([0, 0]),
     }
 
 
