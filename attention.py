@@ -84,7 +84,7 @@ def append(past_BKUP: Tensor, new_BKTP: Tensor) -> Tensor:
     B, K, U, P = past_BKUP.shape
     S, buffer = U + new_BKTP.shape[2], getattr(past_BKUP, "buffer", None)
     if buffer is None or buffer.n_taken != U or buffer.shape[2] < S:
-        buffer = past_BKUP.new_empty(B, K, S + 32, P)  # room for 32 positions more
+        buffer = past_BKUP.new_empty(B, K, S + 64, P)  # room for 64 positions more
         buffer[:, :, :U] = past_BKUP
     buffer[:, :, U:S] = new_BKTP
     buffer.n_taken = S

@@ -94,8 +94,9 @@ class Cache:
 
     def fork(self, n: int) -> "Cache":
         """Each row n times in a row."""
-        some = next(t for layer in self.layers for t in layer)
-        return self.select(torch.arange(len(some), device=some.device).repeat_interleave(n))
+        layers = [tuple(t.repeat_interleave(n, dim=0) for t in layer) for layer in self.layers]
+        ids_BS = None if self.ids_BS is None else self.ids_BS.repeat_interleave(n, dim=0)
+        return Cache(layers, self.n_tokens, ids_BS)
 
 
 class Block(nn.Module):

@@ -48,12 +48,13 @@ THINKING, CUT, CLOSING, DONE = range(4)
 @torch.no_grad()
 def sample_thoughts(model: HybridLM, batch: dict[str, Tensor], tokenizer: Tokenizer,
                     sampling: Sampling, generator: torch.Generator | None = None,
-                    forced_Rl: Tensor | None = None) -> Thoughts:
+                    forced_Rl: Tensor | None = None, prefix: "Prefix | None" = None) -> Thoughts:
     """Sample G thoughts for each context and score the target after each of them.
 
     Args: batch: context_BT and ids_BT, padded on the left (ids -1), and target_BX, the observed
     next tokens (see `collate_contexts`); tokenizer: for its tags and end-of-text, which ends a
-    thought too; forced_Rl: tokens that each thought begins with, to try out a style.
+    thought too; forced_Rl: tokens that each thought begins with, to try out a style; prefix: that
+    of `prefill`, if it was run.
     """
     G, L, temperature = sampling
     target_BX, think, close = batch["target_BX"], tokenizer.think, tokenizer.close
@@ -61,7 +62,7 @@ def sample_thoughts(model: HybridLM, batch: dict[str, Tensor], tokenizer: Tokeni
     R = B * G
 
     # 1. Prefill: run each context once, score its target without a thought, fork its cache.
-    logp_plain_B, answer_plain_BX, prefix = score_context(model, batch, tokenizer.tags)
+    logp_plain_B, answer_plain_BX, prefix = score_context(model, batch, tokenizer.tags, prefix)
     cache = prefix.cache.fork(G)
     tokens_RL = torch.full((R, L), close, device=device)
     logp_RL = logp_plain_B.new_zeros(R, L)
@@ -139,10 +140,10 @@ def prefill(model: HybridLM, batch: dict[str, Tensor]) -> Prefix:
 
 
 @torch.no_grad()
-def score_context(model: HybridLM, batch: dict[str, Tensor],
-                  tags: tuple[int, int]) -> tuple[Tensor, Tensor, Prefix]:
+def score_context(model: HybridLM, batch: dict[str, Tensor], tags: tuple[int, int],
+                  prefix: Prefix | None = None) -> tuple[Tensor, Tensor, Prefix]:
     """`score_targets` right after the contexts, without a thought; and what was run for it."""
-    prefix = prefill(model, batch)
+    prefix = prefix or prefill(model, batch)
     return *score_targets(model, prefix.hidden_BD, prefix.cache, batch["target_BX"], tags), prefix
 
 

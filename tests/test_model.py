@@ -190,15 +190,15 @@ def test_continuations_of_one_cache_do_not_disturb_each_other(model, T):
 
 @torch.no_grad()
 def test_appending_copies_the_past_only_when_its_room_is_used_up():
-    """Five positions, then 80 one by one: a new buffer has room for 32 more, so one is needed at 6, 39 and 72."""
+    """Five positions, then 140 one by one: a new buffer has room for 64 more, so one is needed at 6, 71 and 136."""
     all_BKSP, buffers = torch.randn(2, 1, 5, 3), []
     expected_BKSP = all_BKSP
-    for _ in range(80):
+    for _ in range(140):
         new_BKTP = torch.randn(2, 1, 1, 3)
         all_BKSP, expected_BKSP = append(all_BKSP, new_BKTP), torch.cat([expected_BKSP, new_BKTP], dim=2)
         buffers.append(all_BKSP.data_ptr())
     assert torch.equal(all_BKSP, expected_BKSP)
-    assert [i + 6 for i in range(80) if i == 0 or buffers[i] != buffers[i - 1]] == [6, 39, 72]
+    assert [i + 6 for i in range(140) if i == 0 or buffers[i] != buffers[i - 1]] == [6, 71, 136]
 
 
 def test_appending_with_gradients_keeps_them():
