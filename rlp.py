@@ -178,9 +178,10 @@ class RLP(Objective):
         thoughts = sample_thoughts(sampler, batch, tokenizer, sampling, generator, **shared)
         logp_ema_B, _, _ = score_context(whole(self.networks["teacher"]), batch, tokenizer.tags)
         gain_BG = information_gain(thoughts.logp_target_R.view(-1, c.group_size), logp_ema_B)
-        advantage_BG = group_advantages(reward(gain_BG, c.reward_floor))
+        reward_BG = reward(gain_BG, c.reward_floor)
         batch = {**batch, **shared, "thoughts": thoughts, "gain_R": gain_BG.flatten(),
-                 "advantage_R": advantage_BG.flatten()}
+                 "advantage_R": group_advantages(reward_BG).flatten(),
+                 "signal_B": reward_BG.amax(dim=1) - reward_BG.amin(dim=1) > 1e-6}
         if c.kl > 0:
             with torch.no_grad():
                 reference = whole(self.networks["reference"])
@@ -191,9 +192,9 @@ class RLP(Objective):
         """Sum over the thoughts of the clipped surrogate and the KL term, their number, metrics."""
         c, thoughts, advantage_R = self.config, batch["thoughts"], batch["advantage_R"]
         length_R = thoughts.length_R
-        # Where the advantage is 0 or rounding there is nothing to learn, and the sampler's log p is
-        # good enough for the metrics. FSDP wants as many passes of all processes.
-        wanted_R = advantage_R.abs() > 1e-6
+        # Where rewards are equal there is nothing to learn, and the sampler's log p is good enough
+        # for the metrics. FSDP wants as many passes of all processes.
+        wanted_R = batch["signal_B"].repeat_interleave(c.group_size)
         if c.kl > 0 or parallel.is_dressed(model) or not wanted_R.any():
             wanted_R = torch.ones_like(wanted_R)
         logp_RL = self.policy_logp(model, batch, batch.pop("prefix", None), wanted_R)
@@ -228,7 +229,7 @@ class RLP(Objective):
             **{f"gain_{kind}_nats": gain_BG[kind_B == i] for i, kind in enumerate(KINDS)},
             "correct": is_right_BG[kind_B == 0],  # the likeliest token at answers
             "reward_std_nats": reward_BG.std(dim=1),  # within each group
-            "no_signal": reward_BG.amax(dim=1) - reward_BG.amin(dim=1) <= 1e-6,  # share of groups
+            "no_signal": ~batch["signal_B"],  # share of groups
             "floored": gain_BG < c.reward_floor,
             "thought_tokens": t.length_R,
             "closed": t.closed_R,
