@@ -6,6 +6,8 @@ Nemotron-H has no positional embedding at all (the Mamba layers tell the order),
 one rule for padding, packing and causality.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -112,9 +114,17 @@ def rope(x_BHTP: Tensor, start: int, theta: float) -> Tensor:
     """Rotate channel pairs (i, i + P/2) of token t by (start + t) theta^(-2i/P) (arXiv 2104.09864,
     eq. 34). Scores depend on differences only: left padding and packing need no own positions."""
     T, P = x_BHTP.shape[-2:]
-    like = {"device": x_BHTP.device, "dtype": torch.promote_types(x_BHTP.dtype, torch.float32)}
+    cos_TP, sin_TP = rope_tables(start, T, P, theta, x_BHTP.dtype, x_BHTP.device)
+    left, right = x_BHTP.chunk(2, dim=-1)
+    return x_BHTP * cos_TP + torch.cat([-right, left], dim=-1) * sin_TP
+
+
+@functools.lru_cache(maxsize=2)
+def rope_tables(start: int, T: int, P: int, theta: float, dtype: torch.dtype,
+                device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of `rope`, made once for all layers of a pass."""
+    like = {"device": device, "dtype": torch.promote_types(dtype, torch.float32)}
     frequency = theta ** (-torch.arange(0, P, 2, **like) / P)
     angle = torch.arange(start, start + T, **like)[:, None] * frequency
-    cos, sin = (torch.cat([t, t], dim=-1).to(x_BHTP.dtype) for t in (angle.cos(), angle.sin()))
-    left, right = x_BHTP.chunk(2, dim=-1)
-    return x_BHTP * cos + torch.cat([-right, left], dim=-1) * sin
+    cos_TP, sin_TP = (torch.cat([t, t], dim=-1).to(dtype) for t in (angle.cos(), angle.sin()))
+    return cos_TP, sin_TP
