@@ -342,3 +342,14 @@ def test_keys_stay_in_the_dtype_of_the_products_under_autocast(make_model):
         warnings.simplefilter("error")
         _, cache = model(torch.tensor([[1, 2, 3]]))
     assert [t.dtype for t in cache.layers[0]] == [torch.bfloat16, torch.bfloat16]
+
+
+def test_gradients_of_swiglu_equal_those_of_its_formula(make_model):
+    """down(silu(gate(x)) up(x)), whose wide tensors backward makes again."""
+    mixer = make_model(pattern="-", ffn="swiglu").layers[0].mixer
+    x_BTD = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+    gate, up, down = mixer.gate_proj.weight, mixer.up_proj.weight, mixer.down_proj.weight
+    plain = (torch.nn.functional.silu(x_BTD @ gate.T) * (x_BTD @ up.T)) @ down.T
+    leaves, weight = (x_BTD, gate, up, down), torch.randn(2, 3, 8, dtype=torch.float64)
+    found, expected = (torch.autograd.grad((weight * y).sum(), leaves) for y in (mixer(x_BTD, None, None)[0], plain))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
