@@ -132,11 +132,11 @@ def prefill(model: HybridLM, batch: dict[str, Tensor]) -> Prefix:
     that are not 0 are alike."""
     context_BT, ids_BT = batch["context_BT"], batch["ids_BT"]
     cut = context_BT.shape[1] - int(batch["back_B"].max())
-    hidden_BTD, early = model(context_BT[:, :cut], ids_BT=ids_BT[:, :cut])
+    hidden_BtD, early = model(context_BT[:, :cut], ids_BT=ids_BT[:, :cut])
     cache = early
     if cut < context_BT.shape[1]:
-        hidden_BTD, cache = model(context_BT[:, cut:], early, ids_BT[:, cut:])
-    return Prefix(hidden_BTD[:, -1], cache, early)
+        hidden_BtD, cache = model(context_BT[:, cut:], early, ids_BT[:, cut:])
+    return Prefix(hidden_BtD[:, -1], cache, early)
 
 
 @torch.no_grad()
@@ -186,12 +186,12 @@ def score_thoughts(model: HybridLM, batch: dict[str, Tensor], tokenizer: Tokeniz
         # 1. <think>, the thought, </think>, the text from where it stands to the target's last
         #    token but one. What is behind is not read.
         target_rX = batch["target_BX"][of_r]
-        after_rZ = torch.cat([batch["context_BT"][of_r, T - back :], target_rX[:, :-1]], dim=1)
-        fed_rT = F.pad(tokens_RL[rows], (1, 1 + after_rZ.shape[1]), value=close)
+        after_rz = torch.cat([batch["context_BT"][of_r, T - back :], target_rX[:, :-1]], dim=1)
+        fed_rT = F.pad(tokens_RL[rows], (1, 1 + after_rz.shape[1]), value=close)
         fed_rT[:, 0] = tokenizer.think
         closed_r1 = (fed_rT == close).int().argmax(1, keepdim=True)
         at_rZ = closed_r1 + torch.arange(back + X, device=rows.device)
-        fed_rT.scatter_(1, at_rZ[:, 1:], after_rZ)
+        fed_rT.scatter_(1, at_rZ[:, 1:], after_rz)
         # 2. From the cache; each token of the target is read from the place before it.
         begin = (early if back else cache).select(of_r)
         hidden_rTD, _ = model(fed_rT[:, : int(at_rZ.max()) + 1], begin)

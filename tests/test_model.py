@@ -346,7 +346,7 @@ def test_keys_stay_in_the_dtype_of_the_products_under_autocast(make_model):
 
 def test_gradients_of_swiglu_equal_those_of_its_formula(make_model):
     """down(silu(gate(x)) up(x)), whose wide tensors backward makes again."""
-    mixer = make_model(pattern="-", ffn="swiglu").layers[0].mixer
+    mixer = make_model(pattern="*-", ffn="swiglu").layers[1].mixer
     x_BTD = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
     gate, up, down = mixer.gate_proj.weight, mixer.up_proj.weight, mixer.down_proj.weight
     plain = (torch.nn.functional.silu(x_BTD @ gate.T) * (x_BTD @ up.T)) @ down.T
