@@ -48,12 +48,13 @@ THINKING, CUT, CLOSING, DONE = range(4)
 @torch.no_grad()
 def sample_thoughts(model: HybridLM, batch: dict[str, Tensor], tokenizer: Tokenizer,
                     sampling: Sampling, generator: torch.Generator | None = None,
-                    forced_Rl: Tensor | None = None) -> Thoughts:
+                    forced_Rl: Tensor | None = None, prefix: "Prefix | None" = None) -> Thoughts:
     """Sample G thoughts for each context and score the target after each of them.
 
     Args: batch: context_BT and ids_BT, padded on the left (ids -1), and target_BX, the observed
     next tokens (see `collate_contexts`); tokenizer: for its tags and end-of-text, which ends a
-    thought too; forced_Rl: tokens that each thought begins with, to try out a style.
+    thought too; forced_Rl: tokens that each thought begins with, to try out a style; prefix: that
+    of `prefill`, if it was run.
     """
     G, L, temperature = sampling
     target_BX, think, close = batch["target_BX"], tokenizer.think, tokenizer.close
@@ -61,7 +62,7 @@ def sample_thoughts(model: HybridLM, batch: dict[str, Tensor], tokenizer: Tokeni
     R = B * G
 
     # 1. Prefill: run each context once, score its target without a thought, fork its cache.
-    logp_plain_B, answer_plain_BX, prefix = score_context(model, batch, tokenizer.tags)
+    logp_plain_B, answer_plain_BX, prefix = score_context(model, batch, tokenizer.tags, prefix)
     cache = prefix.cache.fork(G)
     tokens_RL = torch.full((R, L), close, device=device)
     logp_RL = logp_plain_B.new_zeros(R, L)
@@ -139,10 +140,10 @@ def prefill(model: HybridLM, batch: dict[str, Tensor]) -> Prefix:
 
 
 @torch.no_grad()
-def score_context(model: HybridLM, batch: dict[str, Tensor],
-                  tags: tuple[int, int]) -> tuple[Tensor, Tensor, Prefix]:
+def score_context(model: HybridLM, batch: dict[str, Tensor], tags: tuple[int, int],
+                  prefix: Prefix | None = None) -> tuple[Tensor, Tensor, Prefix]:
     """`score_targets` right after the contexts, without a thought; and what was run for it."""
-    prefix = prefill(model, batch)
+    prefix = prefix or prefill(model, batch)
     return *score_targets(model, prefix.hidden_BD, prefix.cache, batch["target_BX"], tags), prefix
 
 
@@ -205,16 +206,18 @@ def score_thoughts(model: HybridLM, batch: dict[str, Tensor], tokenizer: Tokeniz
 def sample(logits_RV: Tensor, banned: tuple[int, ...], temperature: float,
            generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """A token per row from softmax(logits / temperature) without the banned ids; its log p there.
-    Temperature 0 takes the likeliest token, with its log p at temperature 1. Sampling divides the
-    probabilities by exponential noise and takes the largest: one pass, exact, fp32 or wider."""
-    logp_RV = torch.log_softmax(
-        mask_banned(wide(logits_RV), banned) / (temperature or 1.0), dim=-1)
+    Temperature 0 takes the likeliest token, with its log p at temperature 1. Sampling inverts the
+    cumulative distribution: the first id at which it reaches a uniform share, above 0, of its own
+    last value, however that was rounded. So no id of probability 0 is drawn. fp32 or wider."""
+    p_RV = torch.softmax(mask_banned(wide(logits_RV), banned) / (temperature or 1.0), dim=-1)
     if temperature == 0:
-        token_R = logp_RV.argmax(-1)
+        token_R1 = p_RV.argmax(-1, keepdim=True)
     else:
-        noise_RV = torch.empty_like(logp_RV).exponential_(generator=generator)
-        token_R = (logp_RV.exp() / noise_RV).argmax(-1)
-    return token_R, logp_RV.gather(-1, token_R[:, None])[:, 0]
+        sum_RV = p_RV.cumsum(-1)
+        share_R1 = 1 - torch.rand(len(p_RV), 1, generator=generator, dtype=p_RV.dtype,
+                                  device=p_RV.device)  # in (0, 1]
+        token_R1 = torch.searchsorted(sum_RV, share_R1 * sum_RV[:, -1:])
+    return token_R1[:, 0], p_RV.gather(-1, token_R1)[:, 0].log()
 
 
 @torch.no_grad()

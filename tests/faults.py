@@ -79,7 +79,6 @@ FAULTS = [
     Fault("thought_outlives_end", "thoughts.py", "(token == tokenizer.end) | ", "", "generate"),
     Fault("target_of_another", "thoughts.py", "target_BX[at // G]", "target_BX[at % B]", "generate"),
     Fault("length_of_all_rows", "thoughts.py", "length_R[at] += 1", "length_R[rows] += 1", "generate"),
-    Fault("noise_multiplied", "thoughts.py", "logp_RV.exp() / noise_RV", "logp_RV.exp() * noise_RV", "generate"),
     Fault("given_thought_unclosed", "thoughts.py", "after_rY.shape[1]), value=close)",
           "after_rY.shape[1]), value=tokenizer.end)", "generate"),
     Fault("given_target_shifted", "thoughts.py", "target_rX[:, :-1]], dim=1)", "target_rX[:, 1:]], dim=1)", "generate"),
@@ -92,6 +91,8 @@ FAULTS = [
     Fault("sampled_thoughts_stay_at_the_end", "thoughts.py", "if batch[\"back_B\"].any():", "if False:", "generate"),
     Fault("rows_in_the_order_of_back", "thoughts.py", "for rows, _, _ in found]).argsort()",
           "for rows, _, _ in found]).argsort().sort().values", "generate"),
+    Fault("share_of_one", "thoughts.py", "share_R1 * sum_RV[:, -1:]", "share_R1", "generate"),
+    Fault("share_may_be_zero", "thoughts.py", "share_R1 = 1 - torch.rand(", "share_R1 = torch.rand(", "generate"),
     # the program that talks
     Fault("talk_temperature", "generate.py", "c.temperature if temperature is None else temperature",
           "c.temperature", "train elastic_runs"),

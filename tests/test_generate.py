@@ -374,6 +374,17 @@ def test_frequencies_of_sampled_tokens_match_the_softmax(temperature, banned):
     assert_close(token_R.bincount(minlength=6) / 20000, (kept_V / temperature).softmax(-1), rtol=0, atol=0.015)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 1 - 2**-24])
+def test_a_token_of_probability_zero_is_never_drawn_from_150000(monkeypatch, share):
+    """Whatever the uniform number, and however fp32 rounds the sum: 300 ids can be drawn, never first or last."""
+    logits_V = torch.full((150_000,), -torch.inf)
+    logits_V[500::499] = torch.randn(300, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, share))
+    token_R, logp_R = sample(logits_V.expand(3, -1), (0, 999), 1.0, None)
+    assert logp_R.isfinite().all()
+    assert ((token_R - 500) % 499 == 0).all()
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 100.0])
 def test_banned_tokens_are_never_drawn(temperature):
     logits_RV = torch.zeros(5000, 4)
