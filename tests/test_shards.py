@@ -341,8 +341,9 @@ def test_nothing_of_the_documents_is_held_but_memory_maps(program, tmp_path):
 
 
 def test_memory_does_not_grow_with_the_data(tmp_path):
-    """27 million tokens (55 MB) and half a million documents (4 MB of starts): a thousand windows and positions allocate less than 1 MiB
-    at any time; a copy of the tokens, or of the starts, would be more. Pages of the map are the system's.
+    """27 million tokens (55 MB) and half a million documents (4 MB of starts): a thousand windows and positions
+    allocate less than 1 MiB at any time; a copy of the tokens, or of the starts, would be more. Pages of the map are the
+    system's.
     """
     long, short = [7] * 639, [7] * 3
     lengths = [str(i) for i in range(40_000)] + ["x" + str(i) for i in range(460_000)]
