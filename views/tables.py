@@ -171,7 +171,8 @@ def print_rows(rows: list[list[str]], console: Console) -> None:
 
 def print_summary(summary: dict, console: Console) -> None:
     """The closing tables of a run; summary.json has the rest."""
-    console.print(f"\nheld-out figures, seed {summary['seed']}: mean ± the longer side of its 95 % interval\n")
+    console.print(f"\nheld-out figures, seed {summary['seed']}: mean ± the longer side of its 95 % "
+                  "interval\n")
     if summary["mode"] == "elastic":
         print_rows(budget_rows(summary, short), console)
         if summary["baselines"]:
