@@ -53,9 +53,9 @@ FAULTS = [
           "place_RX[:, 1:], target_RX[:, 1:])", "generate"),
     # the program that talks
     Fault("talk_temperature", "generate.py", "c.temperature if temperature is None else temperature",
-          "c.temperature", "train elastic_runs"),
-    Fault("talk_without_budget", "generate.py", "submodel(family, widths)", "family", "elastic_runs train"),
-    Fault("talk_seed", "generate.py", "prompt, c, seed)", "prompt, c, 0)", "train elastic_runs"),
+          "c.temperature", "generate"),
+    Fault("talk_without_budget", "generate.py", "submodel(family, widths)", "family", "generate"),
+    Fault("talk_seed", "generate.py", "prompt, c, seed)", "prompt, c, 0)", "generate"),
     # held-out figures
     Fault("gain_sign", "evals.py", 'sampled["logp"] - logp for', 'logp - sampled["logp"] for', "evals"),
     Fault("half_a_sigma", "evals.py", "half = 1.96 * float", "half = 0.5 * float", "evals"),
