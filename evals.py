@@ -1,20 +1,27 @@
 """Held-out figures, each with its n and a 95 % interval.
 
-Information gain is measured against four references, because one alone can flatter:
+Information gain is measured against five references, because one alone can flatter:
 
-    frozen_base     the base that RLP started from, without a thought: the honest one
-    ema             the teacher, without a thought: what training rewards
-    own_no_think    the trained model, without a thought: high also if it forgot to predict so
-    empty_thought   the trained model after `<think></think>`: what is left is the content's merit
+    frozen_base      the base that RLP started from, without a thought: the honest one
+    ema              the teacher, without a thought: what training rewards
+    own_no_think     the trained model, without a thought: high also if it forgot to predict so
+    empty_thought    the trained model after `<think></think>`: what is left is the content's merit
+    swapped_thought  the trained model after a thought that it had elsewhere: what is left is what a
+                     thought owes to its own context
 
-Accuracy is that of the likeliest answer token after sampled thoughts, the greedy one, and none. An
-interval is the mean +- 1.96 standard errors over problems: they, not thoughts, are independent.
+Accuracy is that of the likeliest answer token after sampled thoughts, the greedy one, and none.
+
+Problems are independent, thoughts on one of them are not; positions and windows of one document of
+text are not either. So there are three intervals: `interval` of means over problems, `share` of
+shares of right answers and the like, `over_documents` of means over text. Held-out documents of
+text count alike, as far as they are long enough: else the two longest would be half of it.
 """
 
 import itertools
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -25,16 +32,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import selected_logp, token_logp
+from kernels import selected_logp, token_logp, wide
 from model import HybridLM
 from system import parallel
 from system.config import Config
 from system.costs import count_parameters, part_cache_bytes, part_flops, sum_of_parts
-from text.batches import collate_contexts, mixture, text_position
+from text.batches import collate_contexts, mixture
 from text.corpus import Corpus
+from text.documents import Documents
 from text.problems import Problem, held_out_problems
 from text.tokenizer import Tokenizer
-from thoughts import Sampling, sample_thoughts, score_context
+from thoughts import Sampling, sample_thoughts, score_context, score_thoughts
 
 # How much is worked on together: tokens in caches, numbers in a tensor of logits.
 TOKENS_AT_ONCE, LOGITS_AT_ONCE = 2**17, 2**28
@@ -44,10 +52,11 @@ def evaluate_base(model: HybridLM, corpus: Corpus, config: Config) -> dict:
     """Held-out figures of a pretrained model."""
     problems = problem_positions(corpus, config)
     found = evaluate_thoughts(model, problems, {})
+    loss_nats = over_documents(*text_losses(model, corpus, config))
     return {
         "accuracy": side_by_side({"base": found["accuracy"]}), "gain_nats": found["gain_nats"],
         "forced_style": evaluate_forced_style(model, problems),
-        "loss_nats": {"no_think_text": {"base": interval(text_losses(model, corpus, config))}}}
+        "loss_nats": {"no_think_text": {"base": loss_nats}}}
 
 
 def evaluate_both(model: HybridLM, base: HybridLM, teacher: HybridLM | None, corpus: Corpus,
@@ -62,33 +71,80 @@ def evaluate_both(model: HybridLM, base: HybridLM, teacher: HybridLM | None, cor
 
     problems = problem_positions(corpus, config)
     before, after = measure(problems)
-    text_before, text_after = measure(text_positions(corpus, config))
-    loss_before, loss_after = (text_losses(m, corpus, config) for m in (base, model))
+    others = {"text": text_positions(corpus, config)}
+    found = {name: measure(positions) for name, positions in others.items()}
+    (loss_before, documents), (loss_after, _) = (
+        text_losses(m, corpus, config) for m in (base, model))
+    change = (loss_after - loss_before) / loss_before.mean()
     return {
-        "gain_nats": after["gain_nats"], "gain_nats_by_family": after["gain_nats_by_family"],
+        "gain_nats": after["gain_nats"], "gain_nats_by_kind": after["gain_nats_by_kind"],
         "gain_nats_before": before["gain_nats"],
         **{key: side_by_side({"base": before[key], config.mode: after[key]})
-           for key in ("accuracy", "thought_tokens", "closed")},
+           for key in ("accuracy", "thought_tokens", "closed", "share_not_empty")},
         "forced_style_base": evaluate_forced_style(base, problems),
         "loss_nats": {
-            "no_think_text": {"base": interval(loss_before), config.mode: interval(loss_after)},
-            "no_think_text_change": interval((loss_after - loss_before) / loss_before.mean())},
-        "text_positions": {config.mode: text_after, "base": text_before}}
+            "no_think_text": {"base": over_documents(loss_before, documents),
+                              config.mode: over_documents(loss_after, documents)},
+            "no_think_text_change": over_documents(change, documents)},
+        "positions": {name: {config.mode: a, "base": b} for name, (b, a) in found.items()}}
 
 
-def interval(values: Tensor) -> dict[str, float | int]:
-    """Mean, 95 % interval (normal approximation) and number of independent observations."""
+Leaf = dict[str, float | int]  # mean, low and high of its 95 % interval, n; n_documents of text
+
+
+def interval(values: Tensor) -> Leaf:
+    """Mean of independent observations, and its interval: mean +- 1.96 standard errors."""
     n, mean = len(values), float(values.double().mean())
     half = 1.96 * float(values.double().std()) / math.sqrt(n) if n > 1 else math.nan
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
 
 
-def by_family(values: Tensor, problems: list[Problem]) -> dict[str, dict]:
-    """`interval` over all values and, of problems, over those of each family."""
-    families = [p.family for p in problems]
-    return {"all": interval(values)} | {
-        family: interval(values[torch.tensor([f == family for f in families])])
-        for family in dict.fromkeys(families)}
+def share(values: Tensor, samples: int = 1, documents: Tensor | None = None) -> Leaf:
+    """Mean of values in [0, 1], each itself the share of so many samples, and Wilson's interval:
+
+        (p + z^2 / 2m +- z sqrt(p (1 - p) / m + z^2 / 4m^2)) / (1 + z^2 / m),        z = 1.96
+
+    It stays in [0, 1], and is never of width 0 (E. B. Wilson 1927). m = p (1 - p) / v is how many
+    independent yes-or-no trials would leave p the variance v that it has between the values, or the
+    documents where they are given (the effective sample size of surveys; Korn and Graubard 1998):
+    n for one sample each, at most n times samples. Where all values are 0 or all are 1, it is n,
+    or n^2 / (sum over documents of n_d^2).
+    """
+    n, p = len(values), float(values.double().mean())
+    of_value = np.arange(n) if documents is None else _numbered(documents)
+    off = np.bincount(of_value, weights=values.double().numpy() - p)
+    variance = (off**2).sum() / n**2
+    if 0 < p < 1:
+        m = min(n * samples, p * (1 - p) / variance if variance else math.inf)
+    else:
+        m = n**2 / (np.bincount(of_value) ** 2).sum()
+    z2_m = 1.96**2 / m
+    middle = (p + z2_m / 2) / (1 + z2_m)
+    half = math.sqrt(z2_m * p * (1 - p) + z2_m**2 / 4) / (1 + z2_m)
+    leaf = {"mean": p, "low": max(0.0, middle - half), "high": min(1.0, middle + half), "n": n}
+    return leaf if documents is None else {**leaf, "n_documents": len(documents.unique())}
+
+
+def over_documents(values: Tensor, documents: Tensor) -> Leaf:
+    """Mean over positions or windows of text, and its interval by a bootstrap over documents.
+
+    Of N documents N - 1 are drawn, with replacement, 2,000 times: so few, and the variance is
+    unbiased (Rao and Wu 1988). Low and high are the quantiles .025 and .975 of the means.
+    """
+    leaf = {"mean": float(values.double().mean()), "low": math.nan, "high": math.nan,
+            "n": len(values), "n_documents": len(documents.unique())}
+    if (N := leaf["n_documents"]) > 1:
+        of_value = _numbered(documents)
+        total, n = np.bincount(of_value, values.double().numpy()), np.bincount(of_value)
+        times = np.random.default_rng(0).multinomial(N - 1, np.full(N, 1 / N), size=2000)
+        low, high = np.quantile((times @ total) / (times @ n), [0.025, 0.975])
+        leaf |= {"low": float(low), "high": float(high)}
+    return leaf
+
+
+def _numbered(documents: Tensor) -> np.ndarray:
+    """The document of each value, counted from 0."""
+    return documents.unique(return_inverse=True)[1].numpy()
 
 
 def side_by_side(trees: dict[str, dict]) -> dict:
@@ -108,6 +164,8 @@ class Positions(NamedTuple):
     pairs: list[tuple[list[int], list[int]]]
     tokenizer: Tokenizer
     config: Config
+    kinds: list[str]  # by which figures are told apart: the family of each problem, for example
+    documents: Tensor | None = None  # the document of each; None for problems: one each
     problems: list[Problem] = []  # whose they are; empty if they are of text
 
     def batches(self, model: HybridLM, n: int) -> Iterator[dict[str, Tensor]]:
@@ -117,20 +175,55 @@ class Positions(NamedTuple):
             batch = collate_contexts(self.tokenizer, contexts, targets, self.config.rlp)
             yield to_device(batch, model)
 
+    def leaf(self, values: Tensor, samples: int = 0, kind: str | None = None) -> Leaf:
+        """The mean over all positions, or those of a kind, with the interval that is right for it.
+        samples: the values are shares of so many yes-or-no answers; 0 if they are no shares."""
+        rows = [i for i, own in enumerate(self.kinds) if kind in (None, own)]
+        values = values[rows]
+        documents = None if self.documents is None else self.documents[rows]
+        if samples:
+            return share(values, samples, documents)
+        return interval(values) if documents is None else over_documents(values, documents)
+
+    def by_kind(self, values: Tensor, samples: int = 0) -> dict[str, Leaf]:
+        """`leaf` over all positions, and over those of each kind."""
+        kinds = dict.fromkeys(self.kinds)
+        return {"all": self.leaf(values, samples),
+                **{kind: self.leaf(values, samples, kind) for kind in kinds}}
+
 
 def problem_positions(corpus: Corpus, config: Config) -> Positions:
     """At the answers of held-out problems."""
     n, encode = config.eval.problems_per_family, corpus.tokenizer.encode
     problems = held_out_problems("test", n, config.seed, corpus.held_out_percent)
     pairs = [(encode(p.prompt), encode(p.answer)) for p in problems]
-    return Positions(pairs, corpus.tokenizer, config, problems)
+    families = [p.family for p in problems]
+    return Positions(pairs, corpus.tokenizer, config, families, problems=problems)
 
 
 def text_positions(corpus: Corpus, config: Config) -> Positions:
-    """Uniformly random positions of ordinary held-out text."""
-    rng, n = random.Random(f"text-positions-test-{config.seed}"), config.eval.text_positions
-    pairs = [text_position(corpus, config.rlp, "test", rng) for _ in range(n)]
-    return Positions(pairs, corpus.tokenizer, config)
+    """Random positions of held-out documents; `repeats` where the last two tokens of the context
+    stand in it before: there it may say what comes next."""
+    rng, fit, pairs, kinds = random.Random(f"text-positions-test-{config.seed}"), config.rlp, [], []
+    chosen = deal(corpus.documents["test"], config.eval.text_positions, rng)
+    for i in chosen:
+        document = corpus.documents["test"][i].tolist()
+        n_after = min(fit.horizon, len(document) - 1)
+        t = rng.randrange(1, len(document) - n_after + 1)
+        context = document[max(0, t - fit.context_len) : t]
+        pairs.append((context, document[t : t + fit.horizon]))
+        earlier = itertools.pairwise(context[:-1])
+        kinds.append("repeats" if tuple(context[-2:]) in earlier else "no_repeat")
+    return Positions(pairs, corpus.tokenizer, config, kinds, torch.tensor(chosen))
+
+
+def deal(documents: Documents, n: int, rng: random.Random, least: int = 2) -> list[int]:
+    """n times the index of a document of at least so many tokens: each equally often, as nearly as
+    can be. Empty if there is none."""
+    lengths = np.concatenate([np.diff(starts) for _, starts in documents.parts])
+    fit = np.flatnonzero(lengths >= least)
+    order = [int(fit[k]) for k in rng.sample(range(len(fit)), min(n, len(fit)))]
+    return list(itertools.islice(itertools.cycle(order), n))
 
 
 def together(most: int, each: int, limit: int) -> int:
@@ -139,27 +232,31 @@ def together(most: int, each: int, limit: int) -> int:
 
 
 def evaluate_thoughts(model: HybridLM, positions: Positions, plain: dict[str, Tensor]) -> dict:
-    """Gains, lengths and share closed of sampled thoughts; at problems accuracies too.
+    """Gains, lengths, shares closed and not empty of sampled thoughts; at problems accuracies too.
 
     Args: plain: log p(target | context) by each network to compare with, without a thought.
-    Returns: gain_nats.REFERENCE, thought_tokens, closed; at problems accuracy.KIND and, with a
-    base, gain_nats_by_family against it; leaves are of `by_family`.
+    Returns: gain_nats.REFERENCE (leaves) and, with a base, gain_nats_by_kind against it;
+    thought_tokens, closed, share_not_empty; at problems accuracy.HOW (leaves by kind).
     """
-    c, problems = positions.config, positions.problems
-    sampled = measure_thoughts(model, positions, c.rlp.temperature, c.eval.samples)
+    c, n = positions.config, positions.config.eval.samples
+    sampled = measure_thoughts(model, positions, c.rlp.temperature, n)
+    thought_BGL, close = sampled["thought_BGL"], positions.tokenizer.close
+    empty_BGL = torch.full_like(thought_BGL[:, :1, :1], close)
     plain = {"own_no_think": sampled["logp_plain"],
-             "empty_thought": plain_logp(model, positions, empty_thought=True), **plain}
+             "empty_thought": logp_after(model, positions, empty_BGL),
+             "swapped_thought": logp_after(model, positions, swapped(thought_BGL, c.seed)), **plain}
     gain_nats = {name: sampled["logp"] - logp for name, logp in plain.items()}
-    out = {"gain_nats": {name: interval(gain) for name, gain in gain_nats.items()},
-           "thought_tokens": by_family(sampled["length"], problems),
-           "closed": by_family(sampled["closed"], problems)}
-    if problems:
+    out = {"gain_nats": {name: positions.leaf(gain) for name, gain in gain_nats.items()},
+           "thought_tokens": positions.by_kind(sampled["length"]),
+           "closed": positions.by_kind(sampled["closed"], n),
+           "share_not_empty": positions.by_kind(sampled["not_empty"], n)}
+    if "frozen_base" in plain:
+        out["gain_nats_by_kind"] = positions.by_kind(gain_nats["frozen_base"])
+    if positions.problems:
         greedy = measure_thoughts(model, positions, 0.0, 1)
-        out["accuracy"] = {"sampled": by_family(sampled["correct"], problems),
-                           "greedy": by_family(greedy["correct"], problems),
-                           "no_think": by_family(sampled["correct_plain"], problems)}
-        if "frozen_base" in plain:
-            out["gain_nats_by_family"] = by_family(gain_nats["frozen_base"], problems)
+        out["accuracy"] = {"sampled": positions.by_kind(sampled["correct"], n),
+                           "greedy": positions.by_kind(greedy["correct"], 1),
+                           "no_think": positions.by_kind(sampled["correct_plain"], 1)}
     return out
 
 
@@ -170,15 +267,16 @@ def evaluate_forced_style(model: HybridLM, positions: Positions) -> dict:
     forced_Bl = torch.tensor([encode(p.thought)[:2] for p in positions.problems])
     found = {f"temperature_{t:g}": measure_thoughts(model, positions, t, 1, forced_Bl)["correct"]
              for t in (0.0, 0.7, 1.0)}
-    return {name: by_family(correct, positions.problems) for name, correct in found.items()}
+    return {name: positions.by_kind(correct, 1) for name, correct in found.items()}
 
 
 def measure_thoughts(model: HybridLM, positions: Positions, temperature: float, samples: int,
                      forced_Bl: Tensor | None = None) -> dict[str, Tensor]:
     """Sample thoughts at each position, score its target, take means over the samples. Args:
     forced_Bl: tokens that a position's thoughts must begin with. Returns a value a position: logp
-    (after the thought), correct, length, closed, logp_plain, correct_plain."""
-    c = positions.config
+    (after the thought), correct, length, closed, not_empty, logp_plain, correct_plain; and the
+    thoughts, thought_BGL, filled up with closing tags."""
+    c, close = positions.config, positions.tokenizer.close
     generator = torch.Generator(parallel.device_of(model)).manual_seed(c.seed + 10_000)
     sampling = Sampling(samples, c.rlp.thought_len, temperature)
     n = together(64, samples * (c.rlp.context_len + c.rlp.thought_len), TOKENS_AT_ONCE)
@@ -190,37 +288,69 @@ def measure_thoughts(model: HybridLM, positions: Positions, temperature: float, 
         target_BX = batch["target_BX"]
         is_right_R = (t.answer_RX == target_BX.repeat_interleave(samples, dim=0)).all(-1)
         of_thoughts = {"logp": t.logp_target_R, "correct": is_right_R.float(),
-                       "length": t.length_R.float(), "closed": t.closed_R.float()}
+                       "length": t.length_R.float(), "closed": t.closed_R.float(),
+                       "not_empty": (t.tokens_RL[:, 0] != close).float()}
         means = {name: v.view(-1, samples).mean(dim=1) for name, v in of_thoughts.items()}
+        padded_RL = F.pad(t.tokens_RL, (0, c.rlp.thought_len - t.tokens_RL.shape[1]), value=close)
         found.append({**means, "logp_plain": t.logp_plain_B,
-                      "correct_plain": (t.answer_plain_BX == target_BX).all(-1).float()})
+                      "correct_plain": (t.answer_plain_BX == target_BX).all(-1).float(),
+                      "thought_BGL": padded_RL.unflatten(0, (-1, samples))})
     return {name: torch.cat([part[name] for part in found]).cpu() for name in found[0]}
 
 
-def plain_logp(model: HybridLM, positions: Positions, empty_thought: bool = False) -> Tensor:
-    """log p(target | context) without a thought, or after an empty one: a value a position."""
-    tk = positions.tokenizer
-    if empty_thought:
-        pairs = [([*context, *tk.tags], target) for context, target in positions.pairs]
-        positions = positions._replace(pairs=pairs)
+def plain_logp(model: HybridLM, positions: Positions) -> Tensor:
+    """log p(target | context) without a thought: a value a position."""
     n = together(256, positions.config.rlp.context_len, TOKENS_AT_ONCE)
-    return torch.cat([score_context(model, batch, tk.tags)[0].cpu()
+    return torch.cat([score_context(model, batch, positions.tokenizer.tags)[0].cpu()
                       for batch in positions.batches(model, n)])
 
 
 @torch.no_grad()
-def text_losses(model: HybridLM, corpus: Corpus, config: Config) -> Tensor:
-    """Next-token loss of held-out text without thoughts, in nats: a mean for each 256 tokens."""
+def logp_after(model: HybridLM, positions: Positions, thought_BGL: Tensor) -> Tensor:
+    """log p(target | context, thought), the mean over the G thoughts given for each position."""
+    c, (_, G, L), found = positions.config.rlp, thought_BGL.shape, []
+    n = together(64, G * (c.context_len + L), TOKENS_AT_ONCE)
+    for i, batch in enumerate(positions.batches(model, n)):
+        tokens_RL = thought_BGL[i * n : (i + 1) * n].flatten(0, 1).to(batch["context_BT"].device)
+        logp_R, _ = score_thoughts(model, batch, positions.tokenizer, tokens_RL)
+        found.append(logp_R.view(-1, G).mean(dim=1).cpu())
+    return torch.cat(found)
+
+
+def swapped(thought_BGL: Tensor, seed: int) -> Tensor:
+    """The thoughts of each position moved to another one: along one random ring of them all."""
+    ring = torch.randperm(len(thought_BGL), generator=torch.Generator().manual_seed(seed))
+    return torch.empty_like(thought_BGL).index_copy(0, ring, thought_BGL[ring.roll(1)])
+
+
+def text_windows(documents: Documents, n: int, length: int, rng: random.Random, least: int = 2
+                 ) -> list[tuple[int, np.ndarray]]:
+    """At most n windows of length + 1 tokens that have no target in common, with the index of their
+    document: of each document as many, if it is so long. One that is shorter, and has at least
+    `least` tokens, is a window itself."""
+    found = []
+    for i, most in Counter(deal(documents, n, rng, least)).items():
+        document = documents[i]
+        starts = range(0, max(1, len(document) - length), length)
+        found += [(i, document[start : start + length + 1])
+                  for start in rng.sample(starts, min(most, len(starts)))]
+    return found
+
+
+@torch.no_grad()
+def text_losses(model: HybridLM, corpus: Corpus, config: Config) -> tuple[Tensor, Tensor]:
+    """Next-token loss of held-out text without thoughts, in nats: the mean of each window of 256
+    tokens, at least two windows; and the document of each."""
     rng, length, begin = random.Random(f"text-test-{config.seed}"), 256, corpus.tokenizer.begin
-    losses = []
-    for _ in range(max(2, config.eval.text_tokens // length)):
-        window = [*begin, *corpus.text_window(rng, "test", length + 1).tolist()]
-        tokens_BT = torch.tensor([window], device=parallel.device_of(model))
+    n, losses = max(2, config.eval.text_tokens // length), []
+    windows = text_windows(corpus.documents["test"], n, length, rng)
+    for _, window in windows:
+        tokens_BT = torch.tensor([[*begin, *window]], device=parallel.device_of(model))
         hidden_BTD, _ = model(tokens_BT[:, :-1])
         logits = model.logits(hidden_BTD[:, len(begin) :])
         logp = token_logp(logits, tokens_BT[:, len(begin) + 1 :], corpus.tokenizer.tags)
         losses.append(-logp.mean().cpu())
-    return torch.stack(losses)
+    return torch.stack(losses), torch.tensor([i for i, _ in windows])
 
 
 def to_device(batch: dict[str, Tensor], model: HybridLM) -> dict[str, Tensor]:
@@ -260,7 +390,7 @@ def evaluate_sizes(models: list[HybridLM], references: list[int], corpus: Corpus
         figures["difference_nats"] = [a - b for a, b in zip(loss, other, strict=True)]
         out.append({name: stratified(*pair, share) for name, pair in figures.items()} | {
             "text_loss_nats": interval(loss[0]), "problem_loss_nats": interval(loss[1]),
-            "long_loss_nats": interval(long_losses(model, corpus, config))})
+            "long_loss_nats": over_documents(*long_losses(model, corpus, config))})
     return out
 
 
@@ -294,7 +424,7 @@ def _logp_and_loss(model: HybridLM, batch: dict[str, Tensor]) -> tuple[Tensor, T
     """Log-probabilities of all tokens everywhere, and the mean loss of each sequence."""
     targets_BT = batch["targets_BT"]
     hidden_BTD, _ = model(batch["tokens_BT"], ids_BT=batch["ids_BT"])
-    logp_BTV = torch.log_softmax(model.logits(hidden_BTD).float(), dim=-1)
+    logp_BTV = torch.log_softmax(wide(model.logits(hidden_BTD)), dim=-1)
     loss_BT = -logp_BTV.gather(-1, targets_BT.clamp(min=0)[..., None])[..., 0]
     return logp_BTV, _row_mean(loss_BT, (targets_BT != -100).double())
 
@@ -304,18 +434,19 @@ def _row_mean(value_BT: Tensor, inside_BT: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def long_losses(model: HybridLM, corpus: Corpus, config: Config) -> Tensor:
-    """Mean loss of each held-out text of long_len tokens, at positions that stage 1 never had."""
+def long_losses(model: HybridLM, corpus: Corpus, config: Config) -> tuple[Tensor, Tensor]:
+    """Mean loss of each held-out text of long_len tokens, at positions that stage 1 never had; and
+    the document of each."""
     c, device, losses = config.elastic, parallel.device_of(model), []
-    found = (d[i : i + c.long_len + 1] for d in corpus.documents["test"]
-             for i in range(0, len(d) - c.long_len, c.long_len))
-    texts = list(itertools.islice(found, config.eval.elastic_rows))
+    rng, n = random.Random(f"long-test-{config.seed}"), config.eval.elastic_rows
+    texts = text_windows(corpus.documents["test"], n, c.long_len, rng, least=c.long_len + 1)
     for i in range(0, len(texts), 4):
-        tokens_BT = torch.from_numpy(np.stack(texts[i : i + 4])).long().to(device)
+        window = np.stack([tokens for _, tokens in texts[i : i + 4]])
+        tokens_BT = torch.from_numpy(window).long().to(device)
         hidden_BTD = model(tokens_BT[:, :-1])[0][:, c.seq_len - 1 :]
         logp_BT = selected_logp(hidden_BTD, model.output_matrix, tokens_BT[:, c.seq_len :])
         losses.append(-logp_BT.mean(1).cpu())
-    return torch.cat(losses) if losses else torch.full((2,), math.nan)
+    return torch.cat(losses) if losses else torch.empty(0), torch.tensor([i for i, _ in texts])
 
 
 def size_facts(model: HybridLM, config: Config) -> dict[str, float]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import mask_banned, token_logp, wide
@@ -136,6 +137,31 @@ def score_targets(model: HybridLM, hidden_BD: Tensor, cache: Cache | None, targe
         hidden_BXD = torch.cat([hidden_BXD, rest], dim=1)
     logits_BXV = mask_banned(model.logits(hidden_BXD), tags)
     return token_logp(logits_BXV, target_BX).sum(-1), logits_BXV.argmax(-1)
+
+
+def score_thoughts(model: HybridLM, batch: dict[str, Tensor], tokenizer: Tokenizer,
+                   tokens_RL: Tensor) -> tuple[Tensor, Tensor]:
+    """log p(target | context, thought) of given thoughts, as `score_targets` has it, in one pass
+    over all their tokens, with gradients.
+
+    Args: tokens_RL: R = B G thoughts, a context's in a row; past its end, up to the width, each has
+    closing tags, and one that does not close itself is closed. The empty thought is a closing tag
+    alone. Returns logp_R and answer_RX.
+    """
+    (B, X), close = batch["target_BX"].shape, tokenizer.close
+    G = len(tokens_RL) // B
+    target_RX = batch["target_BX"].repeat_interleave(G, dim=0)
+    # 1. <think>, the thought, </think>, the target but for its last token; the rest is not read.
+    fed_RT = F.pad(tokens_RL, (1, X), value=close)
+    fed_RT[:, 0] = tokenizer.think
+    place_RX = (fed_RT == close).int().argmax(1)[:, None] + torch.arange(X, device=fed_RT.device)
+    fed_RT.scatter_(1, place_RX[:, 1:], target_RX[:, :-1])
+    # 2. From the contexts' cache; each token of the target is read from the place before it.
+    _, cache = model(batch["context_BT"], ids_BT=batch["ids_BT"])
+    hidden_RTD, _ = model(fed_RT[:, : int(place_RX.max()) + 1], cache.fork(G))
+    hidden_RXD = hidden_RTD.gather(1, place_RX[..., None].expand(-1, -1, hidden_RTD.shape[-1]))
+    logits_RXV = mask_banned(model.logits(hidden_RXD), tokenizer.tags)
+    return token_logp(logits_RXV, target_RX).sum(-1), logits_RXV.argmax(-1)
 
 
 def sample(logits_RV: Tensor, banned: tuple[int, ...], temperature: float,

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from thoughts import Sampling, Thoughts, sample, sample_thoughts
+import generate
+from system.config import RLPConfig
+from thoughts import Sampling, Thoughts, sample, sample_thoughts, score_thoughts
 
 THINK, CLOSE, END = 9, 10, 11
 TAGS = (THINK, CLOSE)
@@ -26,16 +28,20 @@ def model(request, make_model):
     return make_model(pattern=request.param)
 
 
-def think(model, contexts=CONTEXTS, targets=TARGETS, horizon=1, seed=0, forced_Rl=None, **changes) -> Thoughts:
-    """`sample_thoughts` of contexts of any lengths, padded with a token that would be noticed; changes are of Sampling."""
+def batch_of(contexts=CONTEXTS, targets=TARGETS, horizon=1):
+    """Contexts of any lengths, padded with a token that would be noticed."""
     T = max(len(c) for c in contexts)
-    batch = {
+    return {
         "context_BT": torch.tensor([[7] * (T - len(c)) + c for c in contexts]),
         "ids_BT": torch.tensor([[-1] * (T - len(c)) + [0] * len(c) for c in contexts]),
         "target_BX": torch.tensor([t[:horizon] for t in targets]),
     }
-    sampling = Sampling(G, N)._replace(**changes)
-    return sample_thoughts(model, batch, TOKENIZER, sampling, torch.Generator().manual_seed(seed), forced_Rl)
+
+
+def think(model, contexts=CONTEXTS, targets=TARGETS, horizon=1, seed=0, forced_Rl=None, **changes) -> Thoughts:
+    """`sample_thoughts`; changes are of Sampling."""
+    sampling, generator = Sampling(G, N)._replace(**changes), torch.Generator().manual_seed(seed)
+    return sample_thoughts(model, batch_of(contexts, targets, horizon), TOKENIZER, sampling, generator, forced_Rl)
 
 
 def rows(thoughts):
@@ -128,6 +134,56 @@ def test_plain_logp_equals_a_full_forward_pass_without_thought(model, horizon):
         assert_close(thoughts.logp_plain_B[b], plain_logp(model, context, target[:horizon], TAGS).sum(), **NEAR)
 
 
+# ---------------------------------------------------------------------------------------------------- given thoughts
+
+# Two a context: one that closes itself, at once or later; one that ends the text; ones that are cut at N tokens.
+GIVEN = [[CLOSE], [3, 5, CLOSE], [1, 2, 3, 4, 5, 6], [0, END], [8, 8, 8, 8, 8, CLOSE], [END]]
+
+
+def given(thoughts=GIVEN, width=N):
+    """Filled up with closing tags."""
+    return torch.tensor([c + [CLOSE] * (width - len(c)) for c in thoughts])
+
+
+@pytest.mark.parametrize("horizon", [1, 2, 3])
+def test_given_thoughts_are_scored_as_by_full_forward_passes(model, horizon):
+    """Two thoughts for each context: log p of the target after each, closed where it is not, and the likeliest tokens."""
+    logp_R, answer_RX = score_thoughts(model, batch_of(horizon=horizon), TOKENIZER, given())
+    for r, thought in enumerate(GIVEN):
+        before = [*CONTEXTS[r // 2], THINK, *thought] + [CLOSE] * (thought[-1] != CLOSE)
+        target = TARGETS[r // 2][:horizon]
+        assert_close(logp_R[r], plain_logp(model, before, target, TAGS).sum(), **NEAR)
+        logits_TV = plain_logits(model, before + target[:-1], TAGS)[len(before) - 1 :]
+        assert answer_RX[r].tolist() == logits_TV.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("horizon", [1, 3])
+def test_sampled_thoughts_are_scored_alike_while_sampled_and_when_given(model, horizon):
+    thoughts = think(model, horizon=horizon)
+    logp_R, answer_RX = score_thoughts(model, batch_of(horizon=horizon), TOKENIZER, thoughts.tokens_RL)
+    assert_close(logp_R, thoughts.logp_target_R, **NEAR)
+    assert_close(answer_RX, thoughts.answer_RX)
+
+
+def test_the_width_of_given_thoughts_does_not_matter(model):
+    narrow, wide = (score_thoughts(model, batch_of(horizon=2), TOKENIZER, given(width=n)) for n in (N, N + 5))
+    assert_close(narrow, wide, **NEAR)
+
+
+def test_gradients_of_scored_thoughts_are_those_of_plain_passes(model):
+    batch = batch_of(horizon=2)
+    score_thoughts(model, batch, TOKENIZER, given())[0].sum().backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    for r, thought in enumerate(GIVEN):
+        before = [*CONTEXTS[r // 2], THINK, *thought] + [CLOSE] * (thought[-1] != CLOSE)
+        tokens = before + TARGETS[r // 2][:2]
+        logits_TV = model.logits(model(torch.tensor([tokens]))[0])[0].index_fill(-1, torch.tensor(TAGS), -torch.inf)
+        logp_TV = logits_TV.log_softmax(-1)
+        (logp_TV[len(before) - 1, tokens[-2]] + logp_TV[len(before), tokens[-1]]).backward()
+    assert_close(found, {name: p.grad for name, p in model.named_parameters()}, rtol=1e-8, atol=1e-8)
+
+
 # ------------------------------------------------------------------------------------------------- shapes of thoughts
 
 
@@ -216,6 +272,45 @@ def test_dropping_finished_rows_changes_nothing(model, horizon, forced_Rl):
         one = slice(r, r + 1)
         alone = think(model, contexts[one], targets[one], horizon, group_size=1, temperature=0.0, forced_Rl=forced_Rl[one])
         assert_close(one_row(together, r), one_row(alone, 0), **NEAR)
+
+
+# ------------------------------------------------------------------------------------------------- the program that talks
+
+
+@pytest.fixture
+def talked(monkeypatch):
+    """What the program asks to be thought: a run's model or, by budget, the models of its family; .3, 5 tokens."""
+    asked, settings = [], RLPConfig(temperature=0.3, thought_len=5)
+    router, config = SimpleNamespace(choose=lambda budget: f"widths of {budget:g}"), SimpleNamespace(rlp=settings)
+
+    def show(model, tokenizer, prompt, c, seed):
+        asked.append((model, prompt, c.temperature, c.thought_len, seed))
+        return ""
+
+    monkeypatch.setattr(generate, "show_thought", show)
+    monkeypatch.setattr(generate, "load_model", lambda run: ("all of it", None, settings))
+    monkeypatch.setattr(generate, "load_family", lambda run: ("family", router, None, config))
+    monkeypatch.setattr(generate, "submodel", lambda family, widths: f"{family}, {widths}")
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], (0.3, 5, 0)),
+        (["--temperature", "0", "--seed", "7"], (0.0, 5, 7)),
+        (["--temperature", "2", "--thought-len", "9"], (2.0, 9, 0)),
+    ],
+)
+def test_the_program_thinks_as_its_run_or_as_it_is_told(talked, words, expected):
+    """Temperature, longest thought and seed."""
+    assert generate.main(["run", "Hm", *words]) == 0
+    assert talked == [("all of it", "Hm", *expected)]
+
+
+def test_the_program_thinks_with_the_model_of_each_budget(talked):
+    assert generate.main(["run", "Hm", "--budget", "1", "0.5"]) == 0
+    assert [model for model, *_ in talked] == ["family, widths of 1", "family, widths of 0.5"]
 
 
 # ----------------------------------------------------------------------------------------------------------- one token

@@ -192,9 +192,9 @@ def test_what_begins_a_document_stands_before_every_document_and_context(tmp_pat
     contexts = collate_contexts(corpus.tokenizer, [[5], [6, 7]], [[1], [1]], config.rlp)["context_BT"]
     assert contexts.tolist() == [[corpus.tokenizer.end, 0, 5], [0, 6, 7]]
     model = make_model(vocab_size=corpus.tokenizer.n_vocab)
-    losses = text_losses(model, corpus, config)
+    losses, _ = text_losses(model, corpus, config)
     corpus.tokenizer.begin = ()
-    without = text_losses(model, corpus, config)
+    without, _ = text_losses(model, corpus, config)
     assert len(losses) == len(without)
     assert not torch.equal(losses, without)
 

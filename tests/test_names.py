@@ -26,7 +26,7 @@ import rlp
 import routers
 from system.config import ElasticConfig, RLPConfig
 from system.presets import PRESETS
-from thoughts import Sampling, sample_thoughts
+from thoughts import Sampling, sample_thoughts, score_thoughts
 from tools import bench
 
 ROOT = Path(__file__).parent.parent
@@ -115,6 +115,7 @@ def scoring(model):
     tokens_RL = torch.arange(6 * 7).view(6, 7) % 9
     length_R = torch.tensor([1, 7, 3, 2, 5, 5])
     rlp.thought_logp(model, BATCH, tokens_RL, length_R, TOKENIZER.think, 0.7).sum().backward()
+    score_thoughts(model, BATCH, TOKENIZER, tokens_RL)[0].sum().backward()
 
 
 def rlp_step(model):

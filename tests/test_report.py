@@ -45,13 +45,15 @@ def made_up():
 def thinking(seed=0, mode="rlp", after=0.9, text=-2.0):
     """A made-up run of a mode with thoughts: accuracies .5 before and `after` after it, gains .5 and 1."""
     accuracy = {"base": leaf(0.5), mode: leaf(after)}
-    gains = {name: leaf(1.0) for name in ("frozen_base", "ema", "own_no_think", "empty_thought")}
+    gains = {name: leaf(1.0) for name in ("frozen_base", "ema", "own_no_think", "empty_thought", "swapped_thought")}
+    at_text = {"gain_nats": {"frozen_base": leaf(text), "swapped_thought": leaf(text + 3)},
+               "gain_nats_by_kind": {"repeats": leaf(text + 4)}, "share_not_empty": {"all": leaf(0.25)}}  # fmt: skip
     return {"mode": mode, "seed": seed, "wall_s": 60.0, "base_train_s": 30.0, "base_was_cached": True,
             "peak_memory_gib": 1.0, "versions": {"commit": "abc1234"}, "gain_nats": gains,
             "gain_nats_before": {"frozen_base": leaf(0.5)},
             "accuracy": {kind: {"all": accuracy, "sum": accuracy} for kind in ("sampled", "greedy", "no_think")},
             "loss_nats": {"no_think_text": {"base": leaf(3.0), mode: leaf(3.1)}, "no_think_text_change": leaf(0.03)},
-            "text_positions": {mode: {"gain_nats": {"frozen_base": leaf(text)}}}}  # fmt: skip
+            "positions": {"text": {mode: at_text}}}  # fmt: skip
 
 
 def write(folder, **summaries):
@@ -76,6 +78,7 @@ def test_a_cell_and_its_short_form_by_hand():
     assert tables.cell(leaf(0.934, 0.02)) == "0.93 (0.91 to 0.95)"
     assert tables.cell(leaf(0.012, 0.001), "+.1%") == "+1.2% (+1.1% to +1.3%)"
     assert tables.short(leaf(-0.934, 0.02), "+.3f") == "-0.934 ±0.020"
+    assert tables.short({"mean": 1.0, "low": 0.96, "high": 1.0}) == "1.00 ±0.04"
     assert tables.cell(None) == tables.short(None) == ""
 
 
@@ -92,7 +95,11 @@ def test_rows_of_thoughts_by_hand():
     by_name = {row[0]: row[1:] for row in rows}
     assert by_name["gain over the frozen base, nats"] == ["0.50 (0.49 to 0.51)", "1.00 (0.99 to 1.01)"]
     assert by_name["  sum, sampled thoughts"] == ["0.50 (0.49 to 0.51)", "0.90 (0.89 to 0.91)"]
+    assert by_name["gain over another's thought, nats"] == ["", "1.00 (0.99 to 1.01)"]
     assert by_name["gain at ordinary text, nats"] == ["", "-2.00 (-2.01 to -1.99)"]
+    assert by_name["  over another's thought at ordinary text, nats"] == ["", "1.00 (0.99 to 1.01)"]
+    assert by_name["  thoughts not empty at ordinary text"] == ["", "0.25 (0.24 to 0.26)"]
+    assert by_name["gain where text repeats, nats"] == ["", "2.00 (1.99 to 2.01)"]
     assert by_name["change of the loss on text"] == ["", "+3.0% (+2.0% to +4.0%)"]
     assert "thought, tokens" not in by_name
 

@@ -27,7 +27,10 @@ def load(folder: Path) -> dict[str, list[dict]]:
     found = defaultdict(list)
     for file in sorted(folder.glob("*.json"), key=lambda file: (len(file.stem), file.stem)):
         kind = re.sub(r"-seed\d+$", "", re.sub(r"^bench-.*-", "bench-", file.stem))
-        found[kind].append(read_json(file))
+        run = read_json(file)
+        if "text_positions" in run:  # as older results have it
+            run["positions"] = {"text": run["text_positions"]}
+        found[kind].append(run)
     return found
 
 
@@ -144,7 +147,7 @@ def claims(found: dict[str, list[dict]]) -> list[list[str]]:
     pairs = [(a, b) for a in rlp for b in found["cpt-cpu"] if a["seed"] == b["seed"]]
     ours, cpt = [a for a, _ in pairs], [b for _, b in pairs]
     sampled, greedy = "accuracy/sampled/all/WHO", "accuracy/greedy/all/WHO"
-    position, change = "text_positions/WHO/gain_nats/frozen_base", "loss_nats/no_think_text_change"
+    position, change = "positions/text/WHO/gain_nats/frozen_base", "loss_nats/no_think_text_change"
     add("RLP: thoughts learn to answer where thinking is needed", "--mode rlp", rlp,
         [above(get(sampled, rlp), get(sampled, rlp, "base"))],
         f"accuracy {text(sampled, rlp, 'base')} → {text(sampled, rlp)}")

@@ -42,10 +42,11 @@ def plot_accuracy(summaries: list[dict], file: Path) -> None:
     for i, (kind, who, color, label) in enumerate(kinds):
         leaves = [[s["accuracy"][kind][f][who] for s in summaries] for f in families]
         means = np.array([[leaf["mean"] for leaf in row] for row in leaves])  # [families, seeds]
-        half = np.array([[leaf["high"] - leaf["mean"] for leaf in row] for row in leaves])
+        sides = np.array([[(leaf["mean"] - leaf["low"], leaf["high"] - leaf["mean"])
+                           for leaf in row] for row in leaves])
         at = np.arange(len(families)) + 0.27 * (i - 1)
-        axis.bar(at, means.mean(1), 0.25, yerr=half.mean(1) / len(summaries) ** 0.5, color=color,
-                 label=label, capsize=2)
+        axis.bar(at, means.mean(1), 0.25, color=color, label=label, capsize=2,
+                 yerr=sides.mean(1).T / len(summaries) ** 0.5)
         if len(summaries) > 1:
             for values, x in zip(means.T, np.linspace(-0.06, 0.06, len(summaries)), strict=True):
                 axis.plot(at + x, values, ".", color="black", markersize=3)

@@ -16,6 +16,7 @@ RIVALS = {  # what tables and plots call an elastic family and each `elastic.bas
     "minitron": "alone, n times the tokens", "scratch": "from scratch, n times",
     "random-order": "elastic, random order", "fixed": "elastic, widths by hand",
     "uniform": "elastic, uniform stage 2"}
+POSITIONS = {"text": "ordinary text"}  # what tables call the sets of positions of a summary
 
 
 def cell(leaf: dict[str, Any] | None, form: str = ".2f") -> str:
@@ -26,10 +27,11 @@ def cell(leaf: dict[str, Any] | None, form: str = ".2f") -> str:
 
 
 def short(leaf: dict[str, Any] | None, form: str = ".2f") -> str:
-    """`0.93 ±0.02`: a mean and half the width of its interval."""
+    """`0.93 ±0.02`: a mean and the longer side of its interval."""
     if leaf is None:
         return ""
-    return f"{leaf['mean']:{form}} ±{(leaf['high'] - leaf['low']) / 2:{form.lstrip('+')}}"
+    side = max(leaf["high"] - leaf["mean"], leaf["mean"] - leaf["low"])
+    return f"{leaf['mean']:{form}} ±{side:{form.lstrip('+')}}"
 
 
 def over_seeds(leaves: list[dict[str, Any] | None]) -> dict[str, Any] | None:
@@ -50,13 +52,19 @@ def figures(families: list[str]) -> dict[str, tuple[str, str]]:
     """Where a summary of a mode with thoughts has each figure: of its model, and of the base that
     it began with. WHO stands for `base` or the mode."""
     gains = {"frozen_base": "the frozen base", "ema": "the EMA teacher",
-             "own_no_think": "no thought", "empty_thought": "an empty thought"}
+             "own_no_think": "no thought", "empty_thought": "an empty thought",
+             "swapped_thought": "another's thought"}
+    at_positions = (("gain at", ", nats", "gain_nats/frozen_base"),
+                    ("  over another's thought at", ", nats", "gain_nats/swapped_thought"),
+                    ("  thoughts not empty at", "", "share_not_empty/all"))
     alike = {"accuracy, sampled thoughts": "accuracy/sampled/all/WHO",
              "accuracy, greedy thought": "accuracy/greedy/all/WHO",
              "accuracy, no thought": "accuracy/no_think/all/WHO",
              **{f"  {name}, sampled thoughts": f"accuracy/sampled/{name}/WHO" for name in families},
              "loss on text, no thought, nats": "loss_nats/no_think_text/WHO",
-             "gain at ordinary text, nats": "text_positions/WHO/gain_nats/frozen_base",
+             **{f"{label} {name}{unit}": f"positions/{key}/WHO/{path}"
+                for key, name in POSITIONS.items() for label, unit, path in at_positions},
+             "gain where text repeats, nats": "positions/text/WHO/gain_nats_by_kind/repeats",
              "thought, tokens": "thought_tokens/all/WHO", "thoughts that close": "closed/all/WHO"}
     forced = "forced_style_base/temperature_{}/all"
     return {**{f"gain over {name}, nats": (f"gain_nats/{key}", f"gain_nats_before/{key}")
@@ -163,7 +171,8 @@ def print_rows(rows: list[list[str]], console: Console) -> None:
 
 def print_summary(summary: dict, console: Console) -> None:
     """The closing tables of a run; summary.json has the rest."""
-    console.print(f"\nheld-out figures, seed {summary['seed']}: mean ± half of the 95 % interval\n")
+    console.print(f"\nheld-out figures, seed {summary['seed']}: mean ± the longer side of its 95 % "
+                  "interval\n")
     if summary["mode"] == "elastic":
         print_rows(budget_rows(summary, short), console)
         if summary["baselines"]:

@@ -1,0 +1,165 @@
+"""Deliberate faults, one at a time, in a copy of the repo: the tests named must notice each of them.
+
+    python tests/faults.py              all of them, in about half an hour on one core
+    python tests/faults.py gain_sign    those that are named
+
+Prints a line a fault; the exit code is 1 if one passed unnoticed. pytest does not run this file: test_faults.py only
+looks whether every fault can still be put in.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+
+
+class Fault(NamedTuple):
+    """One text of a file, which occurs there once, replaced by another."""
+
+    name: str
+    file: str
+    text: str
+    wrong: str
+    tests: str  # files of tests/ without `test_` and `.py`, one of which must fail
+
+
+FAULTS = [
+    # the objective
+    Fault("information_gain_sign", "rlp.py", "(logp_pred_BG - logp_ema_B[:, None])",
+          "(logp_ema_B[:, None] - logp_pred_BG)", "rlp"),
+    Fault("reward_without_floor", "rlp.py", "return gain_BG.clamp(min=floor)", "return gain_BG", "rlp"),
+    Fault("advantage_factor", "rlp.py", "G / (G - 1) * (reward_BG", "(reward_BG", "rlp"),
+    Fault("advantage_over_batch", "rlp.py", "reward_BG.mean(dim=1, keepdim=True)", "reward_BG.mean().view(1, 1)", "rlp"),
+    Fault("clip_maximum", "rlp.py", "torch.minimum(", "torch.maximum(", "rlp"),
+    Fault("clip_bounds_swapped", "rlp.py", "clamp(1 - eps_low, 1 + eps_high)", "clamp(1 - eps_high, 1 + eps_low)", "rlp"),
+    Fault("mean_over_padding", "rlp.py", "sum(dim=1) / length_R", "sum(dim=1) / value_RL.shape[1]", "rlp"),
+    Fault("teacher_too_fast", "rlp.py", "theta, 1 - tau)", "theta, tau)", "rlp"),
+    Fault("thought_fed_ahead", "rlp.py", "token_rl[:, :-1]], dim=1)", "token_rl[:, 1:]], dim=1)", "rlp"),
+    Fault("policy_may_open_thoughts", "rlp.py", "(think,), temperature)", "(), temperature)", "rlp"),
+    # thoughts
+    Fault("score_with_tags", "thoughts.py", "mask_banned(model.logits(hidden_BXD), tags)",
+          "model.logits(hidden_BXD)", "generate"),
+    Fault("thought_outlives_end", "thoughts.py", "(token == tokenizer.end) | ", "", "generate"),
+    Fault("target_of_another", "thoughts.py", "target_BX[at // G]", "target_BX[at % B]", "generate"),
+    Fault("length_of_all_rows", "thoughts.py", "length_R[at] += 1", "length_R[rows] += 1", "generate"),
+    Fault("noise_multiplied", "thoughts.py", "logp_RV.exp() / noise_RV", "logp_RV.exp() * noise_RV", "generate"),
+    Fault("given_thought_unclosed", "thoughts.py", "(1, X), value=close)", "(1, X), value=tokenizer.end)", "generate"),
+    Fault("given_target_shifted", "thoughts.py", "place_RX[:, 1:], target_RX[:, :-1])",
+          "place_RX[:, 1:], target_RX[:, 1:])", "generate"),
+    # the program that talks
+    Fault("talk_temperature", "generate.py", "c.temperature if temperature is None else temperature",
+          "c.temperature", "generate"),
+    Fault("talk_without_budget", "generate.py", "submodel(family, widths)", "family", "generate"),
+    Fault("talk_seed", "generate.py", "prompt, c, seed)", "prompt, c, 0)", "generate"),
+    # held-out figures
+    Fault("gain_sign", "evals.py", 'sampled["logp"] - logp for', 'logp - sampled["logp"] for', "evals"),
+    Fault("half_a_sigma", "evals.py", "half = 1.96 * float", "half = 0.5 * float", "evals"),
+    Fault("base_reads_backwards", "evals.py", "plain_logp(base, positions)",
+          "plain_logp(base, positions._replace(pairs=[(c[::-1], t) for c, t in positions.pairs]))", "evals"),
+    Fault("empty_thought_reopened", "evals.py", "full_like(thought_BGL[:, :1, :1], close)",
+          "full_like(thought_BGL[:, :1, :1], positions.tokenizer.think)", "evals"),
+    Fault("five_forced_tokens", "evals.py", "encode(p.thought)[:2]", "encode(p.thought)[:5]", "evals"),
+    Fault("sampled_at_five", "evals.py", "positions, c.rlp.temperature, n)", "positions, 5.0, n)", "evals"),
+    Fault("forced_at_five", "evals.py", "measure_thoughts(model, positions, t, 1, forced_Bl)",
+          "measure_thoughts(model, positions, 5.0 * t, 1, forced_Bl)", "evals"),
+    Fault("samples_count_as_problems", "evals.py", "m = min(n * samples, ", "m = n * samples + 0 * min(n, ", "evals"),
+    Fault("bootstrap_over_positions", "evals.py", "of_value = _numbered(documents)\n        total",
+          "of_value = np.arange(len(values)) % N\n        total", "evals"),
+    Fault("bootstrap_of_all", "evals.py", "multinomial(N - 1, ", "multinomial(N, ", "evals"),
+    Fault("thoughts_stay", "evals.py", "thought_BGL[ring.roll(1)]", "thought_BGL[ring]", "evals"),
+    Fault("all_repeats", "evals.py", "pairwise(context[:-1])", "pairwise(context)", "evals"),
+    Fault("repeats_of_one_token", "evals.py", "tuple(context[-2:]) in earlier", "context[-1] in context[:-1]", "evals"),
+    Fault("windows_overlap", "evals.py", "len(document) - length), length)",
+          "len(document) - length), length // 2)", "evals"),
+    Fault("any_token_right", "evals.py", "dim=0)).all(-1)", "dim=0)).any(-1)", "evals"),
+    Fault("change_of_other_sign", "evals.py", "(loss_after - loss_before)", "(loss_before - loss_after)", "evals"),
+    Fault("text_weighs_as_problems", "evals.py", "w * i[\"mean\"] for", "0.5 * i[\"mean\"] for", "evals"),
+    Fault("kl_the_other_way", "evals.py", "F.kl_div(logp_BTV, wanted_BTV", "F.kl_div(wanted_BTV, logp_BTV", "evals"),
+    Fault("reference_is_parent", "evals.py", 'found[reference]["loss_nats"]', "parent", "evals"),
+    Fault("long_text_from_its_start", "evals.py", "[:, c.seq_len - 1 :]", "[:, : 1 - c.seq_len]", "evals"),
+    Fault("fastest_of_five", "evals.py", "sorted(times)[2]", "sorted(times)[0]", "evals"),
+    Fault("family_without_router", "evals.py", "storage_bytes(model, router, s)", "storage_bytes(model, s)", "evals"),
+    # elastic
+    Fault("teachers_count_alike", "elastic.py", "p_tV.mul_(w) if", "p_tV if", "elastic"),
+    Fault("full_ce_for_all", "elastic.py", "c.ce + is_full * c.full_ce", "c.ce + c.full_ce", "elastic"),
+    Fault("full_teaches_itself", "elastic.py", "(0.0 if is_full else c.self_kl, model)", "(c.self_kl, model)", "elastic"),
+    Fault("stage_1_kept_late", "elastic.py", "self.step + 1 == self.c.stage_1_steps()",
+          "self.step == self.c.stage_1_steps()", "elastic"),
+    Fault("temperature_stays_high", "elastic.py", "0.05**at", "0.5**at", "elastic"),
+    Fault("router_loss_uncounted", "elastic.py", "off.sum() * count", "off.sum()", "elastic"),
+    Fault("padding_is_learned", "elastic.py", "inside = target != -100", "inside = target >= -100", "elastic"),
+    # routers
+    Fault("no_dead_zone", "routers.py", ".abs() - DEAD_ZONE)", ".abs())", "elastic"),
+    Fault("noise_alone_is_cooled", "routers.py", "(scale * v + noise[a]) / tau", "scale * v + noise[a] / tau", "elastic"),
+    Fault("one_layer_less", "routers.py", "depth_order.index(i) >= n - d", "depth_order.index(i) > n - d", "elastic"),
+    Fault("wider_may_cost_less", "routers.py", "table.flip(axis).cummax(axis).values.flip(axis)", "table", "elastic"),
+    Fault("router_without_slope", "routers.py", "nn.LeakyReLU(0.1)", "nn.ReLU()", "elastic"),
+    Fault("straight_through_soft", "routers.py", "likeliest[a] + v - v.detach()", "likeliest[a] + v", "elastic"),
+    Fault("neighbours_swapped", "routers.py", "(b - trained[below]) / (", "(trained[above] - b) / (", "elastic"),
+    # models inside a model
+    Fault("gamma_ignored", "nested.py", "m = m * masks.gamma[i].to(t) if", "m = m if", "elastic"),
+    Fault("norms_without_root", "nested.py", "share(inside[i][NORMS[rest]]).sqrt()",
+          "share(inside[i][NORMS[rest]])", "elastic"),
+    Fault("epsilon_as_it_was", "nested.py", "norm.eps = eps * float(share(masks.d_model).detach())",
+          "norm.eps = eps", "elastic"),
+    Fault("heads_across_groups", "nested.py", "view(n_groups, -1)[:, : n // n_groups].flatten()",
+          "flatten()[:n]", "elastic"),
+    Fault("turned_the_other_way", "nested.py", "t = Q_DD.T @ t", "t = Q_DD @ t", "elastic"),
+    Fault("widened_norm", "nested.py", '(narrow[name].axes["I"] / axes["I"]) ** 0.5',
+          '(narrow[name].axes["I"] / axes["I"]) ** 1.0', "widen"),
+]  # fmt: skip
+
+
+def spoiled(fault: Fault, root: Path = ROOT) -> str:
+    """The file's text with the fault in it. Raises ValueError unless its text occurs exactly once."""
+    before = (root / fault.file).read_text()
+    if (n := before.count(fault.text)) != 1:
+        raise ValueError(f"{fault.name}: {fault.file} has {fault.text!r} {n} times; it must be there once")
+    return before.replace(fault.text, fault.wrong)
+
+
+def tests_pass(root: Path, names: str) -> bool:
+    """Whether these test files pass in a copy. Raises RuntimeError where pytest could not run them."""
+    files = [f"tests/test_{name}.py" for name in names.split()]
+    words = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(
+        words, cwd=root, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""}, check=False
+    )
+    if done.returncode not in (0, 1):
+        raise RuntimeError(done.stdout[-2000:] + done.stderr[-2000:])
+    return done.returncode == 0
+
+
+def main(names: list[str]) -> int:
+    """Returns 0 if all faults were noticed, 1 if one was not, 2 for a name that no fault has."""
+    chosen = [fault for fault in FAULTS if not names or fault.name in names]
+    if unknown := set(names) - {fault.name for fault in chosen}:
+        print(f"no fault is called {', '.join(sorted(unknown))}; known are {', '.join(f.name for f in FAULTS)}")
+        return 2
+    unnoticed = []
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "repo"
+        shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(".*", "__pycache__", "cache"))
+        # 1. Without a fault all of them pass: else a failure would say nothing.
+        for files in sorted({name for fault in chosen for name in fault.tests.split()}):
+            if not tests_pass(root, files):
+                raise RuntimeError(f"tests/test_{files}.py fails without a fault")
+        # 2. With each.
+        for fault in chosen:
+            right, wrong = (root / fault.file).read_text(), spoiled(fault, root)
+            (root / fault.file).write_text(wrong)
+            passed = tests_pass(root, fault.tests)
+            (root / fault.file).write_text(right)
+            unnoticed += [fault.name] * passed
+            print(f"{'UNNOTICED' if passed else 'noticed':9}  {fault.file:12} {fault.name}", flush=True)
+    print(f"{len(chosen) - len(unnoticed)} of {len(chosen)} faults were noticed")
+    return int(bool(unnoticed))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
