@@ -44,7 +44,7 @@ from system import checkpoint, parallel
 from system.config import Config, ElasticConfig
 from system.costs import count_parameters
 from system.errors import require
-from system.objective import Objective
+from system.objective import Metrics, Objective
 from system.rundir import load_run, warn
 from text.tokenizer import Tokenizer
 
@@ -94,7 +94,7 @@ class Distillation(Objective):
         super().__init__()
         self.c, self.teacher = c, teacher
 
-    def loss(self, model: nn.Module, batch: dict) -> tuple[Tensor, int, dict[str, Tensor]]:
+    def loss(self, model: nn.Module, batch: dict) -> tuple[Tensor, int, Metrics]:
         """Sum over tokens of kl KL(teacher || model) + ce CE."""
         hidden_BTD, _ = model(batch["tokens_BT"], ids_BT=batch["ids_BT"])
         teachers = [(self.c.kl, self.teacher)]
@@ -150,7 +150,7 @@ class Elastic(Distillation):
                  for b in self.c.budgets}
         return {**batch, "noise": noise}
 
-    def loss(self, model: HybridLM, batch: dict) -> tuple[Tensor, int, dict[str, Tensor]]:
+    def loss(self, model: HybridLM, batch: dict) -> tuple[Tensor, int, Metrics]:
         """Sum over tokens of the task loss, plus lambda times the sum of all budget losses."""
         c, weights = self.c, dict(model.named_parameters())
         count, total, metrics = 0, 0.0, {}
@@ -166,13 +166,13 @@ class Elastic(Distillation):
             teachers = [(c.kl, self.teacher), (0.0 if is_full else c.self_kl, model)]
             part_loss, n_tokens = self.task(*outputs, part, teachers, c.ce + is_full * c.full_ce)
             total, count = total + part_loss, count + n_tokens
-            metrics[f"loss_{budget:g}"] = part_loss.detach() / n_tokens
+            metrics[f"loss_{budget:g}"] = part_loss.detach(), n_tokens
         # 2. how far the routers are from their budgets; times count, for the loop divides by it
         if p:
             with parallel.exactly():
                 off = torch.stack([budget_loss(self.router, p[b], b) for b in p])
             total = total + c.router_weight * off.sum() * count
-            metrics["budget_loss"] = off.mean().detach()
+            metrics["budget_loss"] = off.sum().detach(), len(off)
         return total, count, metrics
 
     def choices(self, noise: dict) -> dict[float, dict[str, Tensor]]:

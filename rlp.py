@@ -9,10 +9,10 @@ teacher phi, which does not think.
     L_i  = -1/|c_i| sum_u min(rho_u A_i, clip(rho_u, 1 - eps_low, 1 + eps_high) A_i)      (eq. 7, 8)
     phi  <- tau phi + (1 - tau) theta                              after every optimizer step
 
-rho_u is the likelihood ratio of the thought's u-th token, now over when it was sampled. The
-gradient reaches theta through the thought's tokens only; there is no next-token loss. The thoughts
-of a group share log p_phi, so the teacher cancels in the advantages: it serves to measure, and for
-the reward's floor. With one update from each batch rho = 1, and the clip is idle.
+rho_u is the likelihood ratio of the thought's u-th token, now over before the batch's first update.
+The gradient reaches theta through the thought's tokens only; there is no next-token loss. The
+thoughts of a group share log p_phi, so the teacher cancels in the advantages: it serves to measure,
+and for the reward's floor. With one update from each batch rho = 1, and the clip is idle.
 
 How to read: the functions down to `kl_estimate` take log-probabilities, not models. To try another
 reward change `reward`: `information_gain` stays what is reported. `RLP` is Algorithm 1.
@@ -24,6 +24,8 @@ read an instruction first (`rlp.prompt`).
 """
 
 import functools
+import statistics
+from collections import deque
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +35,11 @@ from model import HybridLM
 from system import parallel
 from system.config import RLPConfig
 from system.errors import require
-from system.objective import Objective
+from system.objective import Metrics, Objective
 from text.tokenizer import Tokenizer
 from thoughts import Sampling, sample_thoughts, score_context
+
+LOOK_BACK = 20  # steps after which a run that learns nothing is told so
 
 
 def information_gain(logp_pred_BG: Tensor, logp_ema_B: Tensor) -> Tensor:
@@ -64,7 +68,7 @@ def group_advantages(reward_BG: Tensor) -> Tensor:
 def clipped_surrogate(logp_RL: Tensor, old_logp_RL: Tensor, advantage_R: Tensor, length_R: Tensor,
                       eps_low: float, eps_high: float) -> Tensor:
     """L_i, the loss of each thought (eq. 7 and 8): minus the mean of min(rho A, clip(rho) A).
-    Args: logp_RL, old_logp_RL: log pi of the thoughts' tokens now and when they were sampled;
+    Args: logp_RL, old_logp_RL: log pi of the thoughts' tokens, by the policy and the one that drew;
     length_R: tokens that count, >= 1. Returns loss_R: at rho = 1 its gradient is -A / length."""
     A_R1 = advantage_R[:, None]
     rho_RL = torch.exp(logp_RL - old_logp_RL)
@@ -72,10 +76,17 @@ def clipped_surrogate(logp_RL: Tensor, old_logp_RL: Tensor, advantage_R: Tensor,
     return -thought_mean(torch.minimum(rho_RL * A_R1, clipped_RL * A_R1), length_R)
 
 
-def kl_estimate(logp_RL: Tensor, reference_logp_RL: Tensor, length_R: Tensor) -> Tensor:
-    """KL(policy || reference) of each thought in nats a token: never negative, and unbiased."""
-    d_RL = reference_logp_RL - logp_RL  # the estimate is the mean of exp(d) - 1 - d
-    return thought_mean(torch.exp(d_RL) - 1 - d_RL, length_R)
+def kl_estimate(logp_RL: Tensor, reference_logp_RL: Tensor) -> Tensor:
+    """KL(policy || reference) of whole thoughts in nats: E_c[d], d = log policy(c) / reference(c).
+
+    Where c is drawn from the policy, value and gradient of each estimate are unbiased. The value is
+    the sum over tokens of exp(-d_u) - 1 + d_u: never negative, and less noisy than d. Its own
+    derivative would be that of KL(reference || policy), blind to how c is drawn; the gradient is
+    that of d^2 / 2, since grad E_c[d] = E_c[d grad log policy(c)]. Returns kl_R."""
+    d_RL = logp_RL - reference_logp_RL
+    value_R = (torch.exp(-d_RL) - 1 + d_RL).sum(dim=1).detach()
+    half_R = d_RL.sum(dim=1).square() / 2
+    return value_R + half_R - half_R.detach()
 
 
 def thought_mean(value_RL: Tensor, length_R: Tensor) -> Tensor:
@@ -129,6 +140,7 @@ class RLP(Objective):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
         self.n_updates = config.inner_epochs
+        self.recent, self.warned = deque(maxlen=LOOK_BACK), False
 
     def start(self, model: HybridLM) -> None:
         """phi <- theta."""
@@ -155,28 +167,70 @@ class RLP(Objective):
                 batch["reference_logp_RL"] = self.policy_logp(reference, batch)
         return batch
 
-    def loss(self, model: HybridLM, batch: dict) -> tuple[Tensor, int, dict[str, Tensor]]:
+    def loss(self, model: HybridLM, batch: dict) -> tuple[Tensor, int, Metrics]:
         """Sum over the thoughts of the clipped surrogate and the KL term, their number, metrics."""
-        c, thoughts, gain_R = self.config, batch["thoughts"], batch["gain_R"]
-        logp_RL, old_logp_RL = self.policy_logp(model, batch), thoughts.logp_RL
-        length_R, limits = thoughts.length_R, (c.eps_low, c.eps_high)
-        loss_R = clipped_surrogate(logp_RL, old_logp_RL, batch["advantage_R"], length_R, *limits)
+        c, thoughts, advantage_R = self.config, batch["thoughts"], batch["advantage_R"]
+        logp_RL, length_R = self.policy_logp(model, batch), thoughts.length_R
+        # The first update notes the old policy: rho begins at 1, however the sampler had rounded.
+        old_logp_RL = batch.setdefault("old_logp_RL", logp_RL.detach())
+        loss_R = clipped_surrogate(
+            logp_RL, old_logp_RL, advantage_R, length_R, c.eps_low, c.eps_high)
+        metrics = self.metrics(batch)
         if c.kl > 0:
-            loss_R = loss_R + c.kl * kl_estimate(logp_RL, batch["reference_logp_RL"], length_R)
-        is_text_R = batch["is_text_B"].repeat_interleave(c.group_size)
+            kl_R = kl_estimate(logp_RL, batch["reference_logp_RL"])
+            loss_R, metrics["kl_nats"] = loss_R + c.kl * kl_R, kl_R.detach()
         with torch.no_grad():
-            rho_RL = torch.exp(logp_RL - old_logp_RL)
-            clipped_RL = ((rho_RL < 1 - c.eps_low) | (rho_RL > 1 + c.eps_high)).float()
-            metrics = {
-                "gain_ema_nats": gain_R.mean(),
-                "gain_problems_nats": gain_R[~is_text_R].mean(),
-                "gain_text_nats": gain_R[is_text_R].mean(),
-                "thought_tokens": length_R.float().mean(),
-                "closed": thoughts.closed_R.float().mean(),
-                "clipped": thought_mean(clipped_RL, length_R).mean(),
-                "entropy_nats": -thought_mean(old_logp_RL, length_R).mean(),
-            }
-        return loss_R.sum(), len(loss_R), metrics
+            rho_RL, A_R1 = torch.exp(logp_RL - old_logp_RL), advantage_R[:, None]
+            cut_RL = torch.where(A_R1 > 0, rho_RL > 1 + c.eps_high,
+                                 (rho_RL < 1 - c.eps_low) & (A_R1 < 0))
+            off_RL = (torch.exp(old_logp_RL - thoughts.logp_RL) - 1).abs()
+            metrics |= {"clipped": thought_mean(cut_RL, length_R),
+                        "sampler_off": thought_mean(off_RL, length_R)}
+        return loss_R.sum(), len(loss_R), {k: (t.sum(), t.numel()) for k, t in metrics.items()}
+
+    def metrics(self, batch: dict) -> dict[str, Tensor]:
+        """What is logged of thoughts and rewards, as one value for each thought or each group."""
+        c, t, is_text_B = self.config, batch["thoughts"], batch["is_text_B"]
+        gain_BG = batch["gain_R"].view(-1, c.group_size)
+        reward_BG = reward(gain_BG, c.reward_floor)
+        own_BG = t.logp_target_R.view(gain_BG.shape) - t.logp_plain_B[:, None]
+        return {
+            "gain_ema_nats": gain_BG,
+            "gain_own_nats": own_BG,  # above what the model itself predicts without a thought
+            "gain_problems_nats": gain_BG[~is_text_B],
+            "gain_text_nats": gain_BG[is_text_B],
+            "reward_std_nats": reward_BG.std(dim=1),  # within each group
+            "no_signal": reward_BG.amax(dim=1) - reward_BG.amin(dim=1) <= 1e-6,  # share of groups
+            "floored": gain_BG < c.reward_floor,
+            "thought_tokens": t.length_R,
+            "closed": t.closed_R,
+            "entropy_nats": -thought_mean(t.logp_RL, t.length_R),
+        }
+
+    def warning(self, metrics: dict[str, float]) -> str | None:
+        """Once, if hardly a group of the last LOOK_BACK steps taught anything: why, what helps."""
+        self.recent.append(metrics)
+        share, floored, n_tokens = (statistics.fmean(m[name] for m in self.recent)
+                                    for name in ("no_signal", "floored", "thought_tokens"))
+        if self.warned or len(self.recent) < LOOK_BACK or share < 0.95:
+            return None
+        self.warned = True
+        why = (f"nearly all gains are below rlp.reward_floor ({self.config.reward_floor}); lower "
+               "it, or train the base longer" if floored > 0.9 else
+               f"the thoughts of a group are all alike ({n_tokens:.1f} tokens on the mean; 1 is an "
+               "empty thought); raise rlp.temperature, or start from a base whose thoughts differ")
+        return (f"rlp learns nothing: in {share:.0%} of the groups of the last {LOOK_BACK} steps "
+                f"all rewards were equal; likely {why}")
+
+    def sample(self, prepared: dict) -> dict:
+        """The first context's thoughts, each with its gain."""
+        t, decode = prepared["thoughts"], self.tokenizer.decode
+        inside_T = prepared["ids_BT"][0] >= 0
+        return {"context": decode(prepared["context_BT"][0][inside_T].tolist())[-100:],
+                "target": decode(prepared["target_BX"][0].tolist()),
+                "thoughts": [{"text": decode(t.tokens_RL[r, : t.length_R[r]].tolist()),
+                              "gain_nats": round(float(prepared["gain_R"][r]), 4)}
+                             for r in range(self.config.group_size)]}
 
     def after_step(self, model: HybridLM) -> None:
         """The teacher follows."""

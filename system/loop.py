@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from system.objective import Objective
 
 console = Console(highlight=False)
 ADAM_BETAS = (0.9, 0.95)  # in every mode
+SAMPLE_EVERY = 10  # lines of metrics.jsonl to one of thoughts.jsonl
 
 
 def fit(model: HybridLM, objective: Objective, make_batch: Callable[[int], dict[str, Tensor]],
@@ -49,8 +51,10 @@ def fit(model: HybridLM, objective: Objective, make_batch: Callable[[int], dict[
     step = start.meta["step"] if start else 0
     if start:
         restore(start, model, objective, optimizers)
-    log_file = run_dir / "metrics.jsonl" if parallel.is_first() else Path(os.devnull)
-    trim_log(log_file, step)
+    log_file, sample_file = ((run_dir / name) if parallel.is_first() else Path(os.devnull)
+                             for name in ("metrics.jsonl", "thoughts.jsonl"))
+    for file in (log_file, sample_file):
+        trim_log(file, step)
 
     def save() -> Path:
         networks = {"model": model, **objective.networks}
@@ -81,12 +85,16 @@ def fit(model: HybridLM, objective: Objective, make_batch: Callable[[int], dict[
                         f"--out, and a smaller {label}.lr or {label}.clip_norm")
                 objective.after_step(model)
             step += 1
-            # 4. Write a line and show the headline.
+            # 4. Write a line, say what must be said, show the headline.
             if step % settings.log_every == 0:
                 line = {"step": step, **metrics, "seconds": time.perf_counter() - began}
                 log.write(json.dumps(line) + "\n")
                 log.flush()
+                if parallel.is_first() and step % (SAMPLE_EVERY * settings.log_every) == 0:
+                    write_sample(sample_file, step, objective.sample(parts[0]))
                 began = time.perf_counter()
+            if parallel.is_first():
+                warn(objective.warning(metrics))
             shown = metrics.get(objective.headline, np.nan)
             progress.update(task, completed=step, note=f"{objective.headline} {shown:.3f}")
             # 5. Stop if any process was asked to; save what is due.
@@ -117,7 +125,7 @@ def noise(device: torch.device, seed: int, step: int, label: str, part: int) -> 
 def update(model: HybridLM, objective: Objective, parts: list[dict], optimizers: list,
            settings: FitConfig, step: int) -> dict[str, float]:
     """One optimizer step on the mean loss over all parts and processes, if the gradient is finite.
-    Returns metrics: means over the parts that have them, each part with its count as weight."""
+    Returns metrics: sums over counts, of those that have counted anything."""
     # 1. Gradients of the summed loss of this process's parts.
     runner = parallel.whole(model, trains=True) if objective.runs_whole else model
     sums = []
@@ -126,9 +134,8 @@ def update(model: HybridLM, objective: Objective, parts: list[dict], optimizers:
             loss, count, metrics = objective.loss(runner, part)
         loss.backward()
         parallel.reshard(runner)
-        found = {name: (float(value) * count, count)
-                 for name, value in metrics.items() if np.isfinite(float(value))}
-        sums.append({"loss": (float(loss.detach()), count), **found})
+        metrics = {"loss": (loss.detach(), count), **metrics}
+        sums.append({name: (float(total), n) for name, (total, n) in metrics.items()})
     if runner is not model:
         parallel.scatter_gradients(runner, model)
     # 2. Over all processes: summed gradients over summed counts are the gradient of the mean.
@@ -147,17 +154,17 @@ def update(model: HybridLM, objective: Objective, parts: list[dict], optimizers:
         if np.isfinite(grad_norm):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    means = {name: total / weight for name, (total, weight) in totals.items()}
+    means = {name: total / n for name, (total, n) in totals.items() if n}
     return {**means, "grad_norm": grad_norm, "lr": settings.lr * rate, "count": total_count}
 
 
 def add_up(parts: list[dict[str, tuple[float, int]]]) -> dict[str, tuple[float, int]]:
-    """(sum, weight) of each name over the parts that have it."""
+    """(sum, count) of each name over the parts that have it."""
     totals: dict[str, tuple[float, int]] = {}
     for part in parts:
-        for name, (value, weight) in part.items():
-            total, weights = totals.get(name, (0.0, 0))
-            totals[name] = (total + value, weights + weight)
+        for name, (value, count) in part.items():
+            total, n = totals.get(name, (0.0, 0))
+            totals[name] = (total + value, n + count)
     return totals
 
 
@@ -195,6 +202,19 @@ def restore(start: checkpoint.Checkpoint, model: HybridLM, objective: Objective,
     for name, network in {"model": model, **objective.networks}.items():
         start.fill(network, name)
     start.fill_optimizers(optimizers)
+
+
+def warn(message: str | None) -> None:
+    """Print a warning, if there is one."""
+    if message:
+        console.print(f"[yellow]warning:[/yellow] {escape(message)}")
+
+
+def write_sample(file: Path, step: int, sample: dict | None) -> None:
+    """Add a line to thoughts.jsonl, if the objective has anything to show."""
+    if sample:
+        with open(file, "a", encoding="utf-8") as log:
+            log.write(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n")
 
 
 def trim_log(file: Path, step: int) -> None:

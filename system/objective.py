@@ -6,15 +6,21 @@
                                              is minimised is all parts' sums over all their counts
     after_step(model)                        follows every optimizer step
 
-A batch is a dict of tensors whose rows are cut into parts. Metrics are scalars to log: means, which
-the loop averages with the counts as weights, leaving out those that are not finite.
+    sample(prepared), warning(metrics)       what to write of a batch, what to say of a step
+
+A batch is a dict of tensors whose rows are cut into parts. A metric is a sum and its own count: the
+loop logs all parts' sums over all their counts, so that the number of parts cannot change it.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kernels import selected_logp
 from model import HybridLM
+
+Metrics = dict[str, tuple[Tensor, int]]
 
 
 class Objective:
@@ -35,12 +41,18 @@ class Objective:
         """What the updates need of a batch, made once."""
         return batch
 
-    def loss(self, model: HybridLM, batch: dict) -> tuple[Tensor, int, dict[str, Tensor]]:
+    def loss(self, model: HybridLM, batch: dict) -> tuple[Tensor, int, Metrics]:
         """A sum, the count that belongs to it, and metrics."""
         raise NotImplementedError
 
     def after_step(self, model: HybridLM) -> None:
         """Called after every optimizer step."""
+
+    def sample(self, prepared: dict) -> dict[str, Any] | None:
+        """Rows of a part to look at, for thoughts.jsonl."""
+
+    def warning(self, metrics: dict[str, float]) -> str | None:
+        """What the reader must know, told after each step its metrics over all processes."""
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """Optimizers of weights that train beside the model's."""
@@ -50,7 +62,7 @@ class Objective:
 class NextToken(Objective):
     """Cross-entropy of the next token."""
 
-    def loss(self, model: HybridLM, batch: dict) -> tuple[Tensor, int, dict[str, Tensor]]:
+    def loss(self, model: HybridLM, batch: dict) -> tuple[Tensor, int, Metrics]:
         """Sum of the cross-entropies in nats, and number of targets (those of -100 are none)."""
         hidden_BTD, _ = model(batch["tokens_BT"], ids_BT=batch["ids_BT"])
         inside = batch["targets_BT"] != -100

@@ -1,7 +1,8 @@
 """A run's folder: what is written into it, what can be read out of it, and where a run goes on.
 
 It holds config.json (settings, versions, command), metrics.jsonl, checkpoint/, hf/ (the tokenizer),
-and at the end summary.json. `load_run` reads it; `load_model` takes a Hugging Face directory too.
+of RLP thoughts.jsonl (samples with their gains), and at the end summary.json. `load_run` reads it;
+`load_model` takes a Hugging Face directory too.
 """
 
 import contextlib
@@ -14,13 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from rich.markup import escape
 
 from model import HybridLM
 from system import checkpoint, huggingface, parallel
 from system.config import Config, RLPConfig, saved_config
 from system.errors import require
-from system.loop import console
+from system.loop import warn
 from system.machine import pick_device, versions
 from text.tokenizer import FileTokenizer, Tokenizer, named_tokenizer
 
@@ -146,12 +146,6 @@ def prepare_run_dir(config: Config, tokenizer: Tokenizer) -> None:
     except OSError as error:
         raise ValueError(f"out ({run_dir}) cannot be written to: {error.strerror}; choose another "
                          "--out") from error
-
-
-def warn(message: str) -> None:
-    """Print a warning, if there is one."""
-    if message:
-        console.print(f"[yellow]warning:[/yellow] {escape(message)}")
 
 
 def load_run(run_dir: Path) -> tuple[HybridLM, Tokenizer, Config]:

@@ -17,6 +17,7 @@ from torch.testing import assert_close
 
 import rlp
 from rlp import RLP, clipped_surrogate, ema_update, group_advantages, information_gain, kl_estimate, thought_logp
+from system import loop
 from system.config import RLPConfig
 from text.batches import collate_contexts
 from thoughts import sample_thoughts
@@ -211,19 +212,37 @@ def test_expected_gradient_over_all_groups_is_that_of_the_expected_reward(G):
 @given(st.lists(st.tuples(st.floats(-9, 0), st.floats(-9, 0)), min_size=1, max_size=5))
 def test_kl_estimate_is_never_negative(pairs):
     logp_RL, reference_logp_RL = (f64(side) for side in zip(*pairs, strict=True))
-    assert kl_estimate(logp_RL, reference_logp_RL, torch.tensor([len(pairs)])) > -1e-14
+    assert kl_estimate(logp_RL, reference_logp_RL) > -1e-14
 
 
 def test_kl_estimate_is_zero_for_equal_policies():
     logp_RL = random_logp(3, 4)
-    assert kl_estimate(logp_RL, logp_RL, torch.tensor([4, 1, 2])).tolist() == [0, 0, 0]
+    assert kl_estimate(logp_RL, logp_RL).tolist() == [0, 0, 0]
 
 
-def test_kl_estimate_is_unbiased():
-    """Averaged over every token that the policy may draw, it is sum pi (log pi - log reference)."""
-    logp_V, reference_V = random_logp(9), random_logp(9, seed=1)
-    estimate_V = kl_estimate(logp_V[:, None], reference_V[:, None], torch.ones(9, dtype=torch.long))
-    assert_close(logp_V.exp() @ estimate_V, logp_V.exp() @ (logp_V - reference_V), **EXACT)
+def test_kl_estimate_has_the_value_and_the_gradient_of_the_kl_of_whole_thoughts():
+    """All 7 thoughts of one token (2 ends them) or two, weighed by their probability, against sum pi log(pi / reference).
+
+    The derivative of KL(reference || policy) is another one: a test that could not tell them apart would be worth nothing.
+    """
+    tables = [(random_logp(3, seed=seed), random_logp(2, 3, seed=seed + 1)) for seed in (0, 5)]
+    policy, reference = [[t.clone().requires_grad_() for t in pair] for pair in tables]
+    thoughts = [[2], *([a, b] for a in range(2) for b in range(3))]
+
+    def logp(tables):
+        first_V, second_VV = (t.log_softmax(-1) for t in tables)
+        rows = [[first_V[c[0]], second_VV[tuple(c)] if len(c) == 2 else first_V.new_zeros(())] for c in thoughts]
+        return torch.stack([torch.stack(row) for row in rows])
+
+    logp_CL, reference_logp_CL = logp(policy), logp(reference).detach()
+    logp_C, reference_logp_C = logp_CL.sum(1), reference_logp_CL.sum(1)
+    estimate = logp_C.detach().exp() @ kl_estimate(logp_CL, reference_logp_CL)
+    forward = logp_C.exp() @ (logp_C - reference_logp_C)
+    reverse = reference_logp_C.exp() @ (reference_logp_C - logp_C)
+    assert_close(estimate, forward, **EXACT)
+    found, exact, other = (torch.autograd.grad(t, policy, retain_graph=True) for t in (estimate, forward, reverse))
+    assert_close(found, exact, **EXACT)
+    assert (other[0] - exact[0]).abs().max() > 0.05
 
 
 def scalar(value, dtype=torch.float32):
@@ -399,13 +418,90 @@ def test_expected_gradient_over_all_groups_of_real_thoughts_is_exact(model, monk
     assert_close(gradients(model, loss), gradients(model, expected), **NEAR)
 
 
+def means(metrics):
+    return {name: float(total) / n for name, (total, n) in metrics.items() if n}
+
+
 def test_gains_of_text_and_of_problems_are_logged_apart(model):
-    """The first context of the batch is text; a gain over no thought at all is not a number, and `update` drops it."""
+    """The first context of the batch is text; its thoughts alone are counted there."""
     objective = objective_of()
     prepared = objective.prepare(model, batch_of(), 0, generator())
     metrics = objective.loss(model, prepared)[2]
-    assert_close(metrics["gain_text_nats"], prepared["gain_R"][:3].mean())
-    assert_close(metrics["gain_problems_nats"], prepared["gain_R"][3:].mean())
+    assert (metrics["gain_text_nats"][1], metrics["gain_problems_nats"][1], metrics["gain_ema_nats"][1]) == (3, 3, 6)
+    assert means(metrics)["gain_text_nats"] == pytest.approx(float(prepared["gain_R"][:3].mean()))
+    assert means(metrics)["gain_problems_nats"] == pytest.approx(float(prepared["gain_R"][3:].mean()))
+
+
+def test_metrics_do_not_depend_on_the_number_of_parts(model, monkeypatch):
+    """Four contexts, three of them text, in 1, 2 and 4 parts, which draw the same thoughts: the last part has no text."""
+    thoughts_Gl = torch.tensor([[0, CLOSE, CLOSE], [CLOSE] * 3, [2, 1, 0]])
+
+    def sampled(model, batch, *rest):
+        return sample_thoughts(model, batch, *rest, forced_Rl=thoughts_Gl.repeat(len(batch["target_BX"]), 1))
+
+    monkeypatch.setattr(rlp, "sample_thoughts", sampled)
+    whole = batch_of([*CONTEXTS, [1, 0, 2], [0, 0]], [*TARGETS, [1, 1], [2, 2]])
+    whole["is_text_B"] = torch.tensor([True, True, True, False])
+    settings, lines = RLPConfig(lr=0.0, kl=0.1), []
+    for n in (1, 2, 4):
+        objective = objective_of(kl=0.1, reward_floor=-0.5)
+        objective.start(model)
+        for seed, name in enumerate(objective.networks):
+            shift(objective.networks[name], seed + 2)
+        parts = [objective.prepare(model, part, 0, generator()) for part in loop.split_batch(whole, n)]
+        lines.append(loop.update(model, objective, parts, loop.build_optimizers(model, settings), settings, 0))
+    assert lines[0]["gain_text_nats"] != pytest.approx(lines[0]["gain_problems_nats"])
+    assert lines[1] == pytest.approx(lines[0])
+    assert lines[2] == pytest.approx(lines[0])
+
+
+def test_what_is_logged_of_rewards_by_hand(model, monkeypatch):
+    """Two groups of two. log p after the thoughts (-3, -1), (-4, -9); without, the model -2 and -2, the teacher -1 and -1.
+
+    Gains over the teacher -2, 0 and -3, -8; over the model -1, 1 and -2, -7, on the mean -9/4. Floor -2.5: rewards -2, 0
+    (deviation sqrt 2) and twice -2.5 (0: a group of two without signal, both at the floor).
+    """
+
+    def sampled(*args):
+        found = sample_thoughts(*args)
+        found.logp_target_R, found.logp_plain_B = f64(-3.0, -1.0, -4.0, -9.0), f64(-2.0, -2.0)
+        return found
+
+    monkeypatch.setattr(rlp, "sample_thoughts", sampled)
+    monkeypatch.setattr(rlp, "score_context", lambda *_: (f64(-1.0, -1.0), None, None))
+    objective = objective_of(group_size=2, reward_floor=-2.5)
+    found = means(objective.loss(model, objective.prepare(model, batch_of(), 0, generator()))[2])
+    expected = {"gain_ema_nats": -3.25, "gain_own_nats": -2.25, "gain_text_nats": -1.0, "gain_problems_nats": -5.5,
+                "reward_std_nats": 2**0.5 / 2, "no_signal": 0.5, "floored": 0.5}  # fmt: skip
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("floored", "said"), [(0.95, "below rlp.reward_floor"), (0.0, "all alike (1.0")])
+def test_a_run_without_signal_says_so_once_with_the_reason(floored, said):
+    """19 steps are too few; the 20th speaks, and later ones do not."""
+    objective = objective_of()
+    step = {"no_signal": 0.97, "floored": floored, "thought_tokens": 1.0}
+    heard = [objective.warning(step) for _ in range(60)]
+    assert heard[:19] == [None] * 19
+    assert said in heard[19]
+    assert "97%" in heard[19]
+    assert heard[20:] == [None] * 40
+
+
+def test_a_run_with_signal_in_a_tenth_of_its_groups_is_left_in_peace():
+    objective = objective_of()
+    step = {"no_signal": 0.9, "floored": 0.0, "thought_tokens": 1.0}
+    assert [objective.warning(step) for _ in range(60)] == [None] * 60
+
+
+def test_a_sample_holds_the_first_context_without_its_padding_and_each_thought_with_its_gain(model, monkeypatch):
+    force(monkeypatch, [[0, CLOSE], [2, 1, 0], [CLOSE]] * 2)
+    objective = objective_of()
+    objective.tokenizer = SimpleNamespace(**vars(TOKENIZER), decode=lambda ids: "".join(map(str, ids)))
+    prepared = objective.prepare(model, batch_of(CONTEXTS[::-1], TARGETS), 0, generator())
+    gains = [round(float(gain), 4) for gain in prepared["gain_R"][:3]]
+    thoughts = [{"text": text, "gain_nats": gain} for text, gain in zip(["04", "210", "4"], gains, strict=True)]
+    assert objective.sample(prepared) == {"context": "211", "target": "2", "thoughts": thoughts}
 
 
 def test_the_teacher_cancels_in_the_gradient(model):
@@ -451,8 +547,39 @@ def test_the_first_inner_update_is_not_clipped_and_a_later_one_is(model):
     shift(model)
     _, _, second = objective.loss(model, prepared)
     assert (objective.n_updates, n_thoughts) == (2, 6)
-    assert (first["clipped"], float(loss.detach())) == (0, pytest.approx(-float(prepared["advantage_R"].sum()), abs=1e-5))
-    assert second["clipped"] > 0.9
+    assert (means(first)["clipped"], float(loss.detach())) == (
+        0,
+        pytest.approx(-float(prepared["advantage_R"].sum()), abs=1e-5),
+    )
+    assert means(second)["clipped"] > 0.2
+
+
+def test_clipped_counts_the_tokens_whose_gradient_the_clip_takes(model, monkeypatch):
+    """Ratios 2 and 1/2 with advantages of both signs: the clip takes one good token that is likely, one bad unlikely one."""
+    objective = objective_of(group_size=2)
+    prepared = objective.prepare(model, batch_of([CONTEXTS[0]], [TARGETS[0]]), 0, generator())
+    prepared["thoughts"].length_R = torch.tensor([3, 3])
+    prepared["advantage_R"], prepared["old_logp_RL"] = f64(1.0, -1.0), torch.zeros(2, 3).double()
+    logp_RL = f64([2.0, 0.5, 1.0], [2.0, 0.5, 1.1]).log().requires_grad_()
+    monkeypatch.setattr(objective, "policy_logp", lambda *_: logp_RL)
+    prepared["thoughts"].logp_RL = torch.zeros(2, 3).double()
+    loss, _, metrics = objective.loss(model, prepared)
+    (grad_RL,) = torch.autograd.grad(loss, logp_RL)
+    assert (grad_RL == 0).tolist() == [[True, False, False], [False, True, False]]
+    assert means(metrics)["clipped"] == pytest.approx(2 / 6)
+
+
+def test_the_first_ratio_is_one_whatever_the_sampler_rounded_and_the_difference_is_logged(model):
+    """The sampler's log-probabilities are off by log 1.03, as in bf16: gradient and ratio are as if they were not."""
+    objective = objective_of()
+    prepared = objective.prepare(model, batch_of(), 0, generator())
+    exact = gradients(model, objective.loss(model, dict(prepared))[0])
+    thoughts = prepared["thoughts"]
+    thoughts.logp_RL = thoughts.logp_RL - torch.tensor(1.03).log().double()
+    loss, _, metrics = objective.loss(model, prepared)
+    assert_close(gradients(model, loss), exact, rtol=0, atol=0)
+    assert means(metrics)["sampler_off"] == pytest.approx(0.03)
+    assert means(metrics)["clipped"] == 0
 
 
 @pytest.mark.parametrize(("floor", "advantages"), [(-torch.inf, [-10.0, 10.0]), (-2.0, [-2.0, 2.0])])
@@ -492,9 +619,7 @@ def test_kl_term_pulls_to_the_starting_policy_which_stays(model):
     shift(model)
     objective.after_step(model)
     assert_close(dict(objective.networks["reference"].named_parameters()), start, rtol=0, atol=0)
-    expected_R = kl_estimate(
-        objective.policy_logp(model, prepared), prepared["reference_logp_RL"], prepared["thoughts"].length_R
-    )
+    expected_R = kl_estimate(objective.policy_logp(model, prepared), prepared["reference_logp_RL"])
     added = objective.loss(model, prepared)[0] - objective_of(kl=0.0).loss(model, prepared)[0]
     assert expected_R.min() > 1e-3
     assert_close(added, 0.5 * expected_R.sum(), **NEAR)

@@ -98,8 +98,8 @@ def test_running_a_batch_in_parts_changes_nothing(tmp_path, parts):
         assert first == pytest.approx(second, rel=1e-9)
 
 
-def test_a_metric_that_a_part_lacks_is_the_mean_over_the_others(tmp_path):
-    """Two parts of 32 targets: 3 in one and none in the other is 3, and 1 in one and 5 in the other is 3 too."""
+def test_a_metric_is_the_parts_sums_over_their_own_counts(tmp_path):
+    """Two parts of 32 targets: one value of 3 in the first alone is 3; 30 of 10 values and 5 of 30 are 35 / 40."""
 
     class Reports(train.NextToken):
         def loss(self, model, batch):
@@ -108,19 +108,26 @@ def test_a_metric_that_a_part_lacks_is_the_mean_over_the_others(tmp_path):
             return (
                 loss,
                 count,
-                {"both": torch.tensor(1.0 if first else 5.0)} | ({"one": torch.tensor(3.0)} if first else {}),
+                {
+                    "both": (torch.tensor(30.0), 10) if first else (torch.tensor(5.0), 30),
+                    "one": (torch.tensor(3.0 * first), first),
+                },
             )
 
     pretrain_on_counting(tmp_path, objective=Reports(), steps=1, accumulate=2)
     (line,) = metrics_of(tmp_path)
-    assert (line["one"], line["both"], line["count"]) == (3.0, 3.0, 64)
+    assert (line["one"], line["both"], line["count"]) == (3.0, 0.875, 64)
 
 
 def test_the_progress_bar_shows_the_headline_of_the_objective(tmp_path, monkeypatch):
     """The loss, a metric of its own, and `nan` where no part has that metric."""
     shown = []
     monkeypatch.setattr(loop.Progress, "update", lambda self, task, note, **_: shown.append(note))
-    for name, metrics in (("loss", {}), ("gain", {"gain": torch.tensor(0.25)}), ("gain", {})):
+    for name, metrics in (
+        ("loss", {}),
+        ("gain", {"gain": (torch.tensor(0.5), 2)}),
+        ("gain", {"gain": (torch.tensor(0.0), 0)}),
+    ):
 
         class Named(train.NextToken):
             headline, found = name, metrics
