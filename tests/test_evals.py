@@ -303,7 +303,7 @@ def networks(corpus):
     tk, ones = corpus.tokenizer, torch.ones(8, dtype=torch.float64)
     digits = [tk.encode(f" {i}")[0] for i in range(10)]
     made = []
-    for seed in (9, 39, 14):
+    for seed in (29, 356, 14):
         model = tiny_model(vocab_size=tk.n_vocab, pattern="M*-", tie_embeddings=False)
         noise = torch.Generator().manual_seed(seed)
         for p in model.parameters():

@@ -555,7 +555,7 @@ def test_the_first_inner_update_is_not_clipped_and_a_later_one_is(model):
 
 
 def test_clipped_counts_the_tokens_whose_gradient_the_clip_takes(model, monkeypatch):
-    """Ratios 2 and 1/2 with advantages of both signs: the clip takes one good token that is likely, one bad unlikely one."""
+    """Ratios 2 and 1/2, advantages of both signs: the clip takes one good token that is likely, one bad unlikely one."""
     objective = objective_of(group_size=2)
     prepared = objective.prepare(model, batch_of([CONTEXTS[0]], [TARGETS[0]]), 0, generator())
     prepared["thoughts"].length_R = torch.tensor([3, 3])
