@@ -37,7 +37,7 @@ from model import HybridLM
 from system import parallel
 from system.config import Config
 from system.costs import count_parameters, part_cache_bytes, part_flops, sum_of_parts
-from text.batches import collate_contexts, mixture
+from text.batches import collate_contexts, mixture, random_position
 from text.corpus import Corpus
 from text.documents import Documents
 from text.problems import Problem, held_out_problems
@@ -208,8 +208,7 @@ def text_positions(corpus: Corpus, config: Config) -> Positions:
     chosen = deal(corpus.documents["test"], config.eval.text_positions, rng)
     for i in chosen:
         document = corpus.documents["test"][i].tolist()
-        n_after = min(fit.horizon, len(document) - 1)
-        t = rng.randrange(1, len(document) - n_after + 1)
+        t = random_position(document, fit.horizon, rng)
         context = document[max(0, t - fit.context_len) : t]
         pairs.append((context, document[t : t + fit.horizon]))
         earlier = itertools.pairwise(context[:-1])

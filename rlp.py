@@ -158,9 +158,9 @@ class RLP(Objective):
         thoughts = sample_thoughts(whole(model), batch, tokenizer, sampling, generator)
         logp_ema_B, _, _ = score_context(whole(self.networks["teacher"]), batch, tokenizer.tags)
         gain_BG = information_gain(thoughts.logp_target_R.view(-1, c.group_size), logp_ema_B)
-        advantage_BG = group_advantages(reward(gain_BG, c.reward_floor))
+        reward_BG = reward(gain_BG, c.reward_floor)
         batch = {**batch, "thoughts": thoughts, "gain_R": gain_BG.flatten(),
-                 "advantage_R": advantage_BG.flatten()}
+                 "reward_BG": reward_BG, "advantage_R": group_advantages(reward_BG).flatten()}
         if c.kl > 0:
             with torch.no_grad():
                 reference = whole(self.networks["reference"])
@@ -190,9 +190,8 @@ class RLP(Objective):
 
     def metrics(self, batch: dict) -> dict[str, Tensor]:
         """What is logged of thoughts and rewards, as one value for each thought or each group."""
-        c, t, is_text_B = self.config, batch["thoughts"], batch["is_text_B"]
-        gain_BG = batch["gain_R"].view(-1, c.group_size)
-        reward_BG = reward(gain_BG, c.reward_floor)
+        t, is_text_B, reward_BG = batch["thoughts"], batch["is_text_B"], batch["reward_BG"]
+        gain_BG = batch["gain_R"].view_as(reward_BG)
         own_BG = t.logp_target_R.view(gain_BG.shape) - t.logp_plain_B[:, None]
         return {
             "gain_ema_nats": gain_BG,
@@ -201,7 +200,7 @@ class RLP(Objective):
             "gain_text_nats": gain_BG[is_text_B],
             "reward_std_nats": reward_BG.std(dim=1),  # within each group
             "no_signal": reward_BG.amax(dim=1) - reward_BG.amin(dim=1) <= 1e-6,  # share of groups
-            "floored": gain_BG < c.reward_floor,
+            "floored": gain_BG < self.config.reward_floor,
             "thought_tokens": t.length_R,
             "closed": t.closed_R,
             "entropy_nats": -thought_mean(t.logp_RL, t.length_R),

@@ -5,6 +5,7 @@ test_generate.py); everything that is said of these thoughts is computed again h
 """
 
 import dataclasses
+import functools
 import math
 import random
 from types import SimpleNamespace
@@ -288,6 +289,12 @@ def logp_by_hand(model, before, target, tags):
     return logp, right
 
 
+def logp_after_by_hand(model, tokenizer, context, thought, target):
+    """The same after a thought, which is closed if it did not close itself."""
+    closed = thought if thought[-1] == tokenizer.close else [*thought, tokenizer.close]
+    return logp_by_hand(model, [*context, tokenizer.think, *closed], target, tokenizer.tags)
+
+
 def greedy_by_hand(model, context, tokenizer, begin):
     """The likeliest thought, the whole sequence run again for every token."""
     thought = list(begin)
@@ -378,10 +385,7 @@ class ByHand:
 def by_hand(run, who, pairs, groups):
     """All values of a model's sampled thoughts."""
     tk, model = run.tokenizer, getattr(run, who)
-
-    def after(context, thought, target):
-        closed = thought if thought[-1] == tk.close else [*thought, tk.close]
-        return logp_by_hand(model, [*context, tk.think, *closed], target, tk.tags)
+    after = functools.partial(logp_after_by_hand, model, tk)
 
     def mean(values):
         return sum(values) / len(values)
@@ -467,21 +471,21 @@ def test_thoughts_are_sampled_as_the_settings_say(run):
     assert len(run.spy.calls) == 4 + 2 + 3
 
 
+def logp_of(h, who):
+    """By reference: log p at each position."""
+    plain = {"frozen_base": h.plain["base"], "ema": h.plain["teacher"], "own_no_think": h.plain[who]}
+    return {**plain, "empty_thought": h.empty}
+
+
 @pytest.mark.parametrize("reference", ["frozen_base", "ema", "own_no_think", "empty_thought"])
 @pytest.mark.parametrize(("key", "who"), [("gain_nats", "model"), ("gain_nats_before", "base")])
 def test_gain_at_problems_by_hand(run, hand, key, who, reference):
     """log p after the thought, mean over samples, minus log p of the reference: a normal interval over 24 problems."""
     h = hand[who, "problems"]
-    logp = {
-        "frozen_base": h.plain["base"],
-        "ema": h.plain["teacher"],
-        "own_no_think": h.plain[who],
-        "empty_thought": h.empty,
-    }
     if (key, reference) == ("gain_nats_before", "ema"):
         assert reference not in run.found[key]
         return
-    assert run.found[key][reference] == near(normal(minus(h.logp, logp[reference])))
+    assert run.found[key][reference] == near(normal(minus(h.logp, logp_of(h, who)[reference])))
 
 
 def swapped_by_hand(run, who, pairs, h):
@@ -491,8 +495,8 @@ def swapped_by_hand(run, who, pairs, h):
     from_place = {ring[k]: ring[k - 1] for k in range(n)}
     logp = []
     for place, (context, target) in enumerate(pairs):
-        closed = [c if c[-1] == tk.close else [*c, tk.close] for c in h.groups[from_place[place]]]
-        scored = [logp_by_hand(getattr(run, who), [*context, tk.think, *c], target, tk.tags)[0] for c in closed]
+        others = h.groups[from_place[place]]
+        scored = [logp_after_by_hand(getattr(run, who), tk, context, c, target)[0] for c in others]
         logp.append(sum(scored) / SAMPLES)
     return minus(h.logp, logp)
 
@@ -542,8 +546,7 @@ def test_greedy_accuracy_by_hand(run, who):
     model, tk, right = getattr(run, who), run.tokenizer, []
     for context, target in run.of_problems:
         thought = greedy_by_hand(model, context, tk, [])
-        closed = thought if thought[-1] == tk.close else [*thought, tk.close]
-        right.append(float(logp_by_hand(model, [*context, tk.think, *closed], target, tk.tags)[1]))
+        right.append(float(logp_after_by_hand(model, tk, context, thought, target)[1]))
     for name, rows in families(run).items():
         found = run.found["accuracy"]["greedy"][name]["rlp" if who == "model" else "base"]
         assert found == near(wilson_of([right[i] for i in rows], 1))
@@ -559,8 +562,7 @@ def test_accuracy_with_the_style_forced_by_hand(run, temperature):
         assert thought[:2] == begin
         if temperature == 0:
             assert thought == greedy_by_hand(run.base, context, tk, begin)
-        closed = thought if thought[-1] == tk.close else [*thought, tk.close]
-        right.append(float(logp_by_hand(run.base, [*context, tk.think, *closed], target, tk.tags)[1]))
+        right.append(float(logp_after_by_hand(run.base, tk, context, thought, target)[1]))
     assert any(thought[2:5] != tk.encode(p.thought)[2:5] for p, (thought,) in zip(run.problems, groups, strict=True))
     found = run.found["forced_style_base"][f"temperature_{temperature:g}"]
     assert found == {n: near(wilson_of([right[i] for i in rows], 1)) for n, rows in families(run).items()}
@@ -583,17 +585,13 @@ def bootstrap_of(values, documents):
 def test_gain_at_text_by_hand(run, hand, who, reference):
     """As at problems, with a bootstrap over documents."""
     h, found = hand[who, "text"], run.found["positions"]["text"]["rlp" if who == "model" else "base"]["gain_nats"]
-    logp = {
-        "frozen_base": h.plain["base"],
-        "ema": h.plain["teacher"],
-        "own_no_think": h.plain[who],
-        "empty_thought": h.empty,
-    }
     if (who, reference) == ("base", "ema"):
         assert reference not in found
         return
     gain = (
-        swapped_by_hand(run, who, run.text.pairs, h) if reference == "swapped_thought" else minus(h.logp, logp[reference])
+        swapped_by_hand(run, who, run.text.pairs, h)
+        if reference == "swapped_thought"
+        else minus(h.logp, logp_of(h, who)[reference])
     )
     assert found[reference] == near(bootstrap_of(gain, run.text.documents.tolist()))
 

@@ -148,7 +148,7 @@ def problem_position(
     problem = draw_problem(rng, "train", corpus.held_out_percent)
     prompt, answer = problem_tokens(corpus.tokenizer, problem)
     document = prompt + answer
-    t = len(prompt) if fit.positions == "answer" else _random_position(document, fit.horizon, rng)
+    t = len(prompt) if fit.positions == "answer" else random_position(document, fit.horizon, rng)
     return document[:t], document[t : t + fit.horizon]
 
 
@@ -159,7 +159,7 @@ def text_position(
     return context.tolist(), target.tolist()
 
 
-def _random_position(document: list[int], horizon: int, rng: random.Random) -> int:
+def random_position(document: list[int], horizon: int, rng: random.Random) -> int:
     """Uniform over the positions from 1 on that `horizon` tokens follow; over all if none does."""
     n_after = horizon if horizon < len(document) else 1
     return rng.randrange(1, len(document) - n_after + 1)
