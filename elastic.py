@@ -44,8 +44,9 @@ from system import checkpoint, parallel
 from system.config import Config, ElasticConfig
 from system.costs import count_parameters
 from system.errors import require
+from system.loop import warn
 from system.objective import Metrics, Objective
-from system.rundir import load_run, warn
+from system.rundir import load_run
 from text.tokenizer import Tokenizer
 
 

@@ -37,9 +37,14 @@ from model import HybridLM
 from system import parallel
 from system.config import Config
 from system.costs import count_parameters, part_cache_bytes, part_flops, sum_of_parts
-from text.batches import Position, collate_contexts, computed_tokens, mixture, random_position
-
-from text.batches import shares_of  # isort: skip
+from text.batches import (
+    Position,
+    collate_contexts,
+    computed_tokens,
+    mixture,
+    random_position,
+    shares_of,
+)
 from text.computed import GENERATED, draw_computed
 from text.corpus import Corpus
 from text.documents import Documents

@@ -180,7 +180,7 @@ class RLP(Objective):
         gain_BG = information_gain(thoughts.logp_target_R.view(-1, c.group_size), logp_ema_B)
         reward_BG = reward(gain_BG, c.reward_floor)
         batch = {**batch, **shared, "thoughts": thoughts, "gain_R": gain_BG.flatten(),
-                 "advantage_R": group_advantages(reward_BG).flatten(),
+                 "reward_BG": reward_BG, "advantage_R": group_advantages(reward_BG).flatten(),
                  "signal_B": reward_BG.amax(dim=1) - reward_BG.amin(dim=1) > 1e-6}
         if c.kl > 0:
             with torch.no_grad():
@@ -218,9 +218,8 @@ class RLP(Objective):
 
     def metrics(self, batch: dict) -> dict[str, Tensor]:
         """What is logged of thoughts and rewards, as one value for each thought or each group."""
-        c, t, kind_B = self.config, batch["thoughts"], batch["kind_B"]
-        gain_BG = batch["gain_R"].view(-1, c.group_size)
-        reward_BG = reward(gain_BG, c.reward_floor)
+        t, kind_B, reward_BG = batch["thoughts"], batch["kind_B"], batch["reward_BG"]
+        gain_BG = batch["gain_R"].view_as(reward_BG)
         is_right_BG = (t.answer_RX.view(*gain_BG.shape, -1) == batch["target_BX"][:, None]).all(-1)
         own_BG = t.logp_target_R.view(gain_BG.shape) - t.logp_plain_B[:, None]
         return {
@@ -230,7 +229,7 @@ class RLP(Objective):
             "correct": is_right_BG[kind_B == 0],  # the likeliest token at answers
             "reward_std_nats": reward_BG.std(dim=1),  # within each group
             "no_signal": ~batch["signal_B"],  # share of groups
-            "floored": gain_BG < c.reward_floor,
+            "floored": gain_BG < self.config.reward_floor,
             "thought_tokens": t.length_R,
             "closed": t.closed_R,
             "entropy_nats": -thought_mean(t.logp_RL, t.length_R),

@@ -40,7 +40,7 @@ from system.config import Config, ModelConfig, require_known
 from system.costs import count_parameters
 from system.errors import path_and_reason, require
 from system.files import fingerprint
-from system.loop import check_rows, console, fit, split_batch
+from system.loop import check_rows, console, fit, split_batch, warn
 from system.machine import bf16_warning, peak_memory_gib, pick_device, set_threads, versions
 from system.objective import NextToken, Objective
 from system.presets import PAPERS, PRESETS
@@ -105,7 +105,7 @@ def run(config: Config) -> dict:
     threads = set_threads(model, config.threads or saved, device)
     parallel.on_first(lambda: rundir.prepare_run_dir(config, corpus.tokenizer))
     warn_of_answers(corpus.tokenizer, config)
-    rundir.warn(bf16_warning(model, device))
+    warn(bf16_warning(model, device))
     others = f" and {parallel.team.world - 1} more" if parallel.team.world > 1 else ""
     console.print(f"{config.mode}: {count_parameters(model):,} parameters, {config.model.pattern},"
                   f" on {device}{others}; results in {escape(str(run_dir))}")
@@ -162,7 +162,7 @@ def base_weights(config: Config, corpus: Corpus, model: HybridLM) -> dict:
         found = rundir.newest(folder)
         require(found, f"init ({config.init}) holds no checkpoint; give the folder of an earlier "
                 "run, or a Hugging Face directory")
-        rundir.warn(found.warning)
+        warn(found.warning)
         checkpoint.load_weights(model, found.tensors("model"), found.path)
     else:
         folder = kept("base")
@@ -192,7 +192,7 @@ def phase(name: str, folder: Path, config: Config, corpus: Corpus, model: Hybrid
                 parallel.on_first(lambda: rundir.prepare_run_dir(own, corpus.tokenizer))
                 train(name, model, corpus, own, folder, rundir.newest(folder))
                 found = ended()
-    rundir.warn(found.warning)
+    warn(found.warning)
     checkpoint.load_weights(model, found.tensors("model"), found.path)
     return was_done
 
@@ -377,7 +377,7 @@ def warn_of_answers(tokenizer: Tokenizer, config: Config) -> None:
     problems = held_out_problems("train", 4, config.seed, config.data.held_out_percent)
     longest = max(len(batches.problem_tokens(tokenizer, p)[1]) for p in problems) - 1
     if longest > config.rlp.horizon:
-        rundir.warn(f"answers take up to {longest} tokens of this tokenizer, and rlp.horizon "
+        warn(f"answers take up to {longest} tokens of this tokenizer, and rlp.horizon "
                     f"({config.rlp.horizon}) looks at the first; with --rlp.horizon {longest} "
                     "accuracy and reward are those of the whole answer")
 
@@ -392,7 +392,7 @@ def dry_run(config: Config) -> dict:
         n_vocab = config.data.vocab_size if name == "corpus" else named_tokenizer(name).n_vocab
     config = replace(config, model=replace(config.model, vocab_size=n_vocab))
     if config.init and not Path(config.init).is_dir():
-        rundir.warn(f"init ({config.init}) is not here: the shape is that of model.*")
+        warn(f"init ({config.init}) is not here: the shape is that of model.*")
     console.print_json(json.dumps(config.to_dict()))
     facts = estimate.facts(config)
     tables.print_estimate(facts, console)

@@ -95,9 +95,9 @@ FAULTS = [
     Fault("share_may_be_zero", "thoughts.py", "share_R1 = 1 - torch.rand(", "share_R1 = torch.rand(", "generate"),
     # the program that talks
     Fault("talk_temperature", "generate.py", "c.temperature if temperature is None else temperature",
-          "c.temperature", "train elastic_runs"),
-    Fault("talk_without_budget", "generate.py", "submodel(family, widths)", "family", "elastic_runs train"),
-    Fault("talk_seed", "generate.py", "prompt, c, seed, back)", "prompt, c, 0, back)", "train elastic_runs"),
+          "c.temperature", "generate"),
+    Fault("talk_without_budget", "generate.py", "submodel(family, widths)", "family", "generate"),
+    Fault("talk_seed", "generate.py", "prompt, c, seed, back)", "prompt, c, 0, back)", "generate"),
     # held-out figures
     Fault("gain_sign", "evals.py", 'sampled["logp"] - logp for', 'logp - sampled["logp"] for', "evals"),
     Fault("half_a_sigma", "evals.py", "half = 1.96 * float", "half = 0.5 * float", "evals"),

@@ -5,6 +5,7 @@ test_generate.py); everything that is said of these thoughts is computed again h
 """
 
 import dataclasses
+import functools
 import math
 import random
 from types import SimpleNamespace
@@ -328,6 +329,12 @@ def logp_by_hand(model, before, target, tags):
     return logp, right
 
 
+def logp_after_by_hand(model, tokenizer, context, thought, target):
+    """The same after a thought, which is closed if it did not close itself."""
+    closed = thought if thought[-1] == tokenizer.close else [*thought, tokenizer.close]
+    return logp_by_hand(model, [*context, tokenizer.think, *closed], target, tokenizer.tags)
+
+
 def greedy_by_hand(model, context, tokenizer, begin):
     """The likeliest thought, the whole sequence run again for every token."""
     thought = list(begin)
@@ -524,21 +531,21 @@ def test_thoughts_are_sampled_as_the_settings_say(run):
     assert len(run.spy.calls) == 6 + 2 + 3
 
 
+def logp_of(h, who):
+    """By reference: log p at each position."""
+    plain = {"frozen_base": h.plain["base"], "ema": h.plain["teacher"], "own_no_think": h.plain[who]}
+    return {**plain, "empty_thought": h.empty}
+
+
 @pytest.mark.parametrize("reference", ["frozen_base", "ema", "own_no_think", "empty_thought"])
 @pytest.mark.parametrize(("key", "who"), [("gain_nats", "model"), ("gain_nats_before", "base")])
 def test_gain_at_problems_by_hand(run, hand, key, who, reference):
     """log p after the thought, mean over samples, minus log p of the reference: a normal interval over 24 problems."""
     h = hand[who, "problems"]
-    logp = {
-        "frozen_base": h.plain["base"],
-        "ema": h.plain["teacher"],
-        "own_no_think": h.plain[who],
-        "empty_thought": h.empty,
-    }
     if (key, reference) == ("gain_nats_before", "ema"):
         assert reference not in run.found[key]
         return
-    assert run.found[key][reference] == near(normal(minus(h.logp, logp[reference])))
+    assert run.found[key][reference] == near(normal(minus(h.logp, logp_of(h, who)[reference])))
 
 
 def swapped_by_hand(run, who, pairs, h):
@@ -599,8 +606,7 @@ def test_greedy_accuracy_by_hand(run, who):
     model, tk, right = getattr(run, who), run.tokenizer, []
     for context, target, _ in run.read["problems"]:
         thought = greedy_by_hand(model, context, tk, [])
-        closed = thought if thought[-1] == tk.close else [*thought, tk.close]
-        right.append(float(logp_by_hand(model, [*context, tk.think, *closed], target, tk.tags)[1]))
+        right.append(float(logp_after_by_hand(model, tk, context, thought, target)[1]))
     for name, rows in families(run).items():
         found = run.found["accuracy"]["greedy"][name]["rlp" if who == "model" else "base"]
         assert found == near(wilson_of([right[i] for i in rows], 1))
@@ -616,8 +622,7 @@ def test_accuracy_with_the_style_forced_by_hand(run, temperature):
         assert thought[:2] == begin
         if temperature == 0:
             assert thought == greedy_by_hand(run.base, context, tk, begin)
-        closed = thought if thought[-1] == tk.close else [*thought, tk.close]
-        right.append(float(logp_by_hand(run.base, [*context, tk.think, *closed], target, tk.tags)[1]))
+        right.append(float(logp_after_by_hand(run.base, tk, context, thought, target)[1]))
     assert any(thought[2:5] != tk.encode(p.thought)[2:5] for p, (thought,) in zip(run.problems, groups, strict=True))
     found = run.found["forced_style_base"][f"temperature_{temperature:g}"]
     assert found == {n: near(wilson_of([right[i] for i in rows], 1)) for n, rows in families(run).items()}
@@ -641,17 +646,13 @@ def bootstrap_of(values, documents):
 def test_gain_in_documents_by_hand(run, hand, kind, who, reference):
     """As at problems, the thoughts three tokens back, with a bootstrap over documents."""
     h, found = hand[who, kind], run.found["positions"][kind]["rlp" if who == "model" else "base"]["gain_nats"]
-    logp = {
-        "frozen_base": h.plain["base"],
-        "ema": h.plain["teacher"],
-        "own_no_think": h.plain[who],
-        "empty_thought": h.empty,
-    }
     if (who, reference) == ("base", "ema"):
         assert reference not in found
         return
     gain = (
-        swapped_by_hand(run, who, run.read[kind], h) if reference == "swapped_thought" else minus(h.logp, logp[reference])
+        swapped_by_hand(run, who, run.read[kind], h)
+        if reference == "swapped_thought"
+        else minus(h.logp, logp_of(h, who)[reference])
     )
     assert found[reference] == near(bootstrap_of(gain, getattr(run, kind).documents.tolist()))
 

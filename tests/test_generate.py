@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import generate
+from system.config import RLPConfig
 from thoughts import Sampling, Thoughts, prefill, sample, sample_thoughts, score_thoughts
 
 THINK, CLOSE, END = 9, 10, 11
@@ -360,6 +362,45 @@ def test_dropping_finished_rows_changes_nothing(model, horizon, forced_Rl):
         one = slice(r, r + 1)
         alone = think(model, contexts[one], targets[one], horizon, group_size=1, temperature=0.0, forced_Rl=forced_Rl[one])
         assert_close(one_row(together, r), one_row(alone, 0), **NEAR)
+
+
+# ------------------------------------------------------------------------------------------------- the program that talks
+
+
+@pytest.fixture
+def talked(monkeypatch):
+    """What the program asks to be thought: a run's model or, by budget, the models of its family; .3, 5 tokens."""
+    asked, settings = [], RLPConfig(temperature=0.3, thought_len=5)
+    router, config = SimpleNamespace(choose=lambda budget: f"widths of {budget:g}"), SimpleNamespace(rlp=settings)
+
+    def show(model, tokenizer, prompt, c, seed):
+        asked.append((model, prompt, c.temperature, c.thought_len, seed))
+        return ""
+
+    monkeypatch.setattr(generate, "show_thought", show)
+    monkeypatch.setattr(generate, "load_model", lambda run: ("all of it", None, settings))
+    monkeypatch.setattr(generate, "load_family", lambda run: ("family", router, None, config))
+    monkeypatch.setattr(generate, "submodel", lambda family, widths: f"{family}, {widths}")
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], (0.3, 5, 0)),
+        (["--temperature", "0", "--seed", "7"], (0.0, 5, 7)),
+        (["--temperature", "2", "--thought-len", "9"], (2.0, 9, 0)),
+    ],
+)
+def test_the_program_thinks_as_its_run_or_as_it_is_told(talked, words, expected):
+    """Temperature, longest thought and seed."""
+    assert generate.main(["run", "Hm", *words]) == 0
+    assert talked == [("all of it", "Hm", *expected)]
+
+
+def test_the_program_thinks_with_the_model_of_each_budget(talked):
+    assert generate.main(["run", "Hm", "--budget", "1", "0.5"]) == 0
+    assert [model for model, *_ in talked] == ["family, widths of 1", "family, widths of 0.5"]
 
 
 # ----------------------------------------------------------------------------------------------------------- one token
