@@ -5,7 +5,6 @@ test_generate.py); everything that is said of these thoughts is computed again h
 """
 
 import dataclasses
-import functools
 import math
 import random
 from types import SimpleNamespace

@@ -370,11 +370,11 @@ def test_dropping_finished_rows_changes_nothing(model, horizon, forced_Rl):
 @pytest.fixture
 def talked(monkeypatch):
     """What the program asks to be thought: a run's model or, by budget, the models of its family; .3, 5 tokens."""
-    asked, settings = [], RLPConfig(temperature=0.3, thought_len=5)
+    asked, settings = [], RLPConfig(temperature=0.3, thought_len=5, back=3)
     router, config = SimpleNamespace(choose=lambda budget: f"widths of {budget:g}"), SimpleNamespace(rlp=settings)
 
-    def show(model, tokenizer, prompt, c, seed):
-        asked.append((model, prompt, c.temperature, c.thought_len, seed))
+    def show(model, tokenizer, prompt, c, seed, back):
+        asked.append((model, prompt, c.temperature, c.thought_len, seed, back))
         return ""
 
     monkeypatch.setattr(generate, "show_thought", show)
@@ -387,13 +387,13 @@ def talked(monkeypatch):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([], (0.3, 5, 0)),
-        (["--temperature", "0", "--seed", "7"], (0.0, 5, 7)),
-        (["--temperature", "2", "--thought-len", "9"], (2.0, 9, 0)),
+        ([], (0.3, 5, 0, 0)),
+        (["--temperature", "0", "--seed", "7"], (0.0, 5, 7, 0)),
+        (["--temperature", "2", "--thought-len", "9", "--back", "2"], (2.0, 9, 0, 2)),
     ],
 )
 def test_the_program_thinks_as_its_run_or_as_it_is_told(talked, words, expected):
-    """Temperature, longest thought and seed."""
+    """Temperature, longest thought, seed and where the thought stands: right at the end, if it is not told."""
     assert generate.main(["run", "Hm", *words]) == 0
     assert talked == [("all of it", "Hm", *expected)]
 

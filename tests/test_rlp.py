@@ -456,8 +456,8 @@ def test_gains_of_each_kind_are_logged_apart(model):
 def test_right_answers_are_counted_at_problems_alone(model, monkeypatch):
     """Everything is right; of four contexts two are of problems, with three thoughts each."""
 
-    def sampled(model, batch, *rest):
-        found = sample_thoughts(model, batch, *rest)
+    def sampled(model, batch, *rest, **shared):
+        found = sample_thoughts(model, batch, *rest, **shared)
         found.answer_RX = batch["target_BX"].repeat_interleave(3, dim=0)
         found.answer_RX[:6] += 1  # wrong at text and at the computed document
         return found

@@ -4,15 +4,15 @@ RLP puts a thought before a random token of a document. Here many of those token
 without work, and a short worked thought gives them away:
 
     ledger   Ledger modulo 10: 4
-             7 5 8: 4                               thought: " 4 +7 1 +5 6 +8 4"
+             7 5: 6                                 thought: " 4 +7 1 +5 6"
     session  >>> f = lambda p, q: (p - q + 9) % 10
-             >>> x = [4, 1, 8, 3]
+             >>> x = [4, 1, 8, 3, 0, 9]
              >>> [f(n, 7) for n in x]
-             [6, 3, 0, 5]                           thought before 6: " 4 -7 7 +9 6"
+             [6, 3, 0, 5, 2, 1]                     thought before 6: " 4 -7 7 +9 6"
     trace    a program that prints its variables in each round of a loop, and what it prints
     doctest  examples from docstrings of Python's own modules; nobody wrote a thought for them
 
-About one token in 7 of a ledger, in 10 of a session and in 5 of a trace is a result. Every thought
+About one token in 5 of a ledger, in 8 of a session and in 3 of a trace is a result. Every thought
 has two steps or more. A session's and a trace's results are what Python gave for that very text.
 
 A kind is a function from a random generator to a `Computed`, and its entry in `KINDS`.
@@ -77,7 +77,7 @@ def ledger(rng: random.Random) -> Computed:
     balance = rng.randrange(10)
     pieces = [(f"Ledger modulo 10: {balance}", "")]
     for _ in range(rng.randint(12, 18)):
-        payments = rng.choices(range(1, 10), k=3)
+        payments = rng.choices(range(1, 10), k=2)
         thought = worked(balance, [f"+{n}" for n in payments])
         balance = int(thought[-1])
         pieces += [(f"\n{' '.join(map(str, payments))}:", ""), (f" {balance}", thought)]
@@ -106,36 +106,30 @@ def draw_sum(rng: random.Random) -> Sum:
 
 
 def session(rng: random.Random) -> Computed:
-    """An interpreter's session: a function or a dict, a list, and five questions to them."""
+    """An interpreter's session: a function or a dict, a list, and three questions to them."""
     f, p, q, many, item = names = rng.sample(LETTERS, 5)
-    ring, sum_ = rng.sample(range(10), 5), draw_sum(rng)
+    ring, sum_ = rng.sample(range(10), 6), draw_sum(rng)
     after = dict(zip(ring, ring[1:] + ring[:1], strict=True))
-    numbers, is_function = rng.sample(ring, 4), rng.random() < 0.5
+    numbers, is_function = rng.sample(ring, 6), rng.random() < 0.5
     lines = [f"{f} = lambda {p}, {q}: {sum_.of(p, q)}" if is_function else
              f"{f} = {dict(sorted(after.items()))}", f"{many} = {numbers}"]
     values: dict = {}
     exec("\n".join(lines), values)
     pieces = [("\n".join(f">>> {line}" for line in lines), "")]
     asked: set[str] = set()
-    while len(asked) < 5:
-        # 1. A question, and the thought for each digit of its answer.
-        x, y, z = rng.sample(ring, 3)
+    while len(asked) < 3:
+        # 1. A question to all numbers or to one, and the thought for each digit of the answer.
+        x, y = rng.sample(ring, 2)
+        of_each = rng.random() < 0.8
+        name, asked_of = (item, numbers) if of_each else (str(x), [x])
         if is_function:
-            kind = rng.choice(["one", "each", "each"])
-            inner = sum_.thought(y, z)
-            line = f"{f}({x}, {f}({y}, {z}))" if kind == "one" else f"{f}({item}, {x})"
-            thoughts = ([inner + "," + sum_.thought(x, int(inner[-1]))] if kind == "one" else
-                        [sum_.thought(n, x) for n in numbers])
+            line, thoughts = f"{f}({name}, {y})", [sum_.thought(n, y) for n in asked_of]
         else:
-            kind, n_hops = rng.choice(["one", "each", "sorted"]), rng.randint(2, 3)
-            line = f"{f}[" * n_hops + (str(x) if kind == "one" else item) + "]" * n_hops
-            thoughts = [path(after, n, n_hops) for n in ([x] if kind == "one" else numbers)]
-        if kind == "each":
+            n_hops = rng.randint(2, 3)
+            line = f"{f}[" * n_hops + name + "]" * n_hops
+            thoughts = [path(after, n, n_hops) for n in asked_of]
+        if of_each:
             line = f"[{line} for {item} in {many}]"
-        elif kind == "sorted":
-            line = f"sorted({line} for {item} in {many})"
-            found = sorted(thought[-1] for thought in thoughts)
-            thoughts = [f"{''.join(thoughts)}, {' '.join(found[:i])}" for i in range(1, 5)]
         if line in asked:
             continue
         # 2. The answer is Python's.
@@ -160,7 +154,7 @@ def trace(rng: random.Random) -> Computed:
     rounds end alike: from there on the values would repeat. Twins are all starts of a loop, for
     they lead into the same rounds."""
     counter, *names = rng.sample(LETTERS, rng.randint(3, 4))
-    n_rounds = 10 if len(names) == 2 else 8
+    n_rounds = 16 if len(names) == 2 else 10
     shown: list[str] = []
     while len(set(shown)) < n_rounds:
         # 1. The program: each variable becomes a sum of itself and another one.
@@ -171,17 +165,18 @@ def trace(rng: random.Random) -> Computed:
         loop = "\n".join([
             f"for {counter} in range({n_rounds}):",
             *(f"    {name} = {sums[name].of(name, others[name])}" for name in names),
-            f"    print({', '.join(f'{name!r}, {name}' for name in names)})"])
+            f"    print({', '.join(names)})"])
         # 2. What it prints.
         shown.clear()
         exec(start + loop, {"print": lambda *words: shown.append(" ".join(map(str, words)))})
     # 3. A thought for each value, from the values before it.
     pieces = [(start + loop, "")]
     for line in shown:
-        for before, name, value in re.findall(r"(^|\s)(\w) (\d)", line):
+        pieces.append(("\n", ""))
+        for i, (name, value) in enumerate(zip(names, line.split(), strict=True)):
             thought = sums[name].thought(values[name], values[others[name]])
             values[name] = int(value)
-            pieces += [((before or "\n") + name, ""), (f" {value}", thought)]
+            pieces.append((f" {value}" if i else value, thought))
     return Computed("trace", tuple(pieces), renamed(loop, [counter, *names]))
 
 
