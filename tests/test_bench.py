@@ -228,6 +228,7 @@ def llama(tmp_path):
 def test_with_a_directory_every_contestant_is_measured_in_a_process_of_its_own(llama, tmp_path, monkeypatch, capsys):
     """Seconds 1, 2, 6 of ours: median 2; of TRL 8: 4 times ours. Nothing is run here, not even to compare results."""
     monkeypatch.setattr(bench, "find_spec", lambda name: True)
+    monkeypatch.setattr(bench, "version", lambda name: f"{name} of today")
     lines = {"ours": "[[1, 2, 6], 30]", "TRL GRPOTrainer": "TRL says hello\n[[8], 70]"}
     commands = []
 
@@ -244,6 +245,7 @@ def test_with_a_directory_every_contestant_is_measured_in_a_process_of_its_own(l
     assert rows == [(2000, 1, 30), (8000, 4, 70), (6000, 3, 50)]
     options = ["--model", str(llama), "--alone", "ours", "--device", "cpu", "--threads", "1", "--repeats", "3"]
     assert commands[0] == ["-m", "tools.bench", "rlp-trl", *options]
+    assert found["versions"]["trl"] == "trl of today"
     assert "Each in a process of its own" in capsys.readouterr().out
 
 

@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -698,7 +699,8 @@ def measure(name: str, device: torch.device, repeats: int, **sizes) -> dict:
     cpuinfo = Path("/proc/cpuinfo")
     named = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
     machine = named[1] if named else platform.machine()
-    peers = {p: getattr(sys.modules[p], "__version__", "") for p in PIP if p in sys.modules}
+    used = {"transformers", "trl"} if folder else set(sys.modules)
+    peers = {p: version(PIP[p].split("==")[0]) for p in PIP if p in used and find_spec(p)}
     return {"bench": f"{name}-{folder.name}" if folder else name, **found, "device": device.type,
             "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else machine,
             "instructions": torch.backends.cpu.get_cpu_capability(),
