@@ -79,15 +79,15 @@ def over_sizes(families: list[list[dict]], key: str, form: str) -> list[str]:
 
 
 def speed_table(found: list[dict]) -> str:
-    """A row a benchmark: ours beside the fastest of the others that do the same work. Decoding is
-    left out: it is a part of the RLP step."""
+    """A row a benchmark: ours beside the fastest of the others that do the same work. Left out are
+    decoding, a part of the RLP step, and the base's step, of which all but an optimizer is ours."""
     rows = [["one CPU thread", "ours, ms", "the fastest other", "ms", "times as long",
              "times the memory"]]
     for bench in found:
         ours, *others = bench["rows"]
         same = [r for r in others
                 if "ms" in r and "difference" in r and not r["name"].startswith("ours")]
-        if same and bench["bench"] != "decode":
+        if same and bench["bench"] not in ("decode", "base-step"):
             best = min(same, key=lambda row: row["ms"])
             rows.append([bench["title"].split(", ")[0], f"{ours['ms']:.4g}", best["name"],
                          f"{best['ms']:.4g}", f"{best['times_ours']:.1f}",

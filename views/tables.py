@@ -142,11 +142,15 @@ def bench_table(found: dict) -> str:
         rows.append([row["name"], row["note"], "", "", ""] if "ms" not in row else [
             row["name"], f"{row['ms']:.4g}", f"{row['times_ours']:.2f}",
             f"{row['tokens_per_s'] / 1e3:.3g}", f"{row['peak_bytes'] / 2**20:.3g}"])
-    versions = [f"{k} {v}" for k, v in found["versions"].items() if k in ("torch", "transformers")]
+    shown = ("torch", "transformers", "trl")
+    versions = [f"{k} {v}" for k, v in found["versions"].items() if k in shown]
     on_cpu = [found.get("instructions", ""), f"threads: {found['threads']}"]
     words = [found["machine"], *on_cpu * (found["device"] == "cpu"),
              f"fp32 ({found['precision']})", *versions, f"commit {commit(found)}"]
     parts = [markdown(rows), ", ".join(filter(None, words)) + "; medians."]
+    if found.get("is_apart"):
+        parts.append("Each in a process of its own; memory is its peak, weights and libraries "
+                     "included. Results are compared with a small model.")
     if g := found.get("growth"):
         rows = [["tokens", *map(str, g["tokens"])], ["ms", *(f"{ms:.4g}" for ms in g["ms"])],
                 ["peak MiB", *(f"{n / 2**20:.3g}" for n in g["peak_bytes"])]]
