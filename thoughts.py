@@ -217,6 +217,7 @@ def sample(logits_RV: Tensor, banned: tuple[int, ...], temperature: float,
         share_R1 = 1 - torch.rand(len(p_RV), 1, generator=generator, dtype=p_RV.dtype,
                                   device=p_RV.device)  # in (0, 1]
         token_R1 = torch.searchsorted(sum_RV, share_R1 * sum_RV[:, -1:])
+        token_R1.clamp_(max=p_RV.shape[1] - 1)  # where logits are not finite
     return token_R1[:, 0], p_RV.gather(-1, token_R1)[:, 0].log()
 
 

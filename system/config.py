@@ -202,7 +202,8 @@ class WarmupConfig(FitConfig):
     seq_len: Length = 256  # Tokens of a packed training sequence.
     think: Share = 0.4  # Share of problems with a thought.
     worked: Share = 0.35  # Share of those worked out; the others stop half-way or are filler.
-    gap: Annotated[int, at_least(2)] = 24  # Tokens of text from a thought to the next, on average.
+    # Tokens from a thought to the next, on average, in text and in computed documents.
+    gap: Annotated[int, at_least(2)] = 12
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,7 @@ class RLPConfig(FitConfig):
     # Tokens from where a thought stands to the token that it is for, in text and in computed
     # documents: the thought has read them, and they follow it once more. 0 is the paper's; at the
     # answers of problems it is always 0.
-    back: Annotated[int, at_least(0)] = 8
+    back: Annotated[int, at_least(0)] = 2
     context_len: Annotated[int, at_least(8)] = 128  # Longer contexts lose their beginning.
     prompt: str = ""  # Instruction before every context, for a base that was not taught the tags.
     prompt_file: str = ""  # UTF-8 file to take that text from, such as prompts/think.txt.

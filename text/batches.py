@@ -170,7 +170,7 @@ def mixture(corpus: Corpus, config: Config, step: int, n_rows: int, seq_len: int
         # Places about `gap` tokens apart, and half of the results.
         thoughts, t = {}, rng.randrange(2 * fit.gap)
         while t < len(document):
-            thoughts[t] = [] if rng.random() < 0.7 else tokenizer.encode(filler(rng))
+            thoughts[t] = [] if rng.random() < 0.85 else tokenizer.encode(filler(rng))
             t += rng.randrange(1, 2 * fit.gap)
         thoughts |= {t: thought for t, thought in worked.items() if rng.random() < 0.5}
         return place_thoughts(tokenizer, document, thoughts, rng.choice((0, config.rlp.back)))

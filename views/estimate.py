@@ -248,7 +248,7 @@ def kept_numbers(kind: str, shape: ModelConfig) -> float:
     """Numbers a token that a layer with its norm (3 D) keeps for its backward pass."""
     D, F, H, K, P = shape.d_model, shape.d_ff, shape.n_heads, shape.n_kv_heads, shape.attn_head_dim
     if kind == "-":
-        return 3 * D + (2 if shape.ffn == "relu2" else 4) * F
+        return 3 * D + 2 * F
     if kind == "*":  # queries, keys, values and the output; RoPE and QK-norm keep what they read
         turned = 1.5 * (H + K) * P * (shape.qk_norm + (shape.rope_theta > 0))
         return 3 * D + (2 * H + 2 * K) * P + turned
