@@ -27,7 +27,7 @@ def talk(run: tyro.conf.Positional[Path], prompt: tyro.conf.Positional[str],
         temperature: Of the thought; 0 is greedy. The run's own, if left out.
         seed: Of the sampling.
         thought_len: Longest thought, in tokens. The run's own, if left out.
-        back: Tokens of the prompt that the thought stands before, as rlp.back: 8 suits text.
+        back: Tokens of the prompt that the thought stands before, as rlp.back: 2 suits text.
         budget: Sizes of an elastic run to answer with, in turn, such as 1 0.5; none: all of it.
     """
     require(prompt, f"prompt ({prompt!r}) is empty, and a thought needs a token before it; give "

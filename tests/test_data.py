@@ -808,7 +808,7 @@ def test_worked_thoughts_of_the_mixture_stand_at_their_results_or_some_tokens_ba
 
 @pytest.mark.parametrize("kind", ["text", "computed"])
 def test_half_of_the_mixtures_other_documents_have_thoughts_back_and_those_are_masked(corpus, kind):
-    """Told apart by what is to be predicted: in a document all thoughts are or none is. They come about 24 tokens apart,
+    """Told apart by what is to be predicted: in a document all thoughts are or none is. They come about 12 tokens apart,
     and are empty, filler, or worked at a result alone."""
     config = config_of(data={**PROBLEMS, f"{kind}_share": 1.0}, warmup={"batch": 200, "seq_len": 512, "gap": 24})
     tk, batch, masked, n_text, n_thoughts = corpus.tokenizer, warmup_batch(corpus, config, 0), [], 0, 0

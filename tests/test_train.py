@@ -632,7 +632,7 @@ def test_a_run_folder_in_use_is_refused_and_left_as_it_is(program, finished, cap
         ("--init", "elsewhere", "now elsewhere"),
         ("--pretrain.lr", 1.0, "pretrain.lr was 0.003, now 1.0"),
         ("--warmup.lr", 1.0, "warmup.lr was 0.003, now 1.0"),
-        ("--rlp.back", 3, "rlp.back was 8, now 3"),
+        ("--rlp.back", 3, "rlp.back was 2, now 3"),
     ],
 )
 def test_resuming_with_other_settings_is_refused_by_name(program, finished, tmp_path, capsys, option, value, change):

@@ -6,13 +6,14 @@ without work, and a short worked thought gives them away:
     ledger   Ledger modulo 10: 4
              7 5: 6                                 thought: " 4 +7 1 +5 6"
     session  >>> f = lambda p, q: (p - q + 9) % 10
-             >>> x = [4, 1, 8, 3, 0, 9]
-             >>> [f(n, 7) for n in x]
-             [6, 3, 0, 5, 2, 1]                     thought before 6: " 4 -7 7 +9 6"
-    trace    a program that prints its variables in each round of a loop, and what it prints
+             >>> x = [4, 1, 8, 3, 0, 9, 2, 6]
+             >>> for n in x: print(n, f(n, 7))
+             4 6                                    thought: " 4 -7 7 +9 6"
+    trace    a program that prints its variables in each round of a loop, and what it prints;
+             the thought names the other variable: " y 7 -6 1 +7 8"
     doctest  examples from docstrings of Python's own modules; nobody wrote a thought for them
 
-About one token in 5 of a ledger, in 8 of a session and in 3 of a trace is a result. Every thought
+About one token in 5 of a ledger, in 8 of a session and in 5 of a trace is a result. Every thought
 has two steps or more. A session's and a trace's results are what Python gave for that very text.
 
 A kind is a function from a random generator to a `Computed`, and its entry in `KINDS`.
@@ -106,37 +107,28 @@ def draw_sum(rng: random.Random) -> Sum:
 
 
 def session(rng: random.Random) -> Computed:
-    """An interpreter's session: a function or a dict, a list, and three questions to them."""
+    """An interpreter's session: a function or a dict, a list, and two questions to them."""
     f, p, q, many, item = names = rng.sample(LETTERS, 5)
-    ring, sum_ = rng.sample(range(10), 6), draw_sum(rng)
+    ring, sum_ = rng.sample(range(10), 8), draw_sum(rng)
     after = dict(zip(ring, ring[1:] + ring[:1], strict=True))
-    numbers, is_function = rng.sample(ring, 6), rng.random() < 0.5
-    lines = [f"{f} = lambda {p}, {q}: {sum_.of(p, q)}" if is_function else
-             f"{f} = {dict(sorted(after.items()))}", f"{many} = {numbers}"]
+    numbers, is_function = rng.sample(ring, 8), rng.random() < 0.5
+    lines = ([f"{f} = lambda {p}, {q}: {sum_.of(p, q)}", f"{many} = {numbers}"] if is_function else
+             [f"{f} = {dict(sorted(after.items()))}"])
     values: dict = {}
     exec("\n".join(lines), values)
     pieces = [("\n".join(f">>> {line}" for line in lines), "")]
-    asked: set[str] = set()
-    while len(asked) < 3:
-        # 1. A question to all numbers or to one, and the thought for each digit of the answer.
-        x, y = rng.sample(ring, 2)
-        of_each = rng.random() < 0.8
-        name, asked_of = (item, numbers) if of_each else (str(x), [x])
+    for x in rng.sample(ring, 2) if is_function else (2, 3):
+        # 1. A question to each number, and the thought for each answer.
         if is_function:
-            line, thoughts = f"{f}({name}, {y})", [sum_.thought(n, y) for n in asked_of]
+            asked, called = many, f"{f}({item}, {x})"
+            thoughts = {n: sum_.thought(n, x) for n in numbers}
         else:
-            n_hops = rng.randint(2, 3)
-            line = f"{f}[" * n_hops + name + "]" * n_hops
-            thoughts = [path(after, n, n_hops) for n in asked_of]
-        if of_each:
-            line = f"[{line} for {item} in {many}]"
-        if line in asked:
-            continue
-        # 2. The answer is Python's.
-        asked.add(line)
-        pieces.append((f"\n>>> {line}\n", ""))
-        for part in filter(None, re.split(r"( ?\d)", repr(eval(line, values)))):
-            pieces.append((part, thoughts.pop(0) if part[-1].isdigit() else ""))
+            asked, called = f, f"{f}[" * x + item + "]" * x
+            thoughts = {n: path(after, n, x) for n in after}
+        pieces.append((f"\n>>> for {item} in {asked}: print({item}, {called})", ""))
+        # 2. The answers are Python's.
+        for n in eval(asked, values):
+            pieces += [(f"\n{n}", ""), (f" {eval(called, values | {item: n})}", thoughts[n])]
     return Computed("session", tuple(pieces), renamed(join(pieces), names))
 
 
@@ -154,7 +146,7 @@ def trace(rng: random.Random) -> Computed:
     rounds end alike: from there on the values would repeat. Twins are all starts of a loop, for
     they lead into the same rounds."""
     counter, *names = rng.sample(LETTERS, rng.randint(3, 4))
-    n_rounds = 16 if len(names) == 2 else 10
+    n_rounds = 12 if len(names) == 2 else 9
     shown: list[str] = []
     while len(set(shown)) < n_rounds:
         # 1. The program: each variable becomes a sum of itself and another one.
@@ -165,18 +157,17 @@ def trace(rng: random.Random) -> Computed:
         loop = "\n".join([
             f"for {counter} in range({n_rounds}):",
             *(f"    {name} = {sums[name].of(name, others[name])}" for name in names),
-            f"    print({', '.join(names)})"])
+            f"    print({', '.join(f'{name!r}, {name}' for name in names)})"])
         # 2. What it prints.
         shown.clear()
         exec(start + loop, {"print": lambda *words: shown.append(" ".join(map(str, words)))})
     # 3. A thought for each value, from the values before it.
     pieces = [(start + loop, "")]
     for line in shown:
-        pieces.append(("\n", ""))
-        for i, (name, value) in enumerate(zip(names, line.split(), strict=True)):
+        for before, name, value in re.findall(r"(^|\s)(\w) (\d)", line):
             thought = sums[name].thought(values[name], values[others[name]])
             values[name] = int(value)
-            pieces.append((f" {value}" if i else value, thought))
+            pieces += [((before or "\n") + name, ""), (f" {value}", f" {others[name]}{thought}")]
     return Computed("trace", tuple(pieces), renamed(loop, [counter, *names]))
 
 
