@@ -350,12 +350,18 @@ class Pretraining(NextToken):
         self.corpus, self.config = corpus, config
 
     def enough(self, model: HybridLM, step: int) -> str:
-        """Greedy accuracy of each family on validation problems, if the worst is good enough."""
+        """Greedy accuracy of each family on validation problems, if the worst is good enough; if it
+        is not after the last step, that is printed."""
         c = self.config.pretrain
-        if step < c.intro_share * c.steps or step % c.enough_every:
+        if step < c.steps and (step < c.intro_share * c.steps or step % c.enough_every):
             return ""
         found = evals.validate(parallel.whole(model, for_sampling=True), self.corpus, self.config)
-        return f"accuracy by family: {found}" if min(found.values()) >= c.enough else ""
+        said = "accuracy by family: " + ", ".join(f"{k} {v:.2f}" for k, v in found.items())
+        if min(found.values()) >= c.enough:
+            return said
+        if step == c.steps and parallel.is_first():
+            console.print(f"pretrain took all its {step} steps; {said}")
+        return ""
 
 
 MODES: dict[str, Mode] = {

@@ -111,6 +111,18 @@ def test_worked_steps_are_right_and_lead_to_the_answer(family):
         assert problem.thought == "".join(problem.steps)
 
 
+def test_steps_of_a_sum_name_the_number_and_the_digit_that_is_added():
+    rng = random.Random(0)
+    for problem in (FAMILIES["sum"](rng) for _ in range(300)):
+        numbers = re.findall(r"\d+", problem.question)
+        units, tens = (part.split(" ")[1:] for part in problem.thought.split(","))
+        assert units[0::3] == numbers[:1] + units[3::3]
+        assert units[2::3] == numbers[1:]
+        assert units[3::3] == [f"+{n[-1]}" for n in numbers[1:]]
+        assert tens[1::3] == numbers
+        assert tens[2::3] == [f"+{n[0]}" for n in numbers]
+
+
 def test_tens_digit_of_a_sum_is_the_sums_tens_digit():
     """The solver above carries; this one adds."""
     rng = random.Random(0)

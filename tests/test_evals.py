@@ -260,7 +260,7 @@ def test_computed_positions_are_one_in_each_of_different_held_out_documents(corp
 
 def test_validation_is_greedy_accuracy_by_family_on_the_validation_split(corpus, networks, monkeypatch):
     """By hand: the likeliest thought of each problem of `val`, and whether the likeliest tokens after it are the answer."""
-    model, tk, right = networks[0], corpus.tokenizer, {}
+    model, tk, right = networks[2], corpus.tokenizer, {}
     for p in held_out_problems("val", 5, SEED, corpus.held_out_percent):
         context, target = tk.encode(p.prompt)[-CONTEXT:], (tk.encode(p.answer) + [tk.end] * HORIZON)[:HORIZON]
         thought = greedy_by_hand(model, context, tk, [])
