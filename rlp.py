@@ -111,10 +111,10 @@ def thought_logp(model: HybridLM, batch: dict, tokens_RL: Tensor, length_R: Tens
     """log pi(c_u | x_<t, <think>, c_<u) of every thought token, with gradients.
 
     Each context is run once, and its G thoughts go on from its cache: T + G L tokens instead of
-    G (T + L). Args: batch: context_BT and ids_BT; tokens_RL, length_R: R = B G thoughts, a context's in a
-    row; think: id of <think>; n_buckets: passes, over thoughts of like length: if None 3, or 1
-    where that pads little; prefix: the contexts, if they were run; wanted_R: which thoughts to run,
-    if not all. Returns logp_RL, 0 past the ends and where not wanted.
+    G (T + L). Args: batch: context_BT and ids_BT; tokens_RL, length_R: R = B G thoughts, those of a
+    context in a row; think: id of <think>; n_buckets: passes, over thoughts of like length: if None
+    3, or 1 where that pads little; prefix: the contexts, if they were run; wanted_R: which thoughts
+    to run, if not all. Returns logp_RL, 0 past the ends and where not wanted.
     """
     R, L = tokens_RL.shape
     G = R // len(batch["ids_BT"])
