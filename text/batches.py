@@ -112,16 +112,16 @@ def shares_of(config: Config) -> dict[str, float]:
 
 
 def pretrain_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
-    """Families enter one by one, with copied text in the place of other text; then documents of all
-    kinds. Thoughts are worked."""
+    """Families enter one by one, beside copied text; computed documents when half of them are in;
+    then documents of all kinds. Thoughts are worked."""
     fit, tokenizer, percent = config.pretrain, corpus.tokenizer, corpus.held_out_percent
     rng = random.Random(f"pretrain-{config.seed}-{step}")
     intro = fit.intro_share * fit.steps
     n_families = 1 + int(len(FAMILIES) * step / intro) if step < intro else len(FAMILIES)
     shares, think = shares_of(config), fit.think
     if step < intro:
-        copies = {"copy": fit.copy_share, "computed": shares["computed"]}
-        shares, think = {**copies, "problem": 1 - sum(copies.values())}, 1.0
+        others = {"copy": fit.copy_share, "computed": shares["computed"] * (2 * step >= intro)}
+        shares, think = {**others, "problem": 1 - sum(others.values())}, 1.0
 
     def draw(kind: str) -> Marked:
         if kind == "copy":
