@@ -19,8 +19,10 @@ reward change `reward`: `information_gain` stays what is reported. `RLP` is Algo
 
 Where it differs from the paper: neither scorer has the think tags in its softmax (else a base that
 likes to open a thought would seem to predict badly, and gains would look larger); rewards have a
-floor (`rlp.reward_floor`); positions may be answers of problems (`rlp.positions`); both scorers may
-read an instruction first (`rlp.prompt`).
+floor (`rlp.reward_floor`); positions may be answers of problems (`rlp.positions`); elsewhere a
+thought stands some tokens before the one it is for (`rlp.back`), since the break that it makes in a
+text spoils whatever is predicted right behind it; both scorers may read an instruction first
+(`rlp.prompt`).
 """
 
 import functools

@@ -224,7 +224,7 @@ class RLPConfig(FitConfig):
     # Thoughts per context, G; the paper uses 16.
     group_size: Annotated[int, at_least(2, ": advantages compare the thoughts of a group")] = 8
     # Longest thought in tokens, its closing tag included.
-    thought_len: Annotated[int, at_least(1, ": the closing tag is a token of the thought")] = 48
+    thought_len: Annotated[int, at_least(1, ": the closing tag is a token of the thought")] = 40
     horizon: Count = 1  # Observed tokens after a thought that the reward looks at; the paper's.
     temperature: Positive = 0.7  # Temperature of thoughts, in training and after; the paper's.
     eps_low: Share = 0.2  # Lower clip of the likelihood ratio: 1 - eps_low.

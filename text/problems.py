@@ -7,7 +7,7 @@
     word     Count: Bob has 9 books. On Monday Bob sells 5. ... How many books has Bob?
              thought: start 9 Monday -5 4 Tuesday +1 5                         answer: 5
     sum      Tens digit of 85 + 79?
-             thought: 85 5 79 +9 14, 1 85 +8 9 79 +7 16                        answer: 6
+             thought: 5 +9 14, 1 +8 9 +7 16                                    answer: 6
 
 A family is a function from a random generator to a `Problem`, and its entry in `FAMILIES`: batches,
 figures and samples read that table, and the base learns the families in its order.
@@ -112,15 +112,15 @@ def sum_problem(rng: random.Random) -> Problem:
     """The tens digit of a sum of two-digit numbers: the units first, for their carry."""
     numbers = [rng.randint(10, 99) for _ in range(rng.randint(2, 4))]
     total = numbers[0] % 10
-    steps = [f" {numbers[0]} {total}"]
+    steps = [f" {total}"]
     for n in numbers[1:]:
         total += n % 10
-        steps.append(f" {n} +{n % 10} {total}")
+        steps.append(f" +{n % 10} {total}")
     total //= 10
     steps.append(f", {total}")
     for n in numbers:
         total += n // 10
-        steps.append(f" {n} +{n // 10} {total}")
+        steps.append(f" +{n // 10} {total}")
     question = f"Tens digit of {' + '.join(map(str, numbers))}?"
     canonical = " + ".join(map(str, sorted(numbers)))
     return Problem("sum", question, tuple(steps), f" {total % 10}", canonical)
