@@ -41,7 +41,14 @@ from system.costs import count_parameters
 from system.errors import path_and_reason, require
 from system.files import fingerprint
 from system.loop import check_rows, console, fit, split_batch, warn
-from system.machine import bf16_warning, peak_memory_gib, pick_device, set_threads, versions
+from system.machine import (
+    bf16_warning,
+    hardware,
+    peak_memory_gib,
+    pick_device,
+    set_threads,
+    versions,
+)
 from system.objective import NextToken, Objective
 from system.presets import PAPERS, PRESETS
 from text import batches
@@ -121,8 +128,9 @@ def run(config: Config) -> dict:
     summary = {
         "mode": config.mode, "preset": config.preset, "seed": config.seed,
         "parameters": count_parameters(model), **base_facts, **found,
+        "seconds_to_90": rundir.seconds_to(run_dir, "correct", 0.9),
         "wall_s": time.perf_counter() - began, "peak_memory_gib": peak_memory_gib(device),
-        "versions": versions()}
+        **hardware(device), "versions": versions()}
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     plots.plot_run(run_dir)
     tables.print_summary(summary, console)

@@ -88,6 +88,16 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
+def hardware(device: torch.device) -> dict[str, str | int]:
+    """What a time depends on: the chip's name, the CPU's instructions, the threads."""
+    cpuinfo = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    chip = named[1] if named else platform.machine()
+    return {"machine": torch.cuda.get_device_name(device) if device.type == "cuda" else chip,
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads()}
+
+
 def versions() -> dict[str, str]:
     """Of Python and the libraries that results may depend on, and the commit of the code."""
     return {"python": platform.python_version(), "torch": torch.__version__,

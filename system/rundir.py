@@ -95,6 +95,15 @@ def logged_seconds(run_dir: Path) -> float:
     return sum(json.loads(line)["seconds"] for log in logs for line in log.read_text().splitlines())
 
 
+def seconds_to(run_dir: Path, name: str, enough: float, n: int = 10) -> float | None:
+    """Seconds of training until the mean of a metric over n steps reached a value, or None."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    values = [line.get(name, 0.0) for line in lines]
+    reached = (i for i in range(n, len(lines) + 1) if sum(values[i - n : i]) >= n * enough)
+    end = next(reached, None)
+    return None if end is None else sum(line["seconds"] for line in lines[:end])
+
+
 def newest(folder: Path) -> checkpoint.Checkpoint | None:
     """The newest checkpoint in a folder that may not exist, as the first process finds it."""
     return parallel.on_first(lambda: checkpoint.newest(folder) if folder.is_dir() else None)

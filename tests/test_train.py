@@ -498,6 +498,20 @@ def test_summary_holds_every_figure_with_its_interval_and_n(finished):
     assert (summary["mode"], summary["preset"], summary["seed"]) == ("rlp", "smoke", 0)
     assert summary["wall_s"] > 0
     assert summary["peak_memory_gib"] > 0
+    assert (summary["threads"], summary["seconds_to_90"]) == (1, None)
+    assert summary["machine"]
+    assert summary["instructions"]
+
+
+def test_seconds_to_a_value_end_with_the_first_steps_in_a_row_whose_mean_has_it(tmp_path):
+    """Of .9 over two steps: after .8 and 1, at 1 + 2 + 4 seconds. A step without the metric counts as 0."""
+    values = [0.9, 0.8, 1.0, None, 0.95, 0.95]
+    lines = [{"seconds": 2**i} | ({} if v is None else {"correct": v}) for i, v in enumerate(values)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    assert rundir.seconds_to(tmp_path, "correct", 0.9, n=2) == 7
+    assert rundir.seconds_to(tmp_path, "correct", 0.94, n=2) == 63
+    assert rundir.seconds_to(tmp_path, "correct", 0.96, n=2) is None
+    assert rundir.seconds_to(tmp_path, "no such", 0.1) is None
 
 
 def test_samples_show_two_thoughts_of_each_model_for_every_family(finished):

@@ -19,8 +19,6 @@ import itertools
 import json
 import math
 import os
-import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -53,7 +51,7 @@ from system.config import ModelConfig, RLPConfig
 from system.errors import exit_code, require
 from system.huggingface import load_hf, names, read_config, save_hf
 from system.loop import build_optimizers, update
-from system.machine import peak_memory_gib, pick_device, versions
+from system.machine import hardware, peak_memory_gib, pick_device, versions
 from system.objective import NextToken
 from system.presets import PRESETS
 from thoughts import Sampling, Thoughts, sample, sample_thoughts
@@ -697,15 +695,10 @@ def measure(name: str, device: torch.device, repeats: int, **sizes) -> dict:
     folder = sizes.get("folder")
     apart = partial(measure_apart, name, folder, device, repeats) if folder else None
     found = compare(BENCHES[name](device, **sizes), repeats, device, apart)
-    cpuinfo = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
-    machine = named[1] if named else platform.machine()
     used = {"transformers", "trl"} if folder else set(sys.modules)
     peers = {p: version(PIP[p].split("==")[0]) for p in PIP if p in used and find_spec(p)}
     return {"bench": f"{name}-{folder.name}" if folder else name, **found, "device": device.type,
-            "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else machine,
-            "instructions": torch.backends.cpu.get_cpu_capability(),
-            "threads": torch.get_num_threads(), "precision": torch.get_float32_matmul_precision(),
+            **hardware(device), "precision": torch.get_float32_matmul_precision(),
             "versions": versions() | peers, "repeats": repeats, "is_apart": bool(folder)}
 
 
