@@ -3,17 +3,17 @@
 RLP puts a thought before a random token of a document. Here many of those tokens cannot be guessed
 without work, and a short worked thought gives them away:
 
-    ledger   Ledger modulo 10: 4
-             7 5: 6                                 thought: " 4 +7 1 +5 6"
+    ledger   Ledger modulo 10, balances last: 4
+             7 5 6                                  thought: " 4 +7 1 +5 6"
     session  >>> f = lambda p, q: (p - q + 9) % 10
              >>> x = [4, 1, 8, 3, 0, 9, 2, 6]
              >>> for n in x: print(n, f(n, 7))
              4 6                                    thought: " 4 -7 7 +9 6"
-    trace    a program that prints its variables in each round of a loop, and what it prints;
-             the thought names the other variable: " y 7 -6 1 +7 8"
+    trace    a program that changes a variable and prints it in each round of a loop, and what it
+             prints
     doctest  examples from docstrings of Python's own modules; nobody wrote a thought for them
 
-About one token in 5 of a ledger, in 8 of a session and in 5 of a trace is a result. Every thought
+About one token in 4 of a ledger, in 8 of a session and in 7 of a trace is a result. Every thought
 has two steps or more. A session's and a trace's results are what Python gave for that very text.
 
 A kind is a function from a random generator to a `Computed`, and its entry in `KINDS`.
@@ -74,14 +74,14 @@ def renamed(text: str, names: list[str]) -> str:
 
 
 def ledger(rng: random.Random) -> Computed:
-    """Payments of a day in each line, and the balance after them."""
+    """Two payments in each line, and the balance after them."""
     balance = rng.randrange(10)
-    pieces = [(f"Ledger modulo 10: {balance}", "")]
-    for _ in range(rng.randint(12, 18)):
+    pieces = [(f"Ledger modulo 10, balances last: {balance}", "")]
+    for _ in range(rng.randint(14, 22)):
         payments = rng.choices(range(1, 10), k=2)
         thought = worked(balance, [f"+{n}" for n in payments])
         balance = int(thought[-1])
-        pieces += [(f"\n{' '.join(map(str, payments))}:", ""), (f" {balance}", thought)]
+        pieces += [(f"\n{' '.join(map(str, payments))}", ""), (f" {balance}", thought)]
     return Computed("ledger", tuple(pieces))
 
 
@@ -107,68 +107,35 @@ def draw_sum(rng: random.Random) -> Sum:
 
 
 def session(rng: random.Random) -> Computed:
-    """An interpreter's session: a function or a dict, a list, and two questions to them."""
+    """An interpreter's session: a function, a list of numbers, and two questions to each."""
     f, p, q, many, item = names = rng.sample(LETTERS, 5)
-    ring, sum_ = rng.sample(range(10), 8), draw_sum(rng)
-    after = dict(zip(ring, ring[1:] + ring[:1], strict=True))
-    numbers, is_function = rng.sample(ring, 8), rng.random() < 0.5
-    lines = ([f"{f} = lambda {p}, {q}: {sum_.of(p, q)}", f"{many} = {numbers}"] if is_function else
-             [f"{f} = {dict(sorted(after.items()))}"])
+    sum_, numbers = draw_sum(rng), rng.sample(range(10), 8)
+    lines = [f"{f} = lambda {p}, {q}: {sum_.of(p, q)}", f"{many} = {numbers}"]
     values: dict = {}
     exec("\n".join(lines), values)
     pieces = [("\n".join(f">>> {line}" for line in lines), "")]
-    for x in rng.sample(ring, 2) if is_function else (2, 3):
-        # 1. A question to each number, and the thought for each answer.
-        if is_function:
-            asked, called = many, f"{f}({item}, {x})"
-            thoughts = {n: sum_.thought(n, x) for n in numbers}
-        else:
-            asked, called = f, f"{f}[" * x + item + "]" * x
-            thoughts = {n: path(after, n, x) for n in after}
-        pieces.append((f"\n>>> for {item} in {asked}: print({item}, {called})", ""))
-        # 2. The answers are Python's.
-        for n in eval(asked, values):
-            pieces += [(f"\n{n}", ""), (f" {eval(called, values | {item: n})}", thoughts[n])]
+    for x in rng.sample(range(10), 2):
+        called = f"{f}({item}, {x})"
+        pieces.append((f"\n>>> for {item} in {many}: print({item}, {called})", ""))
+        for n in numbers:  # the answers are Python's
+            answer = eval(called, values | {item: n})
+            pieces += [(f"\n{n}", ""), (f" {answer}", sum_.thought(n, x))]
     return Computed("session", tuple(pieces), renamed(join(pieces), names))
 
 
-def path(after: dict[int, int], start: int, n_hops: int) -> str:
-    """A start and the numbers that the hops from it lead to."""
-    thought = f" {start}"
-    for _ in range(n_hops):
-        start = after[start]
-        thought += f" {start}"
-    return thought
-
-
 def trace(rng: random.Random) -> Computed:
-    """A loop over two or three variables, and their values after each round. Drawn until no two
-    rounds end alike: from there on the values would repeat. Twins are all starts of a loop, for
-    they lead into the same rounds."""
-    counter, *names = rng.sample(LETTERS, rng.randint(3, 4))
-    n_rounds = 12 if len(names) == 2 else 9
-    shown: list[str] = []
-    while len(set(shown)) < n_rounds:
-        # 1. The program: each variable becomes a sum of itself and another one.
-        values = {name: rng.randrange(10) for name in names}
-        others = {name: rng.choice([n for n in names if n != name]) for name in names}
-        sums = {name: draw_sum(rng) for name in names}
-        start = f"{', '.join(names)} = {', '.join(map(str, values.values()))}\n"
-        loop = "\n".join([
-            f"for {counter} in range({n_rounds}):",
-            *(f"    {name} = {sums[name].of(name, others[name])}" for name in names),
-            f"    print({', '.join(f'{name!r}, {name}' for name in names)})"])
-        # 2. What it prints.
-        shown.clear()
-        exec(start + loop, {"print": lambda *words: shown.append(" ".join(map(str, words)))})
-    # 3. A thought for each value, from the values before it.
-    pieces = [(start + loop, "")]
-    for line in shown:
-        for before, name, value in re.findall(r"(^|\s)(\w) (\d)", line):
-            thought = sums[name].thought(values[name], values[others[name]])
-            values[name] = int(value)
-            pieces += [((before or "\n") + name, ""), (f" {value}", f" {others[name]}{thought}")]
-    return Computed("trace", tuple(pieces), renamed(loop, [counter, *names]))
+    """A loop over numbers, and what it prints: each of them, and a variable that it changes."""
+    name, item = names = rng.sample(LETTERS, 2)
+    sum_, value, numbers = draw_sum(rng), rng.randrange(10), rng.choices(range(10), k=16)
+    program = (f"{name} = {value}\nfor {item} in {', '.join(map(str, numbers))}:\n"
+               f"    {name} = {sum_.of(name, item)}\n    print({item}, {name})")
+    shown: list[tuple[int, int]] = []
+    exec(program, {"print": lambda *row: shown.append(row)})
+    pieces = [(program, "")]
+    for n, after in shown:
+        pieces += [(f"\n{n}", ""), (f" {after}", sum_.thought(value, n))]
+        value = after
+    return Computed("trace", tuple(pieces), renamed(join(pieces), names))
 
 
 # Modules whose examples need no file, network or clock.
