@@ -3,7 +3,6 @@
 The checks read a document as a person would: they know nothing of how documents are made.
 """
 
-import ast
 import contextlib
 import decimal
 import doctest
@@ -21,7 +20,7 @@ from text.computed import GENERATED, KINDS, Computed, computed_examples, doctest
 from text.held_out import SPLITS
 
 # At least this share of a document's tokens are results, on the mean.
-SHARES = {"ledger": 1 / 6, "session": 1 / 9, "trace": 1 / 6}
+SHARES = {"ledger": 1 / 6, "session": 1 / 9, "trace": 1 / 8}
 
 
 def drawn(kind: str, n: int = 1000) -> list[Computed]:
@@ -44,12 +43,12 @@ def results(document: Computed):
 def test_balances_of_ledgers_are_those_that_the_amounts_lead_to():
     for document in drawn("ledger"):
         head, *lines = document.text.split("\n")
-        balance = int(head.removeprefix("Ledger modulo 10: "))
+        balance = int(head.removeprefix("Ledger modulo 10, balances last: "))
         assert len(lines) >= 12
         for line in lines:
-            payments, after = re.fullmatch(r"(\d \d): (\d)", line).groups()
-            balance = (balance + sum(map(int, payments.split()))) % 10
-            assert int(after) == balance
+            *payments, after = map(int, re.fullmatch(r"(\d) (\d) (\d)", line).groups())
+            balance = (balance + sum(payments)) % 10
+            assert after == balance
 
 
 def run_examples(text: str) -> tuple[int, str]:
@@ -81,14 +80,8 @@ def test_traces_are_what_their_programs_print():
         assert printed.getvalue() == shown + "\n"
 
 
-def test_no_two_rounds_of_a_trace_end_alike():
-    for document in drawn("trace"):
-        rounds = re.findall(r"^(?:[a-z] \d ?)+$", document.text, re.MULTILINE)
-        assert len(set(rounds)) == len(rounds) >= 9
-
-
-# What of a document is worked out: balances after the colon, answers, rounds.
-OUTPUT = {"ledger": r"^[\d ]+: (\d)$", "session": r"^\d (\d)$", "trace": r"^((?:[a-z] \d ?)+)$"}
+# What of a document is worked out: the last digit of each row.
+OUTPUT = {"ledger": r"^\d \d (\d)$", "session": r"^\d (\d)$", "trace": r"^\d (\d)$"}
 
 
 @pytest.mark.parametrize("kind", GENERATED)
@@ -116,15 +109,11 @@ def test_results_are_not_to_be_guessed(kind):
 
 def start_of_thought(kind: str, before: str) -> str:
     """What the text before a result says that its thought begins with."""
-    if kind == "ledger":  # the last balance
-        return " " + re.findall(r": (\d)", before)[-1] + " "
-    if kind == "trace":  # the last value of the variable, printed or at the top; the other one's name
-        name = before[-1]
-        names, values = (part.split(", ") for part in before.split("\n")[0].split(" = "))
-        values = [values[names.index(name)], *re.findall(rf"\b{name} (\d)", before)]
-        other = re.search(rf" {name} = \({name} . (\w) ", before)[1]
-        return f" {other} {values[-1]} "
-    return f" {before[-1]} "  # the number of the row
+    first, *rows = before.split("\n")
+    if kind == "session":  # the number of the row
+        return f" {rows[-1]} "
+    # What the row before ends with, or the first line.
+    return f" {rows[-2][-1]} " if re.fullmatch(r"[\d ]+", (rows[-2:-1] or [""])[0]) else f" {first[-1]} "
 
 
 @pytest.mark.parametrize("kind", GENERATED)
@@ -136,20 +125,13 @@ def test_thoughts_begin_in_the_text_and_end_in_the_result(kind):
 
 
 @pytest.mark.parametrize("kind", GENERATED)
-def test_every_step_of_a_thought_is_right_and_there_are_two_or_more(kind):
-    """Steps: ` +7 1` adds to the number before it, ` 3` after a bare number follows the dict."""
+def test_every_step_of_a_thought_is_right_and_there_are_two(kind):
     for document in drawn(kind):
-        table = re.match(r">>> \w = (\{.*\})", document.text)
         for _, _, thought in results(document):
-            if table:
-                numbers, follow = list(map(int, thought.split())), ast.literal_eval(table[1])
-                assert all(follow[a] == b for a, b in itertools.pairwise(numbers))
-                assert len(numbers) in (3, 4)
-            else:
-                steps = re.findall(r"(?<= )(\d) ([+-]\d) (?=(\d))", thought)
-                assert [(int(a) + int(change)) % 10 for a, change, _ in steps] == [int(b) for *_, b in steps]
-                assert len(steps) == 2
-                assert len(thought.split()) == 5 + (kind == "trace")
+            steps = re.findall(r"(?<= )(\d) ([+-]\d) (?=(\d))", thought)
+            assert [(int(a) + int(change)) % 10 for a, change, _ in steps] == [int(b) for *_, b in steps]
+            assert len(steps) == 2
+            assert len(thought.split()) == 5
 
 
 # -------------------------------------------------------------------------------------------------------------- tokens
@@ -209,16 +191,6 @@ def test_renamed_twins_share_their_canonical_form(kind, monkeypatch):
     assert not {document.text for document in plain} & {document.text for document in twins}
     assert [document.canonical for document in plain] == [document.canonical for document in twins]
     assert len({document.canonical for document in plain}) >= 45
-
-
-def test_a_loop_has_the_same_canonical_form_whatever_it_starts_from():
-    """Among thousands of documents some have the same loop, for those of two variables are few."""
-    forms = {}
-    for document in drawn("trace", 4000):
-        start, rest = document.text.split("\n", 1)
-        forms.setdefault(document.canonical, set()).add(start.split(" = ")[1])
-        assert start.split(" = ")[1] not in document.canonical
-    assert max(map(len, forms.values())) >= 2
 
 
 def test_a_document_without_a_canonical_form_is_its_own():

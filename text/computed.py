@@ -13,7 +13,7 @@ without work, and a short worked thought gives them away:
              prints
     doctest  examples from docstrings of Python's own modules; nobody wrote a thought for them
 
-About one token in 4 of a ledger, in 8 of a session and in 7 of a trace is a result. Every thought
+About one token in 5 of a ledger, in 8 of a session and in 7 of a trace is a result. Every thought
 has two steps or more. A session's and a trace's results are what Python gave for that very text.
 
 A kind is a function from a random generator to a `Computed`, and its entry in `KINDS`.
