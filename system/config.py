@@ -136,8 +136,8 @@ class DataConfig(Settings):
     vocab_size: Annotated[int, at_least(300, ": 256 bytes, 3 special tokens, merges")] = 1024
     # Shares of training tokens that are ordinary text, and documents with results to be computed;
     # the rest are generated problems.
-    text_share: Share = 0.2
-    computed_share: Share = 0.12
+    text_share: Share = 0.3
+    computed_share: Share = 0.0
     held_out_percent: Annotated[int, within(1, 25)] = 5  # Per cent in each of the splits val, test.
     cache_dir: str = "runs/cache"  # Where the tokenizer, the tokens and trained bases are kept.
 
@@ -185,7 +185,7 @@ class PretrainConfig(FitConfig):
     # First share of the steps: families enter one by one, look-up first, worked out, without text.
     # In-context look-up forms within 0.4 M tokens alone, and not within 2 M in the whole mixture.
     intro_share: Share = 0.5
-    copy_share: Share = 0.1  # Share of those steps' tokens that is text and its repetition.
+    copy_share: Share = 0.0  # Share of those steps' tokens that is text and its repetition.
     think: Share = 0.85  # Share of problems, and of results in computed documents, with a thought.
     # Enough: on validation problems the likeliest thoughts of every family lead to so many right
     # answers. 2 is out of reach: all steps are taken.
@@ -212,8 +212,8 @@ class RLPConfig(FitConfig):
 
     # The token to predict: the first of a problem's answer, or a random one (the paper's choice).
     positions: Literal["answer", "random"] = "answer"
-    text_share: Share = 0.15  # Share of contexts in text, at random positions.
-    computed_share: Share = 0.25  # Share in computed documents, at random positions.
+    text_share: Share = 0.25  # Share of contexts in text, at random positions.
+    computed_share: Share = 0.0  # Share in computed documents, at random positions.
     # Tokens from where a thought stands to the token that it is for, in text and in computed
     # documents: the thought has read them, and they follow it once more. 0 is the paper's; at the
     # answers of problems it is always 0.

@@ -379,7 +379,7 @@ def test_help_fits_80_columns_and_says_what_a_setting_is(capsys, monkeypatch):
     for said in (
         "--rlp.lr FLOAT Peak learning rate of AdamW. (default: 0.0002)",
         "--rlp.tau FLOAT Decay of the teacher's moving average. (default: 0.999)",
-        "--pretrain.steps INT Optimizer steps; 0 keeps the model as it is. (default: 1800)",
+        "--pretrain.steps INT Optimizer steps; 0 keeps the model as it is. (default: 1900)",
         "--elastic.budgets [FLOAT [FLOAT ...]] Budgets, as fractions",
         "--model.ffn {relu2,swiglu} Feed-forward activation",
         "Nested models in one, and routers that choose them (Nemotron Elastic, arXiv 2511.16664).",
