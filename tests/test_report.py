@@ -272,9 +272,11 @@ def test_the_speed_table_has_the_fastest_of_those_that_do_the_same_work():
     rows = [row("ours", 2.0), row("slow", 9.0, difference=0.0), row("fast", 5.0, difference=0.0), row("other", 1.0),
             row("ours, again", 1.0, difference=0.0), {"name": "absent", "note": "not installed"}]  # fmt: skip
     names = "mixer", "decode", "base-step"
-    made = report.speed_table([{"bench": name, "title": f"{name}, b4", "rows": rows} for name in names])
-    assert made.count("\n") == 2
-    assert made.splitlines()[-1] == "| mixer | 2 | fast | 5 | 2.5 | 2.5 |"
+    found = [{"bench": name, "title": f"{name}, b4", "rows": rows, "threads": 1} for name in names]
+    apart = {"bench": "large", "title": "large, b4", "rows": [row("ours", 2.0), row("fast", 5.0)], "threads": 2}
+    made = report.speed_table([*found, apart, {**apart, "is_apart": True}])
+    shown = "2 | fast | 5 | 2.5 | 2.5 |"
+    assert made.splitlines()[2:] == [f"| mixer | {shown}", f"| large, 2 threads | {shown}"]
 
 
 def test_the_speed_table_begins_with_the_scan():
