@@ -65,7 +65,7 @@ FAULTS = [
     Fault("mixture_begins_again", "text/batches.py", "config.warmup.steps + step, fit.batch", "step, fit.batch", "data"),
     Fault("wrong_results_in_ledgers", "text/computed.py", "balance = int(thought[-1])",
           "balance = (int(thought[-1]) + 1) % 10", "computed"),
-    Fault("wrong_results_in_traces", "text/computed.py", "values[name] = int(value)", "values[name] = 0", "computed"),
+    Fault("wrong_thoughts_in_traces", "text/computed.py", "value = after", "value = n", "computed"),
     # the loop and its phases
     Fault("enough_ignored", "system/loop.py", "ended = bool(enough) or step", "ended = step", "train"),
     Fault("enough_is_not_saved", "system/loop.py", "settings.checkpoint_every == 0 or ended:",
