@@ -12,9 +12,17 @@ the default stays: RLP's clip, and the schedule, sampling and widths of Nemotron
 
 from dataclasses import replace
 
-from system.config import Config, CPTConfig, DataConfig, ElasticConfig, EvalConfig, ModelConfig
-
-from system.config import PretrainConfig, RLPConfig, WarmupConfig  # isort: skip
+from system.config import (
+    Config,
+    CPTConfig,
+    DataConfig,
+    ElasticConfig,
+    EvalConfig,
+    ModelConfig,
+    PretrainConfig,
+    RLPConfig,
+    WarmupConfig,
+)
 
 PRESETS: dict[str, Config] = {
     # The default: a base is trained once and kept; RLP, CPT and Elastic start from it.
@@ -59,15 +67,14 @@ NEMOTRON_12B = ModelConfig(pattern="M-M-M-M*-" * 6 + "M-M-M-M-", vocab_size=1310
                            d_ff=20480, n_heads=40, n_kv_heads=8, attn_head_dim=128, mamba_heads=128,
                            mamba_head_dim=80, mamba_groups=8, d_state=128, conv_width=4, chunk=128)
 # Ordinary text alone, from shards; a mixture without the thoughts that the small base is taught.
-TEXT = {"data": DataConfig(path="data/shards", text_share=1.0, computed_share=0.0),
-        "warmup": WarmupConfig(steps=0)}
+TEXT = {"data": DataConfig(path="data/shards", text_share=1.0), "warmup": WarmupConfig(steps=0)}
 # The setup of arXiv 2510.01265: one random position a document, no floor under the reward. 32 GPUs
 # hold 16 contexts each, one at a time with its 16 thoughts.
 RLP_OF_THE_PAPER = RLPConfig(batch=512, accumulate=16, lr=1e-6, warmup=0, positions="random",
-                             text_share=1.0, computed_share=0.0, back=0, context_len=2048,
-                             prompt_file="prompts/think.txt",
-                             group_size=16, thought_len=2048, temperature=0.7, kl=0.0, tau=0.999,
-                             reward_floor=float("-inf"), checkpoint_every=20)
+                             text_share=1.0, back=0, context_len=2048,
+                             prompt_file="prompts/think.txt", group_size=16, thought_len=2048,
+                             temperature=0.7, kl=0.0, tau=0.999, reward_floor=float("-inf"),
+                             checkpoint_every=20)
 
 PAPERS: dict[str, Config] = {
     # RLP on Qwen3-1.7B-Base, 170M input tokens (162 steps of 512 x 2048).
