@@ -6,6 +6,8 @@ Nemotron-H has no positional embedding at all (the Mamba layers tell the order),
 one rule for padding, packing and causality.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -43,15 +45,27 @@ class Attention(nn.Module):
         k_BKSP, v_BKSP = (k_BKTP, v_BKTP) if cached is None else (
             append(past, new) for past, new in zip(cached, (k_BKTP, v_BKTP), strict=True))
         # 2. Attend.
-        causal = mask is None and x_BTD.shape[1] > 1  # no mask and one token: it sees everything
-        grouped, keys, values = self.n_heads != self.n_kv_heads, k_BKSP, v_BKSP
-        if grouped and q_BHTP.is_cuda and (mask is not None or q_BHTP.dtype == torch.float32):
-            # Flash attention takes no mask and no fp32; the other without all scores, no groups.
-            grouped, J = False, self.n_heads // self.n_kv_heads
-            keys, values = (t.repeat_interleave(J, dim=1) for t in (k_BKSP, v_BKSP))
-        y_BHTP = F.scaled_dot_product_attention(
-            q_BHTP, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+        y_BHTP = attend(q_BHTP, k_BKSP, v_BKSP, mask)
         return self.o_proj(rearrange(y_BHTP, "b h t p -> b t (h p)")), (k_BKSP, v_BKSP)
+
+
+def attend(q_BHTP: Tensor, k_BKSP: Tensor, v_BKSP: Tensor, mask: Tensor | None) -> Tensor:
+    """Every query over the keys that the mask lets it see: y_BHTP."""
+    (_, H, T, P), K = q_BHTP.shape, k_BKSP.shape[1]
+    if T == 1 and not q_BHTP.is_cuda:  # flash attention on a CPU is for many queries
+        q_BKJP = q_BHTP.view(-1, K, H // K, P) * P**-0.5
+        score_BKJS = q_BKJP @ k_BKSP.mT
+        if mask is not None:
+            score_BKJS = score_BKJS.masked_fill(~mask, float("-inf"))
+        return (score_BKJS.softmax(-1) @ v_BKSP).view(q_BHTP.shape)
+    causal = mask is None and T > 1
+    grouped = H != K
+    if grouped and q_BHTP.is_cuda and (mask is not None or q_BHTP.dtype == torch.float32):
+        # Flash attention takes no mask and no fp32; the other without all scores, no groups.
+        grouped = False
+        k_BKSP, v_BKSP = (t.repeat_interleave(H // K, dim=1) for t in (k_BKSP, v_BKSP))
+    return F.scaled_dot_product_attention(
+        q_BHTP, k_BKSP, v_BKSP, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 
 class HeadNorm(nn.RMSNorm):
@@ -72,7 +86,7 @@ def append(past_BKUP: Tensor, new_BKTP: Tensor) -> Tensor:
     B, K, U, P = past_BKUP.shape
     S, buffer = U + new_BKTP.shape[2], getattr(past_BKUP, "buffer", None)
     if buffer is None or buffer.n_taken != U or buffer.shape[2] < S:
-        buffer = past_BKUP.new_empty(B, K, S + 32, P)  # room for 32 positions more
+        buffer = past_BKUP.new_empty(B, K, S + 64, P)  # room for 64 positions more
         buffer[:, :, :U] = past_BKUP
     buffer[:, :, U:S] = new_BKTP
     buffer.n_taken = S
@@ -100,9 +114,17 @@ def rope(x_BHTP: Tensor, start: int, theta: float) -> Tensor:
     """Rotate channel pairs (i, i + P/2) of token t by (start + t) theta^(-2i/P) (arXiv 2104.09864,
     eq. 34). Scores depend on differences only: left padding and packing need no own positions."""
     T, P = x_BHTP.shape[-2:]
-    like = {"device": x_BHTP.device, "dtype": torch.promote_types(x_BHTP.dtype, torch.float32)}
+    cos_TP, sin_TP = rope_tables(start, T, P, theta, x_BHTP.dtype, x_BHTP.device)
+    left, right = x_BHTP.chunk(2, dim=-1)
+    return x_BHTP * cos_TP + torch.cat([-right, left], dim=-1) * sin_TP
+
+
+@functools.lru_cache(maxsize=2)
+def rope_tables(start: int, T: int, P: int, theta: float, dtype: torch.dtype,
+                device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of `rope`, made once for all layers of a pass."""
+    like = {"device": device, "dtype": torch.promote_types(dtype, torch.float32)}
     frequency = theta ** (-torch.arange(0, P, 2, **like) / P)
     angle = torch.arange(start, start + T, **like)[:, None] * frequency
-    cos, sin = (torch.cat([t, t], dim=-1).to(x_BHTP.dtype) for t in (angle.cos(), angle.sin()))
-    left, right = x_BHTP.chunk(2, dim=-1)
-    return x_BHTP * cos + torch.cat([-right, left], dim=-1) * sin
+    cos_TP, sin_TP = (torch.cat([t, t], dim=-1).to(dtype) for t in (angle.cos(), angle.sin()))
+    return cos_TP, sin_TP

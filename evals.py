@@ -37,7 +37,15 @@ from model import HybridLM
 from system import parallel
 from system.config import Config
 from system.costs import count_parameters, part_cache_bytes, part_flops, sum_of_parts
-from text.batches import collate_contexts, mixture, random_position
+from text.batches import (
+    Position,
+    collate_contexts,
+    computed_tokens,
+    mixture,
+    random_position,
+    shares_of,
+)
+from text.computed import GENERATED, draw_computed
 from text.corpus import Corpus
 from text.documents import Documents
 from text.problems import Problem, held_out_problems
@@ -71,7 +79,8 @@ def evaluate_both(model: HybridLM, base: HybridLM, teacher: HybridLM | None, cor
 
     problems = problem_positions(corpus, config)
     before, after = measure(problems)
-    others = {"text": text_positions(corpus, config)}
+    others = {"text": text_positions(corpus, config),
+              "computed": computed_positions(corpus, config)}
     found = {name: measure(positions) for name, positions in others.items()}
     (loss_before, documents), (loss_after, _) = (
         text_losses(m, corpus, config) for m in (base, model))
@@ -161,7 +170,7 @@ def side_by_side(trees: dict[str, dict]) -> dict:
 class Positions(NamedTuple):
     """Held-out contexts, the tokens that follow each, and how they are read."""
 
-    pairs: list[tuple[list[int], list[int]]]
+    places: list[Position]
     tokenizer: Tokenizer
     config: Config
     kinds: list[str]  # by which figures are told apart: the family of each problem, for example
@@ -170,9 +179,8 @@ class Positions(NamedTuple):
 
     def batches(self, model: HybridLM, n: int) -> Iterator[dict[str, Tensor]]:
         """n positions at a time, on the model's device (see `collate_contexts`)."""
-        for i in range(0, len(self.pairs), n):
-            contexts, targets = map(list, zip(*self.pairs[i : i + n], strict=True))
-            batch = collate_contexts(self.tokenizer, contexts, targets, self.config.rlp)
+        for i in range(0, len(self.places), n):
+            batch = collate_contexts(self.tokenizer, self.places[i : i + n], self.config.rlp)
             yield to_device(batch, model)
 
     def leaf(self, values: Tensor, samples: int = 0, kind: str | None = None) -> Leaf:
@@ -192,28 +200,50 @@ class Positions(NamedTuple):
                 **{kind: self.leaf(values, samples, kind) for kind in kinds}}
 
 
-def problem_positions(corpus: Corpus, config: Config) -> Positions:
+def problem_positions(corpus: Corpus, config: Config, split: str = "test") -> Positions:
     """At the answers of held-out problems."""
     n, encode = config.eval.problems_per_family, corpus.tokenizer.encode
-    problems = held_out_problems("test", n, config.seed, corpus.held_out_percent)
-    pairs = [(encode(p.prompt), encode(p.answer)) for p in problems]
+    problems = held_out_problems(split, n, config.seed, corpus.held_out_percent)
+    places = [Position(encode(p.prompt), encode(p.answer)) for p in problems]
     families = [p.family for p in problems]
-    return Positions(pairs, corpus.tokenizer, config, families, problems=problems)
+    return Positions(places, corpus.tokenizer, config, families, problems=problems)
+
+
+def validate(model: HybridLM, corpus: Corpus, config: Config, n: int = 48) -> dict[str, float]:
+    """Accuracy of greedy thoughts by family, on n validation problems of each."""
+    config = replace(config, eval=replace(config.eval, problems_per_family=n))
+    positions = problem_positions(corpus, config, "val")
+    correct = positions.by_kind(measure_thoughts(model, positions, 0.0, 1)["correct"], 1)
+    return {family: leaf["mean"] for family, leaf in correct.items() if family != "all"}
 
 
 def text_positions(corpus: Corpus, config: Config) -> Positions:
     """Random positions of held-out documents; `repeats` where the last two tokens of the context
     stand in it before: there it may say what comes next."""
-    rng, fit, pairs, kinds = random.Random(f"text-positions-test-{config.seed}"), config.rlp, [], []
+    rng, fit = random.Random(f"text-positions-test-{config.seed}"), config.rlp
+    places, kinds = [], []
     chosen = deal(corpus.documents["test"], config.eval.text_positions, rng)
     for i in chosen:
-        document = corpus.documents["test"][i].tolist()
-        t = random_position(document, fit.horizon, rng)
-        context = document[max(0, t - fit.context_len) : t]
-        pairs.append((context, document[t : t + fit.horizon]))
+        places.append(random_position(corpus.documents["test"][i].tolist(), fit, rng))
+        context = places[-1].context[-fit.context_len :]
         earlier = itertools.pairwise(context[:-1])
         kinds.append("repeats" if tuple(context[-2:]) in earlier else "no_repeat")
-    return Positions(pairs, corpus.tokenizer, config, kinds, torch.tensor(chosen))
+    return Positions(places, corpus.tokenizer, config, kinds, torch.tensor(chosen))
+
+
+def computed_positions(corpus: Corpus, config: Config) -> Positions:
+    """Random positions of held-out documents with results to be computed, a document each."""
+    rng, fit = random.Random(f"computed-positions-test-{config.seed}"), config.rlp
+    places, kinds, documents = [], [], {}
+    while len(places) < config.eval.text_positions:
+        kind = list(GENERATED)[len(places) % len(GENERATED)]
+        found = draw_computed(rng, "test", corpus.held_out_percent, kind)
+        if found.canonical not in documents:
+            documents[found.canonical] = len(documents)
+            document, _ = computed_tokens(corpus.tokenizer, found)
+            places.append(random_position(document, fit, rng))
+            kinds.append(kind)
+    return Positions(places, corpus.tokenizer, config, kinds, torch.arange(len(places)))
 
 
 def deal(documents: Documents, n: int, rng: random.Random, least: int = 2) -> list[int]:
@@ -362,33 +392,35 @@ def to_device(batch: dict[str, Tensor], model: HybridLM) -> dict[str, Tensor]:
 
 def evaluate_sizes(models: list[HybridLM], references: list[int], corpus: Corpus,
                    config: Config) -> list[dict]:
-    """Models of any size on the same held-out sequences, half of them text and half problems.
+    """Models of any size on the same held-out sequences: of each kind of documents as many.
 
     Args: models: the first is the parent; references: the index of what each is compared with.
-    Returns for each, weighted as training weighs both kinds (see `stratified`): loss_nats, also as
-    text_loss_nats and problem_loss_nats; difference_nats (from its reference, paired by sequence);
-    loss_change (against the parent, relative, paired); kl_nats (from the parent); top1 (share of
-    tokens where both find the same one likeliest); long_loss_nats (see `long_losses`).
+    Returns for each, weighted as training weighs the kinds (see `stratified`): loss_nats, also as
+    KIND_loss_nats; difference_nats (from its reference, paired by sequence); loss_change (against
+    the parent, relative, paired); kl_nats (from the parent); top1 (share of tokens where both find
+    the same one likeliest); long_loss_nats (see `long_losses`).
     """
-    seq_len, share = config.elastic.seq_len, config.data.text_share
+    seq_len, shares = config.elastic.seq_len, shares_of(config)
     n = together(16, seq_len * models[0].config.vocab_size, LOGITS_AT_ONCE)
-    n_batches = math.ceil(config.eval.elastic_rows // 2 / n)
-    kinds = []
-    for text_share in (1.0, 0.0):
-        alone = replace(config, data=replace(config.data, text_share=text_share))
+    n_batches = math.ceil(config.eval.elastic_rows / len(shares) / n)
+    kinds = {}
+    for kind in shares:
+        alone = replace(config, data=replace(config.data, **{
+            f"{name}_share": float(name == kind) for name in ("text", "computed")}))
         made = (mixture(corpus, alone, i, n, seq_len, "test") for i in range(n_batches))
-        kinds.append([compare(models, to_device(batch, models[0])) for batch in made])
-    # By model and name: a value for each sequence of text, and for each of problems.
-    found = [{name: [torch.cat([figures[m][name] for figures in kind]) for kind in kinds]
-              for name in kinds[0][0][m]} for m in range(len(models))]
+        kinds[kind] = [compare(models, to_device(batch, models[0])) for batch in made]
+    # By model, name and kind: a value for each sequence.
+    found = [{name: {kind: torch.cat([figures[m][name] for figures in own])
+                     for kind, own in kinds.items()}
+              for name in kinds["text"][0][m]} for m in range(len(models))]
     parent, out = found[0]["loss_nats"], []
-    parent_loss = stratified(*parent, share)["mean"]
+    parent_loss = stratified(parent, shares)["mean"]
     for model, figures, reference in zip(models, found, references, strict=True):
         loss, other = figures["loss_nats"], found[reference]["loss_nats"]
-        figures["loss_change"] = [(a - b) / parent_loss for a, b in zip(loss, parent, strict=True)]
-        figures["difference_nats"] = [a - b for a, b in zip(loss, other, strict=True)]
-        out.append({name: stratified(*pair, share) for name, pair in figures.items()} | {
-            "text_loss_nats": interval(loss[0]), "problem_loss_nats": interval(loss[1]),
+        figures["loss_change"] = {k: (loss[k] - parent[k]) / parent_loss for k in shares}
+        figures["difference_nats"] = {k: loss[k] - other[k] for k in shares}
+        out.append({name: stratified(by_kind, shares) for name, by_kind in figures.items()} | {
+            **{f"{kind}_loss_nats": interval(values) for kind, values in loss.items()},
             "long_loss_nats": over_documents(*long_losses(model, corpus, config))})
     return out
 
@@ -407,16 +439,17 @@ def compare(models: list[HybridLM], batch: dict[str, Tensor]) -> list[dict[str, 
     return found
 
 
-def stratified(text: Tensor, problem: Tensor, text_share: float) -> dict[str, float | int]:
-    """Mean of a mixture of two kinds of sequences from a sample of each, with its 95 % interval.
+def stratified(values: dict[str, Tensor], shares: dict[str, float]) -> dict[str, float | int]:
+    """Mean of a mixture of kinds of sequences from a sample of each, with its 95 % interval.
 
-    m = s m_text + (1 - s) m_problem; its variance is s^2 v_text / n_text + (1 - s)^2 v_problem /
-    n_problem. Text costs five times as many nats: in one sample that would drown all differences.
+    m is the sum of s_k m_k over the kinds, with their shares s_k; its variance that of s_k^2 v_k /
+    n_k. Text costs five times as many nats: in one sample that would drown all differences.
     """
-    parts = [(text_share, interval(text)), (1 - text_share, interval(problem))]
+    parts = [(shares[kind], interval(own)) for kind, own in values.items()]
     mean = sum(w * i["mean"] for w, i in parts)
     half = math.sqrt(sum((w * (i["high"] - i["mean"])) ** 2 for w, i in parts))
-    return {"mean": mean, "low": mean - half, "high": mean + half, "n": len(text) + len(problem)}
+    n = sum(i["n"] for _, i in parts)
+    return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
 
 
 def _logp_and_loss(model: HybridLM, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

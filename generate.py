@@ -18,7 +18,7 @@ from thoughts import show_thought
 
 def talk(run: tyro.conf.Positional[Path], prompt: tyro.conf.Positional[str],
          temperature: float | None = None, seed: int = 0, thought_len: int | None = None,
-         budget: tuple[float, ...] = ()) -> None:
+         back: int = 0, budget: tuple[float, ...] = ()) -> None:
     """Talk to a trained model and see its thought.
 
     Args:
@@ -27,6 +27,7 @@ def talk(run: tyro.conf.Positional[Path], prompt: tyro.conf.Positional[str],
         temperature: Of the thought; 0 is greedy. The run's own, if left out.
         seed: Of the sampling.
         thought_len: Longest thought, in tokens. The run's own, if left out.
+        back: Tokens of the prompt that the thought stands before, as rlp.back: 2 suits text.
         budget: Sizes of an elastic run to answer with, in turn, such as 1 0.5; none: all of it.
     """
     require(prompt, f"prompt ({prompt!r}) is empty, and a thought needs a token before it; give "
@@ -35,11 +36,12 @@ def talk(run: tyro.conf.Positional[Path], prompt: tyro.conf.Positional[str],
             f"thought-len ({thought_len}) must be at least 1: the closing tag is a token of it")
     require(temperature is None or temperature >= 0,
             f"temperature ({temperature}) must be 0 (greedy) or more")
+    require(back >= 0, f"back ({back}) must be 0 (the thought stands at the end) or more")
 
     def answer(model: HybridLM, tokenizer: Tokenizer, c: RLPConfig) -> str:
         heat = c.temperature if temperature is None else temperature
         c = replace(c, temperature=heat, thought_len=thought_len or c.thought_len)
-        return prompt + show_thought(model, tokenizer, prompt, c, seed)
+        return prompt + show_thought(model, tokenizer, prompt, c, seed, back)
 
     if not budget:
         print(answer(*load_model(run)))

@@ -216,7 +216,7 @@ def ssd_step_torch(x_BHP, dt_BH, a_H, b_BKN, c_BKN, d_H, state_BHPN):
     decay_BH = torch.exp(wide(dt_BH) * a_H)
     xdt_BHP = wide(x_BHP * dt_BH[..., None].to(x_BHP.dtype))
     state = (state_BHPN * decay_BH[..., None, None]).view(B, K, -1, N)
-    state = torch.addcmul(state, xdt_BHP.view(B, K, -1, 1), wide(b_BKN)[:, :, None])
+    state.addcmul_(xdt_BHP.view(B, K, -1, 1), wide(b_BKN)[:, :, None])
     y_BHP = (wide(c_BKN)[:, :, None] @ state.mT).view(B, H, P).to(x_BHP.dtype)
     return torch.addcmul(y_BHP, x_BHP, d_H[:, None].to(x_BHP.dtype)), state.view(B, H, P, N)
 

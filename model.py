@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
 
 from attention import Attention, attention_mask
 from mamba import Mamba2
@@ -68,9 +69,19 @@ class FeedForward(nn.Module):
                 ) -> tuple[Tensor, tuple[()]]:
         """Tokens are independent here: nothing is cached, nothing can leak."""
         up_BTF = self.up_proj(x_BTD)
-        h_BTF = (F.relu(up_BTF).square() if self.gate_proj is None
-                 else F.silu(self.gate_proj(x_BTD)) * up_BTF)
-        return self.down_proj(h_BTF), ()
+        if self.gate_proj is None:
+            return self.down_proj(F.relu(up_BTF).square()), ()
+        gate_BTF = self.gate_proj(x_BTD)
+        if not torch.is_grad_enabled():
+            return self.down_proj(F.silu(gate_BTF) * up_BTF), ()
+        # Of four tensors as wide as F backward is given two, and makes the others again.
+        return recompute(swiglu_down, gate_BTF, up_BTF, self.down_proj.weight,
+                         use_reentrant=False, preserve_rng_state=False), ()
+
+
+def swiglu_down(gate_BTF: Tensor, up_BTF: Tensor, weight_DF: Tensor) -> Tensor:
+    """down(silu(gate) up): y_BTD."""
+    return F.linear(F.silu(gate_BTF) * up_BTF, weight_DF)
 
 
 MIXERS = {"M": Mamba2, "*": Attention, "-": FeedForward}
@@ -94,8 +105,9 @@ class Cache:
 
     def fork(self, n: int) -> "Cache":
         """Each row n times in a row."""
-        some = next(t for layer in self.layers for t in layer)
-        return self.select(torch.arange(len(some), device=some.device).repeat_interleave(n))
+        layers = [tuple(t.repeat_interleave(n, dim=0) for t in layer) for layer in self.layers]
+        ids_BS = None if self.ids_BS is None else self.ids_BS.repeat_interleave(n, dim=0)
+        return Cache(layers, self.n_tokens, ids_BS)
 
 
 class Block(nn.Module):

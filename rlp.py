@@ -19,8 +19,10 @@ reward change `reward`: `information_gain` stays what is reported. `RLP` is Algo
 
 Where it differs from the paper: neither scorer has the think tags in its softmax (else a base that
 likes to open a thought would seem to predict badly, and gains would look larger); rewards have a
-floor (`rlp.reward_floor`); positions may be answers of problems (`rlp.positions`); both scorers may
-read an instruction first (`rlp.prompt`).
+floor (`rlp.reward_floor`); positions may be answers of problems (`rlp.positions`); elsewhere a
+thought stands some tokens before the one it is for (`rlp.back`), since the break that it makes in a
+text spoils whatever is predicted right behind it; both scorers may read an instruction first
+(`rlp.prompt`).
 """
 
 import functools
@@ -36,8 +38,9 @@ from system import parallel
 from system.config import RLPConfig
 from system.errors import require
 from system.objective import Metrics, Objective
+from text.batches import KINDS
 from text.tokenizer import Tokenizer
-from thoughts import Sampling, sample_thoughts, score_context
+from thoughts import Prefix, Sampling, prefill, sample_thoughts, score_context
 
 LOOK_BACK = 20  # steps after which a run that learns nothing is told so
 
@@ -105,25 +108,38 @@ def ema_update(teacher: nn.Module, model: nn.Module, tau: float) -> None:
 
 
 def thought_logp(model: HybridLM, batch: dict, tokens_RL: Tensor, length_R: Tensor, think: int,
-                 temperature: float, n_buckets: int = 3) -> Tensor:
+                 temperature: float, n_buckets: int | None = None, prefix: Prefix | None = None,
+                 wanted_R: Tensor | None = None) -> Tensor:
     """log pi(c_u | x_<t, <think>, c_<u) of every thought token, with gradients.
 
-    Each context is run once, and its G thoughts go on from its cache, in buckets of like length:
-    T + G L tokens instead of G (T + L). Args: batch: context_BT and ids_BT; tokens_RL, length_R:
-    R = B G thoughts, a context's in a row; think: id of <think>. Returns logp_RL, 0 past the ends.
+    Each context is run once, and its G thoughts go on from its cache: T + G L tokens instead of
+    G (T + L). Args: batch: context_BT and ids_BT; tokens_RL, length_R: R = B G thoughts, those of a
+    context in a row; think: id of <think>; n_buckets: passes, over thoughts of like length: if None
+    3, or 1 where that pads little; prefix: the contexts, if they were run; wanted_R: which thoughts
+    to run, if not all. Returns logp_RL, 0 past the ends and where not wanted.
     """
     R, L = tokens_RL.shape
-    _, cache = model(batch["context_BT"], ids_BT=batch["ids_BT"])
+    G = R // len(batch["ids_BT"])
+    cache = prefix.cache if prefix else model(batch["context_BT"], ids_BT=batch["ids_BT"])[1]
+    # 1. Buckets. A single one is in order, and then the contexts are repeated, which is faster.
+    order = length_R.argsort()
+    if wanted_R is not None:
+        order = order[wanted_R[order]]
+    if n_buckets is None:
+        n_buckets = 1 if length_R[order].sum() > 0.8 * len(order) * length_R[order[-1]] else 3
     hidden, places = [], []
-    for rows in length_R.argsort().chunk(n_buckets):
+    for rows in [order.sort().values] if n_buckets == 1 else order.chunk(n_buckets):
+        # 2. Run <think> and the thoughts without their last token.
         n = int(length_R[rows].max())
         token_rl = tokens_RL[rows, :n]
         fed_rl = torch.cat([torch.full_like(token_rl[:, :1], think), token_rl[:, :-1]], dim=1)
-        hidden_rlD, _ = model(fed_rl, cache.select(rows // (R // len(batch["ids_BT"]))))
+        start = cache.fork(G) if len(rows) == R else cache.select(rows // G)
+        hidden_rlD, _ = model(fed_rl, start)
         place = torch.arange(n, device=rows.device)
         inside = place < length_R[rows, None]
         hidden.append(hidden_rlD[inside])
         places.append((rows[:, None] * L + place)[inside])
+    # 3. Logits only where a token follows.
     place = torch.cat(places)
     logp = selected_logp(torch.cat(hidden), model.output_matrix, tokens_RL.flatten()[place],
                          (think,), temperature)
@@ -155,12 +171,20 @@ class RLP(Objective):
             self.start(model)
         whole = functools.partial(parallel.whole, for_sampling=True)
         sampling = Sampling(c.group_size, c.thought_len, c.temperature)
-        thoughts = sample_thoughts(whole(model), batch, tokenizer, sampling, generator)
+        sampler = whole(model)
+        # The contexts are run once, for the thoughts and for their gradient, unless another network
+        # samples, or the graphs of several parts would fill the memory.
+        shared = {}
+        if sampler is model and c.accumulate == 1:
+            with torch.enable_grad():
+                shared = {"prefix": prefill(model, batch)}
+        thoughts = sample_thoughts(sampler, batch, tokenizer, sampling, generator, **shared)
         logp_ema_B, _, _ = score_context(whole(self.networks["teacher"]), batch, tokenizer.tags)
         gain_BG = information_gain(thoughts.logp_target_R.view(-1, c.group_size), logp_ema_B)
         reward_BG = reward(gain_BG, c.reward_floor)
-        batch = {**batch, "thoughts": thoughts, "gain_R": gain_BG.flatten(),
-                 "reward_BG": reward_BG, "advantage_R": group_advantages(reward_BG).flatten()}
+        batch = {**batch, **shared, "thoughts": thoughts, "gain_R": gain_BG.flatten(),
+                 "reward_BG": reward_BG, "advantage_R": group_advantages(reward_BG).flatten(),
+                 "signal_B": reward_BG.amax(dim=1) - reward_BG.amin(dim=1) > 1e-6}
         if c.kl > 0:
             with torch.no_grad():
                 reference = whole(self.networks["reference"])
@@ -170,7 +194,14 @@ class RLP(Objective):
     def loss(self, model: HybridLM, batch: dict) -> tuple[Tensor, int, Metrics]:
         """Sum over the thoughts of the clipped surrogate and the KL term, their number, metrics."""
         c, thoughts, advantage_R = self.config, batch["thoughts"], batch["advantage_R"]
-        logp_RL, length_R = self.policy_logp(model, batch), thoughts.length_R
+        length_R = thoughts.length_R
+        # Where rewards are equal there is nothing to learn, and the sampler's log p is good enough
+        # for the metrics. FSDP wants as many passes of all processes.
+        wanted_R = batch["signal_B"].repeat_interleave(c.group_size)
+        if c.kl > 0 or parallel.is_dressed(model) or not wanted_R.any():
+            wanted_R = torch.ones_like(wanted_R)
+        logp_RL = self.policy_logp(model, batch, batch.pop("prefix", None), wanted_R)
+        logp_RL = logp_RL.where(wanted_R[:, None], thoughts.logp_RL)
         # The first update notes the old policy: rho begins at 1, however the sampler had rounded.
         old_logp_RL = batch.setdefault("old_logp_RL", logp_RL.detach())
         loss_R = clipped_surrogate(
@@ -190,16 +221,17 @@ class RLP(Objective):
 
     def metrics(self, batch: dict) -> dict[str, Tensor]:
         """What is logged of thoughts and rewards, as one value for each thought or each group."""
-        t, is_text_B, reward_BG = batch["thoughts"], batch["is_text_B"], batch["reward_BG"]
+        t, kind_B, reward_BG = batch["thoughts"], batch["kind_B"], batch["reward_BG"]
         gain_BG = batch["gain_R"].view_as(reward_BG)
+        is_right_BG = (t.answer_RX.view(*gain_BG.shape, -1) == batch["target_BX"][:, None]).all(-1)
         own_BG = t.logp_target_R.view(gain_BG.shape) - t.logp_plain_B[:, None]
         return {
             "gain_ema_nats": gain_BG,
             "gain_own_nats": own_BG,  # above what the model itself predicts without a thought
-            "gain_problems_nats": gain_BG[~is_text_B],
-            "gain_text_nats": gain_BG[is_text_B],
+            **{f"gain_{kind}_nats": gain_BG[kind_B == i] for i, kind in enumerate(KINDS)},
+            "correct": is_right_BG[kind_B == 0],  # the likeliest token at answers
             "reward_std_nats": reward_BG.std(dim=1),  # within each group
-            "no_signal": reward_BG.amax(dim=1) - reward_BG.amin(dim=1) <= 1e-6,  # share of groups
+            "no_signal": ~batch["signal_B"],  # share of groups
             "floored": gain_BG < self.config.reward_floor,
             "thought_tokens": t.length_R,
             "closed": t.closed_R,
@@ -235,8 +267,10 @@ class RLP(Objective):
         """The teacher follows."""
         ema_update(self.networks["teacher"], model, self.config.tau)
 
-    def policy_logp(self, model: HybridLM, batch: dict) -> Tensor:
+    def policy_logp(self, model: HybridLM, batch: dict, prefix: Prefix | None = None,
+                    wanted_R: Tensor | None = None) -> Tensor:
         """`thought_logp` of the batch's thoughts."""
-        thoughts = batch["thoughts"]
+        thoughts, n_buckets = batch["thoughts"], 3 if parallel.is_dressed(model) else None
         return thought_logp(model, batch, thoughts.tokens_RL, thoughts.length_R,
-                            self.tokenizer.think, self.config.temperature)
+                            self.tokenizer.think, self.config.temperature, n_buckets, prefix,
+                            wanted_R)

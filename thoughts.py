@@ -48,12 +48,13 @@ THINKING, CUT, CLOSING, DONE = range(4)
 @torch.no_grad()
 def sample_thoughts(model: HybridLM, batch: dict[str, Tensor], tokenizer: Tokenizer,
                     sampling: Sampling, generator: torch.Generator | None = None,
-                    forced_Rl: Tensor | None = None) -> Thoughts:
+                    forced_Rl: Tensor | None = None, prefix: "Prefix | None" = None) -> Thoughts:
     """Sample G thoughts for each context and score the target after each of them.
 
     Args: batch: context_BT and ids_BT, padded on the left (ids -1), and target_BX, the observed
     next tokens (see `collate_contexts`); tokenizer: for its tags and end-of-text, which ends a
-    thought too; forced_Rl: tokens that each thought begins with, to try out a style.
+    thought too; forced_Rl: tokens that each thought begins with, to try out a style; prefix: that
+    of `prefill`, if it was run.
     """
     G, L, temperature = sampling
     target_BX, think, close = batch["target_BX"], tokenizer.think, tokenizer.close
@@ -61,8 +62,8 @@ def sample_thoughts(model: HybridLM, batch: dict[str, Tensor], tokenizer: Tokeni
     R = B * G
 
     # 1. Prefill: run each context once, score its target without a thought, fork its cache.
-    logp_plain_B, answer_plain_BX, cache = score_context(model, batch, tokenizer.tags)
-    cache = cache.fork(G)
+    logp_plain_B, answer_plain_BX, prefix = score_context(model, batch, tokenizer.tags, prefix)
+    cache = prefix.cache.fork(G)
     tokens_RL = torch.full((R, L), close, device=device)
     logp_RL = logp_plain_B.new_zeros(R, L)
     length_R = torch.zeros(R, dtype=torch.long, device=device)
@@ -109,17 +110,41 @@ def sample_thoughts(model: HybridLM, batch: dict[str, Tensor], tokenizer: Tokeni
         phase = phase.masked_fill(ended, CUT).masked_fill(closed | (phase == CUT), CLOSING)
         feed = token.masked_fill(phase == CLOSING, close)
 
+    # 7. Where thoughts stand some tokens before the target, they are read there.
     longest = int(length_R.max())
+    if batch["back_B"].any():
+        logp_target_R, answer_RX = score_thoughts(
+            model, batch, tokenizer, tokens_RL[:, :longest], prefix)
     return Thoughts(tokens_RL[:, :longest], logp_RL[:, :longest], length_R, closed_R,
                     logp_target_R, answer_RX, logp_plain_B, answer_plain_BX)
 
 
+class Prefix(NamedTuple):
+    """Contexts that were run: what follows them is read and continued from here."""
+
+    hidden_BD: Tensor  # after the last token
+    cache: Cache  # behind it
+    early: Cache  # the one `back` tokens before
+
+
+def prefill(model: HybridLM, batch: dict[str, Tensor]) -> Prefix:
+    """Run the contexts once: context_BT, padded on the left (ids_BT -1), and back_B, of which those
+    that are not 0 are alike."""
+    context_BT, ids_BT = batch["context_BT"], batch["ids_BT"]
+    cut = context_BT.shape[1] - int(batch["back_B"].max())
+    hidden_BtD, early = model(context_BT[:, :cut], ids_BT=ids_BT[:, :cut])
+    cache = early
+    if cut < context_BT.shape[1]:
+        hidden_BtD, cache = model(context_BT[:, cut:], early, ids_BT[:, cut:])
+    return Prefix(hidden_BtD[:, -1], cache, early)
+
+
 @torch.no_grad()
-def score_context(model: HybridLM, batch: dict[str, Tensor],
-                  tags: tuple[int, int]) -> tuple[Tensor, Tensor, Cache]:
-    """`score_targets` right after the contexts, without a thought; and the cache behind them."""
-    hidden_BTD, cache = model(batch["context_BT"], ids_BT=batch["ids_BT"])
-    return *score_targets(model, hidden_BTD[:, -1], cache, batch["target_BX"], tags), cache
+def score_context(model: HybridLM, batch: dict[str, Tensor], tags: tuple[int, int],
+                  prefix: Prefix | None = None) -> tuple[Tensor, Tensor, Prefix]:
+    """`score_targets` right after the contexts, without a thought; and what was run for it."""
+    prefix = prefix or prefill(model, batch)
+    return *score_targets(model, prefix.hidden_BD, prefix.cache, batch["target_BX"], tags), prefix
 
 
 @torch.no_grad()
@@ -140,60 +165,80 @@ def score_targets(model: HybridLM, hidden_BD: Tensor, cache: Cache | None, targe
 
 
 def score_thoughts(model: HybridLM, batch: dict[str, Tensor], tokenizer: Tokenizer,
-                   tokens_RL: Tensor) -> tuple[Tensor, Tensor]:
+                   tokens_RL: Tensor, prefix: Prefix | None = None) -> tuple[Tensor, Tensor]:
     """log p(target | context, thought) of given thoughts, as `score_targets` has it, in one pass
     over all their tokens, with gradients.
 
+    Where back_B is not 0, the thought stands so many tokens before the target: it has read them,
+    and they follow it once more, as their only copy. So the break in the text, which costs any
+    prediction right behind it, lies some tokens away from the one that counts.
+
     Args: tokens_RL: R = B G thoughts, a context's in a row; past its end, up to the width, each has
     closing tags, and one that does not close itself is closed. The empty thought is a closing tag
-    alone. Returns logp_R and answer_RX.
+    alone. prefix: that of `prefill`, if it was run. Returns logp_R and answer_RX.
     """
-    (B, X), close = batch["target_BX"].shape, tokenizer.close
-    G = len(tokens_RL) // B
-    target_RX = batch["target_BX"].repeat_interleave(G, dim=0)
-    # 1. <think>, the thought, </think>, the target but for its last token; the rest is not read.
-    fed_RT = F.pad(tokens_RL, (1, X), value=close)
-    fed_RT[:, 0] = tokenizer.think
-    place_RX = (fed_RT == close).int().argmax(1)[:, None] + torch.arange(X, device=fed_RT.device)
-    fed_RT.scatter_(1, place_RX[:, 1:], target_RX[:, :-1])
-    # 2. From the contexts' cache; each token of the target is read from the place before it.
-    _, cache = model(batch["context_BT"], ids_BT=batch["ids_BT"])
-    hidden_RTD, _ = model(fed_RT[:, : int(place_RX.max()) + 1], cache.fork(G))
-    hidden_RXD = hidden_RTD.gather(1, place_RX[..., None].expand(-1, -1, hidden_RTD.shape[-1]))
-    logits_RXV = mask_banned(model.logits(hidden_RXD), tokenizer.tags)
-    return token_logp(logits_RXV, target_RX).sum(-1), logits_RXV.argmax(-1)
+    (B, X), T, close = batch["target_BX"].shape, batch["context_BT"].shape[1], tokenizer.close
+    G, (_, cache, early) = len(tokens_RL) // B, prefix or prefill(model, batch)
+    found = []
+    for back in batch["back_B"].unique().tolist():
+        rows = (batch["back_B"] == back).repeat_interleave(G).nonzero()[:, 0]
+        of_r = rows // G
+        # 1. <think>, the thought, </think>, the text from where it stands to the target's last
+        #    token but one. What is behind is not read.
+        target_rX = batch["target_BX"][of_r]
+        after_rY = torch.cat([batch["context_BT"][of_r, T - back :], target_rX[:, :-1]], dim=1)
+        fed_rT = F.pad(tokens_RL[rows], (1, 1 + after_rY.shape[1]), value=close)
+        fed_rT[:, 0] = tokenizer.think
+        closed_r1 = (fed_rT == close).int().argmax(1, keepdim=True)
+        at_rZ = closed_r1 + torch.arange(back + X, device=rows.device)
+        fed_rT.scatter_(1, at_rZ[:, 1:], after_rY)
+        # 2. From the cache; each token of the target is read from the place before it.
+        begin = (early if back else cache).select(of_r)
+        hidden_rtD, _ = model(fed_rT[:, : int(at_rZ.max()) + 1], begin)
+        read_rX = at_rZ[:, back:]
+        hidden_rXD = hidden_rtD.gather(1, read_rX[..., None].expand(-1, -1, hidden_rtD.shape[-1]))
+        logits_rXV = mask_banned(model.logits(hidden_rXD), tokenizer.tags)
+        found.append((rows, token_logp(logits_rXV, target_rX).sum(-1), logits_rXV.argmax(-1)))
+    order = torch.cat([rows for rows, _, _ in found]).argsort()
+    return tuple(torch.cat(parts)[order] for parts in list(zip(*found, strict=True))[1:])
 
 
 def sample(logits_RV: Tensor, banned: tuple[int, ...], temperature: float,
            generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """A token per row from softmax(logits / temperature) without the banned ids; its log p there.
-    Temperature 0 takes the likeliest token, with its log p at temperature 1. Sampling divides the
-    probabilities by exponential noise and takes the largest: one pass, exact, fp32 or wider."""
-    logp_RV = torch.log_softmax(
-        mask_banned(wide(logits_RV), banned) / (temperature or 1.0), dim=-1)
+    Temperature 0 takes the likeliest token, with its log p at temperature 1. Sampling inverts the
+    cumulative distribution: the first id at which it reaches a uniform share, above 0, of its own
+    last value, however that was rounded. So no id of probability 0 is drawn. fp32 or wider."""
+    p_RV = torch.softmax(mask_banned(wide(logits_RV), banned) / (temperature or 1.0), dim=-1)
     if temperature == 0:
-        token_R = logp_RV.argmax(-1)
+        token_R1 = p_RV.argmax(-1, keepdim=True)
     else:
-        noise_RV = torch.empty_like(logp_RV).exponential_(generator=generator)
-        token_R = (logp_RV.exp() / noise_RV).argmax(-1)
-    return token_R, logp_RV.gather(-1, token_R[:, None])[:, 0]
+        sum_RV = p_RV.cumsum(-1)
+        share_R1 = 1 - torch.rand(len(p_RV), 1, generator=generator, dtype=p_RV.dtype,
+                                  device=p_RV.device)  # in (0, 1]
+        token_R1 = torch.searchsorted(sum_RV, share_R1 * sum_RV[:, -1:])
+        token_R1.clamp_(max=p_RV.shape[1] - 1)  # where logits are not finite
+    return token_R1[:, 0], p_RV.gather(-1, token_R1)[:, 0].log()
 
 
 @torch.no_grad()
-def show_thought(model: HybridLM, tokenizer: Tokenizer, prompt: str, c: RLPConfig,
-                 seed: int) -> str:
-    """`<think> thought </think> continuation`, which is greedy, after c.prompt and a prompt."""
+def show_thought(model: HybridLM, tokenizer: Tokenizer, prompt: str, c: RLPConfig, seed: int,
+                 back: int = 0) -> str:
+    """`<think> thought </think> continuation`, which is greedy, after c.prompt and a prompt. The
+    continuation is predicted with the thought `back` tokens before the prompt's end."""
     device = parallel.device_of(model)
     ids = [*tokenizer.begin, *tokenizer.encode(c.prompt), *tokenizer.encode(prompt)]
     context_BT = torch.tensor([ids], device=device)
     batch = {"context_BT": context_BT, "ids_BT": torch.zeros_like(context_BT),
-             "target_BX": context_BT[:, :1]}  # any: its score is not shown
+             "target_BX": context_BT[:, :1],  # any: its score is not shown
+             "back_B": torch.zeros(1, dtype=torch.long, device=device)}
     sampling, generator = Sampling(1, c.thought_len, c.temperature), torch.Generator(device)
     t = sample_thoughts(model, batch, tokenizer, sampling, generator.manual_seed(seed))
     shown = [tokenizer.think, *t.tokens_RL[0].tolist()]
     if not t.closed_R[0]:
         shown.append(tokenizer.close)
-    hidden_BTD, cache = model(torch.tensor([ids + shown], device=device))
+    cut = max(0, len(ids) - back)
+    hidden_BTD, cache = model(torch.tensor([ids[:cut] + shown + ids[cut:]], device=device))
     for _ in range(8):
         token = int(mask_banned(model.logits(hidden_BTD[:, -1]), tokenizer.tags).argmax())
         if token == tokenizer.end:

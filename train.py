@@ -41,7 +41,14 @@ from system.costs import count_parameters
 from system.errors import path_and_reason, require
 from system.files import fingerprint
 from system.loop import check_rows, console, fit, split_batch, warn
-from system.machine import bf16_warning, peak_memory_gib, pick_device, set_threads, versions
+from system.machine import (
+    bf16_warning,
+    hardware,
+    peak_memory_gib,
+    pick_device,
+    set_threads,
+    versions,
+)
 from system.objective import NextToken, Objective
 from system.presets import PAPERS, PRESETS
 from text import batches
@@ -121,8 +128,9 @@ def run(config: Config) -> dict:
     summary = {
         "mode": config.mode, "preset": config.preset, "seed": config.seed,
         "parameters": count_parameters(model), **base_facts, **found,
+        "seconds_to_90": rundir.seconds_to(run_dir, "correct", 0.9),
         "wall_s": time.perf_counter() - began, "peak_memory_gib": peak_memory_gib(device),
-        "versions": versions()}
+        **hardware(device), "versions": versions()}
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     plots.plot_run(run_dir)
     tables.print_summary(summary, console)
@@ -146,37 +154,55 @@ def train(name: str, model: HybridLM, corpus: Corpus, config: Config, run_dir: P
 
 
 def base_weights(config: Config, corpus: Corpus, model: HybridLM) -> dict:
-    """Load the base into the model: from `init`, else the cache, else by pretraining it now.
+    """Load into the model what training begins with: a Hugging Face directory or a run (`init`), or
+    a base that is pretrained once and kept; where either is warmed up, what became of it.
     Returns its folder, whether it was there already, and the seconds that its steps took."""
-    was_cached, folder = True, Path(config.init)
+    def kept(name: str, *more: str) -> Path:
+        """In the cache; where weights come from `init`, which may change, in the run's folder."""
+        origin = [config.init] if config.init else []
+        key = fingerprint([config.base_fingerprint(*more), corpus.key, *origin])
+        return Path(config.run_dir() if origin else config.data.cache_dir) / f"{name}-{key}"
+
+    folder, was_cached, seconds = Path(config.init), True, 0.0
     if config.init and huggingface.is_hf(folder):
         rundir.load_hf_weights(model, folder, corpus.tokenizer)
-        return {"base_dir": config.init, "base_was_cached": True, "base_train_s": 0.0}
-    if config.init:
+    elif config.init:
         found = rundir.newest(folder)
         require(found, f"init ({config.init}) holds no checkpoint; give the folder of an earlier "
                 "run, or a Hugging Face directory")
+        warn(found.warning)
+        checkpoint.load_weights(model, found.tensors("model"), found.path)
     else:
-        key = fingerprint([config.base_fingerprint(), corpus.key])
-        folder = Path(config.data.cache_dir) / f"base-{key}"
-        own = replace(config, mode="pretrain", out=str(folder))
+        folder = kept("base")
+        was_cached = phase("pretrain", folder, config, corpus, model)
+        seconds += rundir.logged_seconds(folder)
+    if config.mode not in ("pretrain", "warmup") and config.warmup.steps > 0:
+        folder = kept("warmed", "warmup")
+        was_cached &= phase("warmup", folder, config, corpus, model)
+        seconds += rundir.logged_seconds(folder)
+    return {"base_dir": str(folder), "base_was_cached": was_cached, "base_train_s": seconds}
 
-        def trained() -> checkpoint.Checkpoint | None:
-            found = rundir.newest(folder)
-            return found if found and found.meta["step"] >= config.pretrain.steps else None
 
-        if not (found := trained()):
-            with rundir.alone_in(folder):  # another program may have trained it meanwhile
-                if not (found := trained()):
-                    was_cached = False
-                    console.print(f"training the base once; it is kept in {escape(str(folder))}")
-                    parallel.on_first(lambda: rundir.prepare_run_dir(own, corpus.tokenizer))
-                    train("pretrain", model, corpus, own, folder, rundir.newest(folder))
-                    found = trained()
+def phase(name: str, folder: Path, config: Config, corpus: Corpus, model: HybridLM) -> bool:
+    """Train the model in another mode first, unless that was done, and load what it became.
+    Returns whether it was done already."""
+    own, was_done = replace(config, mode=name, out=str(folder)), True
+
+    def ended() -> checkpoint.Checkpoint | None:
+        found = rundir.newest(folder)
+        return found if found and found.meta["ended"] else None
+
+    if not (found := ended()):
+        with rundir.alone_in(folder):  # another program may have trained it meanwhile
+            if not (found := ended()):
+                was_done = False
+                console.print(f"{name}, once; it is kept in {escape(str(folder))}")
+                parallel.on_first(lambda: rundir.prepare_run_dir(own, corpus.tokenizer))
+                train(name, model, corpus, own, folder, rundir.newest(folder))
+                found = ended()
     warn(found.warning)
     checkpoint.load_weights(model, found.tensors("model"), found.path)
-    return {"base_dir": str(folder), "base_was_cached": was_cached,
-            "base_train_s": rundir.logged_seconds(folder)}
+    return was_done
 
 
 # ---------------------------------------------------------------------------- figures of the modes
@@ -324,9 +350,32 @@ def train_rival(name: str, t: Trained, widths: dict[float, nested.Widths],
     return alone
 
 
+class Pretraining(NextToken):
+    """Next-token prediction until the base can think: see `pretrain.enough`."""
+
+    def __init__(self, corpus: Corpus, config: Config):
+        super().__init__()
+        self.corpus, self.config = corpus, config
+
+    def enough(self, model: HybridLM, step: int) -> str:
+        """Greedy accuracy of each family on validation problems, if the worst is good enough; if it
+        is not after the last step, that is printed."""
+        c = self.config.pretrain
+        if step < c.steps and (step < c.intro_share * c.steps or step % c.enough_every):
+            return ""
+        found = evals.validate(parallel.whole(model, for_sampling=True), self.corpus, self.config)
+        said = "accuracy by family: " + ", ".join(f"{k} {v:.2f}" for k, v in found.items())
+        if min(found.values()) >= c.enough:
+            return said
+        if step == c.steps and parallel.is_first():
+            console.print(f"pretrain took all its {step} steps; {said}")
+        return ""
+
+
 MODES: dict[str, Mode] = {
-    "pretrain": Mode(
-        batches.pretrain_batch, lambda *_: NextToken(), figures_of_one, needs_base=False),
+    "pretrain": Mode(batches.pretrain_batch, lambda _, *data: Pretraining(*data), figures_of_one,
+                     needs_base=False),
+    "warmup": Mode(batches.warmup_batch, lambda *_: NextToken(), figures_of_one),
     "rlp": Mode(batches.rlp_batch, lambda _, corpus, config: RLP(config.rlp, corpus.tokenizer),
                 figures_before_and_after),
     "cpt": Mode(batches.cpt_batch, lambda *_: NextToken(), figures_before_and_after),

@@ -134,11 +134,17 @@ class DataConfig(Settings):
     tokenizer: str = "corpus"
     # Size of the vocabulary that "corpus" trains, special tokens included.
     vocab_size: Annotated[int, at_least(300, ": 256 bytes, 3 special tokens, merges")] = 1024
-    # Share of training tokens that is ordinary text; the rest are generated problems. In the first,
-    # clean part of pretraining it is pretrain.clean_text_share instead.
+    # Shares of training tokens that are ordinary text, and documents with results to be computed;
+    # the rest are generated problems.
     text_share: Share = 0.3
+    computed_share: Share = 0.0
     held_out_percent: Annotated[int, within(1, 25)] = 5  # Per cent in each of the splits val, test.
     cache_dir: str = "runs/cache"  # Where the tokenizer, the tokens and trained bases are kept.
+
+    def check(self, group: str = "data") -> None:
+        """Raises ValueError for settings that cannot work."""
+        super().check(group)
+        _shares("data", self)
 
 
 @dataclass(frozen=True)
@@ -172,18 +178,32 @@ class FitConfig(Settings):
 
 @dataclass(frozen=True)
 class PretrainConfig(FitConfig):
-    """Next-token prediction on packed documents: it makes the base that RLP starts from."""
+    """Next-token prediction on packed documents with worked thoughts: the base's first phase. It
+    ends as soon as the base can think, or after all its steps, and says which."""
 
     seq_len: Length = 256  # Tokens of a packed training sequence.
     # First share of the steps: families enter one by one, look-up first, worked out, without text.
     # In-context look-up forms within 0.4 M tokens alone, and not within 2 M in the whole mixture.
-    intro_share: Share = 0.32
-    clean_share: Share = 0.65  # Share of the steps until which all thoughts are worked out.
-    clean_text_share: Share = 0.3  # Share of text in the clean part (data.text_share afterwards).
-    clean_think: Share = 0.85  # Share of problem documents with a thought in the clean part.
-    think: Share = 0.4  # Share of problem documents with a thought afterwards.
-    worked: Share = 0.35  # Share of thoughts worked out; the others stop half-way or are filler.
-    text_think: Share = 0.4  # Share of text windows with a filler thought inside.
+    intro_share: Share = 0.5
+    copy_share: Share = 0.0  # Share of those steps' tokens that is text and its repetition.
+    think: Share = 0.85  # Share of problems, and of results in computed documents, with a thought.
+    # Enough: on validation problems the likeliest thoughts of every family lead to so many right
+    # answers. 2 is out of reach: all steps are taken.
+    enough: Annotated[float, within(0, 2)] = 0.85
+    enough_every: Count = 250  # Steps between two such measurements, once all families are in.
+
+
+@dataclass(frozen=True)
+class WarmupConfig(FitConfig):
+    """Next-token prediction on documents with thoughts inside: the base's last phase, or the first
+    of a released model. It learns to go on after thoughts of any kind, and that not all are good.
+    """
+
+    seq_len: Length = 256  # Tokens of a packed training sequence.
+    think: Share = 0.6  # Share of problems with a thought.
+    worked: Share = 0.5  # Share of those worked out; the others stop half-way or are filler.
+    # Tokens from a thought to the next, on average, in text and in computed documents.
+    gap: Annotated[int, at_least(2)] = 12
 
 
 @dataclass(frozen=True)
@@ -192,7 +212,12 @@ class RLPConfig(FitConfig):
 
     # The token to predict: the first of a problem's answer, or a random one (the paper's choice).
     positions: Literal["answer", "random"] = "answer"
-    text_share: Share = 0.25  # Share of contexts in text, at random positions; others: problems.
+    text_share: Share = 0.25  # Share of contexts in text, at random positions.
+    computed_share: Share = 0.0  # Share in computed documents, at random positions.
+    # Tokens from where a thought stands to the token that it is for, in text and in computed
+    # documents: the thought has read them, and they follow it once more. 0 is the paper's; at the
+    # answers of problems it is always 0.
+    back: Annotated[int, at_least(0)] = 2
     context_len: Annotated[int, at_least(8)] = 128  # Longer contexts lose their beginning.
     prompt: str = ""  # Instruction before every context, for a base that was not taught the tags.
     prompt_file: str = ""  # UTF-8 file to take that text from, such as prompts/think.txt.
@@ -211,6 +236,13 @@ class RLPConfig(FitConfig):
     # Rewards below this are raised to it; -inf (the paper) leaves them as they are.
     reward_floor: Annotated[
         float, Rule("must be 0 or less: it would hide gains", lambda value: value <= 0)] = -2.0
+
+    def check(self, group: str = "rlp") -> None:
+        """Raises ValueError for settings that cannot work."""
+        super().check(group)
+        _shares("rlp", self)
+        require(self.back <= self.context_len, f"rlp.back ({self.back}) must be at most "
+                f"rlp.context_len ({self.context_len}): the thought stands inside the context")
 
 
 @dataclass(frozen=True)
@@ -333,7 +365,8 @@ class EvalConfig(Settings):
 
     problems_per_family: Interval = 150  # Held-out problems of each family.
     samples: Annotated[int, at_least(1, " to give an interval")] = 4  # Thoughts per problem.
-    text_positions: Interval = 256  # Positions of text where the gain of a thought is measured.
+    # Random positions of text, and as many of computed documents, where thoughts are measured.
+    text_positions: Interval = 512
     text_tokens: Interval = 65536  # Tokens of held-out text for the no-think loss.
     elastic_rows: Interval = 512  # Sequences of the mixture on which budgets are compared.
 
@@ -378,6 +411,7 @@ class Config(Settings):
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    warmup: WarmupConfig = field(default_factory=WarmupConfig)
     rlp: RLPConfig = field(default_factory=RLPConfig)
     cpt: CPTConfig = field(default_factory=CPTConfig)
     elastic: ElasticConfig = field(default_factory=ElasticConfig)
@@ -405,13 +439,14 @@ class Config(Settings):
         """The run folder, with its default name if none was given."""
         return Path(self.out or f"runs/{self.mode}-{self.preset}-seed{self.seed}")
 
-    def base_fingerprint(self) -> str:
-        """Key of the base's settings: equal exactly when the same text would give the same base."""
+    def base_fingerprint(self, *more: str) -> str:
+        """Key of the base's settings: equal exactly when the same text would give the same base.
+        more: "warmup", for the base that was warmed up; what follows thoughts `rlp.back` says."""
         # accumulate: next-token prediction gives the same in any number of parts
         free, d = ("cache_dir", "checkpoint_every", "log_every", "accumulate"), self.to_dict()
         groups = [{name: value for name, value in d[group].items() if name not in free}
-                  for group in ("model", "data", "pretrain")]
-        return fingerprint([*groups, self.seed])
+                  for group in ("model", "data", "pretrain", *more)]
+        return fingerprint([*groups, self.seed, *[self.rlp.back] * len(more)])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -447,6 +482,13 @@ def require_known(name: str, value: str, choices: Iterable[str]) -> None:
 def _tuples(value: Any) -> Any:
     """Lists, as JSON has them, to tuples, at every depth."""
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _shares(group: str, settings: Settings) -> None:
+    """Raises ValueError if problems would have less than nothing."""
+    text, computed = settings.text_share, settings.computed_share
+    require(text + computed <= 1, f"{group}.text_share ({text}) and {group}.computed_share "
+            f"({computed}) must add up to 1 at most; the rest is problems")
 
 
 def _divides(name: str, value: int, by_name: str, by: int) -> None:

@@ -48,7 +48,8 @@ def fit(model: HybridLM, objective: Objective, make_batch: Callable[[int], dict[
         parallel.broadcast(network)
     device, plain, model = parallel.device_of(model), model, parallel.shard(model)
     optimizers = build_optimizers(model, settings) + objective.optimizers()
-    step = start.meta["step"] if start else 0
+    step, ended = (start.meta["step"], start.meta["ended"]) if start else (0, False)
+    ended = ended or settings.steps == 0
     if start:
         restore(start, model, objective, optimizers)
     log_file, sample_file = ((run_dir / name) if parallel.is_first() else Path(os.devnull)
@@ -58,7 +59,8 @@ def fit(model: HybridLM, objective: Objective, make_batch: Callable[[int], dict[
 
     def save() -> Path:
         networks = {"model": model, **objective.networks}
-        return checkpoint.save(run_dir, step, networks, [o.state_dict() for o in optimizers], meta)
+        return checkpoint.save(run_dir, step, networks, [o.state_dict() for o in optimizers],
+                               {**meta, "ended": ended})
 
     columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(),
                TextColumn("{task.fields[note]}"), TimeRemainingColumn())
@@ -66,7 +68,7 @@ def fit(model: HybridLM, objective: Objective, make_batch: Callable[[int], dict[
           Progress(*columns, console=console, disable=not parallel.is_first()) as progress):
         task = progress.add_task(label, total=settings.steps, completed=step, note="")
         began = time.perf_counter()
-        while step < settings.steps:
+        while not ended:
             # 2. The batch is cut into equal parts; this process prepares its own.
             pieces = split_batch(make_batch(step), parallel.team.world * settings.accumulate)
             parts = []
@@ -85,6 +87,8 @@ def fit(model: HybridLM, objective: Objective, make_batch: Callable[[int], dict[
                         f"--out, and a smaller {label}.lr or {label}.clip_norm")
                 objective.after_step(model)
             step += 1
+            enough = objective.enough(model, step)
+            ended = bool(enough) or step == settings.steps
             # 4. Write a line, say what must be said, show the headline.
             if step % settings.log_every == 0:
                 line = {"step": step, **metrics, "seconds": time.perf_counter() - began}
@@ -101,8 +105,11 @@ def fit(model: HybridLM, objective: Objective, make_batch: Callable[[int], dict[
             if any(parallel.everyone(interrupt.asked)):
                 raise KeyboardInterrupt(
                     f"stopped after step {step}; saved in {save()}; go on with --resume")
-            if step % settings.checkpoint_every == 0 or step == settings.steps:
+            if step % settings.checkpoint_every == 0 or ended:
                 save()
+            if enough:
+                console.print(f"{label} ends after {step} of {settings.steps} steps: "
+                              f"{escape(enough)}")
         if settings.steps == 0:
             save()
     parallel.collect(model, plain, objective.networks)

@@ -3,6 +3,7 @@
 import functools
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -80,8 +81,21 @@ def peak_memory_gib(device: torch.device) -> float:
     """The largest memory so far: of the GPU if there is one, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
+    status = Path("/proc/self/status")  # Linux; its ru_maxrss is never below the starter's memory
+    if found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text() if status.exists() else ""):
+        return int(found[1]) / 2**20
     unit = 2**30 if sys.platform == "darwin" else 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def hardware(device: torch.device) -> dict[str, str | int]:
+    """What a time depends on: the chip's name, the CPU's instructions, the threads."""
+    cpuinfo = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    chip = named[1] if named else platform.machine()
+    return {"machine": torch.cuda.get_device_name(device) if device.type == "cuda" else chip,
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads()}
 
 
 def versions() -> dict[str, str]:

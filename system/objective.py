@@ -48,6 +48,10 @@ class Objective:
     def after_step(self, model: HybridLM) -> None:
         """Called after every optimizer step."""
 
+    def enough(self, model: HybridLM, step: int) -> str:
+        """Why training is over after this step, although steps are left; "" if it is not."""
+        return ""
+
     def sample(self, prepared: dict) -> dict[str, Any] | None:
         """Rows of a part to look at, for thoughts.jsonl."""
 

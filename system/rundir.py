@@ -95,6 +95,15 @@ def logged_seconds(run_dir: Path) -> float:
     return sum(json.loads(line)["seconds"] for log in logs for line in log.read_text().splitlines())
 
 
+def seconds_to(run_dir: Path, name: str, enough: float, n: int = 10) -> float | None:
+    """Seconds of training until the mean of a metric over n steps reached a value, or None."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    values = [line.get(name, 0.0) for line in lines]
+    reached = (i for i in range(n, len(lines) + 1) if sum(values[i - n : i]) >= n * enough)
+    end = next(reached, None)
+    return None if end is None else sum(line["seconds"] for line in lines[:end])
+
+
 def newest(folder: Path) -> checkpoint.Checkpoint | None:
     """The newest checkpoint in a folder that may not exist, as the first process finds it."""
     return parallel.on_first(lambda: checkpoint.newest(folder) if folder.is_dir() else None)
@@ -120,12 +129,14 @@ def resume_point(config: Config, run_dir: Path) -> checkpoint.Checkpoint | None:
 
 
 def shared_settings(config: Config) -> dict:
-    """The settings that a resumed run must share, flat. Those of pretraining are among them: of the
-    run's base, and of the mixture that some modes go on with."""
+    """The settings that a resumed run must share, flat. Those of the phases before it are among
+    them: of the run's base, and of the mixture that some modes go on with."""
     groups = {"model", "data", "pretrain", config.mode}
+    if config.mode != "pretrain":
+        groups.add("warmup")
     # accumulate: on fewer processes it makes up for them; baseline: rivals can be added later.
     free = ("cache_dir", "checkpoint_every", "log_every", "accumulate", "baseline")
-    flat = {}
+    flat = {"rlp.back": config.rlp.back} if "warmup" in groups else {}
     for name, value in json.loads(json.dumps(config.to_dict())).items():
         if name in groups:
             flat |= {f"{name}.{k}": v for k, v in value.items() if k not in free}

@@ -9,13 +9,16 @@ import torch
 from torch.testing import assert_close
 
 import kernels
+from model import HybridLM
 from system.config import ModelConfig
+from system.huggingface import save_hf
 from tools import bench
 from views import tables
 
 CPU = torch.device("cpu")
 TINY_MODEL = ModelConfig(pattern="M*-", d_model=16, d_ff=24, n_heads=2, n_kv_heads=1, attn_head_dim=8, mamba_heads=4,
                          mamba_head_dim=4, d_state=6, chunk=4)  # fmt: skip
+TINY_LLAMA = dataclasses.replace(TINY_MODEL, pattern="*-*-", ffn="swiglu", rope_theta=10000.0)
 TINY = {
     "ssd": {"B": 2, "T": 16, "H": 4, "P": 3, "N": 5, "Q": 4, "default": 8},
     "mixer": {"B": 2, "T": 16, "D": 8, "H": 4, "P": 3, "N": 5, "Q": 4, "lengths": (8, 16, 32)},
@@ -23,6 +26,7 @@ TINY = {
     "logp": {"T": 7, "D": 5, "V": 11},
     "base-step": {"B": 2, "T": 9, "V": 20, "model": TINY_MODEL},
     "rlp-step": {"B": 2, "T": 9, "G": 3, "L": 5, "V": 20, "model": TINY_MODEL},
+    "rlp-trl": {"B": 2, "T": 9, "G": 3, "L": 5, "V": 20, "model": TINY_LLAMA},
     "elastic-step": {"B": 2, "T": 9, "V": 20, "model": dataclasses.replace(TINY_MODEL, pattern="MM--*")},
 }
 
@@ -37,7 +41,7 @@ def test_every_contestant_that_can_run_here_has_the_result_of_ours(found):
     """To 1e-4 of the largest value, in every output and gradient; those that cannot run say why."""
     ours, *others = found["rows"]
     assert ours["note"] == ""
-    assert any("difference" in row for row in others) or found["bench"] in ("mixer", "decode")  # all of them peers
+    assert any("difference" in row for row in others) or found["bench"] in ("mixer", "decode", "rlp-trl")  # all peers
     for row in others:
         assert row.get("difference", 0.0) < (5e-2 if row["name"].endswith("bf16") else 1e-4)
         other_work = ("V = 88", "on the text alone", "two teachers", "AdamW alone")
@@ -99,7 +103,7 @@ def test_a_peer_that_is_missing_is_named_with_the_way_to_install_it(monkeypatch)
     monkeypatch.setattr(bench, "find_spec", lambda name: None)
     found = bench.measure("ssd", CPU, 1, **TINY["ssd"])
     notes = [row["note"] for row in found["rows"] if row["note"]]
-    expected = {f"not installed: pip install {name}" for name in bench.PIP.values()}
+    expected = {f"not installed: pip install {pip}" for name, pip in bench.PIP.items() if name != "trl"}
     assert set(notes) == expected
     assert all(note in tables.bench_table(found) for note in notes)
 
@@ -197,6 +201,78 @@ def test_all_runs_every_benchmark_with_the_options_given(tmp_path, monkeypatch):
     assert commands == [["-m", "tools.bench", name, "--repeats", "3", "--out", str(tmp_path)] for name in bench.BENCHES]
 
 
-def test_no_repeats_are_refused(capsys):
-    assert bench.main(["ssd", "--repeats", "0"]) == 2
-    assert "error: repeats (0) must be at least 1" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["ssd", "--repeats", "0"], "repeats (0) must be at least 1"),
+        (["ssd", "--model", "DIR"], "model (DIR) is for rlp-trl, not for ssd"),
+        (["rlp-trl", "--alone", "ours"], "alone (ours) needs --model, the directory of a Llama"),
+    ],
+)
+def test_options_that_say_nothing_are_refused(words, message, capsys):
+    assert bench.main(words) == 2
+    assert f"error: {message}" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------- a directory's model
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """The directory of a tiny Llama. Of 512 tokens drawn from 4,096 hardly one closes its thought."""
+    model = HybridLM(dataclasses.replace(TINY_LLAMA, vocab_size=4096))
+    save_hf(tmp_path / "llama", model.config, model.state_dict())
+    return tmp_path / "llama"
+
+
+def test_with_a_directory_every_contestant_is_measured_in_a_process_of_its_own(llama, tmp_path, monkeypatch, capsys):
+    """Seconds 1, 2, 6 of ours: median 2; of TRL 8: 4 times ours. Nothing is run here, not even to compare results."""
+    monkeypatch.setattr(bench, "find_spec", lambda name: True)
+    monkeypatch.setattr(bench, "version", lambda name: f"{name} of today")
+    lines = {"ours": "[[1, 2, 6], 30]", "TRL GRPOTrainer": "TRL says hello\n[[8], 70]"}
+    commands = []
+
+    def run(words, **_):
+        commands.append(words[1:])
+        return subprocess.CompletedProcess(words, 0, lines.get(words[words.index("--alone") + 1], "[[6], 50]"))
+
+    monkeypatch.setattr(bench.subprocess, "run", run)
+    monkeypatch.setattr(bench, "RLP", None)
+    out = str(tmp_path / "out")
+    assert bench.main(["rlp-trl", "--model", str(llama), "--repeats", "3", "--device", "cpu", "--out", out]) == 0
+    found = json.loads((tmp_path / "out" / "bench-rlp-trl-llama-cpu.json").read_text())
+    rows = [(row["ms"], row["times_ours"], row["peak_bytes"]) for row in found["rows"]]
+    assert rows == [(2000, 1, 30), (8000, 4, 70), (6000, 3, 50)]
+    options = ["--model", str(llama), "--alone", "ours", "--device", "cpu", "--threads", "1", "--repeats", "3"]
+    assert commands[0] == ["-m", "tools.bench", "rlp-trl", *options]
+    assert found["versions"]["trl"] == "trl of today"
+    assert "Each in a process of its own" in capsys.readouterr().out
+
+
+def test_a_contestant_alone_tells_its_seconds_and_the_peak_of_its_process(llama, capsys):
+    assert bench.main(["rlp-trl", "--model", str(llama), "--alone", "ours", "--repeats", "2", "--device", "cpu"]) == 0
+    seconds, peak = json.loads(capsys.readouterr().out)
+    assert len(seconds) == 2
+    assert min(seconds) > 0
+    assert peak > 2**27  # torch alone is more
+    assert bench.main(["rlp-trl", "--model", str(llama), "--alone", "theirs"]) == 2
+    assert "alone (theirs) does not run; choose one of ['ours', " in capsys.readouterr().err
+
+
+def test_a_step_of_a_llama_is_the_loops_own_with_full_thoughts_and_leaves_the_weights(monkeypatch):
+    """Its gradients are those of the prepared batch, divided by its R = B G thoughts, and a second step has them too."""
+    prepared = []
+    whole = bench.RLP.prepare
+    monkeypatch.setattr(bench.RLP, "prepare", lambda *args: prepared.append((args, whole(*args))) or prepared[-1][1])
+    ours = bench.rlp_trl_work(CPU, **TINY["rlp-trl"]).contestants[0]
+    first, second = ours.run(), ours.run()
+    (objective, network, *_), batch = prepared[-1]
+    assert (batch["thoughts"].length_R == 5).all()
+    assert_close(second, first, rtol=0, atol=0)
+    batch.pop("old_logp_RL", None)
+    loss, n_thoughts, _ = objective.loss(network, batch)
+    assert n_thoughts == 6
+    names = list(bench.names(network.config, "llama"))
+    expected = torch.autograd.grad(loss / n_thoughts, [network.get_parameter(name) for name in names])
+    assert_close(first, [batch["gain_R"], *expected], rtol=1e-5, atol=1e-7)
+    assert max(float(g.abs().max()) for g in expected) > 0

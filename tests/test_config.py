@@ -15,7 +15,7 @@ import torch
 
 import train
 from system import config, rundir
-from system.config import Config, FitConfig, Rule, Settings, from_dict
+from system.config import Config, FitConfig, Rule, Settings, WarmupConfig, from_dict
 from system.presets import PRESETS
 from views import estimate
 
@@ -69,11 +69,27 @@ REFUSED = [  # setting, value, the rule that the message must give
         ]
     ),
     ("pretrain__seq_len", 15, "must be at least 16"),
+    ("warmup__seq_len", 15, "must be at least 16"),
     *(
-        (f"pretrain__{name}", value, r"must lie in \[0, 1\]")
-        for name in ("intro_share", "clean_share", "clean_text_share", "clean_think", "think", "worked", "text_think")
+        (name, value, r"must lie in \[0, 1\]")
+        for name in (
+            "pretrain__intro_share",
+            "pretrain__copy_share",
+            "pretrain__think",
+            "warmup__think",
+            "warmup__worked",
+            "data__text_share",
+            "data__computed_share",
+            "rlp__computed_share",
+        )
         for value in (-0.1, 1.5)
     ),
+    ("pretrain__enough", -0.1, r"must lie in \[0, 2\]"),
+    ("pretrain__enough", 2.1, r"must lie in \[0, 2\]"),
+    ("pretrain__enough_every", 0, "must be at least 1"),
+    ("warmup__gap", 1, "must be at least 2"),
+    ("rlp__back", -1, "must be 0 or more"),
+    ("rlp__back", 97, r"must be at most rlp.context_len \(96\): the thought stands inside the context"),
     ("rlp__group_size", 1, "must be at least 2: advantages compare the thoughts of a group"),
     ("rlp__thought_len", 0, "must be at least 1: the closing tag is a token of the thought"),
     ("rlp__horizon", 0, "must be at least 1"),
@@ -123,7 +139,7 @@ REFUSED = [  # setting, value, the rule that the message must give
     ("parallel__timeout_s", 0, "must be at least 1; 1800 is usual"),
     ("kernels", "fast", "is unknown; choose one of auto, reference, triton"),
     ("seed", -1, "must be 0 or more"),
-    ("mode", "model", "is unknown; choose one of pretrain, rlp, cpt, elastic"),
+    ("mode", "model", "is unknown; choose one of pretrain, warmup, rlp, cpt, elastic"),
     ("model__d_model", "128", "must be at least 1"),
 ]
 
@@ -187,20 +203,25 @@ class Dreaming(Config):
 
 
 def test_a_group_for_the_training_loop_is_a_mode_that_is_checked_saved_and_estimated():
-    ours = Dreaming(mode="dream", init="x", model=dataclasses.replace(PRESETS["smoke"].model, vocab_size=512))
+    ours = Dreaming(
+        mode="dream",
+        init="x",
+        warmup=WarmupConfig(steps=0),
+        model=dataclasses.replace(PRESETS["smoke"].model, vocab_size=512),
+    )
     assert ours.check() is ours
     assert ours.modes() == [*Config().modes(), "dream"]
     for changes, message in [
         ({"dream__depth": 0}, r"^dream.depth \(0\) must be at least 1"),
         ({"dream__batch": 3, "dream__accumulate": 2}, r"^dream.batch \(3\) must be a multiple of dream.accumulate \(2\)"),
-        ({"mode": "sleep"}, "choose one of pretrain, rlp, cpt, elastic, dream$"),
+        ({"mode": "sleep"}, "choose one of pretrain, warmup, rlp, cpt, elastic, dream$"),
     ]:
         with pytest.raises(ValueError, match=message):
             override(ours, **changes).check()
     assert from_dict(Dreaming, json.loads(json.dumps(ours.to_dict()))) == ours
     assert "dream.depth" in rundir.shared_settings(ours)
     (phase,) = estimate.phases(ours)
-    assert (phase.name, phase.n_steps, phase.n_tokens) == ("dream", 7, 2 * ours.pretrain.seq_len)
+    assert (phase.name, phase.n_steps, phase.n_tokens) == ("dream", 7, 2 * ours.warmup.seq_len)
     assert estimate.memory(ours)["at the peak"] > 0
 
 
@@ -238,6 +259,14 @@ def test_the_kinds_of_layers_stand_in_one_table(monkeypatch):
             {"elastic__self_kl": 1.0, "elastic__full_ce": 1.0, "elastic__kl": 0.0, "elastic__baseline": ("separate",)},
             "elastic.baseline: separate and minitron learn by elastic.kl and elastic.ce, and both are 0",
         ),
+        (
+            {"data__text_share": 0.75, "data__computed_share": 0.5},
+            "data.text_share (0.75) and data.computed_share (0.5) must add up to 1 at most",
+        ),
+        (
+            {"rlp__text_share": 0.75, "rlp__computed_share": 0.5},
+            "rlp.text_share (0.75) and rlp.computed_share (0.5) must add up to 1 at most",
+        ),
         ({"rlp__batch": 1, "rlp__accumulate": 4}, "batch (1) must be a multiple of rlp.accumulate (4); nearest is 4"),
     ],
     ids=str,
@@ -261,7 +290,9 @@ def test_presets_are_accepted(preset):
         {"rlp__steps": 0},
         {"rlp__reward_floor": float("-inf")},
         {"rlp__thought_len": 1, "rlp__group_size": 2},
-        {"data__held_out_percent": 25, "data__text_share": 1.0, "pretrain__clean_text_share": 0.0},
+        {"data__held_out_percent": 25, "data__text_share": 1.0, "data__computed_share": 0.0},
+        {"rlp__text_share": 0.5, "rlp__computed_share": 0.5, "rlp__back": 96},
+        {"pretrain__enough": 2.0},
         {"rlp__batch": 12, "rlp__accumulate": 4},
         {"elastic__budgets": (0.5,), "elastic__long_weights": (1.0,)},
         {"elastic__budgets": (40000.0, 30000.0), "elastic__long_weights": (1.0, 0.0)},
@@ -295,7 +326,7 @@ def empty_folder(tmp_path, monkeypatch):
     [
         (["--preset", "huge"], "preset ('huge') is unknown; choose one of cpu, smoke"),
         (["--preset=huge"], "preset ('huge') is unknown; choose one of cpu, smoke"),
-        (["--mode", "dream"], "mode ('dream') is unknown; choose one of pretrain, rlp, cpt, elastic"),
+        (["--mode", "dream"], "mode ('dream') is unknown; choose one of pretrain, warmup, rlp, cpt, elastic"),
         (["--rlp.group-size", "1"], "rlp.group_size (1) must be at least 2"),
         (["--rlp.lr", "nan"], "rlp.lr (nan) must be 0 or more"),
         (["--rlp.tau", "1.5"], "rlp.tau (1.5) must lie in [0, 1]"),
@@ -348,7 +379,7 @@ def test_help_fits_80_columns_and_says_what_a_setting_is(capsys, monkeypatch):
     for said in (
         "--rlp.lr FLOAT Peak learning rate of AdamW. (default: 0.0002)",
         "--rlp.tau FLOAT Decay of the teacher's moving average. (default: 0.999)",
-        "--pretrain.steps INT Optimizer steps; 0 keeps the model as it is. (default: 3000)",
+        "--pretrain.steps INT Optimizer steps; 0 keeps the model as it is. (default: 1900)",
         "--elastic.budgets [FLOAT [FLOAT ...]] Budgets, as fractions",
         "--model.ffn {relu2,swiglu} Feed-forward activation",
         "Nested models in one, and routers that choose them (Nemotron Elastic, arXiv 2511.16664).",
@@ -409,11 +440,22 @@ def test_run_folders_are_named_by_mode_preset_and_seed_unless_given():
 @pytest.mark.parametrize(
     "change",
     [{"seed": 1}, {"model__d_ff": 100}, {"data__text_share": 0.5}, {"data__path": "a.txt"}, {"pretrain__lr": 1.0},
+     {"data__computed_share": 0.1}, {"pretrain__enough": 0.5}, {"pretrain__enough_every": 9},
      {"model__widths": ((8, 32), (4,), (384,)) * 2}],
     ids=str,
 )  # fmt: skip
 def test_the_key_of_the_base_changes_with_what_makes_its_weights(change):
-    assert override(PRESETS["cpu"], **change).base_fingerprint() != PRESETS["cpu"].base_fingerprint()
+    """And so does that of the warmed base, which begins with it."""
+    for more in ((), ("warmup",)):
+        assert override(PRESETS["cpu"], **change).base_fingerprint(*more) != PRESETS["cpu"].base_fingerprint(*more)
+
+
+@pytest.mark.parametrize("change", [{"warmup__steps": 9}, {"warmup__worked": 0.4}, {"rlp__back": 3}], ids=str)
+def test_the_key_of_the_warmed_base_changes_with_what_makes_its_weights(change):
+    """That of the base does not: it is trained once for all of them."""
+    plain, other = PRESETS["cpu"], override(PRESETS["cpu"], **change)
+    assert other.base_fingerprint("warmup") != plain.base_fingerprint("warmup")
+    assert other.base_fingerprint() == plain.base_fingerprint()
 
 
 @pytest.mark.parametrize(
@@ -421,11 +463,25 @@ def test_the_key_of_the_base_changes_with_what_makes_its_weights(change):
     [{"rlp__lr": 1.0}, {"elastic__lr": 1.0}, {"elastic__budgets": (1.0,)},
      {"mode": "elastic"}, {"eval__samples": 9}, {"out": "x"}, {"mode": "pretrain"}, {"preset": "x"}, {"resume": True},
      {"data__cache_dir": "x"}, {"pretrain__log_every": 9}, {"pretrain__checkpoint_every": 9}, {"kernels": "reference"},
-     {"pretrain__accumulate": 2}],
+     {"pretrain__accumulate": 2}, {"warmup__accumulate": 2}, {"warmup__log_every": 9}],
     ids=str,
 )  # fmt: skip
 def test_the_key_of_the_base_does_not_change_with_anything_else(change):
-    assert override(PRESETS["cpu"], **change).base_fingerprint() == PRESETS["cpu"].base_fingerprint()
+    for more in ((), ("warmup",)):
+        assert override(PRESETS["cpu"], **change).base_fingerprint(*more) == PRESETS["cpu"].base_fingerprint(*more)
+
+
+@pytest.mark.parametrize("change", [{"warmup__steps": 9}, {"rlp__back": 3}, {"pretrain__lr": 1.0}], ids=str)
+@pytest.mark.parametrize("mode", ["warmup", "rlp", "cpt", "elastic"])
+def test_a_run_shares_the_settings_of_the_phases_before_it(mode, change):
+    """Else a resumed run would compare with a base that it did not begin with, or read another mixture."""
+    first, second = (rundir.shared_settings(override(PRESETS["cpu"], mode=mode, **c)) for c in ({}, change))
+    assert first != second
+
+
+def test_pretraining_shares_no_settings_of_what_comes_after_it():
+    first, second = (override(PRESETS["cpu"], mode="pretrain", **c) for c in ({}, {"warmup__steps": 9, "rlp__back": 3}))
+    assert rundir.shared_settings(first) == rundir.shared_settings(second)
 
 
 def test_a_run_can_be_resumed_with_other_kernels():

@@ -77,7 +77,8 @@ def contexts():
         "context_BT": torch.tensor([[9, 9, 1, 2, 3], [4, 5, 6, 7, 8]]),
         "ids_BT": torch.tensor([[-1, -1, 0, 0, 0], [0] * 5]),
         "target_BX": torch.tensor([[1, 2], [3, 4]]),
-        "is_text_B": torch.tensor([True, False]),
+        "kind_B": torch.tensor([1, 0]),
+        "back_B": torch.tensor([2, 0]),
     }
 
 
@@ -130,7 +131,9 @@ def test_rlp_samples_rewards_and_trains_a_model_of_another_make(model, contexts)
         assert_close(logp, old_logp, **EXACT)
         losses.append(-prepared["advantage_R"][r] * logp.mean())
         closing = torch.tensor([] if closed else [CLOSE], dtype=torch.long)
-        gain = logp_of(model, torch.cat([text, closing]), target) - logp_of(model, context, target)
+        stands = len(context) - int(contexts["back_B"][r // 3])  # the text behind the thought follows it
+        before = torch.cat([context[:stands], torch.tensor([THINK]), thought, closing, context[stands:]])
+        gain = logp_of(model, before, target) - logp_of(model, context, target)
         assert_close(prepared["gain_R"][r], gain, **EXACT)
         closes.append(closed)
     assert set(closes) == {True, False}

@@ -11,6 +11,7 @@ import re
 import tempfile
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,14 +25,33 @@ from system.config import Config, DataConfig, RLPConfig
 from system.presets import PRESETS
 from text import batches, problems, tokenizer
 from text import corpus as corpus_module
-from text.batches import collate_contexts, cpt_batch, pretrain_batch, problem_position, rlp_batch, text_position
+from text.batches import (
+    KINDS,
+    Position,
+    collate_contexts,
+    computed_position,
+    computed_tokens,
+    copy_document,
+    cpt_batch,
+    mixture,
+    pack,
+    place_thoughts,
+    pretrain_batch,
+    problem_position,
+    random_position,
+    rlp_batch,
+    text_position,
+    warmup_batch,
+)
+from text.computed import Computed, draw_computed
 from text.corpus import Corpus
 from text.documents import Documents, join
 from text.held_out import N_BUCKETS, SPLITS, bucket_of, buckets_of, clusters_of
 from text.problems import FAMILIES, FILLER, draw_problem, held_out_problems, thought_for
 from text.tokenizer import CLOSE, END, THINK
 
-BATCHES = {"pretrain": pretrain_batch, "rlp": rlp_batch, "cpt": cpt_batch}
+BATCHES = {"pretrain": pretrain_batch, "warmup": warmup_batch, "rlp": rlp_batch, "cpt": cpt_batch}
+PROBLEMS = {"text_share": 0.0, "computed_share": 0.0}  # nothing else
 
 
 def config_of(**groups) -> Config:
@@ -53,7 +73,7 @@ def load(path, tmp_path, **changes) -> Corpus:
 
 def solve_chain(question):
     value = int(re.search(r" = (\d)", question)[1])
-    steps = re.findall(r"\w to \w ([+-]) (\d)\.", question)
+    steps = re.findall(r"\w to \w ([+-])(\d)\.", question)
     return list(itertools.accumulate((int(sign + n) for sign, n in steps), lambda v, n: (v + n) % 10, initial=value))
 
 
@@ -182,9 +202,11 @@ def questions(tokens, tokenizer):
 
 def test_no_held_out_problem_occurs_in_training_batches(corpus):
     """Sums are the family in which chance alone would repeat questions: there are only 8100 of two numbers."""
-    config = config_of(rlp={"batch": 4000, "text_share": 0.0}, pretrain={"batch": 400, "clean_text_share": 0.0})
+    config = config_of(
+        data=PROBLEMS, rlp={"batch": 4000, **PROBLEMS}, pretrain={"batch": 300}, warmup={"batch": 300}, cpt={"batch": 1}
+    )
     seen = set()
-    for make, name in ((rlp_batch, "context_BT"), (pretrain_batch, "tokens_BT")):
+    for make, name in ((rlp_batch, "context_BT"), (pretrain_batch, "tokens_BT"), (warmup_batch, "tokens_BT")):
         for row in make(corpus, config, 0)[name].tolist():
             seen |= questions(row, corpus.tokenizer)
     held_out = {p.question for split in ("val", "test") for p in held_out_problems(split, 250, 0, 5)}
@@ -204,14 +226,14 @@ class Given:
 
     def __init__(self, *draws):
         self.draws = list(draws)
-        self.choice = self.randint = self.randrange = self.sample = lambda *_: self.draws.pop(0)
+        self.choice = self.randint = self.randrange = self.sample = self.random = lambda *_: self.draws.pop(0)
 
     def shuffle(self, values):
         values[:] = [values[i] for i in self.draws.pop(0)]
 
 
 TWINS = {  # the canonical form, and the draws of two problems that share it
-    "chain": ("  5  - 2 3  + 8 1", (3, "ute", 5, "-", 2, "+", 8), (3, "abc", 5, "-", 2, "+", 8)),
+    "chain": ("  5  -2 3  +8 1", (3, "ute", 5, "-", 2, "+", 8), (3, "abc", 5, "-", 2, "+", 8)),
     "word": (
         " start 9 Monday -5 4 Tuesday +1 5",
         ("Bob", "books", 9, 2, 4, "sells", 5, "buys"),
@@ -528,23 +550,26 @@ def test_batches_differ_between_steps_and_between_seeds(corpus, mode, seed, step
 
 
 def test_continued_pretraining_goes_on_where_the_base_stopped(corpus):
-    """Step 0 of `cpt` is the step after the base's last one, of the same mixture."""
-    config = config_of(pretrain={"steps": 10}, cpt={"batch": 8})
-    assert same(cpt_batch(corpus, config, 0), pretrain_batch(corpus, config, 10))
+    """Step 0 of `cpt` is the step after the warm-up's last one, of the same mixture."""
+    config = config_of(warmup={"steps": 10}, cpt={"batch": 8})
+    assert same(cpt_batch(corpus, config, 0), warmup_batch(corpus, config, 10))
 
 
 @pytest.fixture(scope="module")
 def packed(corpus):
-    """A batch of packed documents."""
+    """A batch of packed documents, of all kinds."""
     return pretrain_batch(corpus, config_of(pretrain={"batch": 32}), 0)
 
 
-def test_targets_are_the_next_tokens_and_never_cross_documents(packed):
+def test_targets_are_the_next_tokens_and_never_cross_documents(packed, corpus):
+    """None is an opening tag: to think is not learned as a habit."""
     tokens_BT, targets_BT, ids_BT = packed["tokens_BT"], packed["targets_BT"], packed["ids_BT"]
     crossing_BT = ids_BT[:, 1:] != ids_BT[:, :-1]
-    expected_BT = tokens_BT[:, 1:].masked_fill(crossing_BT, -100)
+    opening_BT = tokens_BT[:, 1:] == corpus.tokenizer.think
+    expected_BT = tokens_BT[:, 1:].masked_fill(crossing_BT | opening_BT, -100)
     assert torch.equal(targets_BT[:, :-1], expected_BT)
     assert crossing_BT.sum() > 50
+    assert opening_BT.sum() > 50
 
 
 def test_document_ids_count_from_zero_and_change_after_every_end_of_text(packed, corpus):
@@ -559,62 +584,273 @@ def test_document_ids_count_from_zero_and_change_after_every_end_of_text(packed,
 def test_the_last_target_of_a_row_is_the_token_that_follows_it(corpus, step):
     """Rows of 64 and of 65 tokens that begin with the same problem: the longer one shows what follows the shorter one."""
     short, long = (
-        pretrain_batch(corpus, config_of(pretrain={"batch": 1, "seq_len": n, "clean_text_share": 0.0}), step)
-        for n in (64, 65)
+        pretrain_batch(corpus, config_of(data=PROBLEMS, pretrain={"batch": 1, "seq_len": n}), step) for n in (64, 65)
     )
-    goes_on_B = long["ids_BT"][:, 64] == long["ids_BT"][:, 63]
-    assert torch.equal(short["targets_BT"][:, -1], long["tokens_BT"][:, 64].where(goes_on_B, -100))
+    following_B = long["tokens_BT"][:, 64]
+    is_target_B = (long["ids_BT"][:, 64] == long["ids_BT"][:, 63]) & (following_B != corpus.tokenizer.think)
+    assert torch.equal(short["targets_BT"][:, -1], following_B.where(is_target_B, -100))
 
 
-@pytest.fixture(scope="module")
-def text_share(corpus):
-    """Share of text tokens in a batch. Text is made of one token here that no problem holds, so it can be counted."""
-    (mark,) = corpus.tokenizer.encode("\0")
-    marked = Corpus(corpus.tokenizer, {"train": Documents([join([np.full(10_000, mark)])])}, 5)
-    return lambda config, step: float((pretrain_batch(marked, config, step)["tokens_BT"] == mark).float().mean())
+def test_packing_by_hand():
+    """Two rows of 6 tokens and the next; `a` has 3 tokens a document and half of the tokens, `b` 2 and 1/3, `c` 1 and 1/6.
+
+    What lacks most (share x (n + 1) - had): a (1/2, 1/3, 1/6); b (4/2 - 3, 4/3, 4/6); with 6, a (6/2 - 3, 6/3 - 2, 6/6): c;
+    with 7 (7/2 - 3, 7/3 - 2, 7/6 - 1): a, of which one token has room. The second row goes on: 4 a, 2 b, 1 c so far and 8
+    with the next: (0, 8/3 - 2, 8/6 - 1): b; 10 (1, 10/3 - 4, 4/6): a; 13 (13/2 - 7, 13/3 - 4, 13/6 - 1): c; 14
+    (0, 14/3 - 4, 14/6 - 2): b, one token. Every last token of `a` is not to be predicted.
+    """
+    made = {"a": [(1, True), (2, True), (3, False)], "b": [(4, True), (5, True)], "c": [(6, True)]}
+    found = pack(2, 6, {"a": 1 / 2, "b": 1 / 3, "c": 1 / 6}, made.get, ())
+    assert found["tokens_BT"].tolist() == [[1, 2, 3, 4, 5, 6], [4, 5, 1, 2, 3, 6]]
+    assert found["ids_BT"].tolist() == [[0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 1, 2]]
+    assert found["targets_BT"].tolist() == [[2, -100, -100, 5, -100, -100], [5, -100, 2, -100, -100, -100]]
+    begun = pack(1, 6, {"a": 1.0}, made.get, (9,))
+    assert begun["tokens_BT"].tolist() == [[9, 1, 2, 3, 9, 1]]
+    assert begun["targets_BT"].tolist() == [[1, 2, -100, -100, 1, 2]]
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 1.0])
+@given(
+    st.tuples(*[st.integers(0, 5)] * 3).filter(any),
+    st.tuples(*[st.integers(1, 40)] * 3),
+    st.integers(1, 6),
+    st.integers(16, 64),
+)
+def test_shares_of_three_kinds_are_met_within_a_document(weights, lengths, n_rows, seq_len):
+    """To within the documents that are last of their kind; a kind without a share is never drawn."""
+    kinds = dict(zip("abc", lengths, strict=True))
+    shares = {kind: w / sum(weights) for kind, w in zip("abc", weights, strict=True)}
+    found = pack(n_rows, seq_len, shares, lambda kind: [("abc".index(kind), True)] * kinds[kind], ())
+    counts = found["tokens_BT"].flatten().bincount(minlength=3).tolist()
+    for kind, n in zip("abc", counts, strict=True):
+        if shares[kind] in (0, 1):
+            assert n == shares[kind] * n_rows * seq_len
+        # What one lacks the two others have too much of; the token after each row is not counted here.
+        assert abs(n - shares[kind] * n_rows * seq_len) <= 2 * max(lengths) + n_rows
+
+
+def test_thoughts_stand_before_their_token_by_hand(corpus):
+    """Tokens 70 to 73. The thought 80 81 is for 72, an empty one for 70: the tag that opens is never a target."""
+    tk = corpus.tokenizer
+    found = place_thoughts(tk, [70, 71, 72, 73], {2: [80, 81], 0: []})
+    assert found == [(tk.think, False), (tk.close, True), (70, True), (71, True),
+                     (tk.think, False), (80, True), (81, True), (tk.close, True), (72, True), (73, True)]  # fmt: skip
+
+
+def test_thoughts_some_tokens_back_are_there_to_be_read_alone_by_hand(corpus):
+    """Two tokens before theirs: that for 72 before 70, that for 73 before 71. For 70 and 71 there is no such place."""
+    tk = corpus.tokenizer
+    found = place_thoughts(tk, [70, 71, 72, 73], {0: [90], 1: [91], 2: [80, 81], 3: []}, back=2)
+    assert found == [(tk.think, False), (80, False), (81, False), (tk.close, False), (70, True),
+                     (tk.think, False), (tk.close, False), (71, True), (72, True), (73, True)]  # fmt: skip
+
+
+def test_a_computed_documents_thoughts_are_by_the_places_of_its_results(corpus):
+    """Tokens of the text, the end, and before which of them each thought belongs."""
+    encode, end = corpus.tokenizer.encode, corpus.tokenizer.end
+    document, worked = computed_tokens(
+        corpus.tokenizer, Computed("x", (("go: 1 2", ""), (" 3", " 1 +2 3"), (",", ""), (" 5", " 3 +2 5")))
+    )
+    assert (
+        document == [*encode("go: 1 2"), *encode(" 3"), *encode(","), *encode(" 5"), end] == [*encode("go: 1 2 3, 5"), end]
+    )
+    assert {document[t]: thought for t, thought in worked.items()} == {
+        encode(" 3")[0]: encode(" 1 +2 3"), encode(" 5")[0]: encode(" 3 +2 5")
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("draws", "expected"),
+    [
+        ((4, 2, 0.5, 1), [10, 11, 12, 13, 20, 21, 11, 12, 13]),  # not shuffled, again from its second token on
+        ((4, 2, 0.4, (3, 1, 0, 2), 2), [13, 11, 10, 12, 20, 21, 10, 12]),  # shuffled first, again from the third on
+    ],
+)
+def test_a_copied_document_by_hand(draws, expected):
+    """Four tokens, two others, and the end of the four again: of that all but its first token is to be predicted."""
+    texts = [np.array([10, 11, 12, 13]), np.array([20, 21])]
+
+    def text_window(rng, split, n):
+        assert (split, n) == ("train", len(texts[0]))
+        return texts.pop(0)
+
+    found = copy_document(SimpleNamespace(text_window=text_window), Given(*draws))
+    assert [token for token, _ in found] == expected
+    assert [wanted for _, wanted in found] == [i > 6 for i in range(len(expected))]
+
+
+@pytest.fixture
+def share_of(corpus, monkeypatch):
+    """Shares of text and of computed documents in a batch. Both are made of one token here that no problem holds."""
+    marks = [corpus.tokenizer.encode(c)[0] for c in "\0\1"]
+    marked = Corpus(corpus.tokenizer, {"train": Documents([join([np.full(10_000, marks[0])])])}, 5)
+
+    def shares(make, config, step):
+        tokens_BT = make(marked, config, step)["tokens_BT"]
+        return [float((tokens_BT == mark).float().mean()) for mark in marks]
+
+    monkeypatch.setattr(batches, "draw_computed", lambda *_: Computed("x", (("\1" * 60, ""),)))
+    return shares
+
+
+@pytest.mark.parametrize(("text", "computed"), [(0.0, 0.0), (0.3, 0.0), (0.0, 0.3), (0.25, 0.2), (0.6, 0.4), (1.0, 0.0)])
 @pytest.mark.parametrize("seq_len", [64, 256, 1024])
-def test_share_of_text_tokens_is_near_the_setting(text_share, seq_len, share):
-    """In every batch, within half a row of 16 to 256. The extremes hold exactly."""
-    fit = {"seq_len": seq_len, "batch": 16384 // seq_len, "clean_text_share": share}
-    config = config_of(data={"text_share": share}, pretrain=fit)
+def test_shares_of_tokens_are_near_the_settings(share_of, seq_len, text, computed):
+    """In every batch, within a row of 16 to 256, once no families enter any more. The extremes of text hold exactly."""
+    fit = {"seq_len": seq_len, "batch": 16384 // seq_len, "steps": 1500}
+    config = config_of(data={"text_share": text, "computed_share": computed}, pretrain=fit)
     for step in (0, 1, 1498, 1499):
-        assert text_share(config, step) == pytest.approx(share, abs=0.04 if 0 < share < 1 else 0)
+        found = share_of(pretrain_batch, config, step)
+        assert found[0] == pytest.approx(text, abs=0.01 + seq_len / 16384 if 0 < text < 1 else 0)
+        assert found[1] == pytest.approx(computed * 60 / 61, abs=0.01 + seq_len / 16384 if computed else 0)
 
 
-@pytest.mark.parametrize(("step", "share"), [(0, 0.2), (59, 0.2), (60, 0.7), (99, 0.7)])
-def test_share_of_text_tokens_changes_after_the_clean_part(text_share, step, share):
-    """60 of 100 steps are clean."""
-    fit = {"steps": 100, "clean_share": 0.6, "clean_text_share": 0.2, "batch": 64}
-    assert text_share(config_of(data={"text_share": 0.7}, pretrain=fit), step) == pytest.approx(share, abs=0.03)
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [(0, [0.2, 0.0]), (29, [0.2, 0.0]), (30, [0.2, 0.3]), (59, [0.2, 0.3]), (60, [0.5, 0.3]), (99, [0.5, 0.3])],
+)
+def test_text_enters_when_all_families_are_in_and_computed_documents_when_half_are(share_of, step, expected):
+    """In 60 of 100 steps copies stand for other text: a fifth of the tokens."""
+    fit = {"steps": 100, "intro_share": 0.6, "copy_share": 0.2, "batch": 64}
+    found = share_of(pretrain_batch, config_of(data={"text_share": 0.5, "computed_share": 0.3}, pretrain=fit), step)
+    assert found == pytest.approx(expected, abs=0.03)
 
 
-@pytest.mark.parametrize(("step", "think", "filler"), [(0, 0.7, 0.0), (59, 0.7, 0.0), (60, 0.4, 0.3), (99, 0.4, 0.3)])
-def test_thoughts_are_worked_in_the_clean_part_and_mixed_afterwards(corpus, step, think, filler):
-    """60 of 100 steps are clean: 70 % of problems have a thought. Then 40 %, of which 0.4 worked, so 0.3 filler."""
-    fit = {"steps": 100, "clean_share": 0.6, "clean_think": 0.7, "think": 0.4, "worked": 0.4, "batch": 150, "seq_len": 512,
-           "clean_text_share": 0.0}  # fmt: skip
-    batch = pretrain_batch(corpus, config_of(data={"text_share": 0.0}, pretrain=fit), step)
-    documents = [d for row in batch["tokens_BT"].tolist() for d in corpus.tokenizer.decode(row).split(END)[:-1]]
-    thoughts = [d.split(THINK)[1].split(CLOSE)[0] for d in documents if THINK in d]
-    assert len(thoughts) / len(documents) == pytest.approx(think, abs=0.06)
-    assert sum(t.startswith(FILLER) for t in thoughts) / len(thoughts) == pytest.approx(filler, abs=0.06)
+def documents_of(batch, tokenizer):
+    """The texts of all documents that end with the end of the text."""
+    return [d for row in batch["tokens_BT"].tolist() for d in tokenizer.decode(row).split(END)[:-1]]
+
+
+def test_thoughts_of_the_base_are_worked(corpus):
+    """70 % of problems have a thought, and 70 % of results: among 1,000 of each the standard error is below .015."""
+    fit = {"think": 0.7, "batch": 150, "seq_len": 512}
+    for shares in (PROBLEMS, {"text_share": 0.0, "computed_share": 1.0}):
+        batch = pretrain_batch(corpus, config_of(data=shares, pretrain=fit), 0)
+        found = documents_of(batch, corpus.tokenizer)
+        assert not any(d.split(THINK)[1].startswith(FILLER) for d in found if THINK in d)
+        if shares == PROBLEMS:
+            found = [d for d in found if "Answer:" in d]
+            assert sum(THINK in d for d in found) / len(found) == pytest.approx(0.7, abs=0.05)
+            continue
+        ledgers = [line for d in found if d.startswith("Ledger") for line in d.split("\n")[1:]]
+        thoughts = [line.split(THINK)[1].split(CLOSE)[0] for line in ledgers if THINK in line]
+        assert len(thoughts) / len(ledgers) == pytest.approx(0.7, abs=0.05)
+        for line in ledgers:
+            if THINK in line and CLOSE in line:
+                changes, rest = line.split(THINK)
+                thought, result = rest.split(CLOSE)
+                assert re.findall(r"\+(\d)", thought) == changes.split()
+                assert result == f" {thought[-1]}"
+
+
+def test_thoughts_of_problems_in_the_mixture_are_of_all_kinds(corpus):
+    """40 % have one, of which 0.4 are worked: so 0.3 filler, and 0.3 stop half-way."""
+    config = config_of(data=PROBLEMS, warmup={"think": 0.4, "worked": 0.4, "batch": 150, "seq_len": 512})
+    batch = warmup_batch(corpus, config, 0)
+    found = documents_of(batch, corpus.tokenizer)
+    thoughts = [d.split(THINK)[1].split(CLOSE)[0] for d in found if THINK in d]
+    assert len(thoughts) / len(found) == pytest.approx(0.4, abs=0.06)
+    assert sum(t.startswith(FILLER) for t in thoughts) / len(thoughts) == pytest.approx(0.3, abs=0.06)
 
 
 @pytest.mark.parametrize("n_families", range(1, len(FAMILIES) + 1))
 def test_families_enter_one_by_one_with_worked_thoughts_and_no_text(corpus, n_families):
     """One more every 10 steps, in the first half."""
-    fit = {"steps": 20 * len(FAMILIES), "intro_share": 0.5, "batch": 40}
+    fit = {"steps": 20 * len(FAMILIES), "intro_share": 0.5, "batch": 40, "copy_share": 0.0, "think": 0.5}
     begins = {family: make(random.Random(0)).question.split()[0] for family, make in FAMILIES.items()}
     assert len(set(begins.values())) == len(FAMILIES)
     for step in (10 * n_families - 10, 10 * n_families - 1):
-        batch = pretrain_batch(corpus, config_of(pretrain=fit), step)
-        documents = [d for row in batch["tokens_BT"].tolist() for d in corpus.tokenizer.decode(row).split(END)[:-1]]
-        found = {family for family in FAMILIES for d in documents if d.startswith(begins[family])}
-        assert found == set(list(FAMILIES)[:n_families])
-        assert all(THINK in d and not d.split(THINK)[1].startswith(FILLER) for d in documents)
+        found = documents_of(pretrain_batch(corpus, config_of(pretrain=fit), step), corpus.tokenizer)
+        assert {family for family in FAMILIES for d in found if d.startswith(begins[family])} == set(
+            list(FAMILIES)[:n_families]
+        )
+        assert all(THINK in d and not d.split(THINK)[1].startswith(FILLER) for d in found)
+
+
+RESULT = Computed("x", (("a b c d e f g h i j k l m", ""), (" 7", " 3 +4 7"), (" n o p q", "")))
+
+
+@pytest.mark.parametrize("back", [0, 3])
+def test_worked_thoughts_of_the_mixture_stand_at_their_results_or_some_tokens_back_and_are_masked_there(
+    corpus, back, monkeypatch
+):
+    """Half of the results have one; half of these documents have it `back` tokens early, where nothing of it is a target.
+
+    700 documents and more: the standard error of a share is at most .02. No other thoughts: they would come too late.
+    """
+    monkeypatch.setattr(batches, "draw_computed", lambda *_: RESULT)
+    tk, (document, worked) = corpus.tokenizer, computed_tokens(corpus.tokenizer, RESULT)
+    ((t, thought),) = worked.items()
+    config = config_of(
+        data={"text_share": 0.0, "computed_share": 1.0},
+        warmup={"batch": 60, "seq_len": 512, "gap": 10**6},
+        rlp={"back": back},
+    )
+    batch, counts = warmup_batch(corpus, config, 0), Counter()
+    inside = [tk.think, *thought, tk.close]
+    for tokens, targets, ids in zip(*(batch[k].tolist() for k in ("tokens_BT", "targets_BT", "ids_BT")), strict=True):
+        for d in range(ids[-1]):  # the last one of a row may be cut
+            own = [i for i, of in enumerate(ids) if of == d]
+            read, wanted = [tokens[i] for i in own], [targets[i] for i in own]
+            for early in {0, back}:
+                with_thought = [*document[: t - early], *inside, *document[t - early :]]
+                if read == with_thought:
+                    kept = [token == following for token, following in zip(wanted, read[1:], strict=False)]
+                    masked = range(t - early, t - early + (len(inside) if early else 1))
+                    assert [i for i, is_kept in enumerate(kept, 1) if not is_kept] == list(masked)
+                    counts[early] += 1
+            counts["none"] += read == document
+            counts["all"] += 1
+    assert counts["all"] > 700
+    assert counts["none"] / counts["all"] == pytest.approx(0.5, abs=0.06)
+    assert counts["none"] + counts[0] + (back and counts[back]) == counts["all"]
+    if back:
+        assert counts[back] / (counts[0] + counts[back]) == pytest.approx(0.5, abs=0.08)
+
+
+@pytest.mark.parametrize("kind", ["text", "computed"])
+def test_half_of_the_mixtures_other_documents_have_thoughts_back_and_those_are_masked(corpus, kind):
+    """Told apart by what is to be predicted: in a document all thoughts are or none is. They come about 12 tokens apart,
+    and are empty, filler, or worked at a result alone."""
+    config = config_of(data={**PROBLEMS, f"{kind}_share": 1.0}, warmup={"batch": 200, "seq_len": 512, "gap": 24})
+    tk, batch, masked, n_text, n_thoughts = corpus.tokenizer, warmup_batch(corpus, config, 0), [], 0, 0
+    for tokens, targets, ids in zip(*(batch[k].tolist() for k in ("tokens_BT", "targets_BT", "ids_BT")), strict=True):
+        for d in range(ids[-1] + 1):
+            own = [i for i, of in enumerate(ids) if of == d]
+            read = [tokens[i] for i in own]
+            opened, trained = [i for i, token in enumerate(read) if token == tk.think], set()
+            for i in opened:
+                closes = [j for j in range(i, len(read)) if read[j] == tk.close]
+                if closes:
+                    trained |= {targets[own[j - 1]] == read[j] for j in range(i + 1, closes[0] + 1)}
+                    thought = tk.decode(read[i + 1 : closes[0]])
+                    n_thoughts += 1
+                    n_text -= closes[0] - i + 1
+                    if kind == "text":
+                        assert thought == "" or thought.startswith(FILLER)
+            n_text += len(read)
+            assert len(trained) <= 1
+            masked += [False in trained] if trained else []
+            assert all(targets[own[i - 1]] == -100 for i in opened if i)
+    assert len(masked) >= 200
+    assert sum(masked) / len(masked) == pytest.approx(0.5, abs=0.1)
+    if kind == "text":
+        assert n_text / n_thoughts == pytest.approx(24, rel=0.06)
+    else:
+        assert n_text / n_thoughts < 20  # half of the results have one too
+
+
+def test_held_out_mixtures_are_of_held_out_documents(corpus, monkeypatch):
+    """Text, problems and computed documents of the test split, and other draws than training's."""
+    asked = Counter()
+    for name in ("draw_problem", "draw_computed"):
+        own = getattr(batches, name)
+        monkeypatch.setattr(
+            batches, name, lambda rng, split, *rest, own=own: (asked.update([split]), own(rng, split, *rest))[1]
+        )
+    alone = Corpus(corpus.tokenizer, {"test": corpus.documents["test"]}, 5)
+    found = mixture(alone, config_of(), 0, 20, 256, "test")
+    assert asked.keys() == {"test"}
+    assert not same(found, mixture(corpus, config_of(), 0, 20, 256))
 
 
 # ------------------------------------------------------------------------------------------------------- RLP contexts
@@ -623,10 +859,20 @@ def test_families_enter_one_by_one_with_worked_thoughts_and_no_text(corpus, n_fa
 def test_contexts_are_padded_on_the_left_and_cut_on_the_left(corpus):
     """By hand: at most 8 tokens; 10 lose their first two; 3 get five in front that are marked -1."""
     tk = corpus.tokenizer
-    batch = collate_contexts(tk, [[*range(10)], [20, 21, 22]], [[1], [2]], RLPConfig(context_len=8))
+    positions = [Position([*range(10)], [1], back=5), Position([20, 21, 22], [2])]
+    batch = collate_contexts(tk, positions, RLPConfig(context_len=8))
     assert batch["context_BT"].tolist() == [[*range(2, 10)], [tk.end] * 5 + [20, 21, 22]]
     assert batch["ids_BT"].tolist() == [[0] * 8, [-1] * 5 + [0] * 3]
     assert batch["target_BX"].tolist() == [[1], [2]]
+    assert batch["back_B"].tolist() == [5, 0]
+
+
+def test_where_a_thought_stands_before_all_of_a_context_there_is_a_place_for_it(corpus):
+    """Contexts of 3 and 2 tokens, the first with its thought 3 tokens back: a place of padding is in front of it."""
+    end = corpus.tokenizer.end
+    batch = collate_contexts(corpus.tokenizer, [Position([7, 8, 9], [1], back=3), Position([5, 6], [2])], RLPConfig())
+    assert batch["context_BT"].tolist() == [[end, 7, 8, 9], [end, end, 5, 6]]
+    assert batch["ids_BT"].tolist() == [[-1, 0, 0, 0], [-1, -1, 0, 0]]
 
 
 def test_text_positions_are_uniform_over_all_documents_and_have_all_the_context_there_is(corpus):
@@ -652,13 +898,13 @@ def test_text_contexts_are_full_but_for_the_beginnings_of_documents(corpus):
     """
     long = Corpus(corpus.tokenizer, {"train": Documents([join([np.arange(1001)])])}, 5)
     rng, config = random.Random(0), RLPConfig(context_len=100, horizon=1)
-    lengths = [len(text_position(long, config, "train", rng)[0]) for _ in range(500)]
+    lengths = [len(text_position(long, config, "train", rng).context) for _ in range(500)]
     assert np.mean(lengths) == pytest.approx(95.05, abs=3)
 
 
 def test_targets_shorter_than_the_horizon_are_filled_with_end_of_text(corpus):
     end = corpus.tokenizer.end
-    batch = collate_contexts(corpus.tokenizer, [[1], [1]], [[5], [5, 6, 7]], RLPConfig(horizon=3))
+    batch = collate_contexts(corpus.tokenizer, [Position([1], [5]), Position([1], [5, 6, 7])], RLPConfig(horizon=3))
     assert batch["target_BX"].tolist() == [[5, end, end], [5, 6, 7]]
 
 
@@ -666,7 +912,8 @@ def test_answer_positions_end_before_the_right_answer(corpus, monkeypatch):
     """No thought is written there, and the target is what the solver finds."""
     monkeypatch.setattr(problems, "FAMILIES", {family: FAMILIES[family] for family in SOLVE})
     tk = corpus.tokenizer
-    batch = rlp_batch(corpus, config_of(rlp={"text_share": 0.0, "batch": 64}), 0)
+    batch = rlp_batch(corpus, config_of(rlp={**PROBLEMS, "batch": 64}), 0)
+    assert not batch["back_B"].any()
     for context, ids, target in zip(*(batch[k].tolist() for k in ("context_BT", "ids_BT", "target_BX")), strict=True):
         text = tk.decode([t for t, i in zip(context, ids, strict=True) if i == 0])
         question = text.removesuffix("\nAnswer:")
@@ -678,54 +925,98 @@ def test_answer_positions_end_before_the_right_answer(corpus, monkeypatch):
 
 
 def test_text_targets_follow_their_context_in_a_document(corpus):
-    config, rng = RLPConfig(horizon=2, context_len=40), random.Random(0)
-    documents = b"".join(d.astype(np.int32).tobytes() for d in corpus.documents["val"])
-    for _ in range(50):
-        context, target = text_position(corpus, config, "val", rng)
+    """A thought stands `back` tokens before them; where the context is shorter than that, right before them."""
+    config, rng, short = RLPConfig(horizon=2, context_len=40, back=38), random.Random(0), 0
+    documents = [d.tolist() for d in corpus.documents["val"]]
+    for _ in range(300):
+        context, target, document, back = text_position(corpus, config, "val", rng)
         assert len(target) == 2
         assert 1 <= len(context) <= 40
-        assert np.array(context + target, dtype=np.int32).tobytes() in documents
+        text = np.array(documents[document], dtype=np.int32).tobytes()
+        assert np.array(context + target, dtype=np.int32).tobytes() in text
+        assert back == (38 if len(context) >= 38 else 0)
+        short += len(context) < 38
+    assert short > 0
+
+
+LETTERS = [*range(100, 112)]  # a document of twelve tokens
+
+
+@pytest.mark.parametrize(
+    ("horizon", "back", "first", "last"),
+    [
+        (1, 0, 1, 11),  # a token before each, one to come
+        (3, 0, 1, 9),  # 9, 10 and 11 are the last three
+        (1, 5, 5, 11),  # five tokens before each
+        (3, 5, 5, 9),
+        (2, 10, 10, 10),  # just one has 10 before it and 2 to come
+        (3, 10, 1, 9),  # none: any place, and the thought right before the token
+        (12, 0, 1, 11),  # twelve do not follow: what there is
+        (15, 4, 4, 11),
+    ],
+)
+def test_random_positions_are_uniform_over_where_horizon_and_back_have_room(horizon, back, first, last):
+    """Each place about 300 times, standard deviation at most 17; the context is all that stands before."""
+    fit, rng, counts = RLPConfig(horizon=horizon, back=back), random.Random(0), Counter()
+    for _ in range(300 * (last - first + 1)):
+        context, target, _, stands = random_position(LETTERS, fit, rng)
+        t = len(context)
+        assert (context, target) == (LETTERS[:t], LETTERS[t : t + horizon])
+        assert stands == (back if t >= back else 0)
+        counts[t] += 1
+    assert counts.keys() == set(range(first, last + 1))
+    assert max(abs(n - 300) for n in counts.values()) < 75
 
 
 @pytest.mark.parametrize("horizon", [1, 2])
-def test_random_positions_are_uniform_over_a_document(corpus, horizon, monkeypatch):
-    """Every position with a context and `horizon` targets, equally often: 200 times each, standard deviation 14."""
-    problem = draw_problem(random.Random(0), "train", 5)
-    document = [*corpus.tokenizer.encode(problem.prompt + problem.answer), corpus.tokenizer.end]
+@pytest.mark.parametrize("kind", ["problem", "computed"])
+def test_random_positions_are_those_of_problems_and_of_computed_documents(corpus, horizon, kind, monkeypatch):
+    """Every position with `back` tokens before and `horizon` targets: 200 times each, standard deviation 14. No thought
+    is in the document."""
+    problem, computed = draw_problem(random.Random(0), "train", 5), draw_computed(random.Random(0), "train", 5, "ledger")
     monkeypatch.setattr(batches, "draw_problem", lambda *_: problem)
-    config, rng, places = RLPConfig(positions="random", horizon=horizon), random.Random(0), len(document) - horizon
-    counts = np.zeros(len(document) + 1, dtype=int)
-    for _ in range(200 * places):
-        context, target = problem_position(corpus, config, rng)
+    monkeypatch.setattr(batches, "draw_computed", lambda *_: computed)
+    text = problem.prompt + problem.answer if kind == "problem" else computed.text
+    document = [*corpus.tokenizer.encode(text), corpus.tokenizer.end]
+    config, rng = RLPConfig(positions="random", horizon=horizon, back=3), random.Random(0)
+    counts, make = np.zeros(len(document) + 1, dtype=int), problem_position if kind == "problem" else computed_position
+    last = len(document) - horizon
+    for _ in range(200 * (last - 2)):
+        context, target, _, back = make(corpus, config, "train", rng)
         assert context + target == document[: len(context) + horizon]
+        assert back == 3
         counts[len(context)] += 1
-    assert counts[0] == counts[places + 1 :].sum() == 0
-    assert abs(counts[1 : places + 1] - 200).max() < 70
+    assert counts[:3].sum() == counts[last + 1 :].sum() == 0
+    assert abs(counts[3 : last + 1] - 200).max() < 70
 
 
-@pytest.mark.parametrize("kind", ["problem", "text"])
-def test_a_horizon_too_long_for_the_document_takes_any_position_and_the_tokens_that_exist(corpus, kind, monkeypatch):
+def test_a_horizon_too_long_for_the_text_takes_any_position_and_the_tokens_that_exist(corpus):
     """Every position from 1 on, about 200 times each."""
-    problem = draw_problem(random.Random(0), "train", 5)
-    document = [*corpus.tokenizer.encode(problem.prompt + problem.answer), corpus.tokenizer.end]
-    monkeypatch.setattr(batches, "draw_problem", lambda *_: problem)
+    document = [*range(5, 20), corpus.tokenizer.end]
     short = Corpus(corpus.tokenizer, {"train": Documents([join([np.array(document)])])}, 5)
-    config, rng = RLPConfig(positions="random", horizon=len(document)), random.Random(0)
+    config, rng = RLPConfig(horizon=len(document)), random.Random(0)
     counts = np.zeros(len(document), dtype=int)
     for _ in range(200 * (len(document) - 1)):
-        pair = problem_position(short, config, rng) if kind == "problem" else text_position(short, config, "train", rng)
-        assert [*pair[0], *pair[1]] == document
-        counts[len(pair[0])] += 1
+        context, target, _, _ = text_position(short, config, "train", rng)
+        assert [*context, *target] == document
+        counts[len(context)] += 1
     assert counts[0] == 0
     assert abs(counts[1:] - 200).max() < 70
-    batch = rlp_batch(short, config_of(rlp=dataclasses.asdict(config)), 0)
+    batch = rlp_batch(short, config_of(rlp=dataclasses.asdict(config) | {"text_share": 1.0, "computed_share": 0.0}), 0)
     assert batch["target_BX"].shape[1] == len(document)
     assert (batch["target_BX"][:, -1] == corpus.tokenizer.end).all()
 
 
-@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
-def test_share_of_text_contexts_is_near_the_setting(corpus, share):
-    """400 contexts: standard error at most 0.025. A problem's context ends with `Answer:`."""
-    batch = rlp_batch(corpus, config_of(rlp={"text_share": share, "batch": 400}), 0)
-    n_problems = sum(corpus.tokenizer.decode(row).endswith("\nAnswer:") for row in batch["context_BT"].tolist())
-    assert 1 - n_problems / 400 == pytest.approx(share, abs=0.08)
+@pytest.mark.parametrize(("text", "computed"), [(0.0, 0.0), (0.25, 0.0), (0.2, 0.3), (0.0, 0.6), (1.0, 0.0)])
+def test_kinds_of_contexts_have_their_shares_and_back_is_0_at_answers_alone(corpus, text, computed):
+    """600 contexts: standard error at most 0.02. A problem's context ends with `Answer:`; elsewhere a thought stands 4
+    tokens back, but in text where there is less before it."""
+    batch = rlp_batch(corpus, config_of(rlp={"text_share": text, "computed_share": computed, "batch": 600, "back": 4}), 0)
+    kinds, n_before = batch["kind_B"], (batch["ids_BT"] == 0).sum(1)
+    shares = [float((kinds == i).float().mean()) for i in range(len(KINDS))]
+    assert shares == pytest.approx([1 - text - computed, text, computed], abs=0.07)
+    rows = [corpus.tokenizer.decode(row) for row in batch["context_BT"].tolist()]
+    assert [row.endswith("\nAnswer:") for row in rows] == (kinds == 0).tolist()
+    assert (batch["back_B"][kinds == 0] == 0).all()
+    assert (batch["back_B"][kinds == 2] == 4).all()
+    assert torch.equal(batch["back_B"][kinds == 1], torch.where(n_before >= 4, 4, 0)[kinds == 1])

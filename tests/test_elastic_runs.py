@@ -72,9 +72,9 @@ def test_a_batch_is_a_function_of_seed_and_step(corpus):
 
 
 def test_documents_go_on_where_the_base_stopped(corpus):
-    """The base had four steps, so the first elastic batch is the mixture of step 4."""
-    fit = replace(SMOKE.pretrain, seq_len=32)
-    expected = batches.pretrain_batch(corpus, replace(SMOKE, pretrain=fit), 4)
+    """The warm-up had two steps, so the first elastic batch is the mixture of step 2."""
+    fit = replace(SMOKE.warmup, seq_len=32)
+    expected = batches.warmup_batch(corpus, replace(SMOKE, warmup=fit), 2)
     found = elastic_batch(corpus, SMOKE, 0)
     assert_close({k: found[k] for k in expected}, expected, rtol=0, atol=0)
 
@@ -538,7 +538,8 @@ def test_a_run_that_stopped_early_says_so_when_it_is_cut(finished, tmp_path, cap
 
 @pytest.mark.parametrize("mode", ["pretrain", "rlp"])
 def test_init_goes_on_from_an_extracted_model_in_its_own_shape(program, extracted, tmp_path, mode):
-    assert program(tmp_path / "run", "--mode", mode, "--init", extracted, f"--{mode}.steps", 1) == 0
+    words = ("--mode", mode, "--init", extracted, "--warmup.steps", 0)
+    assert program(tmp_path / "run", *words, f"--{mode}.steps", 1) == 0
     small, *_ = rundir.load_run(extracted)
     trained, *_ = rundir.load_run(tmp_path / "run")
     assert trained.config == small.config
@@ -657,29 +658,32 @@ def test_kl_and_loss_of_a_size_are_means_over_targets_by_hand(corpus, monkeypatc
         kl_B.append(float((p[row, at].exp() * (p[row, at] - q[row, at])).sum(-1).mean()))
         loss_B.append(-float(q[row, at, target[at]].mean()))
     assert found["kl_nats"]["mean"] == pytest.approx(sum(kl_B) / 16, rel=1e-4)
-    for name in ("text_loss_nats", "problem_loss_nats"):
+    for name in ("text_loss_nats", "computed_loss_nats", "problem_loss_nats"):
         assert found[name]["mean"] == pytest.approx(found["loss_nats"]["mean"], rel=1e-12)
     assert found["loss_nats"]["mean"] == pytest.approx(sum(loss_B) / 16, rel=1e-5)
 
 
-def test_text_and_problems_are_measured_apart_and_weighted_as_in_training(corpus):
-    """Text share 0.3: the loss is 0.3 times that of text plus 0.7 times that of problems, and these differ."""
-    model = noisy_model(SMOKE, corpus)
+def test_kinds_are_measured_apart_and_weighted_as_in_training(corpus):
+    """A quarter text, a fifth computed documents, the rest problems; and their losses differ."""
+    model, data = noisy_model(SMOKE, corpus), replace(SMOKE.data, text_share=0.25, computed_share=0.2)
     model.head.weight.data.mul_(20)
-    (found,) = evals.evaluate_sizes([model], [0], corpus, SMOKE)
-    text, problem = found["text_loss_nats"]["mean"], found["problem_loss_nats"]["mean"]
-    assert abs(text - problem) > 0.1
-    assert found["loss_nats"]["mean"] == pytest.approx(0.3 * text + 0.7 * problem, rel=1e-6)
-    assert found["loss_nats"]["n"] == found["text_loss_nats"]["n"] + found["problem_loss_nats"]["n"]
+    (found,) = evals.evaluate_sizes([model], [0], corpus, replace(SMOKE, data=data))
+    text, computed, problem = (found[f"{kind}_loss_nats"] for kind in ("text", "computed", "problem"))
+    means = sorted(kind["mean"] for kind in (text, computed, problem))
+    assert min(means[1] - means[0], means[2] - means[1]) > 0.02
+    expected = 0.25 * text["mean"] + 0.2 * computed["mean"] + 0.55 * problem["mean"]
+    assert found["loss_nats"]["mean"] == pytest.approx(expected, rel=1e-6)
+    assert found["loss_nats"]["n"] == text["n"] + computed["n"] + problem["n"]
 
 
 def test_a_stratified_mean_and_its_interval_by_hand():
-    """Text 1, 3 (mean 2, variance 2, squared error 2 / 2 = 1), problems 0, 0, 3, 3 (1.5, 3, 3 / 4), of which 1/4 is text.
+    """1, 3 (mean 2, variance 2, squared error 2 / 2 = 1), a quarter; 0, 0, 3, 3 (1.5, 3, 3 / 4), a half; 4, 8 (6, 8, 4).
 
-    Mean 1/4 x 2 + 3/4 x 1.5 = 1.625; error^2 = 1/16 x 1 + 9/16 x 3/4 = 0.484375; 1.96 x its root = 1.36410.
+    Mean 2 / 4 + 1.5 / 2 + 6 / 4 = 2.75; error^2 = 1 / 16 + 3 / 16 + 4 / 16 = 1 / 2; 1.96 x its root = 1.38593.
     """
-    found = evals.stratified(torch.tensor([1.0, 3]), torch.tensor([0.0, 0, 3, 3]), 0.25)
-    assert found == pytest.approx({"mean": 1.625, "low": 1.625 - 1.36410, "high": 1.625 + 1.36410, "n": 6}, abs=1e-4)
+    values = {"a": torch.tensor([1.0, 3]), "b": torch.tensor([0.0, 0, 3, 3]), "c": torch.tensor([4.0, 8])}
+    found = evals.stratified(values, {"b": 0.5, "a": 0.25, "c": 0.25})
+    assert found == pytest.approx({"mean": 2.75, "low": 2.75 - 1.38593, "high": 2.75 + 1.38593, "n": 8}, abs=1e-4)
 
 
 def test_scores_of_every_axis_are_compared_on_a_trained_model(finished, capsys):

@@ -15,7 +15,7 @@ import routers
 import train
 from model import Block, HybridLM
 from system import rundir
-from system.config import Config, ElasticConfig, ModelConfig, PretrainConfig, RLPConfig, from_dict
+from system.config import Config, CPTConfig, ElasticConfig, ModelConfig, PretrainConfig, RLPConfig, WarmupConfig, from_dict
 from system.costs import count_parameters, matrix_parameters, part_parameters
 from system.presets import NEMOTRON_12B, PAPERS, PRESETS, QWEN3_1_7B
 from views import estimate
@@ -31,7 +31,8 @@ NANO_9B = dataclasses.replace(
 
 
 def run_of(mode, **changes) -> Config:
-    return dataclasses.replace(Config(mode=mode, model=PLAIN, init="x"), **changes)
+    """A run of one phase."""
+    return dataclasses.replace(Config(mode=mode, model=PLAIN, init="x", warmup=WarmupConfig(steps=0)), **changes)
 
 
 # ------------------------------------------------------------------------------------------------------------- counts
@@ -89,7 +90,7 @@ def test_flops_of_rlp_by_hand():
     """2 contexts of 8 tokens, 3 thoughts of 4, horizon 1: 16 context tokens and 24 of thoughts, run once for the rollout
     and three times for each of 2 updates; scored are 16 context tokens with 2 logits, and 6 closing tags with theirs.
     """
-    c = RLPConfig(batch=2, context_len=8, group_size=3, thought_len=4, inner_epochs=2, steps=7)
+    c = RLPConfig(batch=2, context_len=8, group_size=3, thought_len=4, inner_epochs=2, steps=7, back=0)
     (phase,) = estimate.phases(run_of("rlp", rlp=c))
     sampled = 16 * BODY + 24 * (BODY + HEAD)
     assert phase.flops == {
@@ -98,6 +99,30 @@ def test_flops_of_rlp_by_hand():
     assert phase.n_tokens == 16
     with_kl = estimate.phases(run_of("rlp", rlp=dataclasses.replace(c, kl=0.1)))[0]
     assert with_kl.flops["reference"] == sampled
+
+
+@pytest.mark.parametrize(("positions", "n_back"), [("answer", 2), ("random", 4)])
+def test_flops_of_reading_thoughts_some_tokens_back_by_hand(positions, n_back):
+    """4 contexts of 8 tokens, 3 thoughts of 4, horizon 2; thoughts of half of the contexts (of all, at random positions)
+    stand 5 tokens back. Each is read again from there: <think>, 4 tokens, the 5 and the target's first are 11 (without the
+    5, 6), with 2 logits. A query sees what is before it: in a layer of attention after 3 tokens of context 3 + 11 / 2.
+    """
+    c = RLPConfig(batch=4, context_len=8, group_size=3, thought_len=4, horizon=2, text_share=0.375, computed_share=0.125)
+    shape = ModelConfig(pattern="*", vocab_size=10, d_model=4, n_heads=8, n_kv_heads=2, attn_head_dim=16)
+    matrices, seen, head = 2 * 4 * 2 * (8 + 2) * 16, 4 * 16 * 8, 2 * 10 * 4
+    scoring = [
+        estimate.phases(run_of("rlp", model=shape, rlp=dataclasses.replace(c, positions=positions, back=back)))[0].flops
+        for back in (0, 5)
+    ]
+    again = n_back * 11 * (matrices + seen * 8.5) + (4 - n_back) * 6 * (matrices + seen * 11) + 4 * 2 * head
+    assert scoring[1]["scoring"] - scoring[0]["scoring"] == pytest.approx(3 * again)
+    assert {**scoring[1], "scoring": 0} == {**scoring[0], "scoring": 0}
+
+
+def test_without_text_and_computed_documents_no_thought_is_read_again():
+    c = RLPConfig(text_share=0.0, computed_share=0.0, back=5)
+    first, second = (estimate.phases(run_of("rlp", rlp=dataclasses.replace(c, back=back)))[0].flops for back in (0, 5))
+    assert first == second
 
 
 def test_flops_of_elastic_are_those_of_the_teacher_and_of_the_budgets_as_they_are_drawn():
@@ -124,10 +149,38 @@ def test_flops_of_elastic_are_those_of_the_teacher_and_of_the_budgets_as_they_ar
     assert [p.flops["teacher"] for p in with_self] == pytest.approx([1.5 * f, 1.5 * f, 1.1 * f])  # not for the full budget
 
 
-def test_a_base_that_init_does_not_bring_is_counted():
-    names = [[p.name for p in estimate.phases(run_of(m, init=""))] for m in ("pretrain", "cpt", "rlp", "elastic")]
-    assert names == [["pretrain"], ["pretrain", "cpt"], ["pretrain", "rlp"],
-                     ["pretrain", "stage 1, search", "stage 1", "stage 2"]]  # fmt: skip
+ALONE = {"pretrain": ["pretrain"], "warmup": ["warmup"], "cpt": ["cpt"], "rlp": ["rlp"],
+         "elastic": ["stage 1, search", "stage 1", "stage 2"]}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("init", "warmup_steps", "before"),
+    [
+        (
+            "",
+            3,
+            {"pretrain": [], "warmup": ["pretrain"]} | {key: ["pretrain", "warmup"] for key in ("cpt", "rlp", "elastic")},
+        ),
+        ("", 0, {"pretrain": [], "warmup": ["pretrain"]} | {key: ["pretrain"] for key in ("cpt", "rlp", "elastic")}),
+        ("x", 3, {"pretrain": [], "warmup": []} | {key: ["warmup"] for key in ("cpt", "rlp", "elastic")}),
+        ("x", 0, {key: [] for key in ALONE}),
+    ],
+)
+def test_a_base_that_init_does_not_bring_and_the_warm_up_are_counted(init, warmup_steps, before):
+    """Where there is something to warm up, and steps for it. The estimate's phases are those that a run goes through."""
+    for mode, own in ALONE.items():
+        found = estimate.phases(run_of(mode, init=init, warmup=WarmupConfig(steps=warmup_steps)))
+        assert [p.name for p in found] == before[mode] + own
+
+
+def test_phases_of_next_token_prediction_have_their_own_lengths():
+    """Sequences of 8 tokens, then 4 of 32; continued pretraining goes on with the warm-up's length, 5 at a time."""
+    config = run_of("cpt", init="", pretrain=PretrainConfig(steps=5, batch=2, seq_len=8),
+                    warmup=WarmupConfig(steps=7, batch=4, seq_len=32), cpt=CPTConfig(steps=9, batch=5))  # fmt: skip
+    found = estimate.phases(config)
+    assert [(p.name, p.n_steps, p.n_tokens) for p in found] == [("pretrain", 5, 16), ("warmup", 7, 128), ("cpt", 9, 160)]
+    assert [p.flops["train"] for p in found] == [3 * n * (BODY + HEAD) for n in (16, 128, 160)]
+    assert estimate.facts(config)["total_tokens"] == 5 * 16 + 7 * 128 + 9 * 160
 
 
 # ------------------------------------------------------------------------------------------------------------- memory

@@ -5,7 +5,6 @@ test_generate.py); everything that is said of these thoughts is computed again h
 """
 
 import dataclasses
-import functools
 import math
 import random
 from types import SimpleNamespace
@@ -20,15 +19,17 @@ from torch.testing import assert_close
 import evals
 from evals import interval, over_documents, share
 from system.presets import PRESETS
+from text.computed import draw_computed
 from text.documents import Documents, join
 from text.problems import held_out_problems
 from thoughts import sample_thoughts
 
 SMOKE = PRESETS["smoke"]
-SEED, SAMPLES, CONTEXT, LONGEST, HORIZON = SMOKE.seed, 3, 40, 5, 2
+SEED, SAMPLES, CONTEXT, LONGEST, HORIZON, BACK = SMOKE.seed, 3, 40, 5, 2, 3
+SEEDS = (43, 308, 14)  # of the weights: whose thoughts are of all sorts
 CONFIG = dataclasses.replace(
     SMOKE,
-    rlp=dataclasses.replace(SMOKE.rlp, context_len=CONTEXT, thought_len=LONGEST, horizon=HORIZON),
+    rlp=dataclasses.replace(SMOKE.rlp, context_len=CONTEXT, thought_len=LONGEST, horizon=HORIZON, back=BACK),
     eval=dataclasses.replace(SMOKE.eval, problems_per_family=6, samples=SAMPLES, text_positions=40, text_tokens=20 * 256),
 )
 
@@ -187,24 +188,25 @@ def test_text_positions_are_dealt_evenly_to_documents_and_read_all_that_stands_b
     lengths = (500, 30, 4000)
     found = evals.text_positions(corpus_of(*lengths), CONFIG)
     assert sorted(found.documents.bincount().tolist()) == [13, 13, 14]
-    for (context, target), d in zip(found.pairs, found.documents.tolist(), strict=True):
+    for (context, target, _, back), d in zip(found.places, found.documents.tolist(), strict=True):
         first = sum(lengths[:d])
         t = target[0]
         assert target == [t, t + 1]
-        assert context == list(range(max(first, t - CONTEXT), t))
-        assert len(context) >= 1
+        assert context == list(range(first, t))
+        assert len(context) >= back == BACK
         assert t + 1 < first + lengths[d]
-    assert min(len(context) for context, _ in found.pairs) < CONTEXT
+    assert min(len(place.context) for place in found.places) < CONTEXT
     assert found.problems == []
 
 
 def test_text_positions_are_uniform_in_their_document():
-    """2,000 positions after 1 to 9 tokens of 11, for two follow: each about 222 times, standard deviation 14."""
+    """2,000 positions after 3 to 11 tokens of 13, for two follow: each about 222 times, standard deviation 14."""
     config = dataclasses.replace(CONFIG, eval=dataclasses.replace(CONFIG.eval, text_positions=2000))
-    counts = np.bincount([len(context) for context, _ in evals.text_positions(corpus_of(11), config).pairs])
-    assert len(counts) == 10
-    assert counts[0] == 0
-    assert (abs(counts[1:] - 222) < 60).all()
+    counts = np.bincount([len(place.context) for place in evals.text_positions(corpus_of(13), config).places])
+    assert BACK == 3
+    assert len(counts) == 12
+    assert counts[:3].sum() == 0
+    assert (abs(counts[3:] - 222) < 60).all()
 
 
 def test_a_context_repeats_where_its_last_two_tokens_stand_in_it_before():
@@ -213,11 +215,11 @@ def test_a_context_repeats_where_its_last_two_tokens_stand_in_it_before():
     corpus.documents["test"] = Documents([join([np.array([5, 6, 7, 5, 6, 8, 8, 8, 9])])])
     config = dataclasses.replace(
         CONFIG,
-        rlp=dataclasses.replace(CONFIG.rlp, context_len=8, horizon=1),
+        rlp=dataclasses.replace(CONFIG.rlp, context_len=8, horizon=1, back=0),
         eval=dataclasses.replace(CONFIG.eval, text_positions=200),
     )
     found = evals.text_positions(corpus, config)
-    by_length = {len(context): kind for (context, _), kind in zip(found.pairs, found.kinds, strict=True)}
+    by_length = {len(place.context): kind for place, kind in zip(found.places, found.kinds, strict=True)}
     # 5 6 stands twice before position 5; 8 8 before position 8, its first pair being places 5 and 6.
     assert by_length == {n: "repeats" if n in (5, 8) else "no_repeat" for n in range(1, 9)}
 
@@ -228,8 +230,46 @@ def test_a_pair_that_has_left_the_context_is_no_repeat():
     corpus.documents["test"] = Documents([join([np.array([8, 9, *range(10, 20), 8, 9, 7])])])
     config = dataclasses.replace(CONFIG, rlp=dataclasses.replace(CONFIG.rlp, context_len=8, horizon=1))
     found = evals.text_positions(corpus, config)
-    assert [7] in [target for _, target in found.pairs]
+    assert [7] in [place.target for place in found.places]
     assert set(found.kinds) == {"no_repeat"}
+
+
+def test_computed_positions_are_one_in_each_of_different_held_out_documents(corpus, monkeypatch):
+    """20 of the three kinds in turn; by their documents, drawn again where one is not new."""
+    drawn = []
+
+    def draw(rng, split, percent, kind):
+        assert (split, percent) == ("test", 5)
+        found = draw_computed(rng, split, percent, kind)
+        drawn.append(drawn[-1] if len(drawn) == 3 else found)  # the fourth comes again: it is no new one
+        return drawn[-1]
+
+    monkeypatch.setattr(evals, "draw_computed", draw)
+    config = dataclasses.replace(CONFIG, eval=dataclasses.replace(CONFIG.eval, text_positions=20))
+    found = evals.computed_positions(corpus, config)
+    drawn.pop(3)
+    assert found.documents.tolist() == list(range(20))
+    assert found.kinds == [*(["ledger", "session", "trace"] * 7)[:20]]
+    assert [d.kind for d in drawn] == found.kinds
+    for document, (context, target, _, back) in zip(drawn, found.places, strict=True):
+        tokens = [*corpus.tokenizer.encode(document.text), corpus.tokenizer.end]
+        assert context + target == tokens[: len(context) + HORIZON]
+        assert back == BACK
+    assert found.problems == []
+
+
+def test_validation_is_greedy_accuracy_by_family_on_the_validation_split(corpus, networks, monkeypatch):
+    """By hand: the likeliest thought of each problem of `val`, and whether the likeliest tokens after it are the answer."""
+    model, tk, right = networks[1], corpus.tokenizer, {}
+    for p in held_out_problems("val", 5, SEED, corpus.held_out_percent):
+        context, target = tk.encode(p.prompt)[-CONTEXT:], (tk.encode(p.answer) + [tk.end] * HORIZON)[:HORIZON]
+        thought = greedy_by_hand(model, context, tk, [])
+        closed = thought if thought[-1] == tk.close else [*thought, tk.close]
+        is_right = logp_by_hand(model, [*context, tk.think, *closed], target, tk.tags)[1]
+        right.setdefault(p.family, []).append(float(is_right))
+    assert 0 < sum(map(sum, right.values())) < 20
+    expected = {family: sum(values) / 5 for family, values in right.items()}
+    assert evals.validate(model, corpus, CONFIG, 5) == pytest.approx(expected)
 
 
 def test_windows_of_text_have_no_target_in_common_and_are_dealt_evenly():
@@ -310,7 +350,7 @@ def networks(corpus):
     tk, ones = corpus.tokenizer, torch.ones(8, dtype=torch.float64)
     digits = [tk.encode(f" {i}")[0] for i in range(10)]
     made = []
-    for seed in (29, 356, 14):
+    for seed in SEEDS:
         model = tiny_model(vocab_size=tk.n_vocab, pattern="M*-", tie_embeddings=False)
         noise = torch.Generator().manual_seed(seed)
         for p in model.parameters():
@@ -336,7 +376,8 @@ class Spy:
         thoughts = [row[:n] for row, n in zip(t.tokens_RL.tolist(), t.length_R.tolist(), strict=True)]
         G = sampling.group_size
         groups = [thoughts[i : i + G] for i in range(0, len(thoughts), G)]
-        self.calls.append(SimpleNamespace(model=model, sampling=sampling, forced=forced_Rl, groups=groups))
+        self.calls.append(SimpleNamespace(model=model, sampling=sampling, forced=forced_Rl, groups=groups,
+                                          first=batch["target_BX"][0].tolist()))  # fmt: skip
         return t
 
 
@@ -349,21 +390,27 @@ def run(corpus, networks):
         found = evals.evaluate_both(model, base, teacher, corpus, CONFIG)
     problems = held_out_problems("test", 6, SEED, corpus.held_out_percent)
     encode, end = corpus.tokenizer.encode, corpus.tokenizer.end
-    of_problems = [(encode(p.prompt)[-CONTEXT:], (encode(p.answer) + [end] * HORIZON)[:HORIZON]) for p in problems]
-    text = evals.text_positions(corpus, CONFIG)
+    read = {
+        "problems": [(encode(p.prompt)[-CONTEXT:], (encode(p.answer) + [end] * HORIZON)[:HORIZON], 0) for p in problems]
+    }
+    others = {"text": evals.text_positions(corpus, CONFIG), "computed": evals.computed_positions(corpus, CONFIG)}
+    for name, positions in others.items():
+        targets = [(place.target + [end] * HORIZON)[:HORIZON] for place in positions.places]
+        read[name] = [(p.context[-CONTEXT:], t, p.back) for p, t in zip(positions.places, targets, strict=True)]
     return SimpleNamespace(found=found, spy=spy, model=model, base=base, teacher=teacher, problems=problems,
-                           tokenizer=corpus.tokenizer, of_problems=of_problems, text=text)  # fmt: skip
+                           tokenizer=corpus.tokenizer, read=read, **others)  # fmt: skip
 
 
-def calls_of(run, temperature, group_size, forced=False, text=False):
-    """By model, the groups of thoughts that were sampled in this way for problems or for text."""
-    n = len(run.text.pairs) if text else len(run.of_problems)
+def calls_of(run, temperature, group_size, forced=False, kind="problems"):
+    """By model, the groups of thoughts that were sampled in this way at positions of a kind."""
+    first = run.read[kind][0][1]
     return {
         call.model: call.groups
         for call in run.spy.calls
         if call.sampling == (group_size, LONGEST, temperature)
         and (call.forced is not None) == forced
-        and len(call.groups) == n
+        and len(call.groups) == len(run.read[kind])
+        and call.first == first
     }
 
 
@@ -382,20 +429,31 @@ class ByHand:
     groups: list
 
 
+def with_thought(context, thought, back, tk):
+    """The context with the thought, closed, before its last `back` tokens."""
+    closed = thought if thought[-1] == tk.close else [*thought, tk.close]
+    stands = len(context) - back
+    return [*context[:stands], tk.think, *closed, *context[stands:]]
+
+
 def by_hand(run, who, pairs, groups):
     """All values of a model's sampled thoughts."""
     tk, model = run.tokenizer, getattr(run, who)
-    after = functools.partial(logp_after_by_hand, model, tk)
+
+    def after(context, thought, target, back):
+        return logp_by_hand(model, with_thought(context, thought, back, tk), target, tk.tags)
 
     def mean(values):
         return sum(values) / len(values)
 
-    scored = [[after(context, c, target) for c in group] for (context, target), group in zip(pairs, groups, strict=True)]
-    plain = {name: [logp_by_hand(getattr(run, name), c, t, tk.tags) for c, t in pairs] for name in ("base", "teacher", who)}
+    scored = [[after(x, c, t, back) for c in group] for (x, t, back), group in zip(pairs, groups, strict=True)]
+    plain = {
+        name: [logp_by_hand(getattr(run, name), c, t, tk.tags) for c, t, _ in pairs] for name in ("base", "teacher", who)
+    }
     return ByHand(
         logp=[mean([logp for logp, _ in row]) for row in scored],
         plain={name: [logp for logp, _ in rows] for name, rows in plain.items()},
-        empty=[after(context, [tk.close], target)[0] for context, target in pairs],
+        empty=[after(context, [tk.close], target, back)[0] for context, target, back in pairs],
         right=[mean([float(right) for _, right in row]) for row in scored],
         right_plain=[float(right) for _, right in plain[who]],
         length=[mean([len(c) for c in group]) for group in groups],
@@ -410,9 +468,9 @@ def hand(run):
     """By (model, kind of positions)."""
     made = {}
     for who in ("model", "base"):
-        for name, pairs, is_text in (("problems", run.of_problems, False), ("text", run.text.pairs, True)):
-            groups = calls_of(run, CONFIG.rlp.temperature, SAMPLES, text=is_text)[getattr(run, who)]
-            made[who, name] = by_hand(run, who, pairs, groups)
+        for kind, pairs in run.read.items():
+            groups = calls_of(run, CONFIG.rlp.temperature, SAMPLES, kind=kind)[getattr(run, who)]
+            made[who, kind] = by_hand(run, who, pairs, groups)
     return made
 
 
@@ -431,7 +489,8 @@ def wilson_of(values, samples, documents=None):
     if p in (0, 1):
         m = n**2 / sum(k**2 for k in size.values())
     else:
-        m = min(n * samples, p * (1 - p) * n**2 / sum(x**2 for x in off.values()))
+        square = sum(x**2 for x in off.values())
+        m = min(n * samples, p * (1 - p) * n**2 / square) if square else n * samples
     low, high = wilson(p, m)
     return {"mean": p, "low": low, "high": high, "n": n} | ({"n_documents": len(size)} if documents else {})
 
@@ -448,27 +507,35 @@ def families(run):
 
 def test_the_thoughts_that_are_measured_are_of_all_sorts(run, hand):
     """Else the tests below would say less than they seem to: empty, closed, cut; answers right and wrong, by each model."""
+    shares = [
+        sum(hand[who, kind].not_empty) / len(hand[who, kind].not_empty)
+        for who in ("model", "base")
+        for kind in ("problems", "text")
+    ]
+    assert min(shares) > 0
+    assert sum(share < 1 for share in shares) >= 3
     for who in ("model", "base"):
         at_problems, at_text = hand[who, "problems"], hand[who, "text"]
         for h in (at_problems, at_text):
-            assert 0 < sum(h.not_empty) < len(h.not_empty)
             assert 0 < sum(h.closed) < len(h.closed)
         assert {1, 3, LONGEST} <= {len(c) for group in at_problems.groups + at_text.groups for c in group}
         assert 0 < sum(at_problems.right) < 24
         assert 0 < sum(at_problems.right_plain) < 24
     assert any(0 < v < 1 for v in at_problems.right)
     assert set(run.text.kinds) == {"repeats", "no_repeat"}
-    assert max(len(context) for context, _ in run.text.pairs) == max(len(c) for c, _ in run.of_problems) == CONTEXT
+    for kind, backs in (("problems", {0}), ("text", {BACK}), ("computed", {BACK})):
+        assert max(len(context) for context, *_ in run.read[kind]) == CONTEXT
+        assert {back for *_, back in run.read[kind]} == backs
 
 
 def test_thoughts_are_sampled_as_the_settings_say(run):
-    """At .7, three a position, by both models for problems and for text; greedy ones of problems; three forced styles."""
-    for text in (False, True):
-        assert calls_of(run, 0.7, SAMPLES, text=text).keys() == {run.model, run.base}
+    """At .7, three a position, by both models for every kind; greedy ones of problems; three forced styles."""
+    for kind in run.read:
+        assert calls_of(run, 0.7, SAMPLES, kind=kind).keys() == {run.model, run.base}
     assert calls_of(run, 0.0, 1).keys() == {run.model, run.base}
     for temperature in (0.0, 0.7, 1.0):
         assert calls_of(run, temperature, 1, forced=True).keys() == {run.base}
-    assert len(run.spy.calls) == 4 + 2 + 3
+    assert len(run.spy.calls) == 6 + 2 + 3
 
 
 def logp_of(h, who):
@@ -494,16 +561,16 @@ def swapped_by_hand(run, who, pairs, h):
     ring = torch.randperm(n, generator=torch.Generator().manual_seed(SEED)).tolist()
     from_place = {ring[k]: ring[k - 1] for k in range(n)}
     logp = []
-    for place, (context, target) in enumerate(pairs):
-        others = h.groups[from_place[place]]
-        scored = [logp_after_by_hand(getattr(run, who), tk, context, c, target)[0] for c in others]
+    for place, (context, target, back) in enumerate(pairs):
+        read = [with_thought(context, c, back, tk) for c in h.groups[from_place[place]]]
+        scored = [logp_by_hand(getattr(run, who), tokens, target, tk.tags)[0] for tokens in read]
         logp.append(sum(scored) / SAMPLES)
     return minus(h.logp, logp)
 
 
 @pytest.mark.parametrize(("key", "who"), [("gain_nats", "model"), ("gain_nats_before", "base")])
 def test_gain_over_another_problems_thought_by_hand(run, hand, key, who):
-    expected = normal(swapped_by_hand(run, who, run.of_problems, hand[who, "problems"]))
+    expected = normal(swapped_by_hand(run, who, run.read["problems"], hand[who, "problems"]))
     assert run.found[key]["swapped_thought"] == near(expected)
 
 
@@ -544,7 +611,7 @@ def test_shares_and_lengths_at_problems_by_hand(run, hand, who, path, values, sa
 def test_greedy_accuracy_by_hand(run, who):
     """Every thought is made of the likeliest tokens, run again from the start for each."""
     model, tk, right = getattr(run, who), run.tokenizer, []
-    for context, target in run.of_problems:
+    for context, target, _ in run.read["problems"]:
         thought = greedy_by_hand(model, context, tk, [])
         right.append(float(logp_after_by_hand(model, tk, context, thought, target)[1]))
     for name, rows in families(run).items():
@@ -557,7 +624,7 @@ def test_accuracy_with_the_style_forced_by_hand(run, temperature):
     """Two tokens are those of the worked thought, the base goes on by itself; a greedy one goes on as by hand."""
     tk, right = run.tokenizer, []
     groups = calls_of(run, temperature, 1, forced=True)[run.base]
-    for (context, target), problem, (thought,) in zip(run.of_problems, run.problems, groups, strict=True):
+    for (context, target, _), problem, (thought,) in zip(run.read["problems"], run.problems, groups, strict=True):
         begin = tk.encode(problem.thought)[:2]
         assert thought[:2] == begin
         if temperature == 0:
@@ -582,28 +649,32 @@ def bootstrap_of(values, documents):
 
 @pytest.mark.parametrize("reference", ["frozen_base", "ema", "own_no_think", "empty_thought", "swapped_thought"])
 @pytest.mark.parametrize("who", ["model", "base"])
-def test_gain_at_text_by_hand(run, hand, who, reference):
-    """As at problems, with a bootstrap over documents."""
-    h, found = hand[who, "text"], run.found["positions"]["text"]["rlp" if who == "model" else "base"]["gain_nats"]
+@pytest.mark.parametrize("kind", ["text", "computed"])
+def test_gain_in_documents_by_hand(run, hand, kind, who, reference):
+    """As at problems, the thoughts three tokens back, with a bootstrap over documents."""
+    h, found = hand[who, kind], run.found["positions"][kind]["rlp" if who == "model" else "base"]["gain_nats"]
     if (who, reference) == ("base", "ema"):
         assert reference not in found
         return
     gain = (
-        swapped_by_hand(run, who, run.text.pairs, h)
+        swapped_by_hand(run, who, run.read[kind], h)
         if reference == "swapped_thought"
         else minus(h.logp, logp_of(h, who)[reference])
     )
-    assert found[reference] == near(bootstrap_of(gain, run.text.documents.tolist()))
+    assert found[reference] == near(bootstrap_of(gain, getattr(run, kind).documents.tolist()))
 
 
 @pytest.mark.parametrize("who", ["model", "base"])
-def test_gain_lengths_and_shares_at_text_by_hand(run, hand, who):
-    """Of all positions, of those whose context repeats and of the others."""
-    h, found = hand[who, "text"], run.found["positions"]["text"]["rlp" if who == "model" else "base"]
-    gain, documents = minus(h.logp, h.plain["base"]), run.text.documents.tolist()
-    for kind in ("all", "repeats", "no_repeat"):
-        rows = [i for i, own in enumerate(run.text.kinds) if kind in ("all", own)]
-        of = [documents[i] for i in rows]
+@pytest.mark.parametrize("kind", ["text", "computed"])
+def test_gain_lengths_and_shares_in_documents_by_hand(run, hand, kind, who):
+    """Of all positions and by kind: in text those whose context repeats and the others, else by kind of document."""
+    h, found = hand[who, kind], run.found["positions"][kind]["rlp" if who == "model" else "base"]
+    gain, positions = minus(h.logp, h.plain["base"]), getattr(run, kind)
+    kinds = {"text": ("repeats", "no_repeat"), "computed": ("ledger", "session", "trace")}[kind]
+    assert set(positions.kinds) == set(kinds)
+    for kind in ("all", *kinds):
+        rows = [i for i, own in enumerate(positions.kinds) if kind in ("all", own)]
+        of = [positions.documents.tolist()[i] for i in rows]
         assert found["gain_nats_by_kind"][kind] == near(bootstrap_of([gain[i] for i in rows], of))
         assert found["thought_tokens"][kind] == near(bootstrap_of([h.length[i] for i in rows], of))
         for key, values in (("closed", h.closed), ("share_not_empty", h.not_empty)):
@@ -641,7 +712,7 @@ def test_every_figure_of_a_run_is_looked_at_here(run):
     assert run.found["accuracy"].keys() == {"sampled", "greedy", "no_think"}
     assert run.found["gain_nats"].keys() == {"frozen_base", "ema", "own_no_think", "empty_thought", "swapped_thought"}
     assert run.found["loss_nats"].keys() == {"no_think_text", "no_think_text_change"}
-    assert run.found["positions"].keys() == {"text"}
+    assert run.found["positions"].keys() == {"text", "computed"}
 
 
 def test_figures_of_continued_pretraining_are_the_same_without_a_teacher(run, corpus):
@@ -672,8 +743,8 @@ def test_figures_of_a_base_are_those_that_it_has_before(run, corpus):
 
 
 def test_every_reference_is_run_once(corpus, networks, monkeypatch):
-    """For problems and for text: base and teacher once without a thought, for the base's own gains and the trained model's;
-    both after empty and after swapped thoughts."""
+    """At every kind of positions: base and teacher once without a thought, for the gains of base and trained model; both
+    after empty and after swapped thoughts."""
     calls = {"plain_logp": [], "logp_after": []}
 
     def counting(name, function):
@@ -686,8 +757,8 @@ def test_every_reference_is_run_once(corpus, networks, monkeypatch):
     for name in calls:
         monkeypatch.setattr(evals, name, counting(name, getattr(evals, name)))
     found = evals.evaluate_both(*networks, corpus, SMOKE)
-    assert sorted(calls["plain_logp"]) == 2 * [1] + 2 * [2]
-    assert sorted(calls["logp_after"]) == 4 * [0] + 4 * [1]
+    assert sorted(calls["plain_logp"]) == 3 * [1] + 3 * [2]
+    assert sorted(calls["logp_after"]) == 6 * [0] + 6 * [1]
     assert found["gain_nats_by_kind"]["all"] == found["gain_nats"]["frozen_base"]
 
 
@@ -700,7 +771,7 @@ def test_long_contexts_are_measured_a_few_at_once(most, n_tokens, n):
 def test_how_many_are_measured_at_once_changes_no_figure(corpus, networks, monkeypatch):
     """Greedy thoughts, plain predictions and given thoughts of five problems, one by one and all together."""
     problems = evals.problem_positions(corpus, CONFIG)
-    five = problems._replace(pairs=problems.pairs[:5])
+    five = problems._replace(places=problems.places[:5])
     thought_BGL = torch.arange(5 * 2 * 3).view(5, 2, 3)
 
     def figures():
@@ -715,9 +786,10 @@ def test_how_many_are_measured_at_once_changes_no_figure(corpus, networks, monke
 
 # ---------------------------------------------------------------------------------------------------- models of many sizes
 
-SEQ_LEN, LONG_LEN, ROWS = 6, 14, 40
+SEQ_LEN, LONG_LEN, ROWS = 6, 14, 60
 SIZES = dataclasses.replace(
     SMOKE,
+    data=dataclasses.replace(SMOKE.data, text_share=0.25, computed_share=0.2),
     elastic=dataclasses.replace(SMOKE.elastic, seq_len=SEQ_LEN, long_len=LONG_LEN),
     eval=dataclasses.replace(SMOKE.eval, elastic_rows=ROWS),
 )
@@ -749,8 +821,9 @@ def sizes():
     asked = []
 
     def mixture(_, config, step, n_rows, seq_len, split):
-        asked.append((config.data.text_share, step, n_rows, seq_len, split))
-        return packed_batch(config.data.text_share, step, n_rows)
+        shares = (config.data.text_share, config.data.computed_share)
+        asked.append((*shares, step, n_rows, seq_len, split))
+        return packed_batch(shares, step, n_rows)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evals, "mixture", mixture)
@@ -775,30 +848,33 @@ def sequence_by_hand(model, parent, batch, b):
 
 @pytest.fixture(scope="module")
 def sequences(sizes):
-    """By model and kind (text, problem): loss, KL and agreement of each of the 32 sequences, in two batches of 16."""
+    """By model and kind: loss, KL and agreement of each of the 32 sequences, in two batches of 16."""
 
-    def of(model, share):
-        rows = [(packed_batch(share, step, 16), b) for step in range(2) for b in range(16)]
+    def of(model, shares):
+        rows = [(packed_batch(shares, step, 16), b) for step in range(2) for b in range(16)]
         return [list(v) for v in zip(*(sequence_by_hand(model, sizes.models[0], *row) for row in rows), strict=True)]
 
-    return [{kind: of(model, share) for kind, share in (("text", 1.0), ("problem", 0.0))} for model in sizes.models]
+    return [{kind: of(model, shares) for kind, shares in ALONE.items()} for model in sizes.models]
 
 
-def weighted(text, problem, s=0.3):
-    """m = s m_text + (1 - s) m_problem, its squared error s^2 e_text^2 + (1 - s)^2 e_problem^2."""
+ALONE = {"text": (1.0, 0.0), "computed": (0.0, 1.0), "problem": (0.0, 0.0)}  # shares of text and of computed documents
+
+
+def weighted(text, computed, problem):
+    """m = .25 m_text + .2 m_computed + .55 m_problem; its squared error is the sum of w^2 e^2."""
     mean, error2 = 0.0, 0.0
-    for weight, values in ((s, text), (1 - s, problem)):
+    for weight, values in ((0.25, text), (0.2, computed), (0.55, problem)):
         n, own = len(values), sum(values) / len(values)
         mean += weight * own
         error2 += weight**2 * sum((v - own) ** 2 for v in values) / (n - 1) / n
     half = 1.96 * math.sqrt(error2)
-    return {"mean": mean, "low": mean - half, "high": mean + half, "n": len(text) + len(problem)}
+    return {"mean": mean, "low": mean - half, "high": mean + half, "n": 3 * len(text)}
 
 
-def test_sizes_are_measured_on_held_out_text_and_problems_apart(sizes):
-    """40 rows: 20 of each kind, in batches of 16."""
-    assert SIZES.data.text_share == 0.3
-    assert sizes.asked == [(kind, step, 16, SEQ_LEN, "test") for kind in (1.0, 0.0) for step in (0, 1)]
+def test_sizes_are_measured_on_each_kind_of_held_out_documents_alone(sizes):
+    """60 rows: 20 of each kind, in batches of 16."""
+    assert (SIZES.data.text_share, SIZES.data.computed_share) == (0.25, 0.2)
+    assert sizes.asked == [(*shares, step, 16, SEQ_LEN, "test") for shares in ALONE.values() for step in (0, 1)]
 
 
 @pytest.mark.parametrize("m", [0, 1, 2])
@@ -807,15 +883,15 @@ def test_figures_of_a_size_by_hand(sizes, sequences, m):
     own, parent, other = sequences[m], sequences[0], sequences[(0, 0, 1)[m]]
     found = sizes.found[m]
     for name, i in (("loss_nats", 0), ("kl_nats", 1), ("top1", 2)):
-        assert found[name] == near(weighted(own["text"][i], own["problem"][i]))
-    for kind in ("text", "problem"):
+        assert found[name] == near(weighted(*(own[kind][i] for kind in ALONE)))
+    for kind in ALONE:
         assert found[f"{kind}_loss_nats"] == near(normal(own[kind][0]))
-    parent_loss = 0.3 * np.mean(parent["text"][0]) + 0.7 * np.mean(parent["problem"][0])
-    change = [[x / parent_loss for x in minus(own[kind][0], parent[kind][0])] for kind in ("text", "problem")]
+    parent_loss = sum(w * np.mean(parent[kind][0]) for w, kind in zip((0.25, 0.2, 0.55), ALONE, strict=True))
+    change = [[x / parent_loss for x in minus(own[kind][0], parent[kind][0])] for kind in ALONE]
     assert found["loss_change"] == near(weighted(*change))
-    assert found["difference_nats"] == near(weighted(*[minus(own[k][0], other[k][0]) for k in ("text", "problem")]))
-    assert found.keys() == {"loss_nats", "kl_nats", "top1", "text_loss_nats", "problem_loss_nats", "loss_change",
-                            "difference_nats", "long_loss_nats"}  # fmt: skip
+    assert found["difference_nats"] == near(weighted(*[minus(own[k][0], other[k][0]) for k in ALONE]))
+    assert found.keys() == {"loss_nats", "kl_nats", "top1", "text_loss_nats", "computed_loss_nats", "problem_loss_nats",
+                            "loss_change", "difference_nats", "long_loss_nats"}  # fmt: skip
     if m:
         assert 0 < found["top1"]["mean"] < 1
 

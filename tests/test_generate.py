@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 import generate
 from system.config import RLPConfig
-from thoughts import Sampling, Thoughts, sample, sample_thoughts, score_thoughts
+from thoughts import Sampling, Thoughts, prefill, sample, sample_thoughts, score_thoughts
 
 THINK, CLOSE, END = 9, 10, 11
 TAGS = (THINK, CLOSE)
@@ -23,18 +23,19 @@ G, N = 8, 6  # thoughts a context, longest thought
 NEAR = {"rtol": 1e-9, "atol": 1e-9}
 
 
-@pytest.fixture(params=["M*-", "M", "*-"])
+@pytest.fixture(params=["M-*", "M", "*"])
 def model(request, make_model):
     return make_model(pattern=request.param)
 
 
-def batch_of(contexts=CONTEXTS, targets=TARGETS, horizon=1):
-    """Contexts of any lengths, padded with a token that would be noticed."""
-    T = max(len(c) for c in contexts)
+def batch_of(contexts=CONTEXTS, targets=TARGETS, horizon=1, back=None):
+    """Contexts of any lengths, padded with a token that would be noticed; back: of each, 0 if not given."""
+    T = max([len(c) for c in contexts] + [n + 1 for n in back or []])
     return {
         "context_BT": torch.tensor([[7] * (T - len(c)) + c for c in contexts]),
         "ids_BT": torch.tensor([[-1] * (T - len(c)) + [0] * len(c) for c in contexts]),
         "target_BX": torch.tensor([t[:horizon] for t in targets]),
+        "back_B": torch.tensor(back or [0] * len(contexts)),
     }
 
 
@@ -184,6 +185,95 @@ def test_gradients_of_scored_thoughts_are_those_of_plain_passes(model):
     assert_close(found, {name: p.grad for name, p in model.named_parameters()}, rtol=1e-8, atol=1e-8)
 
 
+# ------------------------------------------------------------------------- thoughts some tokens before their target
+
+BACK = [
+    ([0, 0, 0], CONTEXTS),
+    ([3, 3, 3], CONTEXTS),  # the last context is all behind the thought: only padding is before it
+    ([5, 5, 0], CONTEXTS),  # so is the second
+    ([0, 2, 0], CONTEXTS),
+    ([4, 0, 4], [[1, 2, 3, 4], [8, 1], [3, 0, 4, 2]]),  # only padding, in all rows
+]
+
+
+def with_thought(context, thought, back):
+    """`context[:-back] <think> thought </think> context[-back:]`."""
+    stands = len(context) - back
+    return [*context[:stands], THINK, *thought, *[CLOSE] * (thought[-1] != CLOSE), *context[stands:]]
+
+
+def padded(back, contexts, extra):
+    """A batch with so many more places of padding in front."""
+    batch = batch_of(contexts, TARGETS, 3, back)
+    return {
+        **batch,
+        "context_BT": torch.nn.functional.pad(batch["context_BT"], (extra, 0), value=7),
+        "ids_BT": torch.nn.functional.pad(batch["ids_BT"], (extra, 0), value=-1),
+    }
+
+
+@pytest.mark.parametrize("horizon", [1, 3])
+@pytest.mark.parametrize(("back", "contexts"), BACK, ids=str)
+def test_thoughts_are_read_where_they_stand_as_by_full_forward_passes(model, back, contexts, horizon):
+    """Two thoughts for each context, rows with and without `back` in one batch: values, likeliest tokens, and the
+    gradients of all weights. Another place for the thought would give other numbers."""
+    weights = torch.randn(6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    logp_R, answer_RX = score_thoughts(model, batch_of(contexts, TARGETS, horizon, back), TOKENIZER, given())
+    found = torch.autograd.grad(weights @ logp_R, model.parameters())
+    expected, elsewhere = [], []
+    for r, thought in enumerate(GIVEN):
+        context, target = contexts[r // 2], TARGETS[r // 2][:horizon]
+        for stands, values in ((back[r // 2], expected), (0, elsewhere)):
+            before = with_thought(context, thought, stands)
+            tokens = torch.tensor([before + target[:-1]])
+            logits_TV = model.logits(model(tokens)[0])[0, len(before) - 1 :].index_fill(-1, torch.tensor(TAGS), -torch.inf)
+            values.append(logits_TV.log_softmax(-1)[torch.arange(horizon), torch.tensor(target)].sum())
+            if values is expected:
+                assert answer_RX[r].tolist() == logits_TV.argmax(-1).tolist()
+    expected_R, elsewhere_R = torch.stack(expected), torch.stack(elsewhere)
+    assert_close(logp_R, expected_R, **NEAR)
+    assert_close(found, torch.autograd.grad(weights @ expected_R, model.parameters()), rtol=1e-8, atol=1e-8)
+    moved_R = torch.tensor(back).repeat_interleave(2) > 0
+    assert ((expected_R - elsewhere_R).abs()[moved_R] > 1e-6).all()
+
+
+@pytest.mark.parametrize(("back", "contexts"), BACK, ids=str)
+def test_padding_in_front_changes_no_score_of_a_thought_that_stands_back(model, back, contexts):
+    found = [score_thoughts(model, padded(back, contexts, extra), TOKENIZER, given()) for extra in (0, 1, 6)]
+    assert_close(found[1], found[0], **NEAR)
+    assert_close(found[2], found[0], **NEAR)
+
+
+@pytest.mark.parametrize(("back", "contexts"), BACK, ids=str)
+@pytest.mark.parametrize("horizon", [1, 3])
+def test_sampled_thoughts_that_stand_back_are_scored_as_when_given(model, horizon, back, contexts):
+    """They are sampled after the whole context, so they are those of a batch without `back`; and so is what is predicted
+    without a thought."""
+    batch = batch_of(contexts, TARGETS, horizon, back)
+    found, plain = (
+        sample_thoughts(model, b, TOKENIZER, Sampling(G, N), torch.Generator().manual_seed(0))
+        for b in (batch, batch_of(contexts, TARGETS, horizon))
+    )
+    logp_R, answer_RX = score_thoughts(model, batch, TOKENIZER, found.tokens_RL)
+    assert_close(found.logp_target_R, logp_R, **NEAR)
+    assert_close(found.answer_RX, answer_RX)
+    same = {name: t for name, t in vars(plain).items() if name not in ("logp_target_R", "answer_RX")}
+    assert_close({name: getattr(found, name) for name in same}, same, **NEAR)
+    moved_R = torch.tensor(back).repeat_interleave(G) > 0
+    assert_close(found.logp_target_R[~moved_R], plain.logp_target_R[~moved_R], **NEAR)
+    if any(back):
+        assert (found.logp_target_R - plain.logp_target_R)[moved_R].abs().min() > 1e-9
+
+
+def test_a_prefill_in_two_parts_ends_as_one_in_one_part(model):
+    """What follows is the same whether the context was cut `back` tokens before its end or not."""
+    whole, cut = (prefill(model, batch_of(back=back)) for back in ([0, 0, 0], [4, 4, 0]))
+    assert_close(cut.hidden_BD, whole.hidden_BD, **NEAR)
+    token_B1 = torch.tensor([[1], [2], [3]])
+    assert_close(model(token_B1, cut.cache)[0], model(token_B1, whole.cache)[0], **NEAR)
+    assert whole.early is whole.cache
+
+
 # ------------------------------------------------------------------------------------------------- shapes of thoughts
 
 
@@ -280,11 +370,11 @@ def test_dropping_finished_rows_changes_nothing(model, horizon, forced_Rl):
 @pytest.fixture
 def talked(monkeypatch):
     """What the program asks to be thought: a run's model or, by budget, the models of its family; .3, 5 tokens."""
-    asked, settings = [], RLPConfig(temperature=0.3, thought_len=5)
+    asked, settings = [], RLPConfig(temperature=0.3, thought_len=5, back=3)
     router, config = SimpleNamespace(choose=lambda budget: f"widths of {budget:g}"), SimpleNamespace(rlp=settings)
 
-    def show(model, tokenizer, prompt, c, seed):
-        asked.append((model, prompt, c.temperature, c.thought_len, seed))
+    def show(model, tokenizer, prompt, c, seed, back):
+        asked.append((model, prompt, c.temperature, c.thought_len, seed, back))
         return ""
 
     monkeypatch.setattr(generate, "show_thought", show)
@@ -297,13 +387,13 @@ def talked(monkeypatch):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([], (0.3, 5, 0)),
-        (["--temperature", "0", "--seed", "7"], (0.0, 5, 7)),
-        (["--temperature", "2", "--thought-len", "9"], (2.0, 9, 0)),
+        ([], (0.3, 5, 0, 0)),
+        (["--temperature", "0", "--seed", "7"], (0.0, 5, 7, 0)),
+        (["--temperature", "2", "--thought-len", "9", "--back", "2"], (2.0, 9, 0, 2)),
     ],
 )
 def test_the_program_thinks_as_its_run_or_as_it_is_told(talked, words, expected):
-    """Temperature, longest thought and seed."""
+    """Temperature, longest thought, seed and where the thought stands: right at the end, if it is not told."""
     assert generate.main(["run", "Hm", *words]) == 0
     assert talked == [("all of it", "Hm", *expected)]
 
@@ -323,6 +413,17 @@ def test_frequencies_of_sampled_tokens_match_the_softmax(temperature, banned):
     token_R, _ = sample(logits_V.expand(20000, 6), banned, temperature, torch.Generator().manual_seed(0))
     kept_V = logits_V.index_fill(0, torch.tensor(banned, dtype=torch.long), -torch.inf)
     assert_close(token_R.bincount(minlength=6) / 20000, (kept_V / temperature).softmax(-1), rtol=0, atol=0.015)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1 - 2**-24])
+def test_a_token_of_probability_zero_is_never_drawn_from_150000(monkeypatch, share):
+    """Whatever the uniform number, and however fp32 rounds the sum: 300 ids can be drawn, never first or last."""
+    logits_V = torch.full((150_000,), -torch.inf)
+    logits_V[500::499] = torch.randn(300, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, share))
+    token_R, logp_R = sample(logits_V.expand(3, -1), (0, 999), 1.0, None)
+    assert logp_R.isfinite().all()
+    assert ((token_R - 500) % 499 == 0).all()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 100.0])

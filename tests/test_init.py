@@ -19,7 +19,7 @@ import train
 from evals import text_losses
 from system import checkpoint, huggingface, rundir
 from system.config import DataConfig, RLPConfig
-from text.batches import collate_contexts, pretrain_batch
+from text.batches import Position, collate_contexts, pretrain_batch
 from text.corpus import Corpus
 from text.problems import tokenizer_examples
 from text.tokenizer import CLOSE, END, THINK, FileTokenizer
@@ -189,7 +189,7 @@ def test_what_begins_a_document_stands_before_every_document_and_context(tmp_pat
     starts = torch.cat([torch.ones(4, 1, dtype=torch.bool), batch["ids_BT"].diff(dim=1) != 0], dim=1)
     assert (batch["tokens_BT"][starts] == 0).all()
     assert (batch["tokens_BT"][~starts] != 0).all()
-    contexts = collate_contexts(corpus.tokenizer, [[5], [6, 7]], [[1], [1]], config.rlp)["context_BT"]
+    contexts = collate_contexts(corpus.tokenizer, [Position([5], [1]), Position([6, 7], [1])], config.rlp)["context_BT"]
     assert contexts.tolist() == [[corpus.tokenizer.end, 0, 5], [0, 6, 7]]
     model = make_model(vocab_size=corpus.tokenizer.n_vocab)
     losses, _ = text_losses(model, corpus, config)
@@ -205,7 +205,9 @@ def test_what_begins_a_document_stands_before_every_document_and_context(tmp_pat
 @pytest.mark.parametrize("mode", ["pretrain", "rlp", "cpt"])
 def test_every_mode_begins_with_the_directorys_weights(program, hf, tmp_path, mode):
     """Two rows for the tags come after them: the mean of the others. Settings of the model that differ are replaced."""
-    assert program("run", "--mode", mode, "--init", hf, f"--{mode}.steps", 0, "--model.d-model", 64) == 0
+    assert (
+        program("run", "--mode", mode, "--init", hf, f"--{mode}.steps", 0, "--warmup.steps", 0, "--model.d-model", 64) == 0
+    )
     _, expected = huggingface.load_hf(hf)
     found = trained(tmp_path / "run")
     rows_VD = expected.pop("embed.weight")
@@ -220,7 +222,8 @@ def test_every_mode_begins_with_the_directorys_weights(program, hf, tmp_path, mo
 def test_an_rlp_run_trains_measures_and_keeps_its_tokenizer(finished, hf):
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["gain_nats"]["frozen_base"]["n"] == 16
-    assert (summary["base_dir"], summary["base_was_cached"]) == (str(hf), True)
+    assert Path(summary["base_dir"]).parent == finished  # warmed up first
+    assert Path(summary["base_dir"]).name.startswith("warmed-")
     assert {p.name for p in (finished / "hf").iterdir()} == {"tokenizer.json", "config.json"}
     assert not torch.equal(
         trained(finished)["layers.0.mixer.q_proj.weight"], huggingface.load_hf(hf)[1]["layers.0.mixer.q_proj.weight"]
@@ -237,7 +240,22 @@ def test_a_run_goes_on_without_the_directory_that_it_began_with(finished, words,
     assert generate.main([str(run), "Tens digit of 12 + 34?\nAnswer:", "--thought-len", "4"]) == 0
     assert "Answer:<think>" in capsys.readouterr().out
     assert (
-        train.main([*words, "--mode", "cpt", "--init", str(run), "--out", str(tmp_path / "next"), "--cpt.steps", "0"]) == 0
+        train.main(
+            [
+                *words,
+                "--mode",
+                "cpt",
+                "--init",
+                str(run),
+                "--out",
+                str(tmp_path / "next"),
+                "--cpt.steps",
+                "0",
+                "--warmup.steps",
+                "0",
+            ]
+        )
+        == 0
     )
     assert_close(trained(tmp_path / "next"), trained(run), **EXACT)
 
@@ -302,7 +320,9 @@ def test_a_size_cut_out_of_an_elastic_run_goes_out_and_is_trained_on(words, tmp_
     logits_BTV = AutoModelForCausalLM.from_pretrained(out)(tokens_BT).logits
     assert_close(logits_BTV, model.logits(model(tokens_BT)[0]), rtol=1e-3, atol=1e-5)
     assert logits_BTV.std() > 0.01
-    assert train.main([*words, "--mode", "rlp", "--init", half, "--out", rlp, "--rlp.steps", "0"]) == 0
+    assert (
+        train.main([*words, "--mode", "rlp", "--init", half, "--out", rlp, "--rlp.steps", "0", "--warmup.steps", "0"]) == 0
+    )
     assert_close(trained(Path(rlp)), trained(Path(half)), **EXACT)
 
 
@@ -345,7 +365,7 @@ def test_the_instruction_stands_before_every_context_and_none_is_cut_for_it(corp
     tk = corpus.tokenizer
     fit = RLPConfig(context_len=8, prompt="Think first.\n")
     before = tk.encode(fit.prompt)
-    batch = collate_contexts(tk, [[1, 2], list(range(10, 30))], [[3], [4]], fit)
+    batch = collate_contexts(tk, [Position([1, 2], [3]), Position(list(range(10, 30)), [4])], fit)
     assert batch["context_BT"].tolist() == [[tk.end] * 6 + before + [1, 2], before + list(range(22, 30))]
     assert batch["ids_BT"].tolist() == [[-1] * 6 + [0] * (len(before) + 2), [0] * (len(before) + 8)]
 

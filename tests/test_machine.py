@@ -1,6 +1,9 @@
 """The machine: threads are measured, saved with a run and set again; bf16 that is slower is warned of."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,3 +68,16 @@ def test_a_run_saves_its_threads_and_goes_on_with_them(program, tmp_path, monkey
     monkeypatch.setattr("train.set_threads", lambda model, n, device: asked.append(n) or "")
     assert program(tmp_path, "--mode", "cpt", "--cpt.steps", 2, "--threads", 0, "--resume") == 0
     assert asked == [1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_the_peak_of_a_process_does_not_count_that_of_its_starter():
+    """A process that has held 2 GiB starts another, which needs a quarter of that for torch."""
+    held = torch.ones(2**29)
+    del held
+    assert machine.peak_memory_gib(CPU) > 2
+    code = "import torch; from system import machine; print(machine.peak_memory_gib(torch.device('cpu')))"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(machine.__file__).parents[1], capture_output=True, text=True
+    )
+    assert 0.1 < float(ran.stdout) < 1.5

@@ -190,15 +190,15 @@ def test_continuations_of_one_cache_do_not_disturb_each_other(model, T):
 
 @torch.no_grad()
 def test_appending_copies_the_past_only_when_its_room_is_used_up():
-    """Five positions, then 80 one by one: a new buffer has room for 32 more, so one is needed at 6, 39 and 72."""
+    """Five positions, then 140 one by one: a new buffer has room for 64 more, so one is needed at 6, 71 and 136."""
     all_BKSP, buffers = torch.randn(2, 1, 5, 3), []
     expected_BKSP = all_BKSP
-    for _ in range(80):
+    for _ in range(140):
         new_BKTP = torch.randn(2, 1, 1, 3)
         all_BKSP, expected_BKSP = append(all_BKSP, new_BKTP), torch.cat([expected_BKSP, new_BKTP], dim=2)
         buffers.append(all_BKSP.data_ptr())
     assert torch.equal(all_BKSP, expected_BKSP)
-    assert [i + 6 for i in range(80) if i == 0 or buffers[i] != buffers[i - 1]] == [6, 39, 72]
+    assert [i + 6 for i in range(140) if i == 0 or buffers[i] != buffers[i - 1]] == [6, 71, 136]
 
 
 def test_appending_with_gradients_keeps_them():
@@ -342,3 +342,14 @@ def test_keys_stay_in_the_dtype_of_the_products_under_autocast(make_model):
         warnings.simplefilter("error")
         _, cache = model(torch.tensor([[1, 2, 3]]))
     assert [t.dtype for t in cache.layers[0]] == [torch.bfloat16, torch.bfloat16]
+
+
+def test_gradients_of_swiglu_equal_those_of_its_formula(make_model):
+    """down(silu(gate(x)) up(x)), whose wide tensors backward makes again."""
+    mixer = make_model(pattern="*-", ffn="swiglu").layers[1].mixer
+    x_BTD = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+    gate, up, down = mixer.gate_proj.weight, mixer.up_proj.weight, mixer.down_proj.weight
+    plain = (torch.nn.functional.silu(x_BTD @ gate.T) * (x_BTD @ up.T)) @ down.T
+    leaves, weight = (x_BTD, gate, up, down), torch.randn(2, 3, 8, dtype=torch.float64)
+    found, expected = (torch.autograd.grad((weight * y).sum(), leaves) for y in (mixer(x_BTD, None, None)[0], plain))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)

@@ -95,7 +95,8 @@ BATCH = {
     "context_BT": torch.tensor([[0, 0, 1, 2, 3], [4, 5, 6, 7, 8], [0, 1, 2, 3, 4]]),
     "ids_BT": torch.tensor([[-1, -1, 0, 0, 0], [0] * 5, [-1, 0, 0, 0, 0]]),
     "target_BX": torch.tensor([[1, 2], [3, 4], [5, 6]]),
-    "is_text_B": torch.tensor([True, False, False]),
+    "kind_B": torch.tensor([1, 0, 2]),
+    "back_B": torch.tensor([2, 0, 2]),
 }
 TOKENIZER = SimpleNamespace(think=9, close=10, end=11, tags=(9, 10))
 

@@ -65,7 +65,7 @@ def test_generated_parts_are_what_report_writes():
 def test_every_training_command_is_valid(words):
     """An elastic one asks for budgets that its choices can meet."""
     config = train.parse(words[2:]).check()
-    assert config.mode in ("pretrain", "rlp", "cpt", "elastic")
+    assert config.mode in ("pretrain", "warmup", "rlp", "cpt", "elastic")
     if config.mode == "elastic":
         shape = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or config.data.vocab_size)
         assert routers.build_router(shape, config.elastic, None, torch.device("cpu"))
@@ -139,6 +139,7 @@ def test_ones_own_text_is_read_as_shown(tmp_path):
     log = (tmp_path / "runs/mine/metrics.jsonl").read_text()
     assert "gain_text_nats" in log
     assert "gain_problems_nats" not in log
+    assert "gain_computed_nats" not in log
 
 
 def test_shards_are_built_and_checked_as_written(tmp_path, monkeypatch):

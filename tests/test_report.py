@@ -213,12 +213,12 @@ def test_a_verdict_looks_at_intervals_over_seeds_paired_or_over_problems_of_one_
 def test_claims_are_judged_by_what_results_hold(tmp_path):
     """Thoughts answer better (.9 of .5), gain 1 nat over the teacher, lose 2 at random positions, beat CPT (.5 and .9)
     in both ways of thinking, and cost 3 % on text: more than 0, less than 5."""
-    summaries = {"rlp__cpu__seed0": thinking(), "rlp__cpu__random__seed0": thinking(),
-                 "cpt__cpu__seed0": thinking(mode="cpt", after=0.5)}  # fmt: skip
+    summaries = {"rlp__cpu__seed0": thinking(), "cpt__cpu__seed0": thinking(mode="cpt", after=0.5)}
     head, *rows = report.claims(report.load(write(tmp_path, **summaries)))
     found = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
     verdicts = [row["here"] for name, row in found.items() if name.startswith("RLP")]
-    assert verdicts == ["reproduced", "reproduced", "**not reproduced**", "reproduced", "in part", "not tested here"]
+    untested = "not tested here"
+    assert verdicts == ["reproduced", "reproduced", "**not reproduced**", untested, "reproduced", "in part", untested]
     assert all(row["here"] == "not tested here" for name, row in found.items() if name.startswith("Elastic"))
     first = found["RLP: thoughts learn to answer where thinking is needed"]
     assert first["figure"] == "accuracy 0.50 (0.49 to 0.51) → 0.90 (0.89 to 0.91)"
@@ -237,6 +237,18 @@ def test_an_elastic_claim_needs_every_size(made_up, tmp_path):
     assert commit == "before 2026-11-26"
     assert found["the second stage, of long texts, helps on them"][1] == "not tested here"
     assert found["a family needs the memory of its largest model and of routers"][1] == "reproduced"
+
+
+def test_the_speedrun_counts_the_base_whether_or_not_it_was_trained_in_this_run(tmp_path):
+    """30 s of base; 20 s of RLP to .90, or never; 60 s in all, the base within or not."""
+    chip = {"machine": "a chip", "instructions": "AVX2", "threads": 2}
+    here, cached = {**thinking(0), **chip, "seconds_to_90": 20.0}, {**thinking(1), **chip, "seconds_to_90": None}
+    here["base_was_cached"] = False
+    first, *rows = report.speedrun_rows([here, cached])
+    assert rows == [["0", "30", "50", "60", "a chip, AVX2, threads: 2", "abc1234"],
+                    ["1", "30", "not reached", "90", "a chip, AVX2, threads: 2", "abc1234"]]  # fmt: skip
+    folder = write(tmp_path, rlp__cpu__seed0=here, rlp__cpu__seed1=thinking(1))
+    assert report.results(folder).count("a chip") == 1
 
 
 def test_results_of_a_kind_come_in_the_order_of_their_seeds(tmp_path):
@@ -259,8 +271,12 @@ def test_the_speed_table_has_the_fastest_of_those_that_do_the_same_work():
 
     rows = [row("ours", 2.0), row("slow", 9.0, difference=0.0), row("fast", 5.0, difference=0.0), row("other", 1.0),
             row("ours, again", 1.0, difference=0.0), {"name": "absent", "note": "not installed"}]  # fmt: skip
-    made = report.speed_table([{"bench": "mixer", "title": "mixer, b4", "rows": rows}])
-    assert made.splitlines()[-1] == "| mixer | 2 | fast | 5 | 2.5 | 2.5 |"
+    names = "mixer", "decode", "base-step"
+    found = [{"bench": name, "title": f"{name}, b4", "rows": rows, "threads": 1} for name in names]
+    apart = {"bench": "large", "title": "large, b4", "rows": [row("ours", 2.0), row("fast", 5.0)], "threads": 2}
+    made = report.speed_table([*found, apart, {**apart, "is_apart": True}])
+    shown = "2 | fast | 5 | 2.5 | 2.5 |"
+    assert made.splitlines()[2:] == [f"| mixer | {shown}", f"| large, 2 threads | {shown}"]
 
 
 def test_the_speed_table_begins_with_the_scan():

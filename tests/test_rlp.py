@@ -19,8 +19,8 @@ import rlp
 from rlp import RLP, clipped_surrogate, ema_update, group_advantages, information_gain, kl_estimate, thought_logp
 from system import loop
 from system.config import RLPConfig
-from text.batches import collate_contexts
-from thoughts import sample_thoughts
+from text.batches import Position, collate_contexts
+from thoughts import Sampling, prefill, sample_thoughts
 
 THINK, CLOSE, END = 3, 4, 5
 TOKENIZER = SimpleNamespace(think=THINK, close=CLOSE, end=END, tags=(THINK, CLOSE), begin=(), encode=lambda text: [])
@@ -279,9 +279,10 @@ def model(make_model):
 
 
 def batch_of(contexts=CONTEXTS, targets=TARGETS, horizon=1):
-    """Contexts padded on the left, as in training; the first is said to be of ordinary text."""
-    is_text_B = torch.arange(len(contexts)) == 0
-    return {**collate_contexts(TOKENIZER, contexts, targets, RLPConfig(horizon=horizon)), "is_text_B": is_text_B}
+    """Contexts padded on the left, as in training; the first is said to be of ordinary text, the others of problems."""
+    positions = [Position(context, target) for context, target in zip(contexts, targets, strict=True)]
+    kind_B = (torch.arange(len(contexts)) == 0).long()
+    return {**collate_contexts(TOKENIZER, positions, RLPConfig(horizon=horizon)), "kind_B": kind_B}
 
 
 def plain_logp(model, before, tokens, banned, temperature=1.0):
@@ -295,7 +296,7 @@ def gradients(model, loss):
     return dict(zip(dict(model.named_parameters()), torch.autograd.grad(loss, model.parameters()), strict=True))
 
 
-@pytest.mark.parametrize("n_buckets", [1, 2, 3])
+@pytest.mark.parametrize("n_buckets", [1, 2, 3, None])
 @pytest.mark.parametrize("pattern", ["M-*", "M", "*", "*-M"])
 def test_thought_logp_and_all_its_gradients_equal_plain_passes(make_model, pattern, n_buckets):
     """Two contexts, one padded; three thoughts each, of 1 to 4 tokens, in buckets of like length; any linear function.
@@ -312,6 +313,24 @@ def test_thought_logp_and_all_its_gradients_equal_plain_passes(make_model, patte
     plain = [plain_logp(model, [*CONTEXTS[r // 3], THINK], c, (THINK,), 0.7) for r, c in enumerate(thoughts)]
     expected_RL = torch.stack([nn.functional.pad(logp, (0, 4 - len(logp))) for logp in plain])
     assert_close(found_RL, expected_RL, **EXACT)
+    found, expected = (gradients(model, (weight_RL * logp_RL).sum()) for logp_RL in (found_RL, expected_RL))
+    assert_close(found, expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("wanted", [[True] * 6, [False, True, True, False, True, False]])
+@pytest.mark.parametrize("pattern", ["M-*", "*-M"])
+def test_gradients_through_the_contexts_that_were_run_to_sample_equal_those_of_running_them_again(
+    make_model, pattern, wanted
+):
+    """Sampling goes on from them first, without gradients, and leaves the graph's tensors as they are; of some rows too."""
+    model, b, wanted_R = make_model(vocab_size=6, pattern=pattern, tie_embeddings=False), batch_of(), torch.tensor(wanted)
+    prefix = prefill(model, b)
+    thoughts = sample_thoughts(model, b, TOKENIZER, Sampling(3, 4), generator(), prefix=prefix)
+    assert_close(vars(thoughts), vars(sample_thoughts(model, b, TOKENIZER, Sampling(3, 4), generator())), **EXACT)
+    weight_RL = random_logp(*thoughts.tokens_RL.shape) * wanted_R[:, None]
+    given = model, b, thoughts.tokens_RL, thoughts.length_R, THINK, 1.0
+    found_RL, expected_RL = thought_logp(*given, None, prefix, wanted_R), thought_logp(*given)
+    assert_close(found_RL, expected_RL.where(wanted_R[:, None], 0), **EXACT)
     found, expected = (gradients(model, (weight_RL * logp_RL).sum()) for logp_RL in (found_RL, expected_RL))
     assert_close(found, expected, rtol=1e-9, atol=1e-10)
 
@@ -422,26 +441,45 @@ def means(metrics):
     return {name: float(total) / n for name, (total, n) in metrics.items() if n}
 
 
-def test_gains_of_text_and_of_problems_are_logged_apart(model):
-    """The first context of the batch is text; its thoughts alone are counted there."""
+def test_gains_of_each_kind_are_logged_apart(model):
+    """The first context is text, the second of a computed document; two are of problems. Three thoughts each."""
     objective = objective_of()
-    prepared = objective.prepare(model, batch_of(), 0, generator())
+    batch = {**batch_of([*CONTEXTS, *CONTEXTS], [*TARGETS, *TARGETS]), "kind_B": torch.tensor([1, 2, 0, 0])}
+    prepared = objective.prepare(model, batch, 0, generator())
     metrics = objective.loss(model, prepared)[2]
-    assert (metrics["gain_text_nats"][1], metrics["gain_problems_nats"][1], metrics["gain_ema_nats"][1]) == (3, 3, 6)
-    assert means(metrics)["gain_text_nats"] == pytest.approx(float(prepared["gain_R"][:3].mean()))
-    assert means(metrics)["gain_problems_nats"] == pytest.approx(float(prepared["gain_R"][3:].mean()))
+    gain_BG = prepared["gain_R"].view(4, 3)
+    for kind, rows in (("text", [0]), ("computed", [1]), ("problems", [2, 3]), ("ema", [0, 1, 2, 3])):
+        assert metrics[f"gain_{kind}_nats"][1] == 3 * len(rows)
+        assert means(metrics)[f"gain_{kind}_nats"] == pytest.approx(float(gain_BG[rows].mean()))
+
+
+def test_right_answers_are_counted_at_problems_alone(model, monkeypatch):
+    """Everything is right; of four contexts two are of problems, with three thoughts each."""
+
+    def sampled(model, batch, *rest, **shared):
+        found = sample_thoughts(model, batch, *rest, **shared)
+        found.answer_RX = batch["target_BX"].repeat_interleave(3, dim=0)
+        found.answer_RX[:6] += 1  # wrong at text and at the computed document
+        return found
+
+    monkeypatch.setattr(rlp, "sample_thoughts", sampled)
+    objective = objective_of()
+    batch = {**batch_of([*CONTEXTS, *CONTEXTS], [*TARGETS, *TARGETS]), "kind_B": torch.tensor([1, 2, 0, 0])}
+    total, n = objective.loss(model, objective.prepare(model, batch, 0, generator()))[2]["correct"]
+    assert (float(total), n) == (6, 6)
 
 
 def test_metrics_do_not_depend_on_the_number_of_parts(model, monkeypatch):
     """Four contexts, three of them text, in 1, 2 and 4 parts, which draw the same thoughts: the last part has no text."""
     thoughts_Gl = torch.tensor([[0, CLOSE, CLOSE], [CLOSE] * 3, [2, 1, 0]])
 
-    def sampled(model, batch, *rest):
-        return sample_thoughts(model, batch, *rest, forced_Rl=thoughts_Gl.repeat(len(batch["target_BX"]), 1))
+    def sampled(model, batch, *rest, **shared):
+        forced_Rl = thoughts_Gl.repeat(len(batch["target_BX"]), 1)
+        return sample_thoughts(model, batch, *rest, forced_Rl=forced_Rl, **shared)
 
     monkeypatch.setattr(rlp, "sample_thoughts", sampled)
     whole = batch_of([*CONTEXTS, [1, 0, 2], [0, 0]], [*TARGETS, [1, 1], [2, 2]])
-    whole["is_text_B"] = torch.tensor([True, True, True, False])
+    whole["kind_B"] = torch.tensor([1, 1, 1, 0])
     settings, lines = RLPConfig(lr=0.0, kl=0.1), []
     for n in (1, 2, 4):
         objective = objective_of(kl=0.1, reward_floor=-0.5)
@@ -462,8 +500,8 @@ def test_what_is_logged_of_rewards_by_hand(model, monkeypatch):
     (deviation sqrt 2) and twice -2.5 (0: a group of two without signal, both at the floor).
     """
 
-    def sampled(*args):
-        found = sample_thoughts(*args)
+    def sampled(*args, **shared):
+        found = sample_thoughts(*args, **shared)
         found.logp_target_R, found.logp_plain_B = f64(-3.0, -1.0, -4.0, -9.0), f64(-2.0, -2.0)
         return found
 
@@ -525,6 +563,22 @@ def test_a_group_of_equal_thoughts_teaches_nothing(model, monkeypatch):
     assert all(g.abs().max() < 1e-6 for g in gradients(model, loss).values())
 
 
+def test_thoughts_without_advantage_are_not_run_and_change_neither_loss_nor_gradient(model, monkeypatch):
+    """Two groups, the first of equal thoughts: three rows go through the model; a KL term wants all six."""
+    force(monkeypatch, [[1, 2, CLOSE]] * 3 + [[0, CLOSE], [CLOSE], [2, 1, 0]])
+    n_rows, found = [], []
+    model.register_forward_hook(lambda module, args, output: n_rows.append(len(args[0])))
+    for kl in (0.0, 1e-300):
+        objective = objective_of(kl=kl)
+        prepared = objective.prepare(model, batch_of(), 0, generator())
+        n_rows.clear()
+        loss, n, metrics = objective.loss(model, prepared)
+        found.append((sum(n_rows), gradients(model, loss)))
+        assert (n, metrics["thought_tokens"][1]) == (6, 6)
+    assert [n for n, _ in found] == [3, 6]
+    assert_close(found[0][1], found[1][1], **NEAR)
+
+
 def test_teacher_is_the_model_at_the_first_batch_then_follows_every_step_by_tau(model):
     objective = objective_of(tau=0.75)
     assert objective.networks == {}
@@ -551,11 +605,11 @@ def test_the_first_inner_update_is_not_clipped_and_a_later_one_is(model):
         0,
         pytest.approx(-float(prepared["advantage_R"].sum()), abs=1e-5),
     )
-    assert means(second)["clipped"] > 0.2
+    assert means(second)["clipped"] > 0.1
 
 
 def test_clipped_counts_the_tokens_whose_gradient_the_clip_takes(model, monkeypatch):
-    """Ratios 2 and 1/2, advantages of both signs: the clip takes one good token that is likely, one bad unlikely one."""
+    """Ratios 2 and 1/2 with advantages of both signs: the clip takes a good token that is likely, a bad unlikely one."""
     objective = objective_of(group_size=2)
     prepared = objective.prepare(model, batch_of([CONTEXTS[0]], [TARGETS[0]]), 0, generator())
     prepared["thoughts"].length_R = torch.tensor([3, 3])
@@ -572,8 +626,8 @@ def test_clipped_counts_the_tokens_whose_gradient_the_clip_takes(model, monkeypa
 def test_the_first_ratio_is_one_whatever_the_sampler_rounded_and_the_difference_is_logged(model):
     """The sampler's log-probabilities are off by log 1.03, as in bf16: gradient and ratio are as if they were not."""
     objective = objective_of()
+    exact = gradients(model, objective.loss(model, objective.prepare(model, batch_of(), 0, generator()))[0])
     prepared = objective.prepare(model, batch_of(), 0, generator())
-    exact = gradients(model, objective.loss(model, dict(prepared))[0])
     thoughts = prepared["thoughts"]
     thoughts.logp_RL = thoughts.logp_RL - torch.tensor(1.03).log().double()
     loss, _, metrics = objective.loss(model, prepared)
@@ -586,8 +640,8 @@ def test_the_first_ratio_is_one_whatever_the_sampler_rounded_and_the_difference_
 def test_rewards_below_the_floor_are_raised_to_it_and_gains_are_reported_as_they_are(model, monkeypatch, floor, advantages):
     """Gains (-10, 0): A = 2 (r - mean) = (-10, 10); raised to (-2, 0), A = (-2, 2)."""
 
-    def sampled(*args):
-        found = sample_thoughts(*args)
+    def sampled(*args, **shared):
+        found = sample_thoughts(*args, **shared)
         found.logp_target_R = f64(-11.0, -1.0)  # one thought confidently wrong
         return found
 
@@ -614,6 +668,7 @@ def test_kl_term_pulls_to_the_starting_policy_which_stays(model):
     """At the first batch it adds nothing; once the model has moved, it adds kl times the estimate against the start."""
     objective = objective_of(kl=0.5, tau=0.0)
     prepared = objective.prepare(model, batch_of(), 0, generator())
+    del prepared["prefix"]  # of the weights before
     start = {name: p.clone() for name, p in model.named_parameters()}
     assert_close(prepared["reference_logp_RL"], prepared["thoughts"].logp_RL, **NEAR)
     shift(model)

@@ -321,7 +321,7 @@ def test_a_corpus_of_shards_has_all_texts_each_in_one_split(program, tmp_path):
 
 def test_batches_are_functions_of_seed_and_step_and_ranks_take_rows_of_one_batch(program, tmp_path):
     """Two processes that open the shards anew make the same batch at any step, so each can keep its own rows of it."""
-    config = dataclasses.replace(PRESETS["smoke"], data=DataConfig(text_share=1.0))
+    config = dataclasses.replace(PRESETS["smoke"], data=DataConfig(text_share=1.0, computed_share=0.0))
     ranks = [load(program, tmp_path) for _ in range(2)]
     assert ranks[0].key == ranks[1].key
     for make in (pretrain_batch, rlp_batch):
@@ -341,9 +341,8 @@ def test_nothing_of_the_documents_is_held_but_memory_maps(program, tmp_path):
 
 
 def test_memory_does_not_grow_with_the_data(tmp_path):
-    """27 million tokens (55 MB) and half a million documents (4 MB of starts): a thousand windows and positions
-    allocate less than 1 MiB at any time; a copy of the tokens, or of the starts, would be more. Pages of the map are the
-    system's.
+    """27 million tokens (55 MB) and half a million documents (4 MB of starts): a thousand reads allocate less than 1 MiB
+    at any time; a copy of the tokens, or of the starts, would be more. Pages of the map are the system's.
     """
     long, short = [7] * 639, [7] * 3
     lengths = [str(i) for i in range(40_000)] + ["x" + str(i) for i in range(460_000)]

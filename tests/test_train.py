@@ -239,6 +239,184 @@ def test_a_half_written_line_of_the_log_does_not_stop_a_resumed_run(tmp_path):
     assert log.read_text() == '{"step": 1}\n'
 
 
+# ------------------------------------------------------------------------------------------------------------- enough
+
+
+class EnoughAt(train.NextToken):
+    """Has learned enough after so many steps."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.n, self.asked = n, []
+
+    def enough(self, model, step):
+        self.asked.append(step)
+        return "it [knows] it" if step == self.n else ""
+
+
+def test_training_that_has_learned_enough_is_saved_says_so_and_does_not_go_on(tmp_path, capsys):
+    """After 3 of 8 steps, between two checkpoints; saved is what three steps alone make, and a resumed run keeps it."""
+    objective = EnoughAt(3)
+    pretrain_on_counting(tmp_path / "enough", objective=objective, checkpoint_every=2)
+    assert objective.asked == [1, 2, 3]
+    assert "pretrain ends after 3 of 8 steps: it [knows] it" in " ".join(capsys.readouterr().out.split())
+    pretrain_on_counting(tmp_path / "three", steps=3)
+    assert weights_of(tmp_path / "enough") == weights_of(tmp_path / "three")
+    start = checkpoint.newest(tmp_path / "enough")
+    assert (start.meta["step"], start.meta["ended"]) == (3, True)
+    before = contents(tmp_path / "enough")
+    settings = PretrainConfig(steps=8, batch=4, warmup=2, lr=1e-2)
+    model = rundir.build_model(PRESETS["smoke"], 16, CPU, seed=0)
+    loop.fit(model, train.NextToken(), lambda step: pytest.fail("went on"), settings, tmp_path / "enough", 0, {},
+             "pretrain", start)  # fmt: skip
+    assert contents(tmp_path / "enough") == before
+    torch.testing.assert_close(model.state_dict(), dict(start.tensors("model")), rtol=0, atol=0)
+
+
+def test_only_the_last_checkpoint_says_that_training_has_ended(tmp_path):
+    pretrain_on_counting(tmp_path, objective=EnoughAt(9), checkpoint_every=3)
+    metas = [json.loads((p / "meta.json").read_text()) for p in sorted(tmp_path.glob("checkpoint/step_*"))]
+    assert [(meta["step"], meta["ended"]) for meta in metas] == [(6, False), (8, True)]
+
+
+def test_pretraining_is_enough_when_the_worst_family_is_and_looks_now_and_then(corpus, monkeypatch, capsys):
+    """All families are in after 40 of 98 steps; every 10th step is measured. The worst has .79, once .8. The last step
+    says what was reached."""
+    found = {"easy": 1.0, "hard": 0.79}
+    steps = []
+    monkeypatch.setattr(train.evals, "validate", lambda *_: (steps.append(step), found)[1])
+    fit = dataclasses.replace(PRESETS["smoke"].pretrain, steps=98, intro_share=0.4, enough=0.8, enough_every=10)
+    objective = train.Pretraining(corpus, dataclasses.replace(PRESETS["smoke"], pretrain=fit))
+    said = []
+    for step in range(1, 99):
+        found["hard"] = 0.8 if step == 90 else 0.79
+        said.append(objective.enough(torch.nn.Linear(1, 1), step))
+    assert steps == [40, 50, 60, 70, 80, 90, 98]
+    assert said[89] == "accuracy by family: easy 1.00, hard 0.80"
+    assert "took all its 98 steps; accuracy by family: easy 1.00, hard 0.79" in capsys.readouterr().out
+    assert not any(said[:89] + said[90:])
+
+
+def test_a_base_that_is_good_enough_is_taken_as_it_is(program, tmp_path, monkeypatch, capsys):
+    """No accuracy is asked for, after 2 of 4 steps: the base has two, a second run does not go on with it."""
+    words = ("--data.cache-dir", tmp_path / "cache", "--pretrain.enough", 0, "--pretrain.enough-every", 2,
+             "--pretrain.intro-share", 0)  # fmt: skip
+    assert program(tmp_path / "first", *words, "--rlp.steps", 1) == 0
+    assert "pretrain ends after 2 of 4 steps: accuracy by family: lookup " in " ".join(capsys.readouterr().out.split())
+    (base,) = (tmp_path / "cache").glob("base-*")
+    assert checkpoint.newest(base).meta["step"] == len(metrics_of(base)) == 2
+    monkeypatch.setattr(rundir, "alone_in", lambda *_: pytest.fail("trained a base again"))
+    assert program(tmp_path / "second", *words, "--rlp.steps", 1) == 0
+    assert program(tmp_path / "alone", *words, "--mode", "pretrain") == 0
+    assert weights_of(tmp_path / "alone") == weights_of(base)
+    assert program(tmp_path / "alone", *words, "--mode", "pretrain", "--resume") == 0
+    assert checkpoint.newest(tmp_path / "alone").meta["step"] == 2
+
+
+# ------------------------------------------------------------------------------------------------------------- phases
+
+
+@pytest.fixture
+def phases(monkeypatch):
+    """The names of the modes that are trained in, in order."""
+    names, train_one = [], train.train
+    monkeypatch.setattr(train, "train", lambda name, *rest: (names.append(name), train_one(name, *rest))[1])
+    return names
+
+
+def test_a_base_is_trained_once_and_warmed_up_once_for_each_warm_up(program, phases, tmp_path):
+    """A second run takes both from the cache; other settings of the warm-up make another warmed base from the same base."""
+    words = ("--data.cache-dir", tmp_path / "cache", "--rlp.steps", 1)
+    assert program(tmp_path / "first", *words) == 0
+    assert phases == ["pretrain", "warmup", "rlp"]
+    first = summary_of(tmp_path / "first")
+    assert (first["base_was_cached"], Path(first["base_dir"]).parent) == (False, tmp_path / "cache")
+    assert program(tmp_path / "second", *words) == 0
+    assert phases[3:] == ["rlp"]
+    assert summary_of(tmp_path / "second")["base_was_cached"]
+    assert summary_of(tmp_path / "second")["base_dir"] == first["base_dir"]
+    for changes in (("--warmup.lr", 1e-3), ("--rlp.back", 3)):
+        phases.clear()
+        assert program(tmp_path / changes[0], *words, *changes) == 0
+        assert phases == ["warmup", "rlp"]
+        assert not summary_of(tmp_path / changes[0])["base_was_cached"]
+    assert len([*(tmp_path / "cache").glob("base-*")]) == 1
+    assert len([*(tmp_path / "cache").glob("warmed-*")]) == 3
+
+
+def test_the_seconds_of_a_base_are_those_of_both_phases(program, tmp_path):
+    cache = tmp_path / "cache"
+    assert program(tmp_path / "run", "--data.cache-dir", cache, "--rlp.steps", 0) == 0
+    lines = [json.loads(line) for f in cache.glob("*/metrics.jsonl") for line in f.read_text().splitlines()]
+    assert len(lines) == 4 + 2
+    assert summary_of(tmp_path / "run")["base_train_s"] == pytest.approx(sum(line["seconds"] for line in lines))
+
+
+def test_without_steps_there_is_no_warm_up(program, phases, tmp_path):
+    assert program(tmp_path / "run", "--data.cache-dir", tmp_path / "cache", "--warmup.steps", 0, "--rlp.steps", 0) == 0
+    assert phases == ["pretrain", "rlp"]
+    (base,) = (tmp_path / "cache").glob("base-*")
+    assert not [*(tmp_path / "cache").glob("warmed-*")]
+    assert summary_of(tmp_path / "run")["base_dir"] == str(base)
+    assert weights_of(tmp_path / "run")["model.safetensors"] == weights_of(base)["model.safetensors"]
+
+
+def test_a_warm_up_can_be_a_run_of_its_own(program, finished, phases, tmp_path):
+    """From the base, as the phase is; or from the weights of a run."""
+    assert program(tmp_path / "alone", "--mode", "warmup") == 0
+    assert phases == ["warmup"]  # the base is there
+    assert weights_of(tmp_path / "alone") == weights_of(Path(summary_of(finished)["base_dir"]))
+    assert summary_of(tmp_path / "alone")["accuracy"]["greedy"]["all"]["base"]["n"] == 16
+    assert program(tmp_path / "next", "--mode", "warmup", "--init", finished) == 0
+    assert phases == ["warmup", "warmup"]
+    assert summary_of(tmp_path / "next")["base_dir"] == str(finished)
+    assert program(tmp_path / "kept", "--mode", "warmup", "--init", finished, "--warmup.steps", 0) == 0
+    assert weights_of(tmp_path / "kept")["model.safetensors"] == weights_of(finished)["model.safetensors"]
+    assert weights_of(tmp_path / "next") != weights_of(tmp_path / "kept")
+
+
+def test_a_run_from_given_weights_keeps_its_warm_up_in_its_folder_and_resumes_with_it(
+    program, finished, phases, tmp_path, monkeypatch
+):
+    """Stopped in the warm-up and started again, then stopped in RLP and resumed: all is as if nothing had stopped it."""
+    words, run = ("--init", finished), tmp_path / "run"
+    assert program(tmp_path / "whole", *words) == 0
+    assert phases == ["warmup", "rlp"]
+    with monkeypatch.context() as patch:
+        disturb(patch, "warmup", 0, press_ctrl_c)
+        assert program(run, *words) == 130
+    (kept,) = run.glob("warmed-*")
+    assert checkpoint.newest(kept).meta["step"] == 1
+    with monkeypatch.context() as patch:
+        disturb(patch, "rlp", 0, press_ctrl_c)
+        assert program(run, *words) == 130
+    phases.clear()
+    assert program(run, *words, "--resume") == 0
+    assert phases == ["rlp"]
+    assert weights_of(kept) == weights_of(Path(summary_of(tmp_path / "whole")["base_dir"]))
+    assert weights_of(run) == weights_of(tmp_path / "whole")
+    assert metrics_of(run) == metrics_of(tmp_path / "whole")
+    assert summary_of(run)["base_dir"] == str(kept)
+
+
+def test_a_warm_up_that_was_stopped_is_not_gone_on_with_under_other_settings(program, finished, tmp_path, monkeypatch):
+    """Nor from other weights: it is another one, in a folder of its own."""
+    with monkeypatch.context() as patch:
+        disturb(patch, "warmup", 0, press_ctrl_c)
+        assert program(tmp_path / "run", "--init", finished) == 130
+    assert program(tmp_path / "run", "--init", finished, "--warmup.lr", 1e-4, "--rlp.steps", 0) == 0
+    assert program(tmp_path / "whole", "--init", finished, "--warmup.lr", 1e-4, "--rlp.steps", 0) == 0
+    assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
+    assert len([*(tmp_path / "run").glob("warmed-*")]) == 2
+
+
+def test_pretraining_from_given_weights_begins_with_them(program, finished, phases, tmp_path):
+    """Without a warm-up: that comes after it."""
+    assert program(tmp_path / "run", "--mode", "pretrain", "--init", finished, "--pretrain.steps", 0) == 0
+    assert phases == ["pretrain"]
+    assert weights_of(tmp_path / "run")["model.safetensors"] == weights_of(finished)["model.safetensors"]
+
+
 # -------------------------------------------------------------------------------------------------------- a whole run
 
 
@@ -280,7 +458,7 @@ def test_a_second_program_waits_for_the_base_that_another_one_trains(program, co
     assert inside.wait(10)
     assert not train.base_weights(config, corpus, model)["base_was_cached"]
     assert train.base_weights(config, corpus, model)["base_was_cached"]
-    assert events == ["left", "trained"]
+    assert events == ["left", "trained", "trained"]  # the base, and warmed up
 
 
 def test_a_base_that_broke_off_keeps_nobody_out(tmp_path):
@@ -320,6 +498,20 @@ def test_summary_holds_every_figure_with_its_interval_and_n(finished):
     assert (summary["mode"], summary["preset"], summary["seed"]) == ("rlp", "smoke", 0)
     assert summary["wall_s"] > 0
     assert summary["peak_memory_gib"] > 0
+    assert (summary["threads"], summary["seconds_to_90"]) == (1, None)
+    assert summary["machine"]
+    assert summary["instructions"]
+
+
+def test_seconds_to_a_value_end_with_the_first_steps_in_a_row_whose_mean_has_it(tmp_path):
+    """Of .9 over two steps: after .8 and 1, at 1 + 2 + 4 seconds. A step without the metric counts as 0."""
+    values = [0.9, 0.8, 1.0, None, 0.95, 0.95]
+    lines = [{"seconds": 2**i} | ({} if v is None else {"correct": v}) for i, v in enumerate(values)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    assert rundir.seconds_to(tmp_path, "correct", 0.9, n=2) == 7
+    assert rundir.seconds_to(tmp_path, "correct", 0.94, n=2) == 63
+    assert rundir.seconds_to(tmp_path, "correct", 0.96, n=2) is None
+    assert rundir.seconds_to(tmp_path, "no such", 0.1) is None
 
 
 def test_samples_show_two_thoughts_of_each_model_for_every_family(finished):
@@ -350,7 +542,8 @@ def test_a_second_run_takes_the_base_from_the_cache(program, finished, tmp_path,
 
 
 def test_a_base_is_not_reused_after_its_text_has_changed(program, text_file, tmp_path):
-    words = ("--data.path", text_file, "--data.held-out-percent", 25, "--rlp.steps", 0, "--pretrain.steps", 1)
+    words = ("--data.path", text_file, "--data.held-out-percent", 25, "--rlp.steps", 0, "--pretrain.steps", 1,
+             "--warmup.steps", 1)  # fmt: skip
     assert program(tmp_path / "first", *words) == 0
     text_file.write_text("".join(paragraphs(20, seed=1)))
     assert program(tmp_path / "second", *words) == 0
@@ -359,7 +552,8 @@ def test_a_base_is_not_reused_after_its_text_has_changed(program, text_file, tmp
 
 @pytest.mark.parametrize("mode", ["pretrain", "rlp", "cpt"])
 def test_init_starts_from_another_runs_weights_and_zero_steps_keep_them(program, finished, tmp_path, mode):
-    assert program(tmp_path / "run", "--mode", mode, "--init", finished, f"--{mode}.steps", 0) == 0
+    words = ("--mode", mode, "--init", finished, "--warmup.steps", 0)
+    assert program(tmp_path / "run", *words, f"--{mode}.steps", 0) == 0
     assert weights_of(tmp_path / "run")["model.safetensors"] == weights_of(finished)["model.safetensors"]
 
 
@@ -410,7 +604,7 @@ def test_a_run_stopped_by_ctrl_c_and_resumed_equals_the_uninterrupted_one(progra
 
 
 def test_a_base_stopped_by_ctrl_c_is_finished_by_the_next_run(program, finished, tmp_path, monkeypatch):
-    """In a cache of its own. The base is then the one that was never stopped."""
+    """In a cache of its own. The base is then the one that was never stopped, and so is what it becomes in the warm-up."""
     words = ("--data.cache-dir", tmp_path / "cache")
     with monkeypatch.context() as patch:
         disturb(patch, "pretrain", 1, press_ctrl_c)
@@ -418,9 +612,12 @@ def test_a_base_stopped_by_ctrl_c_is_finished_by_the_next_run(program, finished,
     (base,) = (tmp_path / "cache").glob("base-*")
     assert checkpoint.newest(base).meta["step"] == 2
     assert program(tmp_path / "run", *words) == 0
+    (warmed,) = (tmp_path / "cache").glob("warmed-*")
     original = Path(summary_of(finished)["base_dir"])
-    assert weights_of(base) == weights_of(original)
-    assert metrics_of(base) == metrics_of(original)
+    assert warmed.name == original.name
+    for own, other in ((base, original.parent / base.name), (warmed, original)):
+        assert weights_of(own) == weights_of(other)
+        assert metrics_of(own) == metrics_of(other)
 
 
 def test_a_run_that_explodes_ends_with_1_and_says_what_to_lower(program, tmp_path, capsys):
@@ -450,6 +647,8 @@ def test_a_run_folder_in_use_is_refused_and_left_as_it_is(program, finished, cap
         ("--data.text-share", 0.5, "data.text_share was 0.3, now 0.5"),
         ("--init", "elsewhere", "now elsewhere"),
         ("--pretrain.lr", 1.0, "pretrain.lr was 0.003, now 1.0"),
+        ("--warmup.lr", 1.0, "warmup.lr was 0.003, now 1.0"),
+        ("--rlp.back", 3, "rlp.back was 2, now 3"),
     ],
 )
 def test_resuming_with_other_settings_is_refused_by_name(program, finished, tmp_path, capsys, option, value, change):

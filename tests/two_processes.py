@@ -38,7 +38,8 @@ def make_batch(mode, step):
     ids_BT = torch.zeros(rows, length - 1, dtype=torch.long)
     if mode == "rlp":
         ids_BT[1, :5] = -1
-        facts = {"target_BX": tokens_BT[:, -1:].repeat(1, 2), "is_text_B": torch.arange(rows) == 1}
+        kind_B = torch.arange(rows) % 3
+        facts = {"target_BX": tokens_BT[:, -1:].repeat(1, 2), "kind_B": kind_B, "back_B": 3 * (kind_B > 0)}
         return {"context_BT": tokens_BT[:, :-1], "ids_BT": ids_BT, **facts}
     targets_BT = tokens_BT[:, 1:].clone()
     targets_BT[0, :7] = -100

@@ -1,15 +1,16 @@
 """Batches: packed documents for next-token prediction, contexts for RLP.
 
-A document is a window of text, or a problem: question, sometimes a thought between the think tags,
-answer. The base reads worked thoughts mixed with unfinished ones and filler, so that it thinks
-badly, as a real base does. RLP never sees a written thought.
+A document is a window of text; one with results that must be computed; or a problem: question,
+sometimes a thought between the think tags, answer. First the base reads worked thoughts. Then, in
+the warm-up, good ones mixed with poor ones, so that it thinks badly, as a real base does, and
+learns to go on after any of them. RLP never sees a written thought.
 
-Every batch is a function of (seed, step): resuming needs no state. Read `pretrain_batch` first.
+Every batch is a function of (seed, step): resuming needs no state. Read `pack` first.
 Shapes: B sequences, T tokens, X tokens after a thought (rlp.horizon).
 """
 
-import dataclasses
 import random
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -17,92 +18,170 @@ import torch
 from torch import Tensor
 
 from system.config import Config, RLPConfig
+from text.computed import Computed, draw_computed
 from text.corpus import Corpus
 from text.problems import FAMILIES, Problem, draw_problem, filler, thought_for
 from text.tokenizer import Tokenizer
 
+# ------------------------------------------------------------------------------ documents to read
 
-def with_thought(tokenizer: Tokenizer, document: list[int], thought: str, t: int) -> list[int]:
-    """The document with a thought, between its tags, before token t."""
-    inside = [tokenizer.think, *tokenizer.encode(thought), tokenizer.close]
-    return document[:t] + inside + document[t:]
+Marked = list[tuple[int, bool]]  # tokens, and whether each is to be predicted
 
 
-def problem_tokens(tokenizer: Tokenizer, problem: Problem,
-                   thought: str | None = None) -> tuple[list[int], list[int]]:
-    """Token ids of the prompt, with the thought if there is one, and of the answer with END."""
-    prompt = tokenizer.encode(problem.prompt)
-    if thought is not None:
-        prompt = with_thought(tokenizer, prompt, thought, len(prompt))
-    return prompt, [*tokenizer.encode(problem.answer), tokenizer.end]
+def place_thoughts(tokenizer: Tokenizer, document: list[int], thoughts: dict[int, list[int]],
+                   back: int = 0) -> Marked:
+    """The document with thoughts: the one for token t, between its tags, before token t - back.
+    If that is not token t itself, nobody can foretell a thought that has read the tokens up to t:
+    it is there to be read, and not to be predicted. An opening tag never is."""
+    found: Marked = []
+    for i, token in enumerate(document):
+        if (thought := thoughts.get(i + back)) is not None:
+            found += [(tokenizer.think, False)]
+            found += [(inside, back == 0) for inside in (*thought, tokenizer.close)]
+        found.append((token, True))
+    return found
 
 
-class Stage(NamedTuple):
-    """What a part of pretraining reads. All but the families are shares, from 0 to 1."""
-
-    families: list[str]
-    text: float  # of tokens that are ordinary text
-    think: float  # of problem documents with a thought
-    worked: float  # of those thoughts that are worked out
-    text_think: float | None  # of text windows with a filler thought; None draws no random number
+def problem_tokens(tokenizer: Tokenizer, problem: Problem) -> tuple[list[int], list[int]]:
+    """Token ids of the prompt, and of the answer with END."""
+    return tokenizer.encode(problem.prompt), [*tokenizer.encode(problem.answer), tokenizer.end]
 
 
-def stage_of(config: Config, step: int) -> Stage:
-    """Families enter one by one, worked out, without text; all of them, worked out; the mixture."""
-    fit, families = config.pretrain, list(FAMILIES)
-    if step < fit.intro_share * fit.steps:
-        n = 1 + int(len(families) * step / (fit.intro_share * fit.steps))
-        return Stage(families[:n], text=0.0, think=1.0, worked=1.0, text_think=None)
-    if step < fit.clean_share * fit.steps:
-        return Stage(families, fit.clean_text_share, fit.clean_think, worked=1.0, text_think=None)
-    return Stage(families, config.data.text_share, fit.think, fit.worked, fit.text_think)
+def problem_document(tokenizer: Tokenizer, problem: Problem, thought: str | None) -> Marked:
+    """Prompt, thought if there is one, answer."""
+    prompt, answer = problem_tokens(tokenizer, problem)
+    thoughts = {} if thought is None else {len(prompt): tokenizer.encode(thought)}
+    return place_thoughts(tokenizer, prompt + answer, thoughts)
 
 
-def pretrain_batch(
-    corpus: Corpus, config: Config, step: int, split: str = "train") -> dict[str, Tensor]:
-    """Packed documents for next-token prediction: tokens_BT, targets_BT (-100 where none follows)
-    and ids_BT (the document of each token, counted in its row).
+def computed_tokens(
+    tokenizer: Tokenizer, found: Computed) -> tuple[list[int], dict[int, list[int]]]:
+    """Token ids of a computed document, and by the places of its results their worked thoughts."""
+    document, worked = [], {}
+    for text, thought in found.pieces:
+        if thought:
+            worked[len(document)] = tokenizer.encode(thought)
+        document += tokenizer.encode(text)
+    return [*document, tokenizer.end], worked
 
-    Each document is text if the batch has less text so far than its share, else a problem.
-    """
-    fit, stage, tokenizer = config.pretrain, stage_of(config, step), corpus.tokenizer
-    rng = random.Random(f"pretrain-{config.seed}-{step}" + f"-{split}" * (split != "train"))
-    tokens_BT = np.zeros((fit.batch, fit.seq_len + 1), dtype=np.int64)
-    ids_BT = np.zeros_like(tokens_BT)
-    n_text = n_all = 0  # tokens of the batch so far
-    for row in range(fit.batch):
+
+def copy_document(corpus: Corpus, rng: random.Random) -> Marked:
+    """Some text, in half of all cases shuffled, other text, and the end of the first again: only
+    that is to be predicted. To go on with what came last time is learned from it in 200 steps;
+    ordinary text teaches it late, and problems teach it for a few words only."""
+    first, between = (corpus.text_window(rng, "train", rng.randint(*n)).tolist()
+                      for n in ((16, 60), (1, 40)))
+    if rng.random() < 0.5:
+        rng.shuffle(first)
+    before, again = first + between, first[rng.randrange(len(first)) :]
+    return [(t, False) for t in before] + [(t, i > 0) for i, t in enumerate(again)]
+
+
+def pack(n_rows: int, seq_len: int, shares: dict[str, float],
+         draw: Callable[[str], Marked], begin: tuple[int, ...]) -> dict[str, Tensor]:
+    """Rows of documents: tokens_BT, targets_BT (-100 where none follows) and ids_BT (the document
+    of each token, counted in its row). `draw` makes a document of a kind; the next one is of the
+    kind that lacks most of its share of the batch's tokens."""
+    tokens_BT = np.zeros((n_rows, seq_len + 1), dtype=np.int64)
+    ids_BT, wanted_BT = np.zeros_like(tokens_BT), np.zeros(tokens_BT.shape, dtype=bool)
+    n_tokens = dict.fromkeys(shares, 0)  # of each kind so far
+    for row in range(n_rows):
         n = i = 0  # tokens and documents of the row so far
-        while n <= fit.seq_len:
-            # 1. Text or problem: with the token to come, so that a share of 1 begins with text.
-            is_text = n_text < stage.text * (n_all + 1)
-            # 2. The document, with a thought or without.
-            if is_text:
-                document = corpus.text_window(rng, split, fit.seq_len).tolist()
-                if stage.text_think is not None and rng.random() < stage.text_think:
-                    document = with_thought(
-                        tokenizer, document, filler(rng), rng.randrange(1, len(document) + 1))
-            else:
-                family = rng.choice(stage.families)
-                problem = draw_problem(rng, split, corpus.held_out_percent, family)
-                has_thought = rng.random() < stage.think
-                thought = thought_for(problem, rng, stage.worked) if has_thought else None
-                prompt, answer = problem_tokens(tokenizer, problem, thought)
-                document = prompt + answer
-            # 3. Into the row, as far as there is room.
-            document = [*tokenizer.begin, *document][: fit.seq_len + 1 - n]
-            tokens_BT[row, n : n + len(document)] = document
-            ids_BT[row, n : n + len(document)] = i
+        while n <= seq_len:
+            # 1. The kind: with the token to come, so that a share of 1 begins.
+            n_next = sum(n_tokens.values()) + 1
+            kind = max(shares, key=lambda k: shares[k] * n_next - n_tokens[k])
+            # 2. The document, into the row as far as there is room.
+            document = [*((token, True) for token in begin), *draw(kind)][: seq_len + 1 - n]
+            place = slice(n, n + len(document))
+            tokens_BT[row, place], wanted_BT[row, place] = zip(*document, strict=True)
+            ids_BT[row, place] = i
             n, i = n + len(document), i + 1
-            n_text, n_all = n_text + is_text * len(document), n_all + len(document)
-    # 4. A target is the next token of the same document.
-    tokens_BT, ids_BT = torch.from_numpy(tokens_BT), torch.from_numpy(ids_BT)
-    targets_BT = tokens_BT[:, 1:].masked_fill(ids_BT[:, 1:] != ids_BT[:, :-1], -100)
+            n_tokens[kind] += len(document)
+    # 3. A target is the next token of the same document, if it is to be predicted.
+    tokens_BT, ids_BT, wanted_BT = map(torch.from_numpy, (tokens_BT, ids_BT, wanted_BT))
+    other = (ids_BT[:, 1:] != ids_BT[:, :-1]) | ~wanted_BT[:, 1:]
+    targets_BT = tokens_BT[:, 1:].masked_fill(other, -100)
     return {"tokens_BT": tokens_BT[:, :-1], "targets_BT": targets_BT, "ids_BT": ids_BT[:, :-1]}
 
 
+def shares_of(config: Config) -> dict[str, float]:
+    """Of the tokens of a batch, by kind of document."""
+    text, computed = config.data.text_share, config.data.computed_share
+    return {"text": text, "computed": computed, "problem": 1 - text - computed}
+
+
+def pretrain_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
+    """Families enter one by one, beside copied text; computed documents when half of them are in;
+    then documents of all kinds. Thoughts are worked."""
+    fit, tokenizer, percent = config.pretrain, corpus.tokenizer, corpus.held_out_percent
+    rng = random.Random(f"pretrain-{config.seed}-{step}")
+    intro = fit.intro_share * fit.steps
+    n_families = 1 + int(len(FAMILIES) * step / intro) if step < intro else len(FAMILIES)
+    shares, think = shares_of(config), fit.think
+    if step < intro:
+        others = {"copy": fit.copy_share, "computed": shares["computed"] * (2 * step >= intro)}
+        shares, think = {**others, "problem": 1 - sum(others.values())}, 1.0
+
+    def draw(kind: str) -> Marked:
+        if kind == "copy":
+            return copy_document(corpus, rng)
+        if kind == "text":
+            return [(t, True) for t in corpus.text_window(rng, "train", fit.seq_len).tolist()]
+        if kind == "computed":
+            found = draw_computed(rng, "train", percent)
+            document, worked = computed_tokens(tokenizer, found)
+            kept = {t: thought for t, thought in worked.items() if rng.random() < think}
+            return place_thoughts(tokenizer, document, kept)
+        problem = draw_problem(rng, "train", percent, rng.choice(list(FAMILIES)[:n_families]))
+        thought = problem.thought if rng.random() < think else None
+        return problem_document(tokenizer, problem, thought)
+
+    return pack(fit.batch, fit.seq_len, shares, draw, tokenizer.begin)
+
+
+def warmup_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
+    """All kinds of documents, with thoughts of all kinds."""
+    return mixture(corpus, config, step, config.warmup.batch, config.warmup.seq_len)
+
+
+def mixture(corpus: Corpus, config: Config, step: int, n_rows: int, seq_len: int,
+            split: str = "train") -> dict[str, Tensor]:
+    """Rows of what the base reads last.
+
+    Thoughts of problems are worked, stop half-way or are filler. In half of the other documents
+    they stand before the token that they are for, to learn what to think; in the others
+    `rlp.back` tokens before it, to learn to go on after them. Those for a result are worked;
+    elsewhere they are empty or filler.
+    """
+    fit, tokenizer, percent = config.warmup, corpus.tokenizer, corpus.held_out_percent
+    rng = random.Random(f"warmup-{config.seed}-{step}" + f"-{split}" * (split != "train"))
+
+    def draw(kind: str) -> Marked:
+        if kind == "problem":
+            problem = draw_problem(rng, split, percent)
+            has_thought = rng.random() < fit.think
+            return problem_document(
+                tokenizer, problem, thought_for(problem, rng, fit.worked) if has_thought else None)
+        if kind == "text":
+            document, worked = corpus.text_window(rng, split, seq_len).tolist(), {}
+        else:
+            document, worked = computed_tokens(tokenizer, draw_computed(rng, split, percent))
+        # Places about `gap` tokens apart, and half of the results.
+        thoughts, t = {}, rng.randrange(2 * fit.gap)
+        while t < len(document):
+            thoughts[t] = [] if rng.random() < 0.85 else tokenizer.encode(filler(rng))
+            t += rng.randrange(1, 2 * fit.gap)
+        thoughts |= {t: thought for t, thought in worked.items() if rng.random() < 0.5}
+        return place_thoughts(tokenizer, document, thoughts, rng.choice((0, config.rlp.back)))
+
+    return pack(n_rows, seq_len, shares_of(config), draw, tokenizer.begin)
+
+
 def cpt_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
-    """`pretrain_batch` after the base's last step: the same mixture goes on, with new documents."""
-    return mixture(corpus, config, step, config.cpt.batch, config.pretrain.seq_len)
+    """The warm-up's mixture goes on, with new documents."""
+    fit = config.cpt
+    return mixture(corpus, config, config.warmup.steps + step, fit.batch, config.warmup.seq_len)
 
 
 def elastic_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
@@ -114,72 +193,89 @@ def elastic_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor
     c = config.elastic
     is_long = step >= c.stage_1_steps()
     n_rows, seq_len = (c.long_rows(), c.long_len) if is_long else (c.batch, c.seq_len)
-    batch = mixture(corpus, config, step, n_rows, seq_len)
+    batch = mixture(corpus, config, config.warmup.steps + step, n_rows, seq_len)
     weights = c.long_weights if is_long else [1.0] * len(c.budgets)
     rng = random.Random(f"budget-{config.seed}-{step}")
     drawn = rng.choices(range(len(c.budgets)), weights, k=n_rows)
     return {**batch, "budget_B": torch.tensor(drawn)}
 
 
-def mixture(corpus: Corpus, config: Config, step: int, n_rows: int, seq_len: int,
-            split: str = "train") -> dict[str, Tensor]:
-    """Rows of the base's last mixture, `step` batches after its own end."""
-    fit = dataclasses.replace(config.pretrain, batch=n_rows, seq_len=seq_len)
-    config = dataclasses.replace(config, pretrain=fit)
-    return pretrain_batch(corpus, config, fit.steps + step, split)
+# ----------------------------------------------------------------------- contexts to think about
+
+KINDS = ("problems", "text", "computed")  # of documents, in the order of `kind_B`
+
+
+class Position(NamedTuple):
+    """A place in a document: what stands before it, what follows, and which document it is."""
+
+    context: list[int]
+    target: list[int]
+    document: int = 0  # positions of one document are not independent
+    back: int = 0  # tokens of the context that the thought stands before (`rlp.back`)
 
 
 def rlp_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
-    """Contexts and the tokens that follow them (see `collate_contexts`), and is_text_B."""
+    """Contexts, the tokens that follow them (see `collate_contexts`), and kind_B."""
     fit = config.rlp
     rng = random.Random(f"rlp-{config.seed}-{step}")
-    is_text, pairs = [], []
-    for _ in range(fit.batch):
-        is_text.append(rng.random() < fit.text_share)
-        pairs.append(text_position(corpus, fit, "train", rng) if is_text[-1] else
-                     problem_position(corpus, fit, rng))
-    batch = collate_contexts(corpus.tokenizer, [c for c, _ in pairs], [t for _, t in pairs], fit)
-    return {**batch, "is_text_B": torch.tensor(is_text)}
+    shares = [1 - fit.text_share - fit.computed_share, fit.text_share, fit.computed_share]
+    kinds = rng.choices(range(len(KINDS)), shares, k=fit.batch)
+    positions = [POSITIONS[KINDS[kind]](corpus, fit, "train", rng) for kind in kinds]
+    return {**collate_contexts(corpus.tokenizer, positions, fit), "kind_B": torch.tensor(kinds)}
 
 
-def problem_position(
-    corpus: Corpus, fit: RLPConfig, rng: random.Random) -> tuple[list[int], list[int]]:
-    """Context and following tokens in a problem without a thought: at the answer, or anywhere."""
-    problem = draw_problem(rng, "train", corpus.held_out_percent)
+def problem_position(corpus: Corpus, fit: RLPConfig, split: str, rng: random.Random) -> Position:
+    """In a problem without a thought: at the answer, or anywhere."""
+    problem = draw_problem(rng, split, corpus.held_out_percent)
     prompt, answer = problem_tokens(corpus.tokenizer, problem)
-    document = prompt + answer
-    t = len(prompt) if fit.positions == "answer" else random_position(document, fit.horizon, rng)
-    return document[:t], document[t : t + fit.horizon]
+    if fit.positions == "random":
+        return random_position(prompt + answer, fit, rng)
+    return Position(prompt, answer[: fit.horizon])
 
 
-def text_position(
-    corpus: Corpus, fit: RLPConfig, split: str, rng: random.Random) -> tuple[list[int], list[int]]:
-    """Context and following tokens at a uniformly random position of the split's text."""
-    _, context, target = corpus.documents[split].position(rng, fit.context_len, fit.horizon)
-    return context.tolist(), target.tolist()
+def text_position(corpus: Corpus, fit: RLPConfig, split: str, rng: random.Random) -> Position:
+    """At a uniformly random token of the split's text."""
+    document, context, target = corpus.documents[split].position(rng, fit.context_len, fit.horizon)
+    back = fit.back if len(context) >= fit.back else 0
+    return Position(context.tolist(), target.tolist(), document, back)
 
 
-def random_position(document: list[int], horizon: int, rng: random.Random) -> int:
-    """Uniform over the positions from 1 on that `horizon` tokens follow; over all if none does."""
-    n_after = horizon if horizon < len(document) else 1
-    return rng.randrange(1, len(document) - n_after + 1)
+def computed_position(corpus: Corpus, fit: RLPConfig, split: str, rng: random.Random) -> Position:
+    """At a uniformly random token of a computed document."""
+    found = draw_computed(rng, split, corpus.held_out_percent)
+    return random_position(computed_tokens(corpus.tokenizer, found)[0], fit, rng)
 
 
-def collate_contexts(tokenizer: Tokenizer, contexts: list[list[int]], targets: list[list[int]],
-                     fit: RLPConfig) -> dict[str, Tensor]:
-    """context_BT (padded on the left), ids_BT (-1 at the padding, 0 elsewhere) and target_BX.
+def random_position(document: list[int], fit: RLPConfig, rng: random.Random) -> Position:
+    """Uniform over the tokens that `horizon` tokens follow and `back` tokens stand before, at least
+    one; in a document too short for that, over those from 1 on."""
+    n_after = fit.horizon if fit.horizon < len(document) else 1
+    last = len(document) - n_after
+    t = rng.randint(max(1, fit.back) if fit.back <= last else 1, last)
+    return Position(document[:t], document[t : t + fit.horizon], back=fit.back * (t >= fit.back))
+
+
+POSITIONS = {"problems": problem_position, "text": text_position, "computed": computed_position}
+
+
+def collate_contexts(
+    tokenizer: Tokenizer, positions: list[Position], fit: RLPConfig) -> dict[str, Tensor]:
+    """context_BT (padded on the left), ids_BT (-1 at the padding, 0 elsewhere), target_BX, back_B.
 
     A context longer than rlp.context_len loses its beginning; a target shorter than the horizon is
     filled up with END. Before each context stand what the tokenizer begins a document with and the
-    instruction `rlp.prompt`, for thoughts and for predictions without one.
+    instruction `rlp.prompt`, for thoughts and for predictions without one. back_B counts tokens: 0,
+    or the same number in all other rows.
     """
     before = [*tokenizer.begin, *tokenizer.encode(fit.prompt)]
-    contexts = [before + c[-fit.context_len :] for c in contexts]
-    T = max(len(c) for c in contexts)
+    contexts = [before + p.context[-fit.context_len :] for p in positions]
+    T = max(*(len(c) for c in contexts), *(p.back + 1 for p in positions))
     context_BT = torch.full((len(contexts), T), tokenizer.end)
     ids_BT = torch.full((len(contexts), T), -1)
     for i, c in enumerate(contexts):
         context_BT[i, T - len(c) :] = torch.tensor(c)
         ids_BT[i, T - len(c) :] = 0
-    target_BX = torch.tensor([(t + [tokenizer.end] * fit.horizon)[: fit.horizon] for t in targets])
-    return {"context_BT": context_BT, "ids_BT": ids_BT, "target_BX": target_BX}
+    target_BX = torch.tensor(
+        [(p.target + [tokenizer.end] * fit.horizon)[: fit.horizon] for p in positions])
+    back_B = torch.tensor([p.back for p in positions])
+    return {"context_BT": context_BT, "ids_BT": ids_BT, "target_BX": target_BX, "back_B": back_B}

@@ -18,6 +18,7 @@ import numpy as np
 from system.config import DataConfig
 from system.errors import require
 from system.files import fingerprint
+from text.computed import computed_examples
 from text.documents import Documents, join
 from text.held_out import SPLITS, bucket_of, buckets_of, clusters_of
 from text.problems import tokenizer_examples
@@ -98,7 +99,7 @@ class Corpus:
             _require_some(texts[split], split, config)
         # 3. What an earlier run kept. Its key has all that the tokens depend on; of a folder with
         #    a tokenizer.json that is the content, which may change under the same name.
-        examples = tokenizer_examples(percent)
+        examples = tokenizer_examples(percent) + computed_examples(percent)
         tokenizer = None if config.tokenizer == "corpus" else named_tokenizer(config.tokenizer)
         own = tokenizer is not None and tokenizer.json
         source = [tokenizer.json, tokenizer.end] if own else config.tokenizer

@@ -2,8 +2,8 @@
 
     lookup   Ring: Max calls Bob. Bob calls Ann. ... Start at Max, 2 calls on?
              thought: 1 Max calls Bob 2 Bob calls Ann                          answer: Ann
-    chain    Modulo 10: u = 5. u to t - 2. t to e + 8. Value of e?
-             thought: u 5 t - 2 3 e + 8 1                                      answer: 1
+    chain    Modulo 10: u = 5. u to t -2. t to e +8. Value of e?
+             thought: u 5 t -2 3 e +8 1                                        answer: 1
     word     Count: Bob has 9 books. On Monday Bob sells 5. ... How many books has Bob?
              thought: start 9 Monday -5 4 Tuesday +1 5                         answer: 5
     sum      Tens digit of 85 + 79?
@@ -75,8 +75,8 @@ def chain_problem(rng: random.Random) -> Problem:
     for before, name in itertools.pairwise(names):
         sign, operand = rng.choice("+-"), rng.randint(1, 9)
         value = (value + operand if sign == "+" else value - operand) % 10
-        lines.append(f"{before} to {name} {sign} {operand}.")
-        steps.append(f" {name} {sign} {operand} {value}")
+        lines.append(f"{before} to {name} {sign}{operand}.")
+        steps.append(f" {name} {sign}{operand} {value}")
     canonical = "".join(step.replace(name, "") for step, name in zip(steps, names, strict=True))
     question = f"{' '.join(lines)} Value of {names[-1]}?"
     return Problem("chain", question, tuple(steps), f" {value}", canonical)

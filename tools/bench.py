@@ -9,21 +9,25 @@ On one CPU thread the time is the processor's, which is blind to programs that t
 is the most that torch's allocator had handed out at one time during a run, beyond what it had
 before: the size of the process would also show what others left behind, and what malloc keeps.
 `ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2` before the command shows an older processor.
+`rlp-trl --model DIR` is of a real model: each contestant has a process of its own, which is weighed
+whole, and results are not compared.
 
 How to read: `BENCHES` and one of its functions; `compare`; then the contestants written out here.
 """
 
+import itertools
 import json
+import math
 import os
-import platform
-import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,18 +49,20 @@ from model import HybridLM
 from rlp import RLP, clipped_surrogate, group_advantages, information_gain, reward
 from system.config import ModelConfig, RLPConfig
 from system.errors import exit_code, require
+from system.huggingface import load_hf, names, read_config, save_hf
 from system.loop import build_optimizers, update
-from system.machine import pick_device, versions
+from system.machine import hardware, peak_memory_gib, pick_device, versions
 from system.objective import NextToken
 from system.presets import PRESETS
 from thoughts import Sampling, Thoughts, sample, sample_thoughts
 from views.tables import bench_table
 
 PIP = {"transformers": "transformers==5.23.0", "mambapy": "mambapy", "mamba_ssm": "mamba-ssm",
-       "fla": "flash-linear-attention"}
+       "fla": "flash-linear-attention", "trl": "trl==1.16.0"}
 LIMIT = {"cpu": 1e-4, "cuda": 2e-2}  # largest difference allowed; Triton kernels multiply in tf32
 ENOUGH_S = 5.0  # a contestant that has run this long sits out, once it has had three turns
 CPU_MODEL = PRESETS["cpu"].model
+LLAMA = ModelConfig(pattern="*-" * 4, ffn="swiglu", rope_theta=10000.0)
 
 Run = Callable[[], list[Tensor]]
 
@@ -85,16 +91,23 @@ class Work:
 # ---------------------------------------------------------------------------------------- measuring
 
 
-def compare(work: Work, repeats: int, device: torch.device) -> dict:
-    """Check, time in turns and weigh every contestant. Returns what results/ holds of it."""
-    rows = check(work.contestants, LIMIT[device.type])
+def compare(work: Work, repeats: int, device: torch.device,
+            apart: Callable[[str], tuple[list[float], int]] | None = None) -> dict:
+    """Check, time in turns and weigh every contestant. Returns what results/ holds of it.
+    apart: seconds and peak of a contestant by its name, instead of all that."""
+    rows = ([{"name": c.name, "note": c.note} for c in work.contestants] if apart
+            else check(work.contestants, LIMIT[device.type]))
     runs = {c.name: c.run for c, row in zip(work.contestants, rows, strict=True) if not row["note"]}
-    turns = take_turns(runs, repeats, device)
-    median = {name: statistics.median(seconds) for name, seconds in turns.items()}
+    if apart:
+        found = {name: apart(name) for name in runs}
+    else:
+        turns = take_turns(runs, repeats, device)
+        found = {name: (turns[name], peak_bytes(run, device)) for name, run in runs.items()}
+    median = {name: statistics.median(seconds) for name, (seconds, _) in found.items()}
     for row in (row for row in rows if row["name"] in runs):
-        name, s = row["name"], median[row["name"]]
-        row |= {"ms": 1e3 * s, "turns": len(turns[name]), "times_ours": s / median[rows[0]["name"]],
-                "tokens_per_s": work.n_tokens / s, "peak_bytes": peak_bytes(runs[name], device)}
+        s, (seconds, peak) = median[row["name"]], found[row["name"]]
+        row |= {"ms": 1e3 * s, "turns": len(seconds), "times_ours": s / median[rows[0]["name"]],
+                "tokens_per_s": work.n_tokens / s, "peak_bytes": peak}
     found = {"title": work.title, "n_tokens": work.n_tokens, "rows": rows}
     return found | ({"growth": growth(work.growth, repeats, device)} if work.growth else {})
 
@@ -285,11 +298,7 @@ def rlp_step_work(device: torch.device, B=4, T=256, G=8, L=32, V=1024, model=CPU
     tokenizer = SimpleNamespace(think=V - 3, close=V - 2, end=V - 1, tags=(V - 3, V - 2))
     objective = RLP(RLPConfig(group_size=G, thought_len=L), tokenizer)
     objective.start(network)
-    context_BT, target_BX = (torch.randint(V - 3, (B, n), device=device) for n in (T, 1))
-    batch = {"context_BT": context_BT, "ids_BT": torch.zeros_like(context_BT),
-             "target_BX": target_BX, "is_text_B": torch.zeros(B, dtype=torch.bool, device=device)}
-
-    generator = torch.Generator(device)
+    batch, generator = _contexts(device, B, T, V), torch.Generator(device)
 
     def ours() -> list[Tensor]:
         prepared = objective.prepare(network, batch, 0, generator.manual_seed(0))
@@ -303,6 +312,73 @@ def rlp_step_work(device: torch.device, B=4, T=256, G=8, L=32, V=1024, model=CPU
     sizes = f"{B} contexts of {T} tokens, G = {G} thoughts of up to {L}, {model.pattern}, V = {V}"
     return Work(f"RLP step, {sizes}", B * G * L, [
         Contestant("ours", ours), Contestant("the plain way", plain)])
+
+
+def rlp_trl_work(device: torch.device, B=2, T=256, G=8, L=32, V=4096, model=LLAMA,
+                 folder: Path | None = None) -> Work:
+    """A whole training step of RLP, AdamW included, by the loop and by TRL's GRPOTrainer.
+
+    TRL samples, and gets our thoughts in place of its own, so its rewards and gradients must be
+    ours. folder: of a Llama from Hugging Face, instead of a random one; there TRL keeps its own
+    thoughts. Every turn does the same, for the rate is 0. Nobody can do less: no thought ends
+    early, and without a floor hardly two rewards are equal. TRL has no teacher; ours follows."""
+    shape, family = read_config(folder) if folder else (replace(model, vocab_size=V), "llama")
+    require(family == "llama", f"model ({folder}) is of the family {family}; give a Llama")
+    table = {ours: name for ours, (name, _) in names(shape, "llama").items()}
+    V, tags = shape.vocab_size, (shape.vocab_size - 3, shape.vocab_size - 2)
+    tokenizer = SimpleNamespace(think=tags[0], close=tags[1], end=-1, tags=tags)
+    settings = RLPConfig(group_size=G, thought_len=L, reward_floor=-math.inf, lr=0.0,
+                         clip_norm=math.inf)
+    torch.manual_seed(0)
+    batch = _contexts(device, B, T, V)
+
+    def load() -> HybridLM:
+        network = HybridLM(shape).to(device) if folder else _network(device, model, V)
+        if folder:
+            network.load_state_dict(load_hf(folder)[1])
+        else:  # rewards that differ in their first digits: advantages are their differences
+            network.output_matrix.data.mul_(10)
+        return network
+
+    @cache
+    def begin() -> tuple[Run, list[list[int]]]:
+        """Our step, and its thoughts: those of the first seed of which none ends early."""
+        network, objective, gradients = load(), RLP(settings, tokenizer), []
+        optimizers, generator = build_optimizers(network, settings), torch.Generator(device)
+        optimizers[0].register_step_pre_hook(
+            lambda *_: gradients.extend(network.get_parameter(ours).grad for ours in table))
+
+        def prepare(seed: int) -> dict:
+            return objective.prepare(network, batch, 0, generator.manual_seed(seed))
+
+        def step() -> list[Tensor]:
+            prepared = prepare(seed)
+            update(network, objective, [prepared], optimizers, settings, settings.warmup)
+            objective.after_step(network)
+            found = [prepared["gain_R"], *gradients]
+            gradients.clear()
+            return found
+
+        drawn = ((seed, prepare(seed)["thoughts"]) for seed in itertools.count())
+        seed, thoughts = next(found for found in drawn if (found[1].length_R == L).all())
+        return step, thoughts.tokens_RL.tolist()
+
+    def theirs(name: str, checkpoints: bool) -> Contestant:
+        def make() -> Run:
+            given = None if folder else begin()[1]
+            with tempfile.TemporaryDirectory() as made:
+                if not folder:
+                    save_hf(Path(made, "hf"), shape, load().state_dict())
+                where, weights = folder or Path(made, "hf"), list(table.values())
+                return trl_step(where, weights, batch, settings, tags, given, checkpoints)
+
+        return peer(name, "trl", device, make)
+
+    sizes = f"{B} contexts of {T} tokens, G = {G} thoughts of {L}, {len(shape.pattern) // 2} layers"
+    return Work(f"RLP step of a Llama, AdamW included, {sizes}, d{shape.d_model}, V = {V}",
+                B * G * L, [Contestant("ours", lambda: begin()[0]()),
+                            theirs("TRL GRPOTrainer", False),
+                            theirs("TRL GRPOTrainer with its gradient checkpoints", True)])
 
 
 def elastic_step_work(device: torch.device, B=8, T=256, V=1024, model=CPU_MODEL) -> Work:
@@ -345,7 +421,8 @@ def elastic_step_work(device: torch.device, B=8, T=256, V=1024, model=CPU_MODEL)
 
 BENCHES: dict[str, Callable[..., Work]] = {
     "ssd": ssd_work, "mixer": mixer_work, "decode": decode_work, "logp": logp_work,
-    "base-step": base_step_work, "rlp-step": rlp_step_work, "elastic-step": elastic_step_work}
+    "base-step": base_step_work, "rlp-step": rlp_step_work, "rlp-trl": rlp_trl_work,
+    "elastic-step": elastic_step_work}
 
 
 # -------------------------------------------------------------------------------------- contestants
@@ -390,6 +467,14 @@ def _text(device: torch.device, B: int, T: int, V: int) -> dict[str, Tensor]:
     """A batch of random tokens."""
     tokens_BT, targets_BT = torch.randint(V, (2, B, T), device=device)
     return {"tokens_BT": tokens_BT, "targets_BT": targets_BT, "ids_BT": torch.zeros_like(tokens_BT)}
+
+
+def _contexts(device: torch.device, B: int, T: int, V: int) -> dict[str, Tensor]:
+    """Random contexts and targets for thoughts, without the last three tokens of the vocabulary."""
+    context_BT, target_BX = (torch.randint(V - 3, (B, n), device=device) for n in (T, 1))
+    return {"context_BT": context_BT, "ids_BT": torch.zeros_like(context_BT),
+            "target_BX": target_BX, **{name: torch.zeros(B, dtype=torch.long, device=device)
+                                       for name in ("kind_B", "back_B")}}
 
 
 def _mixer(device: torch.device, D: int, H: int, P: int, N: int, Q: int) -> Mamba2:
@@ -531,25 +616,105 @@ def plain_rlp_step(network: HybridLM, objective: RLP, batch: dict[str, Tensor], 
     return [gain_BG.flatten(), old_logp_RL, *gradients]
 
 
+def trl_step(folder: Path, table: list[str], batch: dict[str, Tensor], c: RLPConfig,
+             tags: tuple[int, int], given: list[list[int]] | None, checkpoints: bool) -> Run:
+    """A step of TRL's GRPOTrainer with the information gain as its reward function.
+
+    given: thoughts that take the place of those sampled. Its tokenizer's words are our ids, and a
+    bias keeps `<think>` out of its softmax, as ours does. TRL subtracts the group's mean from the
+    rewards, so eq. 6 is met by rewards that are G / (G - 1) times the gain. Returns the gains, and
+    the gradients in the order of ours."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    from trl import GRPOConfig, GRPOTrainer
+
+    G, context_BT, target_B = c.group_size, batch["context_BT"], batch["target_BX"][:, 0]
+    device = context_BT.device
+    # 1. The model, the tokenizer, the prompts.
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+    bias_V = torch.zeros(V := model.config.vocab_size, device=device)
+    bias_V[tags[0]] = -1e9
+    model.lm_head.bias = nn.Parameter(bias_V, requires_grad=False)
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(V)}, unk_token="0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=f"{V - 1}")
+    rows = [{"prompt": " ".join(map(str, [*ids, tags[0]]))} for ids in context_BT.tolist()]
+    gains: list[Tensor] = []
+
+    # 2. The reward: the model with each thought, closed, against the model without one.
+    @torch.no_grad()
+    def information_gain_reward(completion_ids: list[list[int]], **_) -> list[float]:
+        thought_RL = torch.tensor(completion_ids, device=device)
+        context_RT, target_R = (t.repeat_interleave(G, dim=0) for t in (context_BT, target_B))
+        think_R1, close_R1 = (torch.full_like(thought_RL[:, :1], tag) for tag in tags)
+        full_RS = torch.cat([context_RT, think_R1, thought_RL, close_R1], dim=1)
+        with_R, without_B = (
+            kernels.token_logp(model(ids, logits_to_keep=1).logits[:, -1], target, tags)
+            for ids, target in ((full_RS, target_R), (context_BT, target_B)))
+        gains[:] = [with_R - without_B.repeat_interleave(G)]
+        return (gains[0] * G / (G - 1)).tolist()
+
+    # 3. The trainer, and its step as its loop takes it.
+    class Trainer(GRPOTrainer):
+        def _generate_single_turn(self, *args):
+            sampled = super()._generate_single_turn(*args)
+            return (given, None) if given else sampled
+
+    with tempfile.TemporaryDirectory() as made:
+        options = GRPOConfig(
+            made, per_device_train_batch_size=len(rows) * G, num_generations=G,
+            max_completion_length=c.thought_len, temperature=c.temperature, beta=0.0,
+            scale_rewards="none", loss_type="grpo", learning_rate=c.lr, max_grad_norm=c.clip_norm,
+            generation_kwargs={"min_new_tokens": c.thought_len}, bf16=False, report_to="none",
+            gradient_checkpointing=checkpoints, use_cpu=device.type == "cpu")
+        trainer = Trainer(model, information_gain_reward, options, Dataset.from_list(rows),
+                          processing_class=words)
+    trainer.current_gradient_accumulation_steps = 1
+    if checkpoints:
+        model.activation_checkpointing_enable()
+    optimizer = trainer.create_optimizer()
+    weights = [model.get_parameter(name) for name in table]
+
+    def run() -> list[Tensor]:
+        trainer.training_step(model, [row for row in rows for _ in range(G)], None)
+        nn.utils.clip_grad_norm_(weights, c.clip_norm)
+        optimizer.step()
+        found = [gains[0], *(p.grad for p in weights)]
+        model.zero_grad()
+        return found
+
+    return run
+
+
 # -------------------------------------------------------------------------------------- the program
 
 
 def measure(name: str, device: torch.device, repeats: int, **sizes) -> dict:
     """Run one benchmark, `sizes` as its function takes them. Returns what its file will hold."""
-    found = compare(BENCHES[name](device, **sizes), repeats, device)
-    cpuinfo = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
-    machine = named[1] if named else platform.machine()
-    peers = {p: getattr(sys.modules[p], "__version__", "") for p in PIP if p in sys.modules}
-    return {"bench": name, **found, "device": device.type,
-            "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else machine,
-            "instructions": torch.backends.cpu.get_cpu_capability(),
-            "threads": torch.get_num_threads(), "precision": torch.get_float32_matmul_precision(),
-            "versions": versions() | peers, "repeats": repeats}
+    folder = sizes.get("folder")
+    apart = partial(measure_apart, name, folder, device, repeats) if folder else None
+    found = compare(BENCHES[name](device, **sizes), repeats, device, apart)
+    used = {"transformers", "trl"} if folder else set(sys.modules)
+    peers = {p: version(PIP[p].split("==")[0]) for p in PIP if p in used and find_spec(p)}
+    return {"bench": f"{name}-{folder.name}" if folder else name, **found, "device": device.type,
+            **hardware(device), "precision": torch.get_float32_matmul_precision(),
+            "versions": versions() | peers, "repeats": repeats, "is_apart": bool(folder)}
+
+
+def measure_apart(name: str, folder: Path, device: torch.device, repeats: int,
+                  contestant: str) -> tuple[list[float], int]:
+    """Seconds of each turn, after one without a clock, and peak bytes of a contestant's process."""
+    words = [name, "--model", folder, "--alone", contestant, "--device", device.type,
+             "--threads", torch.get_num_threads(), "--repeats", repeats]
+    ran = subprocess.run([sys.executable, "-m", "tools.bench", *map(str, words)],
+                         stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(ran.stdout.splitlines()[-1])
 
 
 def bench(name: tyro.conf.Positional[Literal[(*BENCHES, "all")]], repeats: int = 15,
           threads: int = 1, device: Literal["auto", "cpu", "cuda"] = "auto",
+          model: Path | None = None, alone: str = "",
           out: Path = Path(__file__).parent.parent / "results") -> None:
     """Measure speed and memory beside the code of others, on equal work.
 
@@ -558,14 +723,26 @@ def bench(name: tyro.conf.Positional[Literal[(*BENCHES, "all")]], repeats: int =
         repeats: Turns of every contestant; those that take long get fewer, but at least three.
         threads: Of the CPU.
         device: auto is CUDA where there is one.
+        model: For rlp-trl, the Hugging Face directory of a Llama instead of a small random one.
+        alone: With --model, a contestant to measure in this process. Its turns in seconds and the
+            peak memory in bytes are printed, and nothing is written.
         out: Folder of the results; report.py makes tables of results/.
     """
     require(repeats >= 1, f"repeats ({repeats}) must be at least 1")
+    require(name == "rlp-trl" or model is None, f"model ({model}) is for rlp-trl, not for {name}")
+    require(model or not alone, f"alone ({alone}) needs --model, the directory of a Llama")
     where = pick_device(replace(PRESETS["cpu"], device=device))
     torch.set_num_threads(threads)
+    if alone:
+        runs = {c.name: c.run for c in rlp_trl_work(where, folder=model).contestants}
+        require(runs.get(alone), f"alone ({alone}) does not run; choose one of {list(runs)}")
+        runs[alone]()  # the first step makes AdamW's moments
+        turns = take_turns({alone: runs[alone]}, repeats, where)
+        print(json.dumps([turns[alone], round(peak_memory_gib(where) * 2**30)]))
+        return
     out.mkdir(parents=True, exist_ok=True)
-    found = measure(name, where, repeats)
-    file = out / f"bench-{name}-{found['device']}.json"
+    found = measure(name, where, repeats, **{"folder": model} if model else {})
+    file = out / f"bench-{found['bench']}-{found['device']}.json"
     file.write_text(json.dumps(found, indent=1) + "\n")
     print(f"{bench_table(found)}\n\nwrote {file}\n")
 

@@ -114,7 +114,7 @@ def picture(run: tyro.conf.Positional[Path], family: str = "chain",
     require(problem, f"family ({family}) has no problem that the base gets wrong; give another")
     thoughts = think(model, tokenizer, problem, c), before
     log = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    gain_nats = [line["gain_problems_nats"] for line in log]
+    gain_nats = [line["gain_problems_nats"] for line in log if "gain_problems_nats" in line]
     draw(problem.question, thoughts, tokenizer, gain_nats).savefig(out, dpi=200, transparent=True)
     print(f"wrote {out}")
 

@@ -6,7 +6,8 @@ what attention and the scan add at length t), a backward pass is 2 f, a training
     next token  3 f; every mode that is not below
     rlp         rollout: the context once and G thoughts of L tokens from its cache, 1 f each;
                 scoring: the teacher on the context, and the closing tag and the targets after
-                every thought, 1 f; policy: the context once and the thoughts, 3 f, each epoch
+                every thought, 1 f (with `rlp.back` the thoughts and the text behind them as well);
+                policy: the context once and the thoughts, 3 f, each epoch
     elastic     the parent 1 f, the full model as a teacher of smaller budgets 1 f; student 3 f of
                 the model of each budget, weighted by how often it is drawn; the full model for
                 every budget while routers search on masks
@@ -61,10 +62,13 @@ class Phase:
 
 
 def phases(config: Config) -> list[Phase]:
-    """The steps that a run would take, in order; of its base too, unless `init` brings one."""
-    is_base = config.mode == "pretrain"
-    base = [] if is_base or config.init else next_token_phases(replace(config, mode="pretrain"))
-    return base + PHASES.get(config.mode, next_token_phases)(config)
+    """The steps that a run would take, in order; of its base too, unless `init` brings one, and of
+    the warm-up. Training of the base may end earlier (`pretrain.enough`)."""
+    before = {"pretrain": [], "warmup": ["pretrain"]}.get(config.mode, ["pretrain", "warmup"])
+    if config.init:
+        before = before[1:]
+    found = [p for mode in before for p in next_token_phases(replace(config, mode=mode))]
+    return [p for p in found if p.n_steps] + PHASES.get(config.mode, next_token_phases)(config)
 
 
 def facts(config: Config) -> dict:
@@ -111,7 +115,8 @@ def forward_flops(shape: ModelConfig, n_rows: int, n_tokens: int) -> float:
 
 def next_token_phases(config: Config) -> list[Phase]:
     """Next-token prediction."""
-    fit, seq_len = getattr(config, config.mode), config.pretrain.seq_len
+    fit = getattr(config, config.mode)
+    seq_len = getattr(fit, "seq_len", config.warmup.seq_len)
     flops = {"train": 3 * forward_flops(config.model, fit.batch, seq_len)}
     return [Phase(config.mode, fit.steps, fit.batch, seq_len, flops)]
 
@@ -123,6 +128,11 @@ def rlp_phases(config: Config) -> list[Phase]:
     context = B * body_flops(shape, T)
     thoughts = B * G * (body_flops(shape, L, T) + head_flops(shape, L))
     after = B * G * (body_flops(shape, X, T + L) + head_flops(shape, X))
+    n_back = (1 if c.positions == "random" else c.text_share + c.computed_share) * B
+    if c.back and n_back:  # all thoughts are read again, where they stand
+        again = ((B - n_back) * body_flops(shape, L + X, T)
+                 + n_back * body_flops(shape, L + c.back + X, T - c.back))
+        after += G * (again + B * head_flops(shape, X))
     plain = context + B * (body_flops(shape, X - 1, T) + head_flops(shape, X))
     flops = {"rollout": context + thoughts, "scoring": plain + after,
              "policy": 3 * c.inner_epochs * (context + thoughts)}
@@ -238,7 +248,7 @@ def kept_numbers(kind: str, shape: ModelConfig) -> float:
     """Numbers a token that a layer with its norm (3 D) keeps for its backward pass."""
     D, F, H, K, P = shape.d_model, shape.d_ff, shape.n_heads, shape.n_kv_heads, shape.attn_head_dim
     if kind == "-":
-        return 3 * D + (2 if shape.ffn == "relu2" else 4) * F
+        return 3 * D + 2 * F
     if kind == "*":  # queries, keys, values and the output; RoPE and QK-norm keep what they read
         turned = 1.5 * (H + K) * P * (shape.qk_norm + (shape.rope_theta > 0))
         return 3 * D + (2 * H + 2 * K) * P + turned

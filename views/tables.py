@@ -16,7 +16,8 @@ RIVALS = {  # what tables and plots call an elastic family and each `elastic.bas
     "minitron": "alone, n times the tokens", "scratch": "from scratch, n times",
     "random-order": "elastic, random order", "fixed": "elastic, widths by hand",
     "uniform": "elastic, uniform stage 2"}
-POSITIONS = {"text": "ordinary text"}  # what tables call the sets of positions of a summary
+# What tables call the sets of positions of a summary.
+POSITIONS = {"text": "ordinary text", "computed": "computed documents"}
 
 
 def cell(leaf: dict[str, Any] | None, form: str = ".2f") -> str:
@@ -91,7 +92,7 @@ def thought_rows(columns: dict[str, tuple[list[dict], str]], labels: list[str] |
     for label in labels or paths:
         leaves = []
         for runs, who in columns.values():
-            path = paths[label][who == "base" and runs[0]["mode"] != "pretrain"]
+            path = paths[label][who == "base" and "gain_nats_before" in runs[0]]
             leaves.append(over_seeds([figure(run, path, who) for run in runs]))
         if any(leaves):
             form = "+.1%" if label.startswith("change") else ".2f"
@@ -141,11 +142,15 @@ def bench_table(found: dict) -> str:
         rows.append([row["name"], row["note"], "", "", ""] if "ms" not in row else [
             row["name"], f"{row['ms']:.4g}", f"{row['times_ours']:.2f}",
             f"{row['tokens_per_s'] / 1e3:.3g}", f"{row['peak_bytes'] / 2**20:.3g}"])
-    versions = [f"{k} {v}" for k, v in found["versions"].items() if k in ("torch", "transformers")]
+    shown = ("torch", "transformers", "trl")
+    versions = [f"{k} {v}" for k, v in found["versions"].items() if k in shown]
     on_cpu = [found.get("instructions", ""), f"threads: {found['threads']}"]
     words = [found["machine"], *on_cpu * (found["device"] == "cpu"),
              f"fp32 ({found['precision']})", *versions, f"commit {commit(found)}"]
     parts = [markdown(rows), ", ".join(filter(None, words)) + "; medians."]
+    if found.get("is_apart"):
+        parts.append("Each in a process of its own; memory is its peak, weights and libraries "
+                     "included. Results are compared with a small model.")
     if g := found.get("growth"):
         rows = [["tokens", *map(str, g["tokens"])], ["ms", *(f"{ms:.4g}" for ms in g["ms"])],
                 ["peak MiB", *(f"{n / 2**20:.3g}" for n in g["peak_bytes"])]]
@@ -178,7 +183,7 @@ def print_summary(summary: dict, console: Console) -> None:
         if summary["baselines"]:
             print_rows(rival_rows(summary, short), console)
     else:
-        who = dict.fromkeys(["base", summary["mode"]][: 1 + (summary["mode"] != "pretrain")])
+        who = dict.fromkeys(["base", summary["mode"]][: 1 + ("gain_nats_before" in summary)])
         print_rows(thought_rows({w: ([summary], w) for w in who}, show=short), console)
     console.print(f"{summary['wall_s']:.0f} s, {summary['peak_memory_gib']:.2f} GiB at the peak; "
                   "all figures are in summary.json")

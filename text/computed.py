@@ -1,0 +1,194 @@
+"""Documents in which some tokens follow, in several steps, from what stands before them.
+
+RLP puts a thought before a random token of a document. Here many of those tokens cannot be guessed
+without work, and a short worked thought gives them away:
+
+    ledger   Ledger modulo 10, balances last: 4
+             7 5 6                                  thought: " 4 +7 1 +5 6"
+    session  >>> f = lambda p, q: (p - q + 9) % 10
+             >>> x = [4, 1, 8, 3, 0, 9, 2, 6]
+             >>> for n in x: print(n, f(n, 7))
+             4 6                                    thought: " 4 -7 7 +9 6"
+    trace    a program that changes a variable and prints it in each round of a loop, and what it
+             prints
+    doctest  examples from docstrings of Python's own modules; nobody wrote a thought for them
+
+About one token in 5 of a ledger, in 8 of a session and in 7 of a trace is a result. Every thought
+has two steps or more. A session's and a trace's results are what Python gave for that very text.
+
+A kind is a function from a random generator to a `Computed`, and its entry in `KINDS`.
+"""
+
+import functools
+import importlib
+import random
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from text.held_out import bucket_of, buckets_of
+from text.problems import LETTERS
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A document in pieces; a piece with a thought is a result, of one digit.
+
+    pieces: (text, thought); the thought, where there is one, stands before its piece and ends in
+        the same digit. The pieces' tokens are those of the whole text.
+    canonical: what renamed twins have in common, for the split; by default the text itself.
+    """
+
+    kind: str
+    pieces: tuple[tuple[str, str], ...]
+    canonical: str = ""
+
+    def __post_init__(self):
+        object.__setattr__(self, "canonical", self.canonical or self.text)
+
+    @property
+    def text(self) -> str:
+        """The document, without thoughts."""
+        return join(self.pieces)
+
+
+def join(pieces: Iterable[tuple[str, str]]) -> str:
+    """The texts of the pieces in a row."""
+    return "".join(text for text, _ in pieces)
+
+
+def worked(start: int, changes: list[str]) -> str:
+    """A start, then each change (such as -5) with the value that it leads to, modulo 10."""
+    thought = f" {start}"
+    for change in changes:
+        start = (start + int(change)) % 10
+        thought += f" {change} {start}"
+    return thought
+
+
+def renamed(text: str, names: list[str]) -> str:
+    """The text with the n-th of the names, in order of appearance, written as n in brackets."""
+    new: dict[str, str] = {}
+    return re.sub("[A-Za-z]+", lambda word: new.setdefault(word[0], f"<{len(new)}>")
+                  if word[0] in names else word[0], text)
+
+
+def ledger(rng: random.Random) -> Computed:
+    """Two payments in each line, and the balance after them."""
+    balance = rng.randrange(10)
+    pieces = [(f"Ledger modulo 10, balances last: {balance}", "")]
+    for _ in range(rng.randint(14, 22)):
+        payments = rng.choices(range(1, 10), k=2)
+        thought = worked(balance, [f"+{n}" for n in payments])
+        balance = int(thought[-1])
+        pieces += [(f"\n{' '.join(map(str, payments))}", ""), (f" {balance}", thought)]
+    return Computed("ledger", tuple(pieces))
+
+
+@dataclass(frozen=True)
+class Sum:
+    """`(p - q + 3) % 10` of any two numbers: the sign of the second, and a change (such as +3)."""
+
+    sign: str
+    change: str
+
+    def of(self, first: str, second: str) -> str:
+        """The expression in Python."""
+        return f"({first} {self.sign} {second} {self.change[0]} {self.change[1]}) % 10"
+
+    def thought(self, first: int, second: int) -> str:
+        """The way to its value."""
+        return worked(first, [f"{self.sign}{second}", self.change])
+
+
+def draw_sum(rng: random.Random) -> Sum:
+    """One of 36 sums."""
+    return Sum(rng.choice("+-"), f"{rng.choice('+-')}{rng.randint(1, 9)}")
+
+
+def session(rng: random.Random) -> Computed:
+    """An interpreter's session: a function, a list of numbers, and two questions to each."""
+    f, p, q, many, item = names = rng.sample(LETTERS, 5)
+    sum_, numbers = draw_sum(rng), rng.sample(range(10), 8)
+    lines = [f"{f} = lambda {p}, {q}: {sum_.of(p, q)}", f"{many} = {numbers}"]
+    values: dict = {}
+    exec("\n".join(lines), values)
+    pieces = [("\n".join(f">>> {line}" for line in lines), "")]
+    for x in rng.sample(range(10), 2):
+        called = f"{f}({item}, {x})"
+        pieces.append((f"\n>>> for {item} in {many}: print({item}, {called})", ""))
+        for n in numbers:  # the answers are Python's
+            answer = eval(called, values | {item: n})
+            pieces += [(f"\n{n}", ""), (f" {answer}", sum_.thought(n, x))]
+    return Computed("session", tuple(pieces), renamed(join(pieces), names))
+
+
+def trace(rng: random.Random) -> Computed:
+    """A loop over numbers, and what it prints: each of them, and a variable that it changes."""
+    name, item = names = rng.sample(LETTERS, 2)
+    sum_, value, numbers = draw_sum(rng), rng.randrange(10), rng.choices(range(10), k=16)
+    program = (f"{name} = {value}\nfor {item} in {', '.join(map(str, numbers))}:\n"
+               f"    {name} = {sum_.of(name, item)}\n    print({item}, {name})")
+    shown: list[tuple[int, int]] = []
+    exec(program, {"print": lambda *row: shown.append(row)})
+    pieces = [(program, "")]
+    for n, after in shown:
+        pieces += [(f"\n{n}", ""), (f" {after}", sum_.thought(value, n))]
+        value = after
+    return Computed("trace", tuple(pieces), renamed(join(pieces), names))
+
+
+# Modules whose examples need no file, network or clock.
+DOCTEST_MODULES = ("collections", "decimal", "difflib", "enum", "fractions", "heapq", "ipaddress",
+                   "json", "math", "statistics", "textwrap")
+
+
+@functools.cache
+def doctests() -> list[Computed]:
+    """The docstrings' examples that pass when they are run, of 60 to 1,000 characters each.
+
+    The corpus holds the same lines inside the docstrings, dealt to splits by module: so a test
+    example may have been read in training, and its figures are no measure of what is new.
+    """
+    import doctest
+
+    found: dict[str, Computed] = {}
+    for name in DOCTEST_MODULES:
+        for test in doctest.DocTestFinder().find(importlib.import_module(name)):
+            pieces = []
+            for e in test.examples:
+                pieces += [(">>> " + e.source.rstrip("\n").replace("\n", "\n... ") + "\n", ""),
+                           (e.want, "")]
+            document = Computed("doctest", tuple(pieces))
+            if (60 <= len(document.text) <= 1000 and any(e.want for e in test.examples)
+                    and not doctest.DocTestRunner().run(test, out=lambda _: None).failed):
+                found.setdefault(document.text, document)
+    return list(found.values())
+
+
+GENERATED: dict[str, Callable[[random.Random], Computed]] = {
+    "ledger": ledger, "session": session, "trace": trace}
+KINDS = GENERATED | {"doctest": lambda rng: rng.choice(doctests())}
+
+
+def draw_computed(rng: random.Random, split: str, held_out_percent: int,
+                  kind: str | None = None) -> Computed:
+    """A random document of a split, of any generated kind or of the one given: drawn until its
+    bucket is the split's. Raises ValueError if none of 10,000 draws is."""
+    name, others = kind or rng.choice(list(GENERATED)), set()
+    buckets = buckets_of(split, held_out_percent)
+    for _ in range(10_000):
+        document = KINDS[name](rng)
+        if bucket_of(document.canonical) in buckets:
+            return document
+        others.add(document.canonical)
+    raise ValueError(f"computed documents of the kind {name!r}: none of the {split} split in "
+                     f"10,000 draws; let it make more than {len(others)} different ones, or raise "
+                     "data.held_out_percent")
+
+
+def computed_examples(held_out_percent: int) -> list[str]:
+    """Enough training documents, with thoughts, for their words to become tokens."""
+    rng = random.Random("computed examples")
+    documents = [draw_computed(rng, "train", held_out_percent) for _ in range(1000)]
+    return ["".join(thought + text for text, thought in d.pieces) for d in documents]
