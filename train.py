@@ -392,8 +392,8 @@ def warn_of_answers(tokenizer: Tokenizer, config: Config) -> None:
     longest = max(len(batches.problem_tokens(tokenizer, p)[1]) for p in problems) - 1
     if longest > config.rlp.horizon:
         warn(f"answers take up to {longest} tokens of this tokenizer, and rlp.horizon "
-                    f"({config.rlp.horizon}) looks at the first; with --rlp.horizon {longest} "
-                    "accuracy and reward are those of the whole answer")
+             f"({config.rlp.horizon}) looks at the first; with --rlp.horizon {longest} "
+             "accuracy and reward are those of the whole answer")
 
 
 def dry_run(config: Config) -> dict:

@@ -258,15 +258,13 @@ def test_computed_positions_are_one_in_each_of_different_held_out_documents(corp
     assert found.problems == []
 
 
-def test_validation_is_greedy_accuracy_by_family_on_the_validation_split(corpus, networks, monkeypatch):
+def test_validation_is_greedy_accuracy_by_family_on_the_validation_split(corpus, networks):
     """By hand: the likeliest thought of each problem of `val`, and whether the likeliest tokens after it are the answer."""
     model, tk, right = networks[1], corpus.tokenizer, {}
     for p in held_out_problems("val", 5, SEED, corpus.held_out_percent):
         context, target = tk.encode(p.prompt)[-CONTEXT:], (tk.encode(p.answer) + [tk.end] * HORIZON)[:HORIZON]
         thought = greedy_by_hand(model, context, tk, [])
-        closed = thought if thought[-1] == tk.close else [*thought, tk.close]
-        is_right = logp_by_hand(model, [*context, tk.think, *closed], target, tk.tags)[1]
-        right.setdefault(p.family, []).append(float(is_right))
+        right.setdefault(p.family, []).append(float(logp_after_by_hand(model, tk, context, thought, target)[1]))
     assert 0 < sum(map(sum, right.values())) < 20
     expected = {family: sum(values) / 5 for family, values in right.items()}
     assert evals.validate(model, corpus, CONFIG, 5) == pytest.approx(expected)
@@ -329,10 +327,16 @@ def logp_by_hand(model, before, target, tags):
     return logp, right
 
 
-def logp_after_by_hand(model, tokenizer, context, thought, target):
-    """The same after a thought, which is closed if it did not close itself."""
-    closed = thought if thought[-1] == tokenizer.close else [*thought, tokenizer.close]
-    return logp_by_hand(model, [*context, tokenizer.think, *closed], target, tokenizer.tags)
+def with_thought(context, thought, back, tk):
+    """The context with the thought, closed, before its last `back` tokens."""
+    closed = thought if thought[-1] == tk.close else [*thought, tk.close]
+    stands = len(context) - back
+    return [*context[:stands], tk.think, *closed, *context[stands:]]
+
+
+def logp_after_by_hand(model, tokenizer, context, thought, target, back=0):
+    """`logp_by_hand` after a thought that stands `back` tokens before the end of the context."""
+    return logp_by_hand(model, with_thought(context, thought, back, tokenizer), target, tokenizer.tags)
 
 
 def greedy_by_hand(model, context, tokenizer, begin):
@@ -429,31 +433,24 @@ class ByHand:
     groups: list
 
 
-def with_thought(context, thought, back, tk):
-    """The context with the thought, closed, before its last `back` tokens."""
-    closed = thought if thought[-1] == tk.close else [*thought, tk.close]
-    stands = len(context) - back
-    return [*context[:stands], tk.think, *closed, *context[stands:]]
-
-
 def by_hand(run, who, pairs, groups):
     """All values of a model's sampled thoughts."""
     tk, model = run.tokenizer, getattr(run, who)
 
-    def after(context, thought, target, back):
-        return logp_by_hand(model, with_thought(context, thought, back, tk), target, tk.tags)
-
     def mean(values):
         return sum(values) / len(values)
 
-    scored = [[after(x, c, t, back) for c in group] for (x, t, back), group in zip(pairs, groups, strict=True)]
+    scored = [
+        [logp_after_by_hand(model, tk, x, c, t, back) for c in group]
+        for (x, t, back), group in zip(pairs, groups, strict=True)
+    ]
     plain = {
         name: [logp_by_hand(getattr(run, name), c, t, tk.tags) for c, t, _ in pairs] for name in ("base", "teacher", who)
     }
     return ByHand(
         logp=[mean([logp for logp, _ in row]) for row in scored],
         plain={name: [logp for logp, _ in rows] for name, rows in plain.items()},
-        empty=[after(context, [tk.close], target, back)[0] for context, target, back in pairs],
+        empty=[logp_after_by_hand(model, tk, x, [tk.close], t, back)[0] for x, t, back in pairs],
         right=[mean([float(right) for _, right in row]) for row in scored],
         right_plain=[float(right) for _, right in plain[who]],
         length=[mean([len(c) for c in group]) for group in groups],
@@ -562,8 +559,8 @@ def swapped_by_hand(run, who, pairs, h):
     from_place = {ring[k]: ring[k - 1] for k in range(n)}
     logp = []
     for place, (context, target, back) in enumerate(pairs):
-        read = [with_thought(context, c, back, tk) for c in h.groups[from_place[place]]]
-        scored = [logp_by_hand(getattr(run, who), tokens, target, tk.tags)[0] for tokens in read]
+        others = h.groups[from_place[place]]
+        scored = [logp_after_by_hand(getattr(run, who), tk, context, c, target, back)[0] for c in others]
         logp.append(sum(scored) / SAMPLES)
     return minus(h.logp, logp)
 

@@ -207,15 +207,19 @@ def claims(found: dict[str, list[dict]]) -> list[list[str]]:
 # --------------------------------------------------------------------------------------- RESULTS.md
 
 
+def whole_seconds(run: dict) -> float:
+    """Of a run with its base, whether or not that was trained in it."""
+    return run["wall_s"] + run["base_train_s"] * run["base_was_cached"]
+
+
 def speedrun_rows(runs: list[dict]) -> list[list[str]]:
     """How long each default run took to a base, and to .90 right with sampled thoughts."""
     rows = [["seed", "base, s", "to .90, base included, s", "whole run, s", "machine", "commit"]]
     for run in runs:
-        base, whole = run["base_train_s"], run["wall_s"]
-        reached = run["seconds_to_90"]
+        base, reached = run["base_train_s"], run["seconds_to_90"]
         rows.append([str(run["seed"]), f"{base:.0f}",
                      "not reached" if reached is None else f"{base + reached:.0f}",
-                     f"{whole + base * run['base_was_cached']:.0f}",
+                     f"{whole_seconds(run):.0f}",
                      f"{run['machine']}, {run['instructions']}, threads: {run['threads']}",
                      view.commit(run)])
     return rows
@@ -267,8 +271,7 @@ def results(folder: Path) -> str:
                    **{name: ([run], run["mode"]) for name, run in runs.items()}}
         costs = []
         for name, run in runs.items():
-            seconds = run["wall_s"] + run["base_train_s"] * run["base_was_cached"]
-            costs.append(f"{name} {seconds / 60:.1f} min with the base, "
+            costs.append(f"{name} {whole_seconds(run) / 60:.1f} min with the base, "
                          f"{run['peak_memory_gib']:.1f} GiB, commit {view.commit(run)}")
         parts += [f"### Seed {seed}", view.markdown(view.thought_rows(columns)), "; ".join(costs)]
     if timed := [run for run in found["rlp-cpu"] if "seconds_to_90" in run]:
