@@ -22,7 +22,9 @@ likes to open a thought would seem to predict badly, and gains would look larger
 floor (`rlp.reward_floor`); positions may be answers of problems (`rlp.positions`); elsewhere a
 thought stands some tokens before the one it is for (`rlp.back`), since the break that it makes in a
 text spoils whatever is predicted right behind it; both scorers may read an instruction first
-(`rlp.prompt`).
+(`rlp.prompt`). `rlp.predictor` weighs the half of the gradient that the paper leaves out:
+
+    grad E_c[log p(x_t | x_<t, c)] = E_c[log p grad log pi(c)] + E_c[grad log p(x_t | x_<t, c)]
 """
 
 import functools
@@ -40,7 +42,7 @@ from system.errors import require
 from system.objective import Metrics, Objective
 from text.batches import KINDS
 from text.tokenizer import Tokenizer
-from thoughts import Prefix, Sampling, prefill, sample_thoughts, score_context
+from thoughts import Prefix, Sampling, prefill, sample_thoughts, score_context, score_thoughts
 
 LOOK_BACK = 20  # steps after which a run that learns nothing is told so
 
@@ -192,7 +194,8 @@ class RLP(Objective):
         return batch
 
     def loss(self, model: HybridLM, batch: dict) -> tuple[Tensor, int, Metrics]:
-        """Sum over the thoughts of the clipped surrogate and the KL term, their number, metrics."""
+        """Sum over the thoughts of the clipped surrogate and the terms of kl and predictor, their
+        number, metrics."""
         c, thoughts, advantage_R = self.config, batch["thoughts"], batch["advantage_R"]
         length_R = thoughts.length_R
         # Where rewards are equal there is nothing to learn, and the sampler's log p is good enough
@@ -200,7 +203,8 @@ class RLP(Objective):
         wanted_R = batch["signal_B"].repeat_interleave(c.group_size)
         if c.kl > 0 or parallel.is_dressed(model) or not wanted_R.any():
             wanted_R = torch.ones_like(wanted_R)
-        logp_RL = self.policy_logp(model, batch, batch.pop("prefix", None), wanted_R)
+        prefix = batch.pop("prefix", None)
+        logp_RL = self.policy_logp(model, batch, prefix, wanted_R)
         logp_RL = logp_RL.where(wanted_R[:, None], thoughts.logp_RL)
         # The first update notes the old policy: rho begins at 1, however the sampler had rounded.
         old_logp_RL = batch.setdefault("old_logp_RL", logp_RL.detach())
@@ -210,6 +214,12 @@ class RLP(Objective):
         if c.kl > 0:
             kl_R = kl_estimate(logp_RL, batch["reference_logp_RL"])
             loss_R, metrics["kl_nats"] = loss_R + c.kl * kl_R, kl_R.detach()
+        loss = loss_R.sum()
+        if c.predictor > 0:  # after one thought of each group, which stands for all G
+            first_BL = thoughts.tokens_RL[:: c.group_size]
+            logp_B, _ = score_thoughts(model, batch, self.tokenizer, first_BL, prefix)
+            loss = loss - c.predictor * c.group_size * logp_B.sum()
+            metrics["predictor_nats"] = -logp_B.detach()
         with torch.no_grad():
             rho_RL, A_R1 = torch.exp(logp_RL - old_logp_RL), advantage_R[:, None]
             cut_RL = torch.where(A_R1 > 0, rho_RL > 1 + c.eps_high,
@@ -217,7 +227,7 @@ class RLP(Objective):
             off_RL = (torch.exp(old_logp_RL - thoughts.logp_RL) - 1).abs()
             metrics |= {"clipped": thought_mean(cut_RL, length_R),
                         "sampler_off": thought_mean(off_RL, length_R)}
-        return loss_R.sum(), len(loss_R), {k: (t.sum(), t.numel()) for k, t in metrics.items()}
+        return loss, len(loss_R), {k: (t.sum(), t.numel()) for k, t in metrics.items()}
 
     def metrics(self, batch: dict) -> dict[str, Tensor]:
         """What is logged of thoughts and rewards, as one value for each thought or each group."""

@@ -37,7 +37,7 @@ from model import HybridLM
 from rlp import RLP
 from system import checkpoint, huggingface, parallel, rundir
 from system.config import Config, ModelConfig, require_known
-from system.costs import count_parameters
+from system.costs import count_parameters, part_parameters, sum_of_parts
 from system.errors import path_and_reason, require
 from system.files import fingerprint
 from system.loop import check_rows, console, fit, split_batch, warn
@@ -237,6 +237,14 @@ def write_samples(networks: dict[str, HybridLM], t: Trained) -> None:
     (t.run_dir / "samples.txt").write_text("\n".join(lines) + "\n")
 
 
+def refuse_rlp(shape: ModelConfig, config: Config, device: torch.device) -> None:
+    """Raises ValueError where processes would need different numbers of passes."""
+    n = int(sum_of_parts(part_parameters, shape))
+    require(config.rlp.predictor == 0 or not parallel.shards(n), f"rlp.predictor "
+            f"({config.rlp.predictor}) must be 0 where weights are sharded; set it to 0, or "
+            "parallel.mode to data")
+
+
 # ------------------------------------------------------------------------------------- elastic
 
 
@@ -377,7 +385,7 @@ MODES: dict[str, Mode] = {
                      needs_base=False),
     "warmup": Mode(batches.warmup_batch, lambda *_: NextToken(), figures_of_one),
     "rlp": Mode(batches.rlp_batch, lambda _, corpus, config: RLP(config.rlp, corpus.tokenizer),
-                figures_before_and_after),
+                figures_before_and_after, refuse_rlp),
     "cpt": Mode(batches.cpt_batch, lambda *_: NextToken(), figures_before_and_after),
     "elastic": Mode(batches.elastic_batch, make_elastic, figures_of_family, refuse_elastic),
 }

@@ -230,6 +230,8 @@ class RLPConfig(FitConfig):
     eps_low: Share = 0.2  # Lower clip of the likelihood ratio: 1 - eps_low.
     eps_high: Weight = 0.2  # Upper clip of the likelihood ratio: 1 + eps_high.
     inner_epochs: Count = 1  # Updates from each batch of thoughts.
+    # Weight of -log p(target | context, thought), which trains the predictor too; the paper has 0.
+    predictor: Weight = 0.0
     kl: Weight = 0.0  # Weight of a thought's KL from the starting policy; the paper uses 0.
     # Decay of the teacher's moving average.
     tau: Annotated[float, within(0, 1, "; the paper's is 0.999")] = 0.999

@@ -177,13 +177,18 @@ def exactly() -> contextlib.AbstractContextManager:
     return torch.autocast(team.device.type, enabled=False)
 
 
+def shards(n_parameters: int) -> bool:
+    """Whether a network of so many parameters is sharded."""
+    mode = team.settings.mode
+    return team.world > 1 and (mode == "fsdp" or mode == "auto" and n_parameters >= FSDP_FROM)
+
+
 def shard(network: nn.Module) -> nn.Module:
     """The network to train in place of this: itself, or dressed (recomputed, compiled, sharded).
     All get the first process's weights. A dressed one shares memory with the one given; a sharded
     one takes the weights over until `collect` brings them back."""
-    c, n = team.settings, sum(p.numel() for p in network.parameters())
+    c, is_sharded = team.settings, shards(sum(p.numel() for p in network.parameters()))
     broadcast(network)
-    is_sharded = team.world > 1 and (c.mode == "fsdp" or (c.mode == "auto" and n >= FSDP_FROM))
     if not (is_sharded or c.activation_checkpointing or c.compile):
         return network
     dressed = undressed(network, network.state_dict(), trains=True)

@@ -325,6 +325,20 @@ def test_parallel_settings_do_not_make_another_base_or_another_run():
     assert rundir.shared_settings(plain) == rundir.shared_settings(other)
 
 
+def test_a_predictor_term_is_refused_where_weights_are_sharded(monkeypatch):
+    """Processes whose thoughts stand at other places would run other numbers of passes."""
+    config = PRESETS["smoke"]
+    with_term = dataclasses.replace(config, rlp=dataclasses.replace(config.rlp, predictor=0.1))
+    refuse, shape = train.MODES["rlp"].refuse, dataclasses.replace(config.model, vocab_size=512)
+    refuse(shape, with_term, CPU)
+    monkeypatch.setattr(parallel.team, "world", 2)
+    refuse(shape, with_term, CPU)  # too small for auto to shard
+    monkeypatch.setattr(parallel.team, "settings", ParallelConfig(mode="fsdp"))
+    refuse(shape, config, CPU)
+    with pytest.raises(ValueError, match=r"rlp\.predictor \(0\.1\) must be 0 .* set it to 0, or parallel\.mode to data"):
+        refuse(shape, with_term, CPU)
+
+
 def test_errors_of_the_network_mean_a_lost_process_only_where_there_are_others(monkeypatch):
     error = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234")
     assert not parallel.is_lost(error)

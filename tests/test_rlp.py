@@ -678,3 +678,23 @@ def test_kl_term_pulls_to_the_starting_policy_which_stays(model):
     added = objective.loss(model, prepared)[0] - objective_of(kl=0.0).loss(model, prepared)[0]
     assert expected_R.min() > 1e-3
     assert_close(added, 0.5 * expected_R.sum(), **NEAR)
+
+
+def test_predictor_term_is_the_loss_of_the_target_after_each_groups_first_thought(model, monkeypatch):
+    """It stands for all three thoughts of its group; nothing of it reaches the thought's own log p."""
+    thoughts = [[0, CLOSE], [CLOSE], [2, 1, CLOSE], [2, 1, 0], [0, 2, 2], [1, END]]
+    force(monkeypatch, thoughts)
+    objective, plain = objective_of(predictor=0.5), objective_of()
+    prepared = [o.prepare(model, batch_of(), 0, generator()) for o in (objective, plain)]
+    found, n, metrics = objective.loss(model, prepared[0])
+    added = gradients(model, found - plain.loss(model, prepared[1])[0])
+    logp_B = torch.stack(
+        [
+            plain_logp(model, [*context, THINK, *c, *[CLOSE] * (c[-1] != CLOSE)], target[:1], TOKENIZER.tags).sum()
+            for context, target, c in zip(CONTEXTS, TARGETS, thoughts[::3], strict=True)
+        ]
+    )
+    assert n == 6
+    assert_close(added, gradients(model, -0.5 * 3 * logp_B.sum()), **NEAR)
+    assert means(metrics)["predictor_nats"] == pytest.approx(-float(logp_B.detach().mean()), rel=1e-4)
+    assert "predictor_nats" not in plain.loss(model, plain.prepare(model, batch_of(), 0, generator()))[2]
