@@ -129,7 +129,7 @@ def sum_problem(rng: random.Random) -> Problem:
 
 
 FAMILIES: dict[str, Callable[[random.Random], Problem]] = {
-    "lookup": lookup_problem, "chain": chain_problem, "word": word_problem, "sum": sum_problem}
+    "lookup": lookup_problem, "chain": chain_problem, "sum": sum_problem, "word": word_problem}
 
 
 def draw_problem(
