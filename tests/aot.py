@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import kernels
+import kernels_gpu
 
 COPY_BYTES_PER_NS = 3000.0  # an H100's 3.0 TB/s, read plus written
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -111,7 +112,7 @@ def resources(compiled: triton.compiler.CompiledKernel) -> tuple[int, int, int]:
     return int(registers), int(stack), compiled.metadata.shared
 
 
-def launches_of(s: Shape, dtype: torch.dtype) -> dict[str, tuple[Launch, int]]:
+def launches_of(s: Shape, dtype: torch.dtype, precision: str = "high", card: int = 90) -> dict[str, tuple[Launch, int]]:
     """Every kernel, once, as a mixer and an output layer of this shape launch it, with the tokens that it works on.
 
     Matrix products of fp32 numbers are in tf32.
@@ -145,7 +146,9 @@ def launches_of(s: Shape, dtype: torch.dtype) -> dict[str, tuple[Launch, int]]:
         kernels.selected_logp_triton(tensor(s.B, s.T, s.D), tensor(s.V, s.D), token, (3,), 0.7).sum().backward()
 
     found = {}
-    with mock.patch.object(torch, "get_float32_matmul_precision", return_value="high"):
+    precise = mock.patch.object(torch, "get_float32_matmul_precision", return_value=precision)
+    on_card = mock.patch.object(kernels_gpu, "_card", return_value=card // 10)
+    with precise, on_card:
         for launch in record(lambda: mixer(s.T, tensor(s.B, s.T, dtype=torch.int64, grad=False)).backward()) + record(logp):
             found[str(launch)] = launch, s.B * s.T
         with torch.no_grad():

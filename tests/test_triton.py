@@ -84,6 +84,58 @@ def test_the_scan_compiles_for_other_cards(capability):
             assert shared <= 99 * 1024
 
 
+@pytest.fixture
+def grids(monkeypatch):
+    """Of the launches that work on meta tensors would make."""
+    found = []
+    monkeypatch.setattr(kernels_gpu, "_launch", lambda kernel, grid, *_, **__: found.append((kernel.__name__, grid)))
+    return found
+
+
+@needs_triton
+def test_batches_beyond_the_second_axis_of_a_grid_are_convolved(grids):
+    """A card takes 65,535 programs on the second and third axis, and 2^31 - 1 on the first."""
+    x_BTE = torch.empty(70_000, 3, 80, device="meta", requires_grad=True)
+    kernels.causal_conv_triton(x_BTE, torch.empty(80, 4, device="meta"), torch.empty(80, device="meta"))[0].sum().backward()
+    assert grids == [("conv_kernel", (140_000, 1)), ("conv_grad_kernel", (140_000, 1))]
+
+
+@needs_triton
+@pytest.mark.parametrize(("P", "T", "remedy"), [
+    (129, 4, r"at most 128 channels, and these have 129; make the heads smaller"),
+    (16, 4_194_241, r"at most 4194240 tokens at a time, and these are 4194241; pass them in parts")])  # fmt: skip
+def test_sizes_that_no_card_takes_are_refused_before_a_launch(grids, P, T, remedy):
+    x_BTHP, dt_BTH, b_BTKN = (torch.empty(1, T, *sizes, device="meta") for sizes in ((2, P), (2,), (1, 16)))
+    a_H = torch.empty(2, device="meta")
+    with pytest.raises(ValueError, match=remedy):
+        kernels.ssd_triton(x_BTHP, dt_BTH, a_H, b_BTKN, b_BTKN, a_H)
+    if T > 4:
+        with pytest.raises(ValueError, match=remedy):
+            kernels.causal_conv_triton(x_BTHP[..., 0], torch.empty(2, 4, device="meta"), a_H)
+    assert grids == []
+
+
+def test_a_kernel_starts_on_the_card_of_its_tensors_and_not_at_all_without_work(monkeypatch):
+    entered, t = [], torch.zeros(1)
+
+    class Card:
+        def __init__(self, tensor):
+            assert tensor is t
+
+        def __enter__(self):
+            entered.append("card")
+
+        def __exit__(self, *_):
+            entered.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device_of", Card)
+    kernel = {(2, 1): lambda *arguments, size: entered.append((arguments, size))}
+    kernels_gpu._launch(kernel, (2, 1), t, 5, size=16)
+    assert entered == ["card", ((t, 5), 16), "left"]
+    kernels_gpu._launch(kernel, (2, 0), t, 5, size=16)
+    assert len(entered) == 3
+
+
 def definitions(ttir):
     """What each name of Triton's intermediate code stands for: the right side of its definition."""
     return dict(re.findall(r"^ *(%\w+)(?::\d+)? = (.*)$", ttir, flags=re.M))
