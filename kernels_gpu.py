@@ -17,6 +17,9 @@ as torch's own (torch.set_float32_matmul_precision); states between chunks are i
 
 from __future__ import annotations  # `tl.constexpr` is no name where triton is missing
 
+import hashlib
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -25,6 +28,7 @@ from system.errors import require
 try:
     import triton
     import triton.language as tl
+    from triton.backends.nvidia.compiler import get_ptxas_version
 except ImportError:  # the kernels below stay plain functions, which nobody calls
     triton = tl = None
 jit = triton.jit if triton else lambda function: function
@@ -109,6 +113,19 @@ def _launch(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
             kernel[grid](*arguments, **constants)
 
 
+def passed_file(device: torch.device, *case) -> tuple[Path, str]:
+    """The file that is there once a case was found right, and words for the card and what compiles:
+    another card, Triton, ptxas, torch or version of this file is another file."""
+    on_gpu = device.type == "cuda"
+    major, minor = torch.cuda.get_device_capability(device) if on_gpu else (8, 0)
+    ptxas = get_ptxas_version(10 * major + minor).split("release ")[-1].split("\n")[0]
+    card = torch.cuda.get_device_name(device) if on_gpu else "the interpreter"
+    words = f"{card}, Triton {triton.__version__}, ptxas {ptxas}"
+    key = repr((words, torch.__version__, Path(__file__).read_bytes(), case))
+    name = hashlib.sha256(key.encode()).hexdigest()[:32]
+    return Path(triton.knobs.cache.dir) / f"passed-{name}", words
+
+
 def _require_size(P: int, T: int) -> None:
     """Raises ValueError for sizes that the kernels cannot take, before anything is launched."""
     require(P <= MAX_P, f"kernels (triton) takes heads of at most {MAX_P} channels, and these have "
@@ -117,7 +134,7 @@ def _require_size(P: int, T: int) -> None:
                              f"these are {T}; pass them in parts, each with the state so far")
 
 
-def _precision() -> str:
+def precision() -> str:
     """Of products of fp32 numbers: three tf32 products are as good as fp32."""
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
@@ -322,8 +339,8 @@ class TritonSSD(torch.autograd.Function):
         """dt, a, d and the state in fp32, b and c in the dtype of x."""
         (B, T, H, P), (K, N) = x_BTHP.shape, b_BTKN.shape[2:]
         (x_BTHP, at_x), (b_BTKN, at_b), (c_BTKN, at_c) = _rows(x_BTHP), _rows(b_BTKN), _rows(c_BTKN)
-        ctx.sizes = {"H": H, "J": H // K, "P": P, "N": N, "Q": TILE, "PRECISION": _precision()}
-        product = _precision() if x_BTHP.dtype == torch.float32 else "half"
+        ctx.sizes = {"H": H, "J": H // K, "P": P, "N": N, "Q": TILE, "PRECISION": precision()}
+        product = precision() if x_BTHP.dtype == torch.float32 else "half"
         ctx.tiles = TILES[_card(x_BTHP), product]
         ctx.strides = at_x, at_b, at_c, T
         states_BCHPN, last_BHPN = _walk(

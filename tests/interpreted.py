@@ -185,6 +185,47 @@ def test_no_sequences_or_no_tokens_give_empty_results_and_the_state_as_it_was(pa
         assert (inputs["weight_I"].grad == 0).all()
 
 
+def scan_fault(dtype=torch.float32, H=4, P=16, K=2, N=24, aligned=True, with_state=True, packed=True, gradients=True):
+    kernels._scan_fault.cache_clear()
+    sizes = H, P, K, N, aligned, with_state, packed, gradients
+    return kernels._scan_fault(torch.device("cpu"), dtype, "tf32x3", *sizes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("plain", [False, True])
+def test_the_check_of_a_card_finds_right_kernels_right(dtype, plain, tmp_path, monkeypatch):
+    """Exactly: so its whole numbers are as exact in the kernels as they are in fp64."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    allclose = torch.allclose
+    monkeypatch.setattr(torch, "allclose", lambda *pair, rtol, atol: allclose(*pair, rtol=1e-6, atol=1e-6))
+    options = {"aligned": False, "with_state": False, "packed": False} if plain else {}
+    assert scan_fault(dtype, **options) == ""
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+@pytest.mark.parametrize("result", range(9))
+def test_the_check_of_a_card_notices_a_wrong_number_anywhere(result, tmp_path, monkeypatch):
+    """In y, the last state and seven gradients. What was found wrong is looked at again, what was right is not."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    both = kernels._values_and_gradients
+
+    def wrong(scan, *rest):
+        found = list(both(kernels.ssd_chunked, *rest))
+        if scan is kernels.ssd_triton:
+            found[result].flatten()[-1] += 1
+        return found
+
+    monkeypatch.setattr(kernels, "_values_and_gradients", wrong)
+    assert "wrong here (the interpreter, Triton " in scan_fault()
+    assert "TRITON_PTXAS_PATH" in scan_fault()
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(kernels, "_values_and_gradients", lambda scan, *rest: both(kernels.ssd_chunked, *rest))
+    assert scan_fault() == ""
+    monkeypatch.setattr(kernels, "_values_and_gradients", wrong)
+    assert scan_fault() == ""
+    assert "wrong here" in scan_fault(N=16)
+
+
 # ----------------------------------------------------------------------------------------------------------- one token
 
 

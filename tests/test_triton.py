@@ -136,6 +136,33 @@ def test_a_kernel_starts_on_the_card_of_its_tensors_and_not_at_all_without_work(
     assert len(entered) == 3
 
 
+@pytest.fixture(scope="session")
+def triton_of_torch(tmp_path_factory):
+    """A folder with the Triton that torch 2.13's wheels for CUDA bring, beside the one that is installed."""
+    folder = tmp_path_factory.mktemp("triton")
+    status, shown = python("-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), "triton==3.7.1")
+    if status != 0:
+        pytest.skip(f"triton 3.7.1 cannot be installed, there may be no network: {shown[-200:]}")
+    return str(folder)
+
+
+@needs_triton
+@pytest.mark.parametrize("version", ["installed", "3.7.1"])
+def test_every_size_fits_every_card_and_half_precision_hardly_spills(version, request):
+    """fp32's default, three tf32 products, is allowed to spill. A kernel of a few registers would be a bare trap."""
+    path = [] if version == "installed" else [request.getfixturevalue("triton_of_torch")]
+    status, shown = python("tests/aot.py", "sizes", PYTHONPATH=os.pathsep.join(path))
+    assert status == 0, shown
+    rows = [dict(zip(shown.split("\n")[0].split("\t"), line.split("\t"), strict=True)) for line in shown.split("\n")[1:-1]]
+    assert len(rows) == len(aot.SHARED_KIB) * len(aot.SIZES) * 5
+    assert version in ("installed", rows[0]["triton"])
+    for row in rows:
+        assert float(row["shared_kib"]) <= aot.SHARED_KIB[int(row["card"])], row
+        assert int(row["tensor_memory"]) <= 512, row
+        assert int(row["registers"]) > 16, row
+        assert int(row["spilled"]) <= 256 or row["product"].startswith("tf32"), row
+
+
 def definitions(ttir):
     """What each name of Triton's intermediate code stands for: the right side of its definition."""
     return dict(re.findall(r"^ *(%\w+)(?::\d+)? = (.*)$", ttir, flags=re.M))
@@ -257,6 +284,21 @@ def test_auto_runs_triton_on_cuda_tensors_and_pytorch_on_others(operation):
     assert operation(torch.zeros(1)) == "fast"
     assert operation(t=gpu_tensor()) == "fused"
     assert operation(gpu_tensor(torch.float64)) == "fast"
+
+
+@needs_triton
+def test_where_triton_is_wrong_auto_falls_back_aloud_and_triton_refuses(operation, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    forms = (functools.partial(lambda name, t: name, form) for form in ("reference", "fast", "fused"))
+    faulty = kernels._operation(*forms, lambda t: "Triton's scan is wrong here; install a newer Triton")
+    with pytest.warns(UserWarning, match=r"install a newer Triton; until then PyTorch's form runs"):
+        assert faulty(gpu_tensor()) == "fast"
+    assert faulty(torch.zeros(1)) == "fast"
+    kernels.use("triton")
+    with pytest.raises(ValueError, match=r"install a newer Triton; or choose kernels auto"):
+        faulty(gpu_tensor())
+    kernels.use("reference")
+    assert faulty(gpu_tensor()) == "reference"
 
 
 def test_auto_runs_pytorch_on_cuda_tensors_where_triton_is_missing(operation, monkeypatch):
