@@ -35,7 +35,7 @@ if kernels_gpu.triton is not None:
 def python(*words, **environment):
     """Runs Python in the repository; returns its exit status and what it printed."""
     done = subprocess.run(
-        [sys.executable, *words], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=900
+        [sys.executable, *words], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=1800
     )
     return done.returncode, done.stdout + done.stderr
 
@@ -73,15 +73,6 @@ def test_no_kernel_spills_registers_on_an_h100(shape, dtype):
     assert len(found) == 14
     assert {label: spilled for label, (_, spilled, _) in found.items() if spilled} == {}
     assert max(shared for _, _, shared in found.values()) <= (99 if dtype == torch.bfloat16 else 227) * 1024
-
-
-@needs_triton
-@pytest.mark.parametrize("capability", [80, 100])
-def test_the_scan_compiles_for_other_cards(capability):
-    for label, (launch, _) in launches_of("Nano 12B v2", torch.bfloat16).items():
-        if label.startswith("ssd"):
-            _, _, shared = aot.resources(aot.compile_launch(launch, capability))
-            assert shared <= 99 * 1024
 
 
 @pytest.fixture
