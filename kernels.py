@@ -33,6 +33,7 @@ the capital counts (`token_rL`: some of the rows), a digit is a size.
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable
 
 import torch
@@ -461,26 +462,86 @@ def use(choice: str) -> None:
     _chosen = choice
 
 
-def _operation(reference: Callable, fast: Callable, fused: Callable) -> Callable:
-    """One function for the three forms; each call runs the one that `use` chose."""
+def ssd_fault(x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN, d_H, state_BHPN=None, ids_BT=None, chunk=64):
+    """Why Triton must not run this scan: "", or a sentence. Looks once at each compiled kernel."""
+    gradients = torch.is_grad_enabled()
+    return _scan_fault(
+        x_BTHP.device, x_BTHP.dtype, kernels_gpu.precision(), *x_BTHP.shape[2:], *b_BTKN.shape[2:],
+        x_BTHP.shape[1] % 16 == 0, state_BHPN is not None, ids_BT is not None, gradients)
+
+
+@functools.cache
+def _scan_fault(device, dtype, precision, H, P, K, N, aligned, with_state, packed, gradients):
+    """Compilers have got these kernels wrong on a card and right on others: ptxas before 13.3 may
+    overwrite an operand that Hopper still reads (Triton's issues 10486, 11366). So the kernels that
+    a call needs (`aligned`: 16 divides T) work on small integers first, with decays of 1 or 0.
+    Every sum is exact then, in bf16 too, and must be that of `ssd_chunked` in fp64."""
+    passed, words = kernels_gpu.passed_file(
+        device, dtype, precision, H, P, K, N, aligned, with_state, packed, gradients)
+    if passed.exists():
+        return ""
+    T, generator = 144 if aligned else 145, torch.Generator().manual_seed(0)
+
+    def integers(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randint(-1, 2, shape, generator=generator).to(device, dtype)
+
+    ids_BT = torch.tensor([[-1] * 5 + [0] * 70 + [1] * (T - 75)], device=device)
+    b_BTKN, c_BTKN = integers(2, 1, T, K, N)
+    rest = [ids_BT] if packed else []
+    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+        inputs = [integers(1, T, H, P), integers(1, T, H).fill_(1),
+                  -200.0 * (torch.arange(H, device=device) % 2), b_BTKN, c_BTKN, integers(H),
+                  integers(1, H, P, N, dtype=torch.float32) if with_state else None]
+        found, expected = (
+            _values_and_gradients(form, [t if t is None else t.to(to or t.dtype) for t in inputs],
+                                  rest, gradients)
+            for form, to in ((ssd_triton, None), (ssd_chunked, torch.float64)))
+    if all(torch.allclose(t.double(), right.to(t.dtype).double(), rtol=1e-6, atol=0.5)
+           for t, right in zip(found, expected, strict=True)):
+        passed.parent.mkdir(parents=True, exist_ok=True)
+        passed.touch()
+        return ""
+    return (f"Triton's scan of {dtype} is wrong here ({words}); set TRITON_PTXAS_PATH (Blackwell: "
+            "TRITON_PTXAS_BLACKWELL_PATH) to ptxas 13.3 or newer, or install a newer Triton")
+
+
+def _values_and_gradients(scan, inputs: list[Tensor | None], rest: list[Tensor], gradients: bool):
+    """The scan's two results, and if asked for the gradient of each input, given whole numbers."""
+    leaves = [t.detach().requires_grad_(gradients) for t in inputs if t is not None]
+    with torch.set_grad_enabled(gradients):
+        results = scan(*leaves, *inputs[len(leaves):], *rest)
+    if not gradients:
+        return results
+    to_add = [(torch.arange(t.numel()) % 3 - 1).view(t.shape).to(t) for t in results]
+    return [*results, *torch.autograd.grad(results, leaves, to_add)]
+
+
+def _operation(reference: Callable, fast: Callable, fused: Callable,
+               fault: Callable = lambda *_, **__: "") -> Callable:
+    """One function for the three forms; each call runs the one that `use` chose. On a card `fault`
+    says why the fused form must not: "triton" raises that, "auto" warns and runs the fast one."""
 
     @functools.wraps(reference)
     def operation(*args, **kwargs):
         if _chosen == "reference":
             return reference(*args, **kwargs)
         t = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        on_gpu = t.is_cuda and t.dtype != torch.float64 and kernels_gpu.triton is not None
+        why = fault(*args, **kwargs) if on_gpu else ""
         if _chosen == "triton":
             kernels_gpu.require_triton(t.is_cuda, f"these tensors are on {t.device}")
             require(t.dtype != torch.float64, "kernels (triton) works in fp32 or less, and these "
                                               "tensors are in fp64; choose kernels auto")
+            require(not why, f"{why}; or choose kernels auto")
             return fused(*args, **kwargs)
-        on_gpu = t.is_cuda and t.dtype != torch.float64 and kernels_gpu.triton is not None
-        return (fused if on_gpu else fast)(*args, **kwargs)
+        if why:
+            warnings.warn(f"{why}; until then PyTorch's form runs", stacklevel=2)
+        return (fused if on_gpu and not why else fast)(*args, **kwargs)
 
     return operation
 
 
-ssd = _operation(ssd_reference, ssd_chunked, ssd_triton)
+ssd = _operation(ssd_reference, ssd_chunked, ssd_triton, ssd_fault)
 ssd_step = _operation(ssd_step_reference, ssd_step_torch, ssd_step_triton)
 causal_conv = _operation(causal_conv_reference, causal_conv_torch, causal_conv_triton)
 gated_norm = _operation(gated_norm_reference, gated_norm_reference, gated_norm_triton)

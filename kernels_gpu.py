@@ -17,6 +17,9 @@ as torch's own (torch.set_float32_matmul_precision); states between chunks are i
 
 from __future__ import annotations  # `tl.constexpr` is no name where triton is missing
 
+import hashlib
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -25,12 +28,23 @@ from system.errors import require
 try:
     import triton
     import triton.language as tl
+    from triton.backends.nvidia.compiler import get_ptxas_version
 except ImportError:  # the kernels below stay plain functions, which nobody calls
     triton = tl = None
 jit = triton.jit if triton else lambda function: function
 
 TILE = 64  # tokens of a chunk
-DBC_TILE = 32  # of N in `ssd_dbc_kernel`; more, or more than 256 bytes of x, and registers spill
+TILES = {  # card, product: N in scan and dx; P and N in states; P, N in dbc. With larger ones
+    (8, "half"): (64, 64, 32, 32),  # registers spill, or a program's memory on the card ends
+    (8, "tf32"): (32, 64, 32, 32),
+    (8, "tf32x3"): (32, 32, 32, 16),
+    (9, "half"): (128, 64, 128, 32),
+    (9, "tf32"): (64, 64, 64, 32),
+    (9, "tf32x3"): (32, 64, 32, 32),
+    (10, "half"): (128, 64, 128, 32),
+    (10, "tf32"): (64, 64, 64, 32),
+    (10, "tf32x3"): (32, 64, 32, 16)}
+MAX_P, MAX_TOKENS = 128, TILE * 65_535  # a head in one tile; tiles on an axis of the grid
 CONV_TILE = 64, 64  # tokens and channels
 NORM_ROWS = 32  # tokens whose part of a weight gradient is summed in registers
 VOCABULARY_TILE = 4096  # ids whose logits are made at a time
@@ -73,6 +87,8 @@ def _document(ids, batch, t, T):
 
 def _rows(t: Tensor) -> tuple[Tensor, int]:
     """The tensor, and the s with which its row (b, t) begins at (b T + t) s; else a copy."""
+    if t.numel() == 0:
+        return t, 0
     stride = t.stride(1) if t.shape[1] > 1 else t.stride(0)
     if t[0, 0].is_contiguous() and t.stride(0) == t.shape[1] * stride:
         return t, stride
@@ -82,6 +98,45 @@ def _rows(t: Tensor) -> tuple[Tensor, int]:
 def _tile(n: int) -> int:
     """Size of the tile that n entries fit in, for a matrix product."""
     return max(16, triton.next_power_of_2(n))
+
+
+def _card(t: Tensor) -> int:
+    """The row of TILES: Hopper is 9, Blackwell 10, and others have at least what 8 (Ampere) has."""
+    major = torch.cuda.get_device_capability(t.device)[0] if t.is_cuda else 8
+    return major if major in (9, 10) else 8
+
+
+def _launch(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
+    """Starts a kernel on the card that holds its tensors; nothing where the grid is empty."""
+    if 0 not in grid:
+        with torch.cuda.device_of(arguments[0]):
+            kernel[grid](*arguments, **constants)
+
+
+def passed_file(device: torch.device, *case) -> tuple[Path, str]:
+    """The file that is there once a case was found right, and words for the card and what compiles:
+    another card, Triton, ptxas, torch or version of this file is another file."""
+    on_gpu = device.type == "cuda"
+    major, minor = torch.cuda.get_device_capability(device) if on_gpu else (8, 0)
+    ptxas = get_ptxas_version(10 * major + minor).split("release ")[-1].split("\n")[0]
+    card = torch.cuda.get_device_name(device) if on_gpu else "the interpreter"
+    words = f"{card}, Triton {triton.__version__}, ptxas {ptxas}"
+    key = repr((words, torch.__version__, Path(__file__).read_bytes(), case))
+    name = hashlib.sha256(key.encode()).hexdigest()[:32]
+    return Path(triton.knobs.cache.dir) / f"passed-{name}", words
+
+
+def _require_size(P: int, T: int) -> None:
+    """Raises ValueError for sizes that the kernels cannot take, before anything is launched."""
+    require(P <= MAX_P, f"kernels (triton) takes heads of at most {MAX_P} channels, and these have "
+                        f"{P}; make the heads smaller, or choose kernels reference")
+    require(T <= MAX_TOKENS, f"kernels (triton) takes at most {MAX_TOKENS} tokens at a time, and "
+                             f"these are {T}; pass them in parts, each with the state so far")
+
+
+def precision() -> str:
+    """Of products of fp32 numbers: three tf32 products are as good as fp32."""
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 # ---------------------------------------------------------------------------------------------- SSD
@@ -160,20 +215,24 @@ def ssd_scan_kernel(x, dt, a, b, c, d, ids, states, y, stride_x, stride_b, strid
                     P2: tl.constexpr, N2: tl.constexpr, Q: tl.constexpr, PRECISION: tl.constexpr):
     """y_q = sum over s <= q of (c_q . b_s) exp(l_q - l_s) dt_s x_s + exp(l_q) h c_q + d x_q."""
     batch, head, chunk = _program(0) // H, _program(0) % H, _program(1)
-    q, p, n = tl.arange(0, Q), tl.arange(0, P2), tl.arange(0, N2)
+    q, p = tl.arange(0, Q), tl.arange(0, P2)
     row, inside_Q = batch * T + chunk * Q, q < T - chunk * Q
-    # 1. Weights of the chunk's tokens in each other's outputs.
+    at_chunk = ((batch * tl.num_programs(1) + chunk) * H + head) * P * N
+    # 1. From N2 entries after the other: c_q . b_s, and what is read of the state before the chunk.
+    weights_QQ, y_QP = tl.zeros([Q, Q], tl.float32), tl.zeros([Q, P2], tl.float32)
+    for first in range(0, N, N2):
+        n = first + tl.arange(0, N2)
+        b_NQ = _load(b + row * stride_b + head // J * N, n, q * stride_b, n < N, inside_Q)
+        c_QN = _load(c + row * stride_c + head // J * N, q * stride_c, n, inside_Q, n < N)
+        weights_QQ += tl.dot(c_QN, b_NQ, input_precision=PRECISION)
+        state_NP = _load(states + at_chunk, n, p * N, n < N, p < P)
+        y_QP += tl.dot(c_QN, state_NP, input_precision=PRECISION)
+    # 2. The weights of the chunk's tokens in each other's outputs, the weighted inputs, the skip.
     changes_Q, dt_Q, l_Q, _, from_start_Q, _ = _chunk(dt, a, ids, batch, head, chunk, T, H, Q)
-    b_NQ = _load(b + row * stride_b + head // J * N, n, q * stride_b, n < N, inside_Q)
-    c_QN = _load(c + row * stride_c + head // J * N, q * stride_c, n, inside_Q, n < N)
-    weights_QQ = (tl.dot(c_QN, b_NQ, input_precision=PRECISION)
-                  * _decay(l_Q, changes_Q, False, Q) * dt_Q[None, :])
-    # 2. What is read of the state before the chunk, then the weighted inputs, then the skip.
-    at_chunk = (batch * tl.num_programs(1) + chunk) * H + head
-    state_NP = _load(states + at_chunk * P * N, n, p * N, n < N, p < P)
-    y_QP = from_start_Q[:, None] * tl.dot(c_QN, state_NP, input_precision=PRECISION)
+    weights_QQ *= _decay(l_Q, changes_Q, False, Q) * dt_Q[None, :]
     x_QP = _load(x + row * stride_x + head * P, q * stride_x, p, inside_Q, p < P)
-    y_QP += tl.dot(weights_QQ.to(x.dtype.element_ty), x_QP, input_precision=PRECISION)
+    y_QP = from_start_Q[:, None] * y_QP + tl.dot(
+        weights_QQ.to(x.dtype.element_ty), x_QP, input_precision=PRECISION)
     y_QP += tl.load(d + head) * x_QP
     _store(y + (row * H + head) * P, q * (H * P), p, y_QP, inside_Q, p < P)
 
@@ -187,19 +246,24 @@ def ssd_dx_kernel(x, dt, a, b, c, d, ids, dy, dstates, dx, ddt, dd, stride_x, st
     (c_q . b_s) exp(l_q - l_s) dy_q + exp(l_Q - l_s) dstate b_s. Then dx_s = dt_s u_s + d dy_s, dt_s
     has the gradient x_s . u_s, and d the sum of x_s . dy_s."""
     batch, head, chunk = _program(0) // H, _program(0) % H, _program(1)
-    q, p, n = tl.arange(0, Q), tl.arange(0, P2), tl.arange(0, N2)
+    q, p = tl.arange(0, Q), tl.arange(0, P2)
     row, inside_Q = batch * T + chunk * Q, q < T - chunk * Q
-    # 1. The weights, [s, q]: the roles of b and c are those of c and b in the scan.
-    changes_Q, dt_Q, l_Q, to_end_Q, _, _ = _chunk(dt, a, ids, batch, head, chunk, T, H, Q)
-    b_QN = _load(b + row * stride_b + head // J * N, q * stride_b, n, inside_Q, n < N)
-    c_NQ = _load(c + row * stride_c + head // J * N, n, q * stride_c, n < N, inside_Q)
-    weights_QQ = tl.dot(b_QN, c_NQ, input_precision=PRECISION) * _decay(l_Q, changes_Q, True, Q)
-    # 2. u: from the state after the chunk, then from its tokens.
     at_chunk = (batch * tl.num_programs(1) + chunk) * H + head
-    dstate_NP = _load(dstates + at_chunk * P * N, n, p * N, n < N, p < P)
-    u_QP = to_end_Q[:, None] * tl.dot(b_QN, dstate_NP, input_precision=PRECISION)
+    # 1. The products, as in the scan: there c, b and the state are what b, c and dstate are here.
+    weights_QQ, u_QP = tl.zeros([Q, Q], tl.float32), tl.zeros([Q, P2], tl.float32)
+    for first in range(0, N, N2):
+        n = first + tl.arange(0, N2)
+        b_QN = _load(b + row * stride_b + head // J * N, q * stride_b, n, inside_Q, n < N)
+        c_NQ = _load(c + row * stride_c + head // J * N, n, q * stride_c, n < N, inside_Q)
+        weights_QQ += tl.dot(b_QN, c_NQ, input_precision=PRECISION)
+        dstate_NP = _load(dstates + at_chunk * P * N, n, p * N, n < N, p < P)
+        u_QP += tl.dot(b_QN, dstate_NP, input_precision=PRECISION)
+    # 2. u: from the state after the chunk, and from its tokens by the weights, [s, q].
+    changes_Q, dt_Q, l_Q, to_end_Q, _, _ = _chunk(dt, a, ids, batch, head, chunk, T, H, Q)
+    weights_QQ *= _decay(l_Q, changes_Q, True, Q)
     dy_QP = _load(dy + (row * H + head) * P, q * (H * P), p, inside_Q, p < P)
-    u_QP += tl.dot(weights_QQ.to(dy.dtype.element_ty), dy_QP, input_precision=PRECISION)
+    u_QP = to_end_Q[:, None] * u_QP + tl.dot(
+        weights_QQ.to(dy.dtype.element_ty), dy_QP, input_precision=PRECISION)
     # 3. The three gradients.
     x_QP = _load(x + row * stride_x + head * P, q * stride_x, p, inside_Q, p < P).to(tl.float32)
     dx_QP = dt_Q[:, None] * u_QP + tl.load(d + head) * dy_QP
@@ -272,18 +336,20 @@ class TritonSSD(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN, d_H, state_BHPN, ids_BT):
-        """dt, a, d and the state in fp32, b and c in the dtype of x; tf32x3 is as good as fp32."""
+        """dt, a, d and the state in fp32, b and c in the dtype of x."""
         (B, T, H, P), (K, N) = x_BTHP.shape, b_BTKN.shape[2:]
         (x_BTHP, at_x), (b_BTKN, at_b), (c_BTKN, at_c) = _rows(x_BTHP), _rows(b_BTKN), _rows(c_BTKN)
-        precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-        ctx.sizes = {"H": H, "J": H // K, "P": P, "N": N, "Q": TILE, "PRECISION": precision}
+        ctx.sizes = {"H": H, "J": H // K, "P": P, "N": N, "Q": TILE, "PRECISION": precision()}
+        product = precision() if x_BTHP.dtype == torch.float32 else "half"
+        ctx.tiles = TILES[_card(x_BTHP), product]
         ctx.strides = at_x, at_b, at_c, T
         states_BCHPN, last_BHPN = _walk(
-            x_BTHP, dt_BTH, a_H, b_BTKN, ids_BT, state_BHPN, at_x, at_b, ctx.sizes, False)
+            x_BTHP, dt_BTH, a_H, b_BTKN, ids_BT, state_BHPN, at_x, at_b, ctx, False)
         y_BTHP = x_BTHP.new_empty(B, T, H, P)
-        ssd_scan_kernel[B * H, states_BCHPN.shape[1]](
-            x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN, d_H, ids_BT, states_BCHPN, y_BTHP, *ctx.strides,
-            **ctx.sizes, P2=_tile(P), N2=_tile(N), num_warps=4, num_stages=1)
+        _launch(
+            ssd_scan_kernel, (B * H, states_BCHPN.shape[1]), x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN,
+            d_H, ids_BT, states_BCHPN, y_BTHP, *ctx.strides, **ctx.sizes, P2=_tile(P),
+            N2=min(ctx.tiles[0], _tile(N)), num_warps=4, num_stages=1)
         ctx.save_for_backward(x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN, d_H, ids_BT, states_BCHPN)
         ctx.set_materialize_grads(False)
         return y_BTHP, last_BHPN
@@ -295,20 +361,20 @@ class TritonSSD(torch.autograd.Function):
         (B, C, H, P, N), (T, K), at_c = states_BCHPN.shape, b_BTKN.shape[1:3], ctx.strides[2]
         dy_BTHP = x_BTHP.new_zeros(B, T, H, P) if dy_BTHP is None else dy_BTHP.contiguous()
         dstates_BCHPN, dstate_BHPN = _walk(
-            dy_BTHP, dt_BTH, a_H, c_BTKN, ids_BT, dlast_BHPN, H * P, at_c, ctx.sizes, True)
+            dy_BTHP, dt_BTH, a_H, c_BTKN, ids_BT, dlast_BHPN, H * P, at_c, ctx, True)
         dx_BTHP, ddt_BTH = torch.empty_like(dy_BTHP), torch.empty_like(dt_BTH)
         dd_BCH = dt_BTH.new_empty(B, C, H)
-        ssd_dx_kernel[B * H, C](
-            x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN, d_H, ids_BT, dy_BTHP, dstates_BCHPN, dx_BTHP,
-            ddt_BTH, dd_BCH, *ctx.strides, **ctx.sizes, P2=_tile(P), N2=_tile(N),
-            num_warps=4 if P <= 64 else 8, num_stages=1)
-        P2, N2 = min(256 // x_BTHP.element_size(), _tile(P)), min(DBC_TILE, _tile(N))
+        _launch(
+            ssd_dx_kernel, (B * H, C), x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN, d_H, ids_BT, dy_BTHP,
+            dstates_BCHPN, dx_BTHP, ddt_BTH, dd_BCH, *ctx.strides, **ctx.sizes, P2=_tile(P),
+            N2=min(ctx.tiles[0], _tile(N)), num_warps=4 if P <= 64 else 8, num_stages=1)
+        P2, N2 = min(ctx.tiles[2], _tile(P)), min(ctx.tiles[3], _tile(N))
         db_BTKN, dc_BTKN = x_BTHP.new_empty(2, B, T, K, N)
         dda = dt_BTH.new_empty(triton.cdiv(N, N2), triton.cdiv(P, P2), B, T, H)
-        ssd_dbc_kernel[B * K, C, len(dda)](
-            x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN, ids_BT, dy_BTHP, states_BCHPN, dstates_BCHPN,
-            db_BTKN, dc_BTKN, dda, *ctx.strides, **ctx.sizes, P2=P2, N2=N2, num_warps=8,
-            num_stages=1)
+        _launch(
+            ssd_dbc_kernel, (B * K, C, len(dda)), x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN, ids_BT,
+            dy_BTHP, states_BCHPN, dstates_BCHPN, db_BTKN, dc_BTKN, dda, *ctx.strides, **ctx.sizes,
+            P2=P2, N2=N2, num_warps=8, num_stages=1)
         dda_BTH = dda.sum((0, 1))
         ddt_BTH += dda_BTH * a_H
         da_H, dd_H = (dda_BTH * dt_BTH).sum((0, 1)), dd_BCH.sum((0, 1))
@@ -316,27 +382,30 @@ class TritonSSD(torch.autograd.Function):
                 dstate_BHPN if ctx.needs_input_grad[6] else None, None)
 
 
-def _walk(x_BTHP, dt_BTH, a_H, b_BTKN, ids_BT, first_BHPN, at_x, at_b, sizes, backward):
+def _walk(x_BTHP, dt_BTH, a_H, b_BTKN, ids_BT, first_BHPN, at_x, at_b, ctx, backward):
     """States before the chunks in the dtype of x, the last one in fp32; or their gradients."""
     (B, T, H, P), N = x_BTHP.shape, b_BTKN.shape[-1]
     states_BCHPN = x_BTHP.new_empty(B, triton.cdiv(T, TILE), H, P, N)
     last_BHPN = dt_BTH.new_empty(B, H, P, N)
     first_BHPN = None if first_BHPN is None else first_BHPN.contiguous()
-    P2, N2 = min(TILE, _tile(P)), min(TILE, _tile(N))
-    ssd_states_kernel[B * H, triton.cdiv(P, P2), triton.cdiv(N, N2)](
-        x_BTHP, dt_BTH, a_H, b_BTKN, ids_BT, first_BHPN, states_BCHPN, last_BHPN, at_x, at_b, T,
-        backward, **sizes, P2=P2, N2=N2, num_warps=4, num_stages=2)
+    P2, N2 = (min(ctx.tiles[1], _tile(n)) for n in (P, N))
+    _launch(
+        ssd_states_kernel, (B * H, triton.cdiv(P, P2), triton.cdiv(N, N2)), x_BTHP, dt_BTH, a_H,
+        b_BTKN, ids_BT, first_BHPN, states_BCHPN, last_BHPN, at_x, at_b, T, backward, **ctx.sizes,
+        P2=P2, N2=N2, num_warps=4, num_stages=2)
     return states_BCHPN, last_BHPN
 
 
 def ssd_triton(x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN, d_H, state_BHPN=None, ids_BT=None, chunk=64):
     """`kernels.ssd_reference` from Triton kernels. `chunk` is ignored: chunks have TILE tokens."""
+    _require_size(x_BTHP.shape[3], x_BTHP.shape[1])
     dt_BTH = dt_BTH.float() if ids_BT is None else dt_BTH.float() * (ids_BT >= 0)[..., None]
     state_BHPN = None if state_BHPN is None else state_BHPN.float()
     ids_BT = None if ids_BT is None else ids_BT.contiguous()
     b_BTKN, c_BTKN = b_BTKN.to(x_BTHP.dtype), c_BTKN.to(x_BTHP.dtype)
+    a_H, d_H = a_H.float().contiguous(), d_H.float().contiguous()
     return TritonSSD.apply(
-        x_BTHP, dt_BTH.contiguous(), a_H.float(), b_BTKN, c_BTKN, d_H.float(), state_BHPN, ids_BT)
+        x_BTHP, dt_BTH.contiguous(), a_H, b_BTKN, c_BTKN, d_H, state_BHPN, ids_BT)
 
 
 @jit
@@ -368,10 +437,12 @@ def ssd_step_triton(x_BHP, dt_BH, a_H, b_BKN, c_BKN, d_H, state_BHPN):
     (B, H, P), (K, N) = x_BHP.shape, b_BKN.shape[1:]
     (x, at_x), (b, at_b), (c, at_c) = (_rows(t[:, None]) for t in (x_BHP, b_BKN, c_BKN))
     y_BHP, last_BHPN = x_BHP.new_empty(B, H, P), x_BHP.new_empty(B, H, P, N, dtype=torch.float32)
-    ssd_step_kernel[B * H, triton.cdiv(P, 16)](
-        x, dt_BH.float().contiguous(), a_H.float(), b, c, d_H.float(),
-        state_BHPN.float().contiguous(), last_BHPN, y_BHP, at_x, at_b, at_c, H=H, J=H // K, P=P,
-        N=N, P2=16, N2=_tile(N), num_warps=4)
+    dt_BH, a_H, d_H, state_BHPN = (
+        t.float().contiguous() for t in (dt_BH, a_H, d_H, state_BHPN))
+    _launch(
+        ssd_step_kernel, (B * H, triton.cdiv(P, 16)), x, dt_BH, a_H, b, c, d_H, state_BHPN,
+        last_BHPN, y_BHP, at_x, at_b, at_c, H=H, J=H // K, P=P, N=N, P2=16, N2=_tile(N),
+        num_warps=4)
     return y_BHP, last_BHPN
 
 
@@ -393,8 +464,8 @@ def _conv_input(x, tail, batch, z, i, e, stride_x, T, E, W: tl.constexpr):
 def conv_kernel(x, weight, bias, tail, ids, y, left, stride_x, T, E, W: tl.constexpr,
                 Y2: tl.constexpr, T2: tl.constexpr, E2: tl.constexpr):
     """y_t = bias + sum over j of weight_j x_{t - (W-1) + j}, for T2 tokens and E2 channels."""
-    batch, t, i = _program(2), _program(1) * T2, tl.arange(0, T2)
-    e = (_program(0) * E2).to(tl.int32) + tl.arange(0, E2)
+    t, i, parts = _program(1) * T2, tl.arange(0, T2), tl.cdiv(E, E2)
+    batch, e = _program(0) // parts, (_program(0) % parts * E2).to(tl.int32) + tl.arange(0, E2)
     own_T = _document(ids, batch, t + i, T)
     y_TE = tl.zeros([T2, E2], tl.float32) + tl.load(bias + e, mask=e < E, other=0.0)[None, :]
     # 1. Tap by tap the tile of inputs moves on by one token; the card's cache holds what overlaps.
@@ -420,8 +491,8 @@ def conv_grad_kernel(x, weight, tail, ids, dy, dleft, dx, dw, stride_x, T, E, W:
                      T2: tl.constexpr, E2: tl.constexpr):
     """dx_z = sum over j of weight_j dy_{z - j}, for T2 of the T + W - 1 inputs (the tail first),
     and this tile's parts of dweight_j = sum over z of x_z dy_{z - j} and of dbias."""
-    batch, z, i = _program(2), _program(1) * T2, tl.arange(0, T2)
-    e = (_program(0) * E2).to(tl.int32) + tl.arange(0, E2)
+    z, i, parts = _program(1) * T2, tl.arange(0, T2), tl.cdiv(E, E2)
+    batch, e = _program(0) // parts, (_program(0) % parts * E2).to(tl.int32) + tl.arange(0, E2)
     own_Z = _document(ids, batch, z + i - (W - 1), T)
     x_ZE = _conv_input(x, tail, batch, z, i, e, stride_x, T, E, W)
     dx_ZE = tl.zeros([T2, E2], tl.float32)
@@ -455,8 +526,9 @@ class TritonConv(torch.autograd.Function):
         x_BTE, at_x = _rows(x_BTE)
         y_BTE, left_BYE = x_BTE.new_empty(B, T, E), x_BTE.new_empty(B, W - 1, E)
         T2 = min(CONV_TILE[0], triton.next_power_of_2(T))
-        conv_kernel[triton.cdiv(E, CONV_TILE[1]), triton.cdiv(T, T2), B](
-            x_BTE, weight_EW, bias_E, tail_BYE, ids_BT, y_BTE, left_BYE, at_x, T, E, W=W,
+        _launch(
+            conv_kernel, (B * triton.cdiv(E, CONV_TILE[1]), triton.cdiv(T, T2)), x_BTE, weight_EW,
+            bias_E, tail_BYE, ids_BT, y_BTE, left_BYE, at_x, T, E, W=W,
             Y2=triton.next_power_of_2(W), T2=T2, E2=CONV_TILE[1], num_warps=8)
         ctx.save_for_backward(x_BTE, weight_EW, tail_BYE, ids_BT)
         ctx.at_x = at_x
@@ -473,9 +545,10 @@ class TritonConv(torch.autograd.Function):
         dx_BZE = x_BTE.new_empty(B, T + W - 1, E)
         n_tiles = triton.cdiv(T + W - 1, CONV_TILE[0])
         dw = x_BTE.new_empty(B * n_tiles, W + 1, E, dtype=torch.float32)
-        conv_grad_kernel[triton.cdiv(E, CONV_TILE[1]), n_tiles, B](
-            x_BTE, weight_EW, tail_BYE, ids_BT, dy_BTE, dleft_BYE, dx_BZE, dw, ctx.at_x, T, E, W=W,
-            T2=CONV_TILE[0], E2=CONV_TILE[1], num_warps=8)
+        _launch(
+            conv_grad_kernel, (B * triton.cdiv(E, CONV_TILE[1]), n_tiles), x_BTE, weight_EW,
+            tail_BYE, ids_BT, dy_BTE, dleft_BYE, dx_BZE, dw, ctx.at_x, T, E, W=W, T2=CONV_TILE[0],
+            E2=CONV_TILE[1], num_warps=8)
         dw = dw.sum(0).to(weight_EW.dtype)
         return (dx_BZE[:, W - 1 :], dw[:W].t(), dw[W],
                 None if tail_BYE is None else dx_BZE[:, : W - 1], None)
@@ -483,9 +556,14 @@ class TritonConv(torch.autograd.Function):
 
 def causal_conv_triton(x_BTE, weight_EW, bias_E, tail_BYE=None, ids_BT=None):
     """`kernels.causal_conv_reference` from Triton kernels."""
+    _require_size(1, x_BTE.shape[1])
     tail_BYE = None if tail_BYE is None else tail_BYE.to(x_BTE.dtype).contiguous()
+    if x_BTE.shape[1] == 0:
+        zeros_BYE = x_BTE.new_zeros(len(x_BTE), weight_EW.shape[1] - 1, x_BTE.shape[2])
+        return x_BTE, zeros_BYE if tail_BYE is None else tail_BYE
     ids_BT = None if ids_BT is None else ids_BT.contiguous()
-    return TritonConv.apply(x_BTE, weight_EW.contiguous(), bias_E, tail_BYE, ids_BT)
+    weight_EW, bias_E = weight_EW.contiguous(), bias_E.contiguous()
+    return TritonConv.apply(x_BTE, weight_EW, bias_E, tail_BYE, ids_BT)
 
 
 # ---------------------------------------------------------------- gated norm, passes over logits
@@ -548,8 +626,8 @@ class TritonNorm(torch.autograd.Function):
         ctx.rest = at_y, at_z, n_groups, eps
         ctx.save_for_backward(y_BTI, z_BTI, weight_I)
         out_BTI = y_BTI.new_empty(B, T, I)
-        norm_kernel[B * T, n_groups](
-            y_BTI, z_BTI, weight_I, out_BTI, at_y, at_z, I, eps, **ctx.sizes)
+        _launch(norm_kernel, (B * T, n_groups), y_BTI, z_BTI, weight_I, out_BTI, at_y, at_z, I,
+                eps, **ctx.sizes)
         return out_BTI
 
     @staticmethod
@@ -560,15 +638,15 @@ class TritonNorm(torch.autograd.Function):
         dy_BTI, dz_BTI = y_BTI.new_empty(B, T, I), z_BTI.new_empty(B, T, I)
         n_tiles = triton.cdiv(B * T, NORM_ROWS)
         dw = y_BTI.new_empty(n_tiles, I, dtype=torch.float32)
-        norm_grad_kernel[n_tiles, n_groups](
-            y_BTI, z_BTI, weight_I, dout_BTI.contiguous(), dy_BTI, dz_BTI, dw, at_y, at_z, B * T, I,
-            eps, T2=NORM_ROWS, **ctx.sizes)
+        _launch(
+            norm_grad_kernel, (n_tiles, n_groups), y_BTI, z_BTI, weight_I, dout_BTI.contiguous(),
+            dy_BTI, dz_BTI, dw, at_y, at_z, B * T, I, eps, T2=NORM_ROWS, **ctx.sizes)
         return dy_BTI, dz_BTI, dw.sum(0).to(weight_I.dtype), None, None
 
 
 def gated_norm_triton(y_BTI, z_BTI, weight_I, n_groups, eps):
     """`kernels.gated_norm_reference` from Triton kernels."""
-    return TritonNorm.apply(y_BTI, z_BTI, weight_I, n_groups, eps)
+    return TritonNorm.apply(y_BTI, z_BTI, weight_I.contiguous(), n_groups, eps)
 
 
 @jit
@@ -604,13 +682,13 @@ def part_gradient_kernel(logits, at, lse, grad, width, scale, V2: tl.constexpr):
 def add_part_triton(logits, at_T, temperature, lse_T, chosen_T):
     """`kernels._add_part` as one kernel."""
     n_rows, width = logits.shape
-    add_part_kernel[n_rows,](
-        logits, at_T, lse_T, chosen_T, width, 1 / temperature, V2=VOCABULARY_TILE, num_warps=8)
+    _launch(add_part_kernel, (n_rows,), logits, at_T, lse_T, chosen_T, width, 1 / temperature,
+            V2=VOCABULARY_TILE, num_warps=8)
 
 
 def part_gradient_triton(logits, at_T, temperature, lse_T, grad_T):
     """`kernels._part_gradient` as one kernel."""
     (n_rows, width), grad_T = logits.shape, grad_T.contiguous()
-    part_gradient_kernel[n_rows,](
-        logits, at_T, lse_T, grad_T, width, 1 / temperature, V2=VOCABULARY_TILE, num_warps=8)
+    _launch(part_gradient_kernel, (n_rows,), logits, at_T, lse_T, grad_T, width, 1 / temperature,
+            V2=VOCABULARY_TILE, num_warps=8)
     return logits

@@ -1,6 +1,7 @@
 """Compile every Triton kernel ahead of time, without a GPU, as the model would launch it; as a program, print a table.
 
     python tests/aot.py            registers, spills, shared memory and memory traffic of every kernel, shape and card
+    python tests/aot.py sizes      what the scan's kernels need for small and large heads, by card and kind of product
 
 The operations run forward and backward on tensors of PyTorch's `meta` device, which have shapes and no data. Launches are
 recorded instead of made, so what is compiled here is what a GPU would run: the same constants, types and alignments.
@@ -22,9 +23,19 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import kernels
+import kernels_gpu
 
 COPY_BYTES_PER_NS = 3000.0  # an H100's 3.0 TB/s, read plus written
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227}  # that a card has for one program
+PRODUCTS = {  # of matrices: the dtype, and torch's precision of fp32 products
+    "bf16": (torch.bfloat16, "high"),
+    "fp16": (torch.float16, "high"),
+    "tf32": (torch.float32, "high"),
+    "tf32x3": (torch.float32, "highest"),
+}
+SIZES = [(*size, product) for size in ((64, 128), (128, 256)) for product in ("bf16", "tf32x3")]
+SIZES += [(128, 256, "fp16"), (128, 256, "tf32")]  # P, N and product
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
 
 
@@ -111,10 +122,10 @@ def resources(compiled: triton.compiler.CompiledKernel) -> tuple[int, int, int]:
     return int(registers), int(stack), compiled.metadata.shared
 
 
-def launches_of(s: Shape, dtype: torch.dtype) -> dict[str, tuple[Launch, int]]:
+def launches_of(s: Shape, dtype: torch.dtype, precision: str = "high", card: int = 90) -> dict[str, tuple[Launch, int]]:
     """Every kernel, once, as a mixer and an output layer of this shape launch it, with the tokens that it works on.
 
-    Matrix products of fp32 numbers are in tf32.
+    Matrix products of fp32 numbers are in tf32 unless the precision is "highest".
     """
 
     def tensor(*shape: int, dtype: torch.dtype = dtype, grad: bool = True) -> torch.Tensor:
@@ -145,7 +156,9 @@ def launches_of(s: Shape, dtype: torch.dtype) -> dict[str, tuple[Launch, int]]:
         kernels.selected_logp_triton(tensor(s.B, s.T, s.D), tensor(s.V, s.D), token, (3,), 0.7).sum().backward()
 
     found = {}
-    with mock.patch.object(torch, "get_float32_matmul_precision", return_value="high"):
+    precise = mock.patch.object(torch, "get_float32_matmul_precision", return_value=precision)
+    on_card = mock.patch.object(kernels_gpu, "_card", return_value=card // 10)
+    with precise, on_card:
         for launch in record(lambda: mixer(s.T, tensor(s.B, s.T, dtype=torch.int64, grad=False)).backward()) + record(logp):
             found[str(launch)] = launch, s.B * s.T
         with torch.no_grad():
@@ -160,13 +173,29 @@ def compile_table() -> None:
     print("| shape | dtype | kernel | floor, ns/token | A100 | H100 | B200 |\n" + "| --- " * 7 + "|")
     for name, shape in SHAPES.items():
         for dtype in (torch.bfloat16, torch.float32):
-            for label, (launch, n_tokens) in launches_of(shape, dtype).items():
+            on_cards = {card: launches_of(shape, dtype, card=card) for card in (80, 90, 100)}
+            for label, (launch, n_tokens) in on_cards[90].items():
                 row = [name, str(dtype)[6:], label, f"{launch.nanoseconds() / n_tokens:.2f}"]
-                for capability in (80, 90, 100):
-                    registers, spilled, shared = resources(compile_launch(launch, capability))
+                for card, launches in on_cards.items():
+                    registers, spilled, shared = resources(compile_launch(launches[label][0], card))
                     row.append(f"{registers} / {spilled} / {shared / 1024:.0f}")
                 print("|", " | ".join(row), "|", flush=True)
 
 
+def size_table() -> None:
+    """Print a row for each kernel of the scan, card and size. Tensor memory is Blackwell's: columns of 512."""
+    print("triton card product P N kernel registers spilled shared_kib tensor_memory".replace(" ", "\t"))
+    for card in SHARED_KIB:
+        for P, N, product in SIZES:
+            dtype, precision = PRODUCTS[product]
+            shape = Shape(B=2, T=2048, D=64, H=8, P=P, K=1, N=N, V=64)
+            for label, (launch, _) in launches_of(shape, dtype, precision, card).items():
+                if label.startswith("ssd") and "one token" not in label:
+                    compiled = compile_launch(launch, card)
+                    registers, spilled, shared = resources(compiled)
+                    row = triton.__version__, card, product, P, N, label, registers, spilled, shared / 1024
+                    print(*row, getattr(compiled.metadata, "tmem_size", None) or 0, sep="\t", flush=True)
+
+
 if __name__ == "__main__":
-    compile_table()
+    size_table() if sys.argv[1:] == ["sizes"] else compile_table()

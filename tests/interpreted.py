@@ -140,6 +140,92 @@ def test_rows_of_another_sequence_than_their_stride_says_are_copied():
         assert torch.equal(rows.as_strided((B, T, n), (T * stride, stride, 1)).view(view.shape), view)
 
 
+def apart(t):
+    """The same numbers with others between them, as a column of a matrix has them."""
+    return torch.stack([t, torch.full_like(t, 9.0)], dim=-1)[..., 0]
+
+
+@pytest.mark.parametrize("operation", ["scan", "step", "convolution", "norm"])
+def test_vectors_of_parameters_need_not_lie_side_by_side(operation):
+    if operation == "convolution":
+        inputs, route = conv_inputs(5), kernels.causal_conv_triton
+    elif operation == "norm":
+        inputs, route = norm_inputs(), as_pair(functools.partial(kernels.gated_norm_triton, n_groups=2, eps=0.1))
+    else:
+        inputs, route = ssd_inputs(1 if operation == "step" else 9), kernels.ssd_triton
+        if operation == "step":
+            inputs = {k.replace("T", ""): t[:, 0] if "T" in k else t for k, t in inputs.items()}
+            route = torch.no_grad()(kernels.ssd_step_triton)
+    inputs = {name: t.float() for name, t in inputs.items()}
+    spread = {name: apart(t) if name in ("a_H", "d_H", "bias_E", "weight_I") else t for name, t in inputs.items()}
+    assert sum(not t.is_contiguous() for t in spread.values()) in (1, 2)
+    work = route if operation == "step" else functools.partial(run, route)
+    results = [work(**given) if operation == "step" else work(given) for given in (spread, inputs)]
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_no_sequences_or_no_tokens_give_empty_results_and_the_state_as_it_was(packed):
+    for B, T in ((0, 3), (2, 0)):
+        ids_BT = torch.zeros(B, T, dtype=torch.long) if packed else None
+        inputs = {k: t.float()[:B] if k.startswith("state") else t.float() for k, t in ssd_inputs(3).items()}
+        inputs = {k: (t[:B, :T] if "BT" in k else t).requires_grad_() for k, t in inputs.items()}
+        y_BTHP, last_BHPN = kernels.ssd_triton(**inputs, ids_BT=ids_BT)
+        assert y_BTHP.shape == (B, T, 4, 3)
+        assert torch.equal(last_BHPN, inputs["state_BHPN"])
+        (y_BTHP.sum() + last_BHPN.sum()).backward()
+        assert (inputs["state_BHPN"].grad == 1).all()
+        assert all((t.grad == 0).all() for k, t in inputs.items() if k != "state_BHPN")
+        inputs = {k: (t[:B, :T] if "BT" in k else t[:B] if "B" in k else t).float() for k, t in conv_inputs(3).items()}
+        y_BTE, left_BYE = kernels.causal_conv_triton(**inputs, ids_BT=ids_BT)
+        assert y_BTE.shape == inputs["x_BTE"].shape
+        assert torch.equal(left_BYE, inputs["tail_BYE"])
+        inputs = {k: (t[:B, :T] if "B" in k else t).float().requires_grad_() for k, t in norm_inputs().items()}
+        kernels.gated_norm_triton(**inputs, n_groups=2, eps=0.1).sum().backward()
+        assert (inputs["weight_I"].grad == 0).all()
+
+
+def scan_fault(dtype=torch.float32, H=4, P=16, K=2, N=24, aligned=True, with_state=True, packed=True, gradients=True):
+    kernels._scan_fault.cache_clear()
+    sizes = H, P, K, N, aligned, with_state, packed, gradients
+    return kernels._scan_fault(torch.device("cpu"), dtype, "tf32x3", *sizes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("plain", [False, True])
+def test_the_check_of_a_card_finds_right_kernels_right(dtype, plain, tmp_path, monkeypatch):
+    """Exactly: so its whole numbers are as exact in the kernels as they are in fp64."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    allclose = torch.allclose
+    monkeypatch.setattr(torch, "allclose", lambda *pair, rtol, atol: allclose(*pair, rtol=1e-6, atol=1e-6))
+    options = {"aligned": False, "with_state": False, "packed": False} if plain else {}
+    assert scan_fault(dtype, **options) == ""
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+@pytest.mark.parametrize("result", range(9))
+def test_the_check_of_a_card_notices_a_wrong_number_anywhere(result, tmp_path, monkeypatch):
+    """In y, the last state and seven gradients. What was found wrong is looked at again, what was right is not."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    both = kernels._values_and_gradients
+
+    def wrong(scan, *rest):
+        found = list(both(kernels.ssd_chunked, *rest))
+        if scan is kernels.ssd_triton:
+            found[result].flatten()[-1] += 1
+        return found
+
+    monkeypatch.setattr(kernels, "_values_and_gradients", wrong)
+    assert "wrong here (the interpreter, Triton " in scan_fault()
+    assert "TRITON_PTXAS_PATH" in scan_fault()
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(kernels, "_values_and_gradients", lambda scan, *rest: both(kernels.ssd_chunked, *rest))
+    assert scan_fault() == ""
+    monkeypatch.setattr(kernels, "_values_and_gradients", wrong)
+    assert scan_fault() == ""
+    assert "wrong here" in scan_fault(N=16)
+
+
 # ----------------------------------------------------------------------------------------------------------- one token
 
 

@@ -35,7 +35,7 @@ if kernels_gpu.triton is not None:
 def python(*words, **environment):
     """Runs Python in the repository; returns its exit status and what it printed."""
     done = subprocess.run(
-        [sys.executable, *words], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=900
+        [sys.executable, *words], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=1800
     )
     return done.returncode, done.stdout + done.stderr
 
@@ -75,13 +75,83 @@ def test_no_kernel_spills_registers_on_an_h100(shape, dtype):
     assert max(shared for _, _, shared in found.values()) <= (99 if dtype == torch.bfloat16 else 227) * 1024
 
 
+@pytest.fixture
+def grids(monkeypatch):
+    """Of the launches that work on meta tensors would make."""
+    found = []
+    monkeypatch.setattr(kernels_gpu, "_launch", lambda kernel, grid, *_, **__: found.append((kernel.__name__, grid)))
+    return found
+
+
 @needs_triton
-@pytest.mark.parametrize("capability", [80, 100])
-def test_the_scan_compiles_for_other_cards(capability):
-    for label, (launch, _) in launches_of("Nano 12B v2", torch.bfloat16).items():
-        if label.startswith("ssd"):
-            _, _, shared = aot.resources(aot.compile_launch(launch, capability))
-            assert shared <= 99 * 1024
+def test_batches_beyond_the_second_axis_of_a_grid_are_convolved(grids):
+    """A card takes 65,535 programs on the second and third axis, and 2^31 - 1 on the first."""
+    x_BTE = torch.empty(70_000, 3, 80, device="meta", requires_grad=True)
+    kernels.causal_conv_triton(x_BTE, torch.empty(80, 4, device="meta"), torch.empty(80, device="meta"))[0].sum().backward()
+    assert grids == [("conv_kernel", (140_000, 1)), ("conv_grad_kernel", (140_000, 1))]
+
+
+@needs_triton
+@pytest.mark.parametrize(("P", "T", "remedy"), [
+    (129, 4, r"at most 128 channels, and these have 129; make the heads smaller"),
+    (16, 4_194_241, r"at most 4194240 tokens at a time, and these are 4194241; pass them in parts")])  # fmt: skip
+def test_sizes_that_no_card_takes_are_refused_before_a_launch(grids, P, T, remedy):
+    x_BTHP, dt_BTH, b_BTKN = (torch.empty(1, T, *sizes, device="meta") for sizes in ((2, P), (2,), (1, 16)))
+    a_H = torch.empty(2, device="meta")
+    with pytest.raises(ValueError, match=remedy):
+        kernels.ssd_triton(x_BTHP, dt_BTH, a_H, b_BTKN, b_BTKN, a_H)
+    if T > 4:
+        with pytest.raises(ValueError, match=remedy):
+            kernels.causal_conv_triton(x_BTHP[..., 0], torch.empty(2, 4, device="meta"), a_H)
+    assert grids == []
+
+
+def test_a_kernel_starts_on_the_card_of_its_tensors_and_not_at_all_without_work(monkeypatch):
+    entered, t = [], torch.zeros(1)
+
+    class Card:
+        def __init__(self, tensor):
+            assert tensor is t
+
+        def __enter__(self):
+            entered.append("card")
+
+        def __exit__(self, *_):
+            entered.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device_of", Card)
+    kernel = {(2, 1): lambda *arguments, size: entered.append((arguments, size))}
+    kernels_gpu._launch(kernel, (2, 1), t, 5, size=16)
+    assert entered == ["card", ((t, 5), 16), "left"]
+    kernels_gpu._launch(kernel, (2, 0), t, 5, size=16)
+    assert len(entered) == 3
+
+
+@pytest.fixture(scope="session")
+def triton_of_torch(tmp_path_factory):
+    """A folder with the Triton that torch 2.13's wheels for CUDA bring, beside the one that is installed."""
+    folder = tmp_path_factory.mktemp("triton")
+    status, shown = python("-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), "triton==3.7.1")
+    if status != 0:
+        pytest.skip(f"triton 3.7.1 cannot be installed, there may be no network: {shown[-200:]}")
+    return str(folder)
+
+
+@needs_triton
+@pytest.mark.parametrize("version", ["installed", "3.7.1"])
+def test_every_size_fits_every_card_and_half_precision_hardly_spills(version, request):
+    """fp32's default, three tf32 products, is allowed to spill. A kernel of a few registers would be a bare trap."""
+    path = [] if version == "installed" else [request.getfixturevalue("triton_of_torch")]
+    status, shown = python("tests/aot.py", "sizes", PYTHONPATH=os.pathsep.join(path))
+    assert status == 0, shown
+    rows = [dict(zip(shown.split("\n")[0].split("\t"), line.split("\t"), strict=True)) for line in shown.split("\n")[1:-1]]
+    assert len(rows) == len(aot.SHARED_KIB) * len(aot.SIZES) * 5
+    assert version in ("installed", rows[0]["triton"])
+    for row in rows:
+        assert float(row["shared_kib"]) <= aot.SHARED_KIB[int(row["card"])], row
+        assert int(row["tensor_memory"]) <= 512, row
+        assert int(row["registers"]) > 16, row
+        assert int(row["spilled"]) <= 256 or row["product"].startswith("tf32"), row
 
 
 def definitions(ttir):
@@ -205,6 +275,21 @@ def test_auto_runs_triton_on_cuda_tensors_and_pytorch_on_others(operation):
     assert operation(torch.zeros(1)) == "fast"
     assert operation(t=gpu_tensor()) == "fused"
     assert operation(gpu_tensor(torch.float64)) == "fast"
+
+
+@needs_triton
+def test_where_triton_is_wrong_auto_falls_back_aloud_and_triton_refuses(operation, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    forms = (functools.partial(lambda name, t: name, form) for form in ("reference", "fast", "fused"))
+    faulty = kernels._operation(*forms, lambda t: "Triton's scan is wrong here; install a newer Triton")
+    with pytest.warns(UserWarning, match=r"install a newer Triton; until then PyTorch's form runs"):
+        assert faulty(gpu_tensor()) == "fast"
+    assert faulty(torch.zeros(1)) == "fast"
+    kernels.use("triton")
+    with pytest.raises(ValueError, match=r"install a newer Triton; or choose kernels auto"):
+        faulty(gpu_tensor())
+    kernels.use("reference")
+    assert faulty(gpu_tensor()) == "reference"
 
 
 def test_auto_runs_pytorch_on_cuda_tensors_where_triton_is_missing(operation, monkeypatch):
