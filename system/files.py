@@ -25,6 +25,14 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def require_content(file: Path) -> None:
+    """Raises ValueError if a file is only the pointer that Git LFS puts in a large file's place."""
+    with open(file, "rb") as f:
+        pointer = f.read(30).startswith(b"version https://git-lfs")
+    require(not pointer, f"{file} is a Git LFS pointer, not the file itself; run `git lfs pull` "
+            "where it was cloned, or copy the file")
+
+
 def sha256(file: Path) -> str:
     """Checksum of a file's bytes."""
     digest = hashlib.sha256()

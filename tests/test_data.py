@@ -390,6 +390,23 @@ def test_any_text_survives_the_tokenizer(corpus, text):
     assert corpus.tokenizer.decode(corpus.tokenizer.encode(text)) == text
 
 
+@pytest.mark.parametrize("run", [" " * 1_100_000, "\n" * 1_100_000, "." * 1_100_000], ids=["spaces", "lines", "dots"])
+def test_a_million_characters_in_a_row_are_encoded_and_train_a_vocabulary(corpus, run):
+    """One of them at a time made a regular expression overflow its stack."""
+    tk = corpus.tokenizer
+    text = f"one two{run}three"
+    assert tk.decode(tk.encode(text)) == text
+    assert len(tokenizer.CorpusTokenizer.train([text, "one two " * 50], 300).encode("one two")) < 7
+
+
+def test_a_text_is_cut_inside_very_long_runs_alone():
+    limit = tokenizer.LONGEST
+    ordinary = "word and  space " * 5000 + "x" * (limit - 1) + " " * (limit - 1)
+    assert list(tokenizer.parts(ordinary)) == [ordinary]
+    assert "".join(tokenizer.parts(ordinary + "y" * 3 * limit + " z")) == ordinary + "y" * 3 * limit + " z"
+    assert max(map(len, tokenizer.parts("y" * 3 * limit))) == limit
+
+
 def test_special_tokens_written_out_in_a_text_stay_text(corpus):
     tk = corpus.tokenizer
     text = f"a{THINK}b{CLOSE}c{END}"
