@@ -19,7 +19,7 @@ from system.files import fingerprint, read_json, require_content, write_whole
 
 END, THINK, CLOSE = "<|endoftext|>", "<think>", "</think>"
 LONGEST = 10_000  # characters in a row, all space or none: more may overflow a tokenizer's stack
-RUNS = re.compile(r"((?<!\s)\s{%d,}|(?<!\S)\S{%d,})" % (LONGEST, LONGEST))
+RUNS = re.compile(rf"((?<!\s)\s{{{LONGEST},}}|(?<!\S)\S{{{LONGEST},}})")
 
 
 def valid(text: str) -> str:
@@ -178,7 +178,7 @@ class CorpusTokenizer(Tokenizer):
         to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         made.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
         made.decoder = decoders.ByteLevel()
-        made.train_from_iterator(texts, trainers.BpeTrainer(
+        made.train_from_iterator((p for t in texts for p in parts(t)), trainers.BpeTrainer(
             vocab_size=vocab_size - 3, initial_alphabet=to_bytes.alphabet(), show_progress=False))
         made.add_special_tokens([AddedToken(t, normalized=False) for t in (END, THINK, CLOSE)])
         return cls(made.to_str(pretty=True))
