@@ -404,7 +404,7 @@ def test_the_instruction_stands_before_every_context_and_none_is_cut_for_it(corp
 
 def test_the_instruction_is_read_from_its_file_and_kept_with_the_run(program, words, tmp_path, capsys):
     file = tmp_path / "instruction.txt"
-    file.write_text("Think first.\n")
+    file.write_text("Think first.\n", encoding="utf-8-sig")
     assert program("run", "--mode", "rlp", "--rlp.steps", 1, "--pretrain.steps", 1, "--rlp.prompt-file", file) == 0
     _, _, thinking = rundir.load_model(tmp_path / "run")
     assert thinking.prompt == "Think first.\n"

@@ -8,6 +8,7 @@ Whatever is read is valid text: see `valid` in tokenizer.py.
 
 import gzip
 import importlib
+import io
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -108,7 +109,7 @@ def _pieces(lines: Iterable[str], size: int) -> Iterator[str]:
 
 def _json_lines(file: Path, key: str) -> Iterator[str]:
     """Of a *.jsonl file, compressed or not."""
-    opened = {".gz": gzip.open, ".zst": lambda f: _needed("zstandard", f).open(f, "rb")}
+    opened = {".gz": gzip.open, ".zst": _open_zst}
     with opened.get(file.suffix, lambda f: open(f, "rb"))(file) as f:
         for i, line in enumerate(_decoded(file, f), 1):
             if line.strip():
@@ -117,6 +118,12 @@ def _json_lines(file: Path, key: str) -> Iterator[str]:
                 except (ValueError, RecursionError) as error:
                     raise ValueError(f"{file} line {i} is not JSON ({error}); mend it") from None
                 yield _text_of(value, key, f"{file} line {i}")
+
+
+def _open_zst(file: Path) -> io.BufferedReader:
+    """All frames of a file, also those of a long window."""
+    unpacker = _needed("zstandard", file).ZstdDecompressor(max_window_size=2**31)
+    return io.BufferedReader(unpacker.stream_reader(open(file, "rb"), read_across_frames=True))
 
 
 def _parquet(file: Path, key: str) -> Iterator[str]:
