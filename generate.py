@@ -12,7 +12,7 @@ from nested import submodel
 from system.config import RLPConfig
 from system.errors import exit_code, require
 from system.rundir import load_model
-from text.tokenizer import Tokenizer
+from text.tokenizer import Tokenizer, valid
 from thoughts import show_thought
 
 
@@ -32,6 +32,7 @@ def talk(run: tyro.conf.Positional[Path], prompt: tyro.conf.Positional[str],
     """
     require(prompt, f"prompt ({prompt!r}) is empty, and a thought needs a token before it; give "
             "some text")
+    prompt = valid(prompt)
     require(thought_len is None or thought_len >= 1,
             f"thought-len ({thought_len}) must be at least 1: the closing tag is a token of it")
     require(temperature is None or temperature >= 0,

@@ -111,6 +111,8 @@ def run(config: Config) -> dict:
     saved = start.meta.get("threads", 0) if start else 0  # with others, sums would round otherwise
     threads = set_threads(model, config.threads or saved, device)
     parallel.on_first(lambda: rundir.prepare_run_dir(config, corpus.tokenizer))
+    for note in corpus.notes:
+        warn(note)
     warn_of_answers(corpus.tokenizer, config)
     warn(bf16_warning(model, device))
     others = f" and {parallel.team.world - 1} more" if parallel.team.world > 1 else ""

@@ -127,8 +127,10 @@ class ModelConfig(Settings):
 class DataConfig(Settings):
     """What the model reads."""
 
-    # A UTF-8 file, a folder of such files or one that `tools.shards` wrote; empty: Python's texts.
+    # A file of UTF-8 text, *.jsonl (also .gz, .zst) or *.parquet, a folder of such files, or one
+    # that `tools.shards` wrote; empty: Python's texts.
     path: str = ""
+    text_key: str = "text"  # What the text stands under in JSON and Parquet.
     # "corpus" trains a vocabulary on the text; a folder has one in its tokenizer.json; other names,
     # such as "gpt2", are tiktoken's and may download. A Hugging Face `init` brings its own.
     tokenizer: str = "corpus"
@@ -445,7 +447,8 @@ class Config(Settings):
         """Key of the base's settings: equal exactly when the same text would give the same base.
         more: "warmup", for the base that was warmed up; what follows thoughts `rlp.back` says."""
         # accumulate: next-token prediction gives the same in any number of parts
-        free, d = ("cache_dir", "checkpoint_every", "log_every", "accumulate"), self.to_dict()
+        free = ("cache_dir", "text_key", "checkpoint_every", "log_every", "accumulate")
+        d = self.to_dict()
         groups = [{name: value for name, value in d[group].items() if name not in free}
                   for group in ("model", "data", "pretrain", *more)]
         return fingerprint([*groups, self.seed, *[self.rlp.back] * len(more)])

@@ -25,6 +25,28 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def read_log(file: Path) -> tuple[list[dict[str, Any]], int]:
+    """The objects in the lines of a log of steps, and how many lines hold none: a crash leaves half
+    a line, a blank one or zero bytes, also before a line that is whole."""
+    found, n_lines = [], 0
+    for line in file.read_bytes().splitlines():
+        try:
+            value = json.loads(line.strip(b"\0"))
+        except (ValueError, RecursionError):
+            value = None
+        found += [value] if isinstance(value, dict) and "step" in value else []
+        n_lines += 1
+    return found, n_lines - len(found)
+
+
+def require_content(file: Path) -> None:
+    """Raises ValueError if a file is only the pointer that Git LFS puts in a large file's place."""
+    with open(file, "rb") as f:
+        pointer = f.read(30).startswith(b"version https://git-lfs")
+    require(not pointer, f"{file} is a Git LFS pointer, not the file itself; run `git lfs pull` "
+            "where it was cloned, or copy the file")
+
+
 def sha256(file: Path) -> str:
     """Checksum of a file's bytes."""
     digest = hashlib.sha256()

@@ -22,7 +22,7 @@ from model import HybridLM
 from system import checkpoint, parallel
 from system.config import FitConfig
 from system.errors import require
-from system.files import fingerprint
+from system.files import fingerprint, read_log
 from system.muon import Muon
 from system.objective import Objective
 
@@ -225,11 +225,12 @@ def write_sample(file: Path, step: int, sample: dict | None) -> None:
 
 
 def trim_log(file: Path, step: int) -> None:
-    """Drop the lines that a resumed run writes again, and a last one that a crash cut short."""
+    """Drop the lines that a resumed run writes again, and with a warning those that hold none."""
     if file.exists():
-        whole = file.read_text().split("\n")[:-1]
-        kept = [line for line in whole if json.loads(line)["step"] <= step]
-        file.write_text("".join(line + "\n" for line in kept))
+        lines, n_bad = read_log(file)
+        warn(n_bad and f"{file}: lines that hold no step were skipped: {n_bad}")
+        kept = [json.dumps(line, ensure_ascii=False) for line in lines if line["step"] <= step]
+        file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
 
 class Interrupt:

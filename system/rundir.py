@@ -20,9 +20,10 @@ from model import HybridLM
 from system import checkpoint, huggingface, parallel
 from system.config import Config, RLPConfig, saved_config
 from system.errors import require
+from system.files import read_log
 from system.loop import warn
 from system.machine import pick_device, versions
-from text.tokenizer import FileTokenizer, Tokenizer, named_tokenizer
+from text.tokenizer import FileTokenizer, Tokenizer, named_tokenizer, valid
 
 
 def build_model(config: Config, n_vocab: int, device: torch.device, seed: int) -> HybridLM:
@@ -70,11 +71,12 @@ def resolve(config: Config) -> Config:
     if config.rlp.prompt_file:
         require(not config.rlp.prompt, "rlp.prompt and rlp.prompt_file are given; leave one out")
         try:
-            text = Path(config.rlp.prompt_file).read_text(encoding="utf-8")
+            text = Path(config.rlp.prompt_file).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"rlp.prompt_file ({config.rlp.prompt_file}) cannot be read as UTF-8 "
                              f"text: {error}") from error
         config = replace(config, rlp=replace(config.rlp, prompt=text))
+    config = replace(config, rlp=replace(config.rlp, prompt=valid(config.rlp.prompt)))
     folder = Path(config.init)
     if not config.init or not (folder / "config.json").is_file():
         return config
@@ -92,12 +94,12 @@ def logged_seconds(run_dir: Path) -> float:
     """Seconds of training in the log of a run, or of the runs one folder below; 0 without one."""
     own = run_dir / "metrics.jsonl"
     logs = [own] if own.exists() else run_dir.glob("*/metrics.jsonl")
-    return sum(json.loads(line)["seconds"] for log in logs for line in log.read_text().splitlines())
+    return sum(line["seconds"] for log in logs for line in read_log(log)[0])
 
 
 def seconds_to(run_dir: Path, name: str, enough: float, n: int = 10) -> float | None:
     """Seconds of training until the mean of a metric over n steps reached a value, or None."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines, _ = read_log(run_dir / "metrics.jsonl")
     values = [line.get(name, 0.0) for line in lines]
     reached = (i for i in range(n, len(lines) + 1) if sum(values[i - n : i]) >= n * enough)
     end = next(reached, None)
@@ -134,8 +136,9 @@ def shared_settings(config: Config) -> dict:
     groups = {"model", "data", "pretrain", config.mode}
     if config.mode != "pretrain":
         groups.add("warmup")
-    # accumulate: on fewer processes it makes up for them; baseline: rivals can be added later.
-    free = ("cache_dir", "checkpoint_every", "log_every", "accumulate", "baseline")
+    # accumulate: on fewer processes it makes up for them; baseline: rivals can be added later;
+    # text_key: the text itself is compared.
+    free = ("cache_dir", "text_key", "checkpoint_every", "log_every", "accumulate", "baseline")
     flat = {"rlp.back": config.rlp.back} if "warmup" in groups else {}
     for name, value in json.loads(json.dumps(config.to_dict())).items():
         if name in groups:

@@ -390,6 +390,23 @@ def test_any_text_survives_the_tokenizer(corpus, text):
     assert corpus.tokenizer.decode(corpus.tokenizer.encode(text)) == text
 
 
+@pytest.mark.parametrize("run", [" " * 1_100_000, "\n" * 1_100_000, "." * 1_100_000], ids=["spaces", "lines", "dots"])
+def test_a_million_characters_in_a_row_are_encoded_and_train_a_vocabulary(corpus, run):
+    """In one piece they overflow the stack of a regular expression, and training takes the square of their number."""
+    tk = corpus.tokenizer
+    text = f"one two{run}three"
+    assert tk.decode(tk.encode(text)) == text
+    assert len(tokenizer.CorpusTokenizer.train([text, "one two " * 50], 300).encode("one two")) < 7
+
+
+def test_a_text_is_cut_inside_very_long_runs_alone():
+    limit = tokenizer.LONGEST
+    ordinary = "word and  space " * 5000 + "x" * (limit - 1) + " " * (limit - 1)
+    assert list(tokenizer.parts(ordinary)) == [ordinary]
+    assert "".join(tokenizer.parts(ordinary + "y" * 3 * limit + " z")) == ordinary + "y" * 3 * limit + " z"
+    assert max(map(len, tokenizer.parts("y" * 3 * limit))) == limit
+
+
 def test_special_tokens_written_out_in_a_text_stay_text(corpus):
     tk = corpus.tokenizer
     text = f"a{THINK}b{CLOSE}c{END}"
@@ -501,15 +518,15 @@ def test_documents_are_pieces_of_the_file_and_end_with_end_of_text(tmp_path, tex
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        (None, "does not exist; give a UTF-8 text file, a folder of them, or nothing"),
+        (None, "does not exist; give a file of text, "),
         (b"", "is empty"),
         (b" \n\n ", "is empty"),
         (b"\x7fELF\x00\x01\x00" * 9000, "holds zero bytes, so it is not text"),
-        (b"fine " * 9000 + b"\xff\xfe", r"is not UTF-8 text \(byte 45000\)"),
-        (b"too little\n", "holds 12 characters; at least 20000 are needed"),
-        (b"one paragraph only " * 2000, "leaves no document for the .* split; add documents or raise"),
+        (b"fine " * 9000 + b"\xff\xfe", r"line 1 is not UTF-8 text \(byte 45000\)"),
+        (b"too little\n", "holds 11 characters; at least 20000 are needed"),
+        (b"one sentence only " * 2000, "holds [0-9]+ characters; at least 20000 are needed"),
     ],
-    ids=["missing", "empty", "blank", "binary", "not-utf8", "tiny", "one-piece"],
+    ids=["missing", "empty", "blank", "binary", "not-utf8", "tiny", "same-pieces"],
 )
 @pytest.mark.parametrize("in_folder", [False, True], ids=["file", "folder"])
 def test_unusable_text_is_refused_by_name(tmp_path, content, problem, in_folder):
@@ -518,11 +535,16 @@ def test_unusable_text_is_refused_by_name(tmp_path, content, problem, in_folder)
     file = folder / "a.txt"
     if content is not None:
         file.write_bytes(content)
-    elif in_folder:
-        problem = "is a folder without files"
+    if in_folder and not content:
+        problem = "is a folder without files that hold text"
     path = folder if in_folder else file
-    with pytest.raises(ValueError, match=f"data.path.*{re.escape(str(path))}.*{problem}"):
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}.*{problem}"):
         load(path, tmp_path)
+
+
+def test_text_of_too_few_documents_for_a_split_is_refused(tmp_path, text_file):
+    with pytest.raises(ValueError, match=r"data.path .* leaves no document for the val split; add documents or raise"):
+        load(text_file, tmp_path, held_out_percent=1)
 
 
 # ------------------------------------------------------------------------------------------------------------ batches

@@ -384,6 +384,13 @@ def talked(monkeypatch):
     return asked
 
 
+def test_a_prompt_that_is_not_utf8_is_asked_and_shown_with_replacement_characters(talked, capsys):
+    """A command line holds such bytes as halves of surrogate pairs, which nothing can print."""
+    assert generate.main(["run", b"H\xffm".decode("utf-8", "surrogateescape")]) == 0
+    assert talked[0][1] == "H\ufffdm"
+    assert capsys.readouterr().out == "H\ufffdm\n"
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

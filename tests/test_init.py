@@ -27,6 +27,9 @@ from thoughts import show_thought
 from tools import export, extract
 
 EXACT = {"rtol": 0, "atol": 0}
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7031645\n"
+WITHOUT_A = Tokenizer(models.BPE({"b": 0, END: 1}, [])).to_str()
+WITHOUT_UNKNOWN = Tokenizer(models.WordLevel({"b": 0, END: 1}, unk_token="[UNK]")).to_str()
 TAGGED = "a b <think> c </think> d <|endoftext|> e"
 
 
@@ -138,8 +141,12 @@ def test_a_saved_tokenizer_is_the_same_and_has_no_new_tokens(tmp_path):
     ("files", "said"),
     [
         ({"tokenizer.json": None}, r"tokenizer.json does not exist; a model of Hugging Face needs the tokenizer"),
-        ({"tokenizer.json": "{"}, r"tokenizer.json or .*config.json cannot be read \(.*\); copy it again"),
-        ({"config.json": "{"}, r"cannot be read \(.*\); copy it again"),
+        ({"tokenizer.json": "{"}, r"tokenizer.json cannot be read as JSON \(.*\); copy it again"),
+        ({"tokenizer.json": "{}"}, r"tokenizer.json cannot be read \(.*\); copy it again"),
+        ({"tokenizer.json": POINTER}, r"tokenizer.json is a Git LFS pointer, not the file itself; run `git lfs pull`"),
+        ({"tokenizer.json": WITHOUT_A}, r"tokenizer.json has no token for the letter a, nor one for what it does not know"),
+        ({"tokenizer.json": WITHOUT_UNKNOWN}, r"tokenizer.json has no token for the letter a, nor one for what it does"),
+        ({"config.json": "{"}, r"config.json cannot be read as JSON \(.*\); copy it again"),
         ({"config.json": '{"eos_token_id": 5000}'}, r"eos_token_id \(5000\) is none of the 401 tokens of .*tokenizer.json"),
     ],
 )
@@ -149,6 +156,31 @@ def test_a_tokenizer_that_cannot_be_used_is_refused_by_file(tmp_path, files, sai
         (tmp_path / name).write_text(text) if text is not None else (tmp_path / name).unlink()
     with pytest.raises(ValueError, match=said):
         FileTokenizer(tmp_path)
+
+
+def test_truncation_and_padding_are_switched_off_in_the_copy_of_a_run_too(tmp_path):
+    """The vocabulary is the same, so the tokens are those of the file without either."""
+    write_tokenizer(tmp_path / "plain")
+    write_tokenizer(tmp_path / "cut")
+    made = Tokenizer.from_file(str(tmp_path / "cut" / "tokenizer.json"))
+    made.enable_truncation(12)
+    made.enable_padding(length=16)
+    made.save(str(tmp_path / "cut" / "tokenizer.json"))
+    first = FileTokenizer(tmp_path / "cut")
+    first.save(tmp_path / "copy")
+    text = "one two three " * 20
+    expected = FileTokenizer(tmp_path / "plain").encode(text)
+    assert len(expected) > 16
+    assert first.encode(text) == FileTokenizer(tmp_path / "copy").encode(text) == expected
+    copied = Tokenizer.from_file(str(tmp_path / "copy" / "tokenizer.json"))
+    assert copied.truncation is copied.padding is None
+    assert first.fingerprint == FileTokenizer(tmp_path / "plain").fingerprint
+
+
+def test_halves_of_surrogate_pairs_become_replacement_characters(tmp_path):
+    write_tokenizer(tmp_path)
+    tk = FileTokenizer(tmp_path)
+    assert tk.decode(tk.encode("a\ud800b\udcff")) == "a\ufffdb\ufffd"
 
 
 def test_a_tokenizer_that_knows_no_end_is_refused(tmp_path):
@@ -372,7 +404,7 @@ def test_the_instruction_stands_before_every_context_and_none_is_cut_for_it(corp
 
 def test_the_instruction_is_read_from_its_file_and_kept_with_the_run(program, words, tmp_path, capsys):
     file = tmp_path / "instruction.txt"
-    file.write_text("Think first.\n")
+    file.write_text("Think first.\n", encoding="utf-8-sig")
     assert program("run", "--mode", "rlp", "--rlp.steps", 1, "--pretrain.steps", 1, "--rlp.prompt-file", file) == 0
     _, _, thinking = rundir.load_model(tmp_path / "run")
     assert thinking.prompt == "Think first.\n"

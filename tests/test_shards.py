@@ -20,7 +20,8 @@ from text.batches import pretrain_batch, rlp_batch
 from text.corpus import Corpus
 from text.documents import Documents, join
 from text.held_out import SPLITS, bucket_of
-from text.shards import LIST, ShardSet, build, read_documents
+from text.shards import LIST, ShardSet, build
+from text.sources import read_texts
 from text.tokenizer import FileTokenizer
 from tools import shards as shards_program
 
@@ -57,7 +58,7 @@ def program(tmp_path_factory):
     (tmp / "in").mkdir()
     (tmp / "in" / "a.jsonl").write_text("".join(lines) + "\n")
     (tmp / "in" / "b.txt").write_text("A text of its own.\n")
-    (tmp / "in" / "left.out").write_text("No text.\n")
+    (tmp / "in" / ".left.out").write_text("No text.\n")
     words = ["build", tmp / "in", "--out", tmp / "set", "--vocab-size", "512", "--shard-tokens", "30000"]
     assert shards_program.main([*map(str, words)]) == 0
     return tmp / "set"
@@ -158,7 +159,7 @@ def test_building_again_gives_the_same_bytes(tmp_path, folder):
 def test_long_files_are_cut_at_blank_lines_and_nothing_is_lost(tmp_path):
     text = "".join(f"line {i}\n" + "\n" * (i % 5 == 0) for i in range(100))
     (tmp_path / "a.txt").write_text(text)
-    pieces = list(read_documents([tmp_path / "a.txt"], piece=200))
+    pieces = [text for _, text in read_texts([tmp_path / "a.txt"], "text", size=200)]
     assert len(pieces) > 3
     assert "".join(pieces) == text
     assert all(p.endswith("\n\n") for p in pieces[:-1])
@@ -170,9 +171,8 @@ def test_long_files_are_cut_at_blank_lines_and_nothing_is_lost(tmp_path):
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl line 2 is not JSON"),
         ("a.jsonl", b'{"txt": "a"}\n', 'a.jsonl line 1 has no "text" that is a string'),
         ("a.jsonl", b'["text"]\n', 'a.jsonl line 1 has no "text" that is a string'),
-        ("a.txt", b"fine\n\xff\xfe\n", "a.txt is not UTF-8 text"),
-        ("a.txt", b" \n", "the inputs hold no text"),
-        ("a.csv", b"a,b\n", "is or holds no *.jsonl and no *.txt file"),
+        ("a.txt", b"fine\n\xff\xfe\n", "a.txt line 2 is not UTF-8 text"),
+        ("a.txt", b" \n", "a.txt is empty: it holds no text"),
         (None, b"", "does not exist"),
     ],
 )

@@ -6,7 +6,6 @@ What is made of a text is kept in data.cache_dir, under a fingerprint of the tex
 
 import ast
 import random
-import re
 import sysconfig
 import zipfile
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from text.documents import Documents, join
 from text.held_out import SPLITS, bucket_of, buckets_of, clusters_of
 from text.problems import tokenizer_examples
 from text.shards import ShardSet, is_shards, write_cached
+from text.sources import input_files, read_texts
 from text.tokenizer import CorpusTokenizer, Tokenizer, named_tokenizer
 
 
@@ -43,31 +43,6 @@ def python_documents() -> Iterator[tuple[str, str]]:
         yield f"module {path.stem}", source
 
 
-def user_documents(path: Path) -> Iterator[tuple[str, str]]:
-    """(name, text) of a file's or folder's pieces: about 2,000 characters, cut at blank lines.
-
-    Raises ValueError for a path that does not exist, or a file that is empty or not UTF-8 text.
-    """
-    require(path.exists(), f"data.path ({path}) does not exist; give a UTF-8 text file, "
-            "a folder of them, or nothing")
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    require(files, f"data.path ({path}) is a folder without files; put UTF-8 text files into it")
-    for file in files:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"data.path: {file} is not UTF-8 text (byte {error.start}); "
-                             "convert it or leave it out") from None
-        require("\0" not in text, f"data.path: {file} holds zero bytes, so it is not text; omit it")
-        require(text.strip(), f"data.path: {file} is empty; leave it out or give another file")
-        pieces = [""]
-        for paragraph in re.split(r"(?<=\n)\s*\n", text):
-            pieces[-1] += paragraph + "\n"
-            if len(pieces[-1]) >= 2000:
-                pieces.append("")
-        yield from ((f"{file.name} {i}", p) for i, p in enumerate(pieces) if p.strip())
-
-
 @dataclass
 class Corpus:
     """The tokenizer and, for each split, all text documents as token ids."""
@@ -76,6 +51,7 @@ class Corpus:
     documents: dict[str, Documents]
     held_out_percent: int
     key: str = ""  # fingerprint of the splits' texts and problems, and of the settings
+    notes: tuple[str, ...] = ()  # what was skipped, in words
 
     @staticmethod
     def load(config: DataConfig) -> "Corpus":
@@ -85,7 +61,9 @@ class Corpus:
         # 1. Every text once: of copies under two names the first stays, else they could land in
         #    two splits.
         first: dict[str, tuple[str, str]] = {}
-        for name, text in user_documents(Path(config.path)) if config.path else python_documents():
+        files, notes = input_files(Path(config.path), "data.path") if config.path else ([], [])
+        own_texts = read_texts(files, config.text_key, size=2000)
+        for name, text in own_texts if config.path else python_documents():
             first.setdefault(text.strip(), (name, text))
         named = [pair for stripped, pair in first.items() if stripped]
         n_characters = sum(len(text) for _, text in named)
@@ -120,7 +98,7 @@ class Corpus:
                      for text in texts[split]])
             write_cached(file, lambda f: np.savez(f, **kept))
         documents = {s: Documents([(kept[f"{s}_tokens"], kept[f"{s}_starts"])]) for s in SPLITS}
-        return Corpus(tokenizer, documents, percent, key)
+        return Corpus(tokenizer, documents, percent, key, tuple(notes))
 
     @staticmethod
     def _of_shards(config: DataConfig) -> "Corpus":

@@ -1,6 +1,6 @@
 """Text as shards of tokens on disk: built once, then read through memory maps, of any size.
 
-    python -m tools.shards build TEXTS... --out DIR --tokenizer MODEL    from *.jsonl and *.txt
+    python -m tools.shards build TEXTS... --out DIR --tokenizer MODEL    from files of sources.py
     python -m tools.shards check DIR                          compare the checksum of every file
     python train.py --data.path DIR                           any mode
 
@@ -18,7 +18,7 @@ state, and every process can make any row. Building holds a shard in memory, twi
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,58 +33,6 @@ from text.tokenizer import CorpusTokenizer, FileTokenizer, Tokenizer, named_toke
 
 VERSION, LIST = 2, "shards.json"
 AGAIN = "copy it again from where it was built, or build again"
-
-
-def input_files(inputs: list[Path]) -> list[Path]:
-    """The *.jsonl and *.txt files named and in the folders named. Raises ValueError if none are."""
-    files: list[Path] = []
-    for path in inputs:
-        require(path.exists(),
-                f"input ({path}) does not exist; give *.jsonl or *.txt files, or folders of them")
-        inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        found = [p for p in inside if p.suffix in (".jsonl", ".txt")]
-        require(found, f"input ({path}) is or holds no *.jsonl and no *.txt file; convert it")
-        files += found
-    return files
-
-
-def read_documents(files: list[Path], piece: int = 1_000_000) -> Iterator[str]:
-    """Every text that is not blank: of each line of a *.jsonl file, and of each *.txt file.
-
-    piece: characters after which a *.txt file is cut at the next blank line, to fit into memory.
-    Raises ValueError for what is not UTF-8, not JSON, or has no text, with the file and the line.
-    """
-    for file in files:
-        try:
-            with open(file, encoding="utf-8") as lines:
-                is_json = file.suffix == ".jsonl"
-                found = _json_texts(file, lines) if is_json else _pieces(lines, piece)
-                yield from (text for text in found if text.strip())
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not UTF-8 text ({error.reason}); convert it") from None
-
-
-def _json_texts(file: Path, lines: Iterable[str]) -> Iterator[str]:
-    for i, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{file} line {i} is not JSON ({error.msg}); mend it") from None
-            text = value.get("text") if isinstance(value, dict) else None
-            require(isinstance(text, str),
-                    f'{file} line {i} has no "text" that is a string; a line is {{"text": "..."}}')
-            yield text
-
-
-def _pieces(lines: Iterable[str], piece: int) -> Iterator[str]:
-    text = ""
-    for line in lines:
-        text += line
-        if len(text) >= piece and not line.strip():
-            yield text
-            text = ""
-    yield text
 
 
 def shard_tokenizer(name: str, vocab_size: int, texts: Iterable[str]) -> Tokenizer:

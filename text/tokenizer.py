@@ -6,6 +6,8 @@ tokenizer.json of a Hugging Face directory (`FileTokenizer`), and one that tikto
 """
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import tiktoken
@@ -13,9 +15,24 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 from tokenizers import Tokenizer as HFTokenizer
 
 from system.errors import require
-from system.files import fingerprint, write_whole
+from system.files import fingerprint, read_json, require_content, write_whole
 
 END, THINK, CLOSE = "<|endoftext|>", "<think>", "</think>"
+LONGEST = 10_000  # characters in a row, all space or none: more may overflow a tokenizer's stack
+RUNS = re.compile(rf"((?<!\s)\s{{{LONGEST},}}|(?<!\S)\S{{{LONGEST},}})")
+
+
+def valid(text: str) -> str:
+    """The text with U+FFFD for each half of a surrogate pair, which no UTF-8 can hold: what JSON
+    may spell, and what a command line becomes that is not UTF-8."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
+def parts(text: str) -> Iterator[str]:
+    """The valid text, in parts that any tokenizer takes: cut inside very long runs alone."""
+    for i, part in enumerate(RUNS.split(valid(text))):
+        size = LONGEST if i % 2 else max(1, len(part))
+        yield from (part[at : at + size] for at in range(0, len(part), size))
 
 
 class Tokenizer:
@@ -51,6 +68,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text; a special token written out in the text is plain text too."""
+        return [t for part in parts(text) for t in self.encode_part(part)]
+
+    def encode_part(self, text: str) -> list[int]:
+        """Token ids of valid text without very long runs."""
         return self.encoding.encode_ordinary(text)
 
     def decode(self, tokens: list[int]) -> str:
@@ -69,6 +90,7 @@ class FileTokenizer(Tokenizer):
 
     END is the eos_token_id (the first, if several) of the config.json beside it, or the token
     `<|endoftext|>`. Think tags that it lacks become tokens after its last one, listed in `new_ids`.
+    Truncation and padding are switched off: they would cut every text, and fill it up.
     Raises ValueError if a file cannot be used, or nothing says what ends a text.
     """
 
@@ -77,12 +99,15 @@ class FileTokenizer(Tokenizer):
         require(file.is_file(), f"{file} does not exist; a model of Hugging Face needs the "
                 "tokenizer that it was trained with")
         # 1. the two files
-        self.json = file.read_text(encoding="utf-8")
+        require_content(file)
+        content, self.json = read_json(file), file.read_text(encoding="utf-8")
+        self.settings = read_json(beside) if beside.is_file() else {}
+        if content.get("truncation") or content.get("padding"):
+            self.json = json.dumps(content | {"truncation": None, "padding": None}, indent=2)
         try:
-            self.settings = json.loads(beside.read_text("utf-8")) if beside.is_file() else {}
             base = HFTokenizer.from_str(self.json)
         except Exception as e:  # the library raises nothing narrower
-            raise ValueError(f"{file} or {beside} cannot be read ({e}); copy it again") from e
+            raise ValueError(f"{file} cannot be read ({e}); copy it again") from e
         # 2. the tags
         missing = [text for text in (THINK, CLOSE) if base.token_to_id(text) is None]
         if missing:
@@ -101,16 +126,21 @@ class FileTokenizer(Tokenizer):
                 f"{self.n_vocab} tokens of {file}")
         # 4. what encodes: where a text spells one of the three or a special token, it is text
         content = json.loads(self.json)
-        for token in content["added_tokens"]:
+        for token in content.get("added_tokens", []):
             token["special"] = token["special"] or token["content"] in (END, THINK, CLOSE)
         self.file = HFTokenizer.from_str(json.dumps(content))
         self.file.encode_special_tokens = True
         # 5. what it puts before every text: all that stands before the first token of "a"
-        framed, plain = self.file.encode("a").ids, self.encode("a")
+        try:
+            framed, plain = self.file.encode("a").ids, self.encode("a")
+        except Exception:  # as above: a library that lacks a token says so in many ways
+            plain = []
+        require(plain, f"{file} has no token for the letter a, nor one for what it does not know: "
+                "text would be lost; use another tokenizer")
         self.begin = tuple(framed[: framed.index(plain[0])])
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of plain text; a special token written out in the text is plain text too."""
+    def encode_part(self, text: str) -> list[int]:
+        """Token ids of valid text without very long runs."""
         return self.file.encode(text, add_special_tokens=False).ids
 
     def decode(self, tokens: list[int]) -> str:
@@ -148,7 +178,7 @@ class CorpusTokenizer(Tokenizer):
         to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         made.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
         made.decoder = decoders.ByteLevel()
-        made.train_from_iterator(texts, trainers.BpeTrainer(
+        made.train_from_iterator((p for t in texts for p in parts(t)), trainers.BpeTrainer(
             vocab_size=vocab_size - 3, initial_alphabet=to_bytes.alphabet(), show_progress=False))
         made.add_special_tokens([AddedToken(t, normalized=False) for t in (END, THINK, CLOSE)])
         return cls(made.to_str(pretty=True))

@@ -9,7 +9,6 @@ in nats, with the closing tag forced after each prefix. The first box is the emp
 none, so the boxes add up to the gain of the whole thought.
 """
 
-import json
 import sys
 import textwrap
 from pathlib import Path
@@ -24,7 +23,7 @@ from matplotlib.patches import FancyBboxPatch
 from kernels import mask_banned
 from system import parallel
 from system.errors import exit_code, require
-from system.files import read_json
+from system.files import read_json, read_log
 from system.rundir import load_model, load_run
 from text.problems import held_out_problems
 from thoughts import show_thought
@@ -113,7 +112,7 @@ def picture(run: tyro.conf.Positional[Path], family: str = "chain",
     problem, before = next((pair for pair in tried if not pair[1]["right"]), (None, None))
     require(problem, f"family ({family}) has no problem that the base gets wrong; give another")
     thoughts = think(model, tokenizer, problem, c), before
-    log = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    log, _ = read_log(run / "metrics.jsonl")
     gain_nats = [line["gain_problems_nats"] for line in log if "gain_problems_nats" in line]
     draw(problem.question, thoughts, tokenizer, gain_nats).savefig(out, dpi=200, transparent=True)
     print(f"wrote {out}")

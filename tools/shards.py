@@ -2,30 +2,40 @@
 DIR`, `python -m tools.shards check DIR`."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import tyro
 
 from system.errors import exit_code, require
 from text import shards
+from text.sources import input_files, read_texts
 
 
 def run_build(inputs: tyro.conf.Positional[list[Path]], out: Path, tokenizer: str = "corpus",
-              vocab_size: int = 32768, shard_tokens: int = 2**26) -> None:
+              vocab_size: int = 32768, shard_tokens: int = 2**26,
+              text_key: str = "text") -> None:
     """Write texts as shards.
 
     Args:
-        inputs: Files (*.jsonl with a "text" in each line, *.txt) and folders of such files.
+        inputs: Files and folders of them: *.jsonl, also .gz and .zst, *.parquet, UTF-8 text.
         out: Folder to write.
         tokenizer: A folder with a tokenizer.json, or a name that tiktoken knows; "corpus" trains
             one on the texts.
         vocab_size: Size of the vocabulary that "corpus" trains.
         shard_tokens: Tokens of a shard; one shard is held in memory.
+        text_key: What the text stands under in JSON and Parquet.
     """
-    files = shards.input_files(inputs)
+    def texts() -> Iterator[str]:
+        return (text for _, text in read_texts(files, text_key, size=1_000_000))
+
+    found = [input_files(path, "input") for path in inputs]
+    files = [file for own, _ in found for file in own]
+    for note in (note for _, notes in found for note in notes):
+        print(note)
     shards.require_new(out)
-    made = shards.shard_tokenizer(tokenizer, vocab_size, shards.read_documents(files))
-    built = shards.build(shards.read_documents(files), out, made, tokenizer, shard_tokens)
+    made = shards.shard_tokenizer(tokenizer, vocab_size, texts())
+    built = shards.build(texts(), out, made, tokenizer, shard_tokens)
     n_tokens, n_documents = (sum(s[k] for s in built) for k in ("n_tokens", "n_documents"))
     print(f"{out}: {n_documents:,} documents, {n_tokens:,} tokens in {len(built)} shards")
 

@@ -7,6 +7,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
+from system.files import read_log
 from views.tables import RIVALS
 
 matplotlib.use("Agg")  # no window, also where there is a screen
@@ -16,7 +17,7 @@ BLUE, ORANGE, GREY = "#2f6db3", "#e07b39", "#9a9a9a"
 
 def plot_run(run_dir: Path) -> None:
     """Of RLP gain, accuracy and thoughts as PNGs, else loss; of elastic widths and sizes too."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines, _ = read_log(run_dir / "metrics.jsonl")
     summary = json.loads((run_dir / "summary.json").read_text())
     if summary["mode"] == "elastic":
         plot_widths(summary, run_dir / "widths.png")

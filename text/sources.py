@@ -1,0 +1,150 @@
+"""Texts as people have them on disk: what `--data.path` and `tools.shards build` read.
+
+    *.jsonl, *.jsonl.gz, *.jsonl.zst, *.parquet    a document a line or row, under `data.text_key`
+    any other file                                 UTF-8 text, cut at END and at blank lines
+
+Whatever is read is valid text: see `valid` in tokenizer.py.
+"""
+
+import gzip
+import importlib
+import io
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from system.errors import require
+from system.files import require_content
+from text.tokenizer import END, valid
+
+
+def input_files(path: Path, name: str) -> tuple[list[Path], list[str]]:
+    """The files named or in the folder named, and a line for each that is skipped there: hidden
+    and empty ones. Raises ValueError if none are left. name: of the setting, for messages."""
+    require(path.exists(), f"{name} ({path}) does not exist; give a file of text, *.jsonl or "
+            "*.parquet, or a folder of them")
+    if not path.is_dir():
+        return [path], []
+    files, skipped = [], []
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+        why = "hidden" if hidden else "empty" if not file.stat().st_size else ""
+        files += [] if why else [file]
+        skipped += [f"{name}: {file} is {why}; skipped"] if why else []
+    require(files, f"{name} ({path}) is a folder without files that hold text; put some into it")
+    return files, skipped
+
+
+def read_texts(files: Iterable[Path], key: str, size: int) -> Iterator[tuple[str, str]]:
+    """(name, text) of every document of some files that is not blank.
+
+    key: what the text stands under in JSON and Parquet; size: characters of the pieces that other
+    files are cut into. Raises ValueError with file and line for what is no text, and where a
+    format needs a package that is not installed.
+    """
+    for file in files:
+        require_content(file)
+        n = -1
+        kinds = [read for ending, read in READERS.items() if file.name.endswith(ending)]
+        try:
+            texts = kinds[0](file, key) if kinds else _pieces(_lines(file), size)
+            for n, text in enumerate(t for t in texts if t.strip()):
+                yield f"{file.name} {n}", text
+        except Exception as error:  # the packages raise nothing narrower
+            if str(file) in str(error):
+                raise
+            raise ValueError(f"{file} cannot be read ({error}); copy it again") from error
+        require(n >= 0, f"{file} is empty: it holds no text; leave it out")
+
+
+def _needed(package: str, file: Path) -> Any:
+    """An optional package. Raises ValueError if it is not installed."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise ValueError(f"{file} needs the package {package}, which is not installed; "
+                         f"`pip install {package}`, or convert the file") from None
+
+
+def _decoded(file: Path, lines: Iterable[bytes]) -> Iterator[str]:
+    """UTF-8 lines, without the mark that some programs begin a file with."""
+    for i, line in enumerate(lines, 1):
+        try:
+            yield line.decode("utf-8-sig" if i == 1 else "utf-8").replace("\r\n", "\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} line {i} is not UTF-8 text (byte {error.start}); convert it "
+                             "or leave it out") from None
+
+
+def _lines(file: Path) -> Iterator[str]:
+    with open(file, "rb") as f:
+        for i, line in enumerate(_decoded(file, f), 1):
+            require("\0" not in line, f"{file} line {i} holds zero bytes, so it is not text; "
+                    "convert the file or leave it out")
+            yield line
+
+
+def _pieces(lines: Iterable[str], size: int) -> Iterator[str]:
+    """A text in pieces of `size` characters or more: END is a boundary, and so is the next blank
+    line; where none comes within as many again, the last end of a line there, a space, or none."""
+    text = ""
+    for line in lines:
+        for i, part in enumerate(line.split(END)):
+            if i:
+                yield text
+                text = ""
+            for at in range(0, len(part), size):
+                text += part[at : at + size]
+                if len(text) > 2 * size:
+                    ends = (text.rfind(sign, size, 2 * size) + 1 for sign in "\n ")
+                    cut = next((end for end in ends if end), 2 * size)
+                    yield text[:cut]
+                    text = text[cut:]
+        if len(text) >= size and not line.strip():
+            yield text
+            text = ""
+    yield text
+
+
+def _json_lines(file: Path, key: str) -> Iterator[str]:
+    """Of a *.jsonl file, compressed or not."""
+    opened = {".gz": gzip.open, ".zst": _open_zst}
+    with opened.get(file.suffix, lambda f: open(f, "rb"))(file) as f:
+        for i, line in enumerate(_decoded(file, f), 1):
+            if line.strip():
+                try:
+                    value = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"{file} line {i} is not JSON ({error}); mend it") from None
+                yield _text_of(value, key, f"{file} line {i}")
+
+
+def _open_zst(file: Path) -> io.BufferedReader:
+    """All frames of a file, also those of a long window."""
+    unpacker = _needed("zstandard", file).ZstdDecompressor(max_window_size=2**31)
+    return io.BufferedReader(unpacker.stream_reader(open(file, "rb"), read_across_frames=True))
+
+
+def _parquet(file: Path, key: str) -> Iterator[str]:
+    """Of a *.parquet file, some rows at a time."""
+    _needed("pyarrow", file)
+    parquet = importlib.import_module("pyarrow.parquet")
+    with parquet.ParquetFile(file) as table:
+        columns = [key] if key in table.schema_arrow.names else table.schema_arrow.names
+        rows = (row for batch in table.iter_batches(1000, columns=columns)
+                for row in batch.to_pylist())
+        yield from (_text_of(row, key, f"{file} row {i}") for i, row in enumerate(rows, 1))
+
+
+def _text_of(value: Any, key: str, where: str) -> str:
+    """The text under a key, with U+FFFD for what no text holds."""
+    text = value.get(key) if isinstance(value, dict) else None
+    others = f"it has {', '.join(value)}" if isinstance(value, dict) else "it is no object"
+    require(isinstance(text, str), f'{where} has no "{key}" that is a string ({others[:200]}); '
+            "name the key with --data.text-key (of tools.shards: --text-key)")
+    return valid(text).replace("\0", "\ufffd")
+
+
+READERS = {".jsonl": _json_lines, ".jsonl.gz": _json_lines, ".jsonl.zst": _json_lines,
+           ".parquet": _parquet}
