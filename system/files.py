@@ -34,7 +34,8 @@ def read_log(file: Path) -> tuple[list[dict[str, Any]], int]:
             value = json.loads(line.strip(b"\0"))
         except (ValueError, RecursionError):
             value = None
-        found += [value] if isinstance(value, dict) and "step" in value else []
+        if isinstance(value, dict) and type(value.get("step")) is int:
+            found.append(value)
         n_lines += 1
     return found, n_lines - len(found)
 

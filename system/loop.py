@@ -22,7 +22,7 @@ from model import HybridLM
 from system import checkpoint, parallel
 from system.config import FitConfig
 from system.errors import require
-from system.files import fingerprint, read_log
+from system.files import fingerprint, read_log, write_whole
 from system.muon import Muon
 from system.objective import Objective
 
@@ -230,7 +230,7 @@ def trim_log(file: Path, step: int) -> None:
         lines, n_bad = read_log(file)
         warn(n_bad and f"{file}: lines that hold no step were skipped: {n_bad}")
         kept = [json.dumps(line, ensure_ascii=False) for line in lines if line["step"] <= step]
-        file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        write_whole(file, lambda f: f.write("".join(line + "\n" for line in kept).encode()))
 
 
 class Interrupt:

@@ -180,7 +180,7 @@ def exactly() -> contextlib.AbstractContextManager:
 def shards(n_parameters: int) -> bool:
     """Whether a network of so many parameters is sharded."""
     mode = team.settings.mode
-    return team.world > 1 and (mode == "fsdp" or mode == "auto" and n_parameters >= FSDP_FROM)
+    return team.world > 1 and (mode == "fsdp" or (mode == "auto" and n_parameters >= FSDP_FROM))
 
 
 def shard(network: nn.Module) -> nn.Module:

@@ -94,7 +94,7 @@ def logged_seconds(run_dir: Path) -> float:
     """Seconds of training in the log of a run, or of the runs one folder below; 0 without one."""
     own = run_dir / "metrics.jsonl"
     logs = [own] if own.exists() else run_dir.glob("*/metrics.jsonl")
-    return sum(line["seconds"] for log in logs for line in read_log(log)[0])
+    return sum(line.get("seconds", 0) for log in logs for line in read_log(log)[0])
 
 
 def seconds_to(run_dir: Path, name: str, enough: float, n: int = 10) -> float | None:

@@ -39,6 +39,8 @@ def write_parquet(file, key):
 
 WRITE = {
     "a.jsonl": lambda file, key: file.write_bytes(json_lines(key)),
+    "A.JSONL": lambda file, key: file.write_bytes(json_lines(key)),
+    "a.json": lambda file, key: file.write_text(json.dumps([{key: text, "id": i} for i, text in enumerate(TEXTS)])),
     "a.jsonl.gz": lambda file, key: file.write_bytes(gzip.compress(json_lines(key))),
     "a.jsonl.zst": write_zst,
     "a.parquet": write_parquet,
@@ -51,9 +53,17 @@ def test_a_document_a_line_or_row_is_read_under_its_key_and_another_key_is_refus
     file = tmp_path / name
     WRITE[name](file, key)
     assert texts_of(file, key) == TEXTS
-    said = rf'{name} (line|row) 1 has no "body" that is a string \(it has .*{key}.*--data.text-key'
+    said = rf'{name} (line|element|row) 1 has no "body" that is a string \(it has .*{key}.*--data.text-key'
     with pytest.raises(ValueError, match=said):
         texts_of(file, "body")
+
+
+def test_text_is_unpacked_and_lines_of_json_under_another_name_are_said_to_be_that(tmp_path):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress("\n".join(TEXTS).encode()))
+    assert texts_of(tmp_path / "a.txt.gz") == ["\n".join(TEXTS)]
+    (tmp_path / "a.json").write_bytes(json_lines())
+    with pytest.raises(ValueError, match=r"a.json is not JSON .* call it .jsonl if there is an object in each line"):
+        texts_of(tmp_path / "a.json")
 
 
 @pytest.mark.parametrize(("name", "package"), [("a.jsonl.zst", "zstandard"), ("a.parquet", "pyarrow")])

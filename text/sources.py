@@ -1,8 +1,9 @@
 """Texts as people have them on disk: what `--data.path` and `tools.shards build` read.
 
-    *.jsonl, *.jsonl.gz, *.jsonl.zst, *.parquet    a document a line or row, under `data.text_key`
-    any other file                                 UTF-8 text, cut at END and at blank lines
+    *.jsonl, *.json, *.parquet    a document a line, element or row, under `data.text_key`
+    any other file                UTF-8 text, cut at END and at blank lines
 
+Both also as *.gz and *.zst, but for Parquet; capitals in a name are as good as small letters.
 Whatever is read is valid text: see `valid` in tokenizer.py.
 """
 
@@ -12,7 +13,7 @@ import io
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from system.errors import require
 from system.files import require_content
@@ -46,7 +47,8 @@ def read_texts(files: Iterable[Path], key: str, size: int) -> Iterator[tuple[str
     for file in files:
         require_content(file)
         n = -1
-        kinds = [read for ending, read in READERS.items() if file.name.endswith(ending)]
+        name = file.name.lower().removesuffix(".gz").removesuffix(".zst")
+        kinds = [read for ending, read in READERS.items() if name.endswith(ending)]
         try:
             texts = kinds[0](file, key) if kinds else _pieces(_lines(file), size)
             for n, text in enumerate(t for t in texts if t.strip()):
@@ -78,7 +80,7 @@ def _decoded(file: Path, lines: Iterable[bytes]) -> Iterator[str]:
 
 
 def _lines(file: Path) -> Iterator[str]:
-    with open(file, "rb") as f:
+    with _open(file) as f:
         for i, line in enumerate(_decoded(file, f), 1):
             require("\0" not in line, f"{file} line {i} holds zero bytes, so it is not text; "
                     "convert the file or leave it out")
@@ -108,9 +110,8 @@ def _pieces(lines: Iterable[str], size: int) -> Iterator[str]:
 
 
 def _json_lines(file: Path, key: str) -> Iterator[str]:
-    """Of a *.jsonl file, compressed or not."""
-    opened = {".gz": gzip.open, ".zst": _open_zst}
-    with opened.get(file.suffix, lambda f: open(f, "rb"))(file) as f:
+    """Of a file with a JSON object in each line."""
+    with _open(file) as f:
         for i, line in enumerate(_decoded(file, f), 1):
             if line.strip():
                 try:
@@ -120,8 +121,24 @@ def _json_lines(file: Path, key: str) -> Iterator[str]:
                 yield _text_of(value, key, f"{file} line {i}")
 
 
-def _open_zst(file: Path) -> io.BufferedReader:
-    """All frames of a file, also those of a long window."""
+def _json(file: Path, key: str) -> Iterator[str]:
+    """Of a file that is one list of JSON objects, or one object."""
+    with _open(file) as f:
+        text = "".join(_decoded(file, f))
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON ({error}); mend it, or call it .jsonl if there is an "
+                         "object in each line") from None
+    for i, one in enumerate(value if isinstance(value, list) else [value], 1):
+        yield _text_of(one, key, f"{file} element {i}")
+
+
+def _open(file: Path) -> BinaryIO:
+    """The file's bytes, unpacked; of *.zst all frames, also those of a long window."""
+    suffix = file.suffix.lower()
+    if suffix != ".zst":
+        return gzip.open(file) if suffix == ".gz" else open(file, "rb")
     unpacker = _needed("zstandard", file).ZstdDecompressor(max_window_size=2**31)
     return io.BufferedReader(unpacker.stream_reader(open(file, "rb"), read_across_frames=True))
 
@@ -146,5 +163,4 @@ def _text_of(value: Any, key: str, where: str) -> str:
     return valid(text).replace("\0", "\ufffd")
 
 
-READERS = {".jsonl": _json_lines, ".jsonl.gz": _json_lines, ".jsonl.zst": _json_lines,
-           ".parquet": _parquet}
+READERS = {".jsonl": _json_lines, ".json": _json, ".parquet": _parquet}
