@@ -243,7 +243,7 @@ def test_lines_of_the_log_that_hold_no_step_are_skipped_with_a_warning_and_nothi
     """Blank ones, zero bytes, alone and before a line that is whole, what is no step; other readers skip them too."""
     log = tmp_path / "metrics.jsonl"
     log.write_bytes(
-        b'{"step": 1, "seconds": 2.0}\n\n\0\0\0\n\0\0{"step": 2, "seconds": 3.0}\n[]\n{"step": "2"}\n{"step": 3, "seconds": 1}\n'
+        b'{"step": 1, "seconds": 2.0}\n\n\0\0\0\n\0\0{"step": 2, "seconds": 3.0}\n[]\n{"step": ""}\n{"step": 3, "seconds": 1}\n'
     )
     assert rundir.logged_seconds(tmp_path) == 6.0
     loop.trim_log(log, 2)
@@ -658,7 +658,7 @@ def test_a_run_folder_in_use_is_refused_and_left_as_it_is(program, finished, cap
         ("--rlp.group-size", 2, "rlp.group_size was 4, now 2"),
         ("--rlp.steps", 9, "rlp.steps was 3, now 9"),
         ("--model.d-ff", 32, "model.d_ff was 64, now 32"),
-        ("--data.text-share", 0.5, "data.text_share was 0.3, now 0.5"),
+        ("--data.text-share", 0.5, "data.text_share was 0.25, now 0.5"),
         ("--init", "elsewhere", "now elsewhere"),
         ("--pretrain.lr", 1.0, "pretrain.lr was 0.003, now 1.0"),
         ("--warmup.lr", 1.0, "warmup.lr was 0.003, now 1.0"),
