@@ -37,7 +37,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint as recompute
 
 import nested
-from kernels import selected_logp
+from kernels import selected_logp, wide
 from model import HybridLM
 from routers import Router, budget_loss, mask_weighting, probabilities, unmeasured_router
 from system import checkpoint, parallel
@@ -58,17 +58,19 @@ def distillation_loss(teachers: list[tuple[float, Tensor, Tensor]], student_Td: 
     p_i and q are softmax(logits / temperature), q(token) is at temperature 1. Each teacher is (w_i,
     its hidden states [T, D], its output matrix [V, D]), and learns nothing here. All of them and
     the token share one softmax of the student, and its gradient, as one mixed target: sum_i w_i
-    KL(p_i || q) is sum_i w_i p_i log p_i - (sum_i w_i p_i) log q. At most `at_once` logits are made
-    at a time; where that takes several pieces, they are made again in the backward pass.
+    KL(p_i || q) is sum_i w_i p_i log p_i - (sum_i w_i p_i) log q. Logits in bf16 are widened before
+    softmax and sums, whose differences are small. At most `at_once` logits are made at a time;
+    where that takes several pieces, they are made again in the backward pass.
     """
 
     def piece(student_td: Tensor, token_t: Tensor, *teacher_tD: Tensor) -> Tensor:
-        logits_tV = F.linear(student_td / temperature, student_Vd)
+        logits_tV = wide(F.linear(student_td / temperature, student_Vd))
         total, wanted_tV = logits_tV.new_zeros(()), None
         # 1. the mixed target, and the teachers' own sums p log p
         with torch.no_grad():
             for (w, _, matrix_VD), hidden_tD in zip(teachers, teacher_tD, strict=True):
-                logp_tV = F.log_softmax(F.linear(hidden_tD / temperature, matrix_VD), dim=-1)
+                teacher_tV = wide(F.linear(hidden_tD / temperature, matrix_VD))
+                logp_tV = F.log_softmax(teacher_tV, dim=-1)
                 p_tV = logp_tV.exp()
                 total = total + w * logp_tV.mul_(p_tV).sum()
                 wanted_tV = p_tV.mul_(w) if wanted_tV is None else wanted_tV.add_(p_tV, alpha=w)
