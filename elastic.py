@@ -189,8 +189,8 @@ class Elastic(Distillation):
     def run(self, model: HybridLM, weights: dict, p: dict | None, budget: float, batch: dict
             ) -> tuple[Tensor, Tensor]:
         """Last hidden states of a budget's model, masked if p is given, else cut; output matrix."""
-        network, shape = model, model.config
-        if p is not None:
+        network, shape, own = model, model.config, weights
+        if p is not None:  # the head stays: the last norm masks what it reads, tied or not
             with parallel.exactly():
                 weighting = mask_weighting(p, self.c.mask)
                 masks = self.router.space.masks(weighting, self.router.depth_order)
@@ -201,10 +201,10 @@ class Elastic(Distillation):
                 self.widths[budget] = self.router.choose(budget)
                 self.bare[budget] = nested.bare_model(nested.shrink(shape, self.widths[budget]))
             network, kept = self.bare[budget], nested.kept_units(shape, self.widths[budget])
-            weights = nested.take(weights, shape, kept)
+            weights = own = nested.take(weights, shape, kept)
         call = parallel.recomputed(functional_call)
         hidden_BTd, _ = call(network, weights, (batch["tokens_BT"],), {"ids_BT": batch["ids_BT"]})
-        return hidden_BTd, weights.get("head.weight", weights["embed.weight"])
+        return hidden_BTd, own.get("head.weight", own["embed.weight"])
 
     def after_step(self, model: HybridLM) -> None:
         """Keep the weights at the end of stage 1, to see what stage 2 brings."""

@@ -9,6 +9,7 @@ import functools
 import itertools
 import math
 import re
+import weakref
 from dataclasses import dataclass, replace
 
 import pytest
@@ -204,6 +205,17 @@ def test_scores_of_query_heads_by_hand():
     model = plain_model(pattern="*", n_heads=2, n_kv_heads=1, attn_head_dim=2)
     model.layers[0].mixer.q_proj.weight.data = f64([1, 0], [1, 1], [0, 3], [0, 0])
     assert_close(scores(model, "attn", "paper", 0), f64(6, 18).sqrt())
+
+
+def test_scores_of_query_heads_are_those_of_the_function_under_qk_norm():
+    """QK-norm takes the size of a head's rows away again, so they may have any: the scores stay, as the logits do."""
+    model, found = tiny_model(qk_norm=True, norm_eps=1e-15), []
+    attention, batch = model.layers[3].mixer, {"tokens_BT": TOKENS_BT, "ids_BT": PACKED_BT}
+    for size in (1.0, 100.0):
+        attention.q_proj.weight.data[:4] *= size  # of the first head
+        score = importance.SCORES["attn"]["paper"](model, importance.activation_sums(model, [batch]), 3)
+        found.append((score, model.logits(model(TOKENS_BT)[0])))
+    assert_close(*found, **EXACT)
 
 
 @pytest.mark.parametrize(
@@ -442,6 +454,26 @@ def test_greedy_keeps_one_of_two_layers_that_stand_in_for_each_other():
     assert greedy[0] == 0
     assert greedy[1] in (1, 2)
     assert greedy[2] == 3
+
+
+@pytest.mark.parametrize("kind", ["paper", "greedy"])
+def test_ranking_layers_keeps_the_logits_of_one_batch_at_a_time(monkeypatch, kind):
+    """Those of six batches are made, and at most two of them, the full model's and the changed one's, live at once."""
+    model, plain, made, most = tiny_model(), HybridLM.logits, [], 0
+
+    def counted(self, hidden):
+        nonlocal most
+        logits = plain(self, hidden)
+        made.append(weakref.ref(logits))
+        most = max(most, sum(r() is not None for r in made))
+        return logits
+
+    monkeypatch.setattr(HybridLM, "logits", counted)
+    batches = [{"tokens_BT": TOKENS_BT, "ids_BT": None}] * 6
+    with torch.no_grad():
+        importance.rank_layers(model, batches, kind, torch.Generator())
+    assert len(made) > 6
+    assert most <= 2
 
 
 # --------------------------------------------------------------------------------------------- masked, sliced, extracted
@@ -1194,6 +1226,19 @@ def test_a_search_step_that_is_certain_runs_the_sliced_model(data):
     hidden_BTD, head_VD = objective.run(model, dict(model.named_parameters()), one_hot(space, choice), 0.75, batch)
     sliced = by_slices(model, space.widths(choice, order), batch["tokens_BT"], batch["ids_BT"])
     assert_close(F.linear(hidden_BTD, head_VD), sliced, **EXACT)
+
+
+def test_a_soft_mask_weighs_tied_embeddings_as_it_weighs_a_head_of_their_own():
+    """One function, written with a tied matrix and with two equal ones: the same logits under the same soft masks."""
+    tied, untied, found = tiny_model(), tiny_model(tie_embeddings=False), []
+    untied.load_state_dict({**tied.state_dict(), "head.weight": tied.embed.weight.detach()})
+    for model in (tied, untied):
+        objective = make_objective(model, 10)
+        space = objective.router.space
+        p = {a: torch.full((space.n_decisions(a), len(w)), 1 / len(w)) for a, w in space.choices.items()}
+        hidden_BTD, head_VD = objective.run(model, dict(model.named_parameters()), p, 0.75, batch_of([1]))
+        found.append(F.linear(hidden_BTD, head_VD))
+    assert_close(*found, **EXACT)
 
 
 # -------------------------------------------------------------------------------------------------------- distillation
