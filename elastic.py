@@ -202,8 +202,9 @@ class Elastic(Distillation):
                 self.bare[budget] = nested.bare_model(nested.shrink(shape, self.widths[budget]))
             network, kept = self.bare[budget], nested.kept_units(shape, self.widths[budget])
             weights = own = nested.take(weights, shape, kept)
-        call = parallel.recomputed(functional_call)
-        hidden_BTd, _ = call(network, weights, (batch["tokens_BT"],), {"ids_BT": batch["ids_BT"]})
+        network = parallel.recomputed_blocks(network, weights)
+        hidden_BTd, _ = functional_call(
+            network, weights, (batch["tokens_BT"],), {"ids_BT": batch["ids_BT"]})
         return hidden_BTd, own.get("head.weight", own["embed.weight"])
 
     def after_step(self, model: HybridLM) -> None:

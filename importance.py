@@ -40,8 +40,8 @@ def activation_sums(
     """Over all tokens, for each channel: sums of x^2 and, under `....abs`, of |x|.
 
     Keys: `layers.I.norm` and `norm`, what the norms give; `layers.I.mixer.q_norm`, queries as they
-    are compared with keys; `layers.I.mixer.NAME.in` and `.out` of each matrix of a mixer. If asked for, `stream`: sum of x x^T over all norms, x = what the norm
-    reads / its rms, [D, D].
+    are compared with keys; `layers.I.mixer.NAME.in` and `.out` of each matrix of a mixer. If asked
+    for, `stream`: sum of x x^T over all norms, x = what the norm reads / its rms, [D, D].
     """
     sums: Sums = {}
 

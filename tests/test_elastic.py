@@ -33,7 +33,8 @@ from importance import Ranking
 from model import Block, HybridLM
 from nested import Units, Widths
 from routers import Costs, Router, Space
-from system.config import ElasticConfig
+from system import parallel
+from system.config import ElasticConfig, ParallelConfig
 from system.costs import count_parameters, part_cache_bytes, part_flops, part_parameters
 from system.presets import PRESETS
 
@@ -1238,6 +1239,29 @@ def test_a_soft_mask_weighs_tied_embeddings_as_it_weighs_a_head_of_their_own():
         p = {a: torch.full((space.n_decisions(a), len(w)), 1 / len(w)) for a, w in space.choices.items()}
         hidden_BTD, head_VD = objective.run(model, dict(model.named_parameters()), p, 0.75, batch_of([1]))
         found.append(F.linear(hidden_BTD, head_VD))
+    assert_close(*found, **EXACT)
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.5])
+@pytest.mark.parametrize("searching", [False, True])
+def test_a_budget_is_recomputed_block_by_block_with_the_same_gradients(monkeypatch, budget, searching):
+    """From the last block to the first, so that the insides of one are kept at a time; as one segment the first begins."""
+    model, plain, ran, found = tiny_model(pattern="-*M"), Block.forward, [], []
+    objective = make_objective(model, 10, budgets=(1.0, 0.5), depth_choices=())
+    weights, space, batch = dict(model.named_parameters()), objective.router.space, batch_of([1])
+    p = {a: torch.full((space.n_decisions(a), len(w)), 1 / len(w)) for a, w in space.choices.items()}
+
+    def forward(self, *args):
+        ran.append(self.kind)
+        return plain(self, *args)
+
+    monkeypatch.setattr(Block, "forward", forward)
+    for asked in (False, True):
+        monkeypatch.setattr(parallel.team, "settings", ParallelConfig(activation_checkpointing=asked))
+        ran.clear()
+        hidden_BTd, head_Vd = objective.run(model, weights, p if searching else None, budget, batch)
+        found.append(gradients(model, F.linear(hidden_BTd, head_Vd)))
+        assert "".join(ran) == ("-*MM*-" if asked else "-*M")
     assert_close(*found, **EXACT)
 
 
