@@ -798,6 +798,24 @@ def test_latency_is_measured_for_every_shape():
         assert ((table > 0) & (table < 1e9)).all()
 
 
+@pytest.mark.parametrize("kind", ["M", "*", "-"])
+def test_latency_is_that_of_a_token_read_and_of_one_generated(monkeypatch, kind):
+    """On a clock that only running moves: 128 ns for the two rows' 64 tokens, 100 for one token from their cache."""
+    clock, plain, seen = [0.0], Block.forward, []
+
+    def forward(self, x_BTD, cached, context):
+        left = plain(self, x_BTD, cached, context)
+        clock[0] += (128e-9, 100e-9)[x_BTD.shape[1] == 1]
+        seen.append((x_BTD.shape[1], bool(cached)))
+        return left
+
+    monkeypatch.setattr(Block, "forward", forward)
+    monkeypatch.setattr(routers.time, "perf_counter", lambda: clock[0])
+    found = routers.part_latency_ns.__wrapped__(kind, tiny_model().config, 2, CPU)
+    assert found == pytest.approx(128 / 128 + 100 / 2)
+    assert seen == [(64, False)] * 9 + [(1, kind != "-")] * 8
+
+
 def test_a_wider_part_never_costs_less_whatever_the_clock_says():
     """The measure below gives every narrower part a longer time; each then costs as much as the dearest that it holds."""
     c = settings(d_model_choices=(8, 5), ffn_choices=(12, 7), mamba_channel_choices=(3, 1))
