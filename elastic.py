@@ -37,7 +37,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint as recompute
 
 import nested
-from kernels import selected_logp
+from kernels import selected_logp, wide
 from model import HybridLM
 from routers import Router, budget_loss, mask_weighting, probabilities, unmeasured_router
 from system import checkpoint, parallel
@@ -58,17 +58,19 @@ def distillation_loss(teachers: list[tuple[float, Tensor, Tensor]], student_Td: 
     p_i and q are softmax(logits / temperature), q(token) is at temperature 1. Each teacher is (w_i,
     its hidden states [T, D], its output matrix [V, D]), and learns nothing here. All of them and
     the token share one softmax of the student, and its gradient, as one mixed target: sum_i w_i
-    KL(p_i || q) is sum_i w_i p_i log p_i - (sum_i w_i p_i) log q. At most `at_once` logits are made
-    at a time; where that takes several pieces, they are made again in the backward pass.
+    KL(p_i || q) is sum_i w_i p_i log p_i - (sum_i w_i p_i) log q. Logits in bf16 are widened before
+    softmax and sums, whose differences are small. At most `at_once` logits are made at a time;
+    where that takes several pieces, they are made again in the backward pass.
     """
 
     def piece(student_td: Tensor, token_t: Tensor, *teacher_tD: Tensor) -> Tensor:
-        logits_tV = F.linear(student_td / temperature, student_Vd)
+        logits_tV = wide(F.linear(student_td / temperature, student_Vd))
         total, wanted_tV = logits_tV.new_zeros(()), None
         # 1. the mixed target, and the teachers' own sums p log p
         with torch.no_grad():
             for (w, _, matrix_VD), hidden_tD in zip(teachers, teacher_tD, strict=True):
-                logp_tV = F.log_softmax(F.linear(hidden_tD / temperature, matrix_VD), dim=-1)
+                teacher_tV = wide(F.linear(hidden_tD / temperature, matrix_VD))
+                logp_tV = F.log_softmax(teacher_tV, dim=-1)
                 p_tV = logp_tV.exp()
                 total = total + w * logp_tV.mul_(p_tV).sum()
                 wanted_tV = p_tV.mul_(w) if wanted_tV is None else wanted_tV.add_(p_tV, alpha=w)
@@ -187,8 +189,8 @@ class Elastic(Distillation):
     def run(self, model: HybridLM, weights: dict, p: dict | None, budget: float, batch: dict
             ) -> tuple[Tensor, Tensor]:
         """Last hidden states of a budget's model, masked if p is given, else cut; output matrix."""
-        network, shape = model, model.config
-        if p is not None:
+        network, shape, own = model, model.config, weights
+        if p is not None:  # the head stays: the last norm masks what it reads, tied or not
             with parallel.exactly():
                 weighting = mask_weighting(p, self.c.mask)
                 masks = self.router.space.masks(weighting, self.router.depth_order)
@@ -199,10 +201,11 @@ class Elastic(Distillation):
                 self.widths[budget] = self.router.choose(budget)
                 self.bare[budget] = nested.bare_model(nested.shrink(shape, self.widths[budget]))
             network, kept = self.bare[budget], nested.kept_units(shape, self.widths[budget])
-            weights = nested.take(weights, shape, kept)
-        call = parallel.recomputed(functional_call)
-        hidden_BTd, _ = call(network, weights, (batch["tokens_BT"],), {"ids_BT": batch["ids_BT"]})
-        return hidden_BTd, weights.get("head.weight", weights["embed.weight"])
+            weights = own = nested.take(weights, shape, kept)
+        network = parallel.recomputed_blocks(network, weights)
+        hidden_BTd, _ = functional_call(
+            network, weights, (batch["tokens_BT"],), {"ids_BT": batch["ids_BT"]})
+        return hidden_BTd, own.get("head.weight", own["embed.weight"])
 
     def after_step(self, model: HybridLM) -> None:
         """Keep the weights at the end of stage 1, to see what stage 2 brings."""

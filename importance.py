@@ -15,6 +15,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from model import HybridLM
@@ -38,9 +39,9 @@ def activation_sums(
     model: HybridLM, batches: list[dict[str, Tensor]], with_stream: bool = False) -> Sums:
     """Over all tokens, for each channel: sums of x^2 and, under `....abs`, of |x|.
 
-    Keys: `layers.I.norm` and `norm`, what the norms give; `layers.I.mixer.NAME.in` and `.out` of
-    each matrix of a mixer. If asked for, `stream`: sum of x x^T over all norms, x = what the norm
-    reads / its rms, [D, D].
+    Keys: `layers.I.norm` and `norm`, what the norms give; `layers.I.mixer.q_norm`, queries as they
+    are compared with keys; `layers.I.mixer.NAME.in` and `.out` of each matrix of a mixer. If asked
+    for, `stream`: sum of x x^T over all norms, x = what the norm reads / its rms, [D, D].
     """
     sums: Sums = {}
 
@@ -54,6 +55,9 @@ def activation_sums(
             add(f"{name}.in", args[0])
             add(f"{name}.out", out)
             return
+        if name.endswith("q_norm"):
+            add(name, rearrange(out, "b h t p -> b t (h p)"))
+            return
         add(name, out)
         if with_stream:
             x_TD = args[0].flatten(0, 1).double()
@@ -61,7 +65,7 @@ def activation_sums(
             sums["stream"] = sums.get("stream", 0) + (x_TD.T @ x_TD).cpu()
 
     hooks = [module.register_forward_hook(partial(see, name))
-             for name, module in model.named_modules() if name.split(".")[-1] == "norm"
+             for name, module in model.named_modules() if name.split(".")[-1] in ("norm", "q_norm")
              or (name.startswith("layers.") and isinstance(module, nn.Linear))]
     for batch in batches:
         model(batch["tokens_BT"], ids_BT=batch["ids_BT"])
@@ -106,8 +110,8 @@ def mamba_paper(model: HybridLM, sums: Sums, i: int) -> tuple[Tensor, Tensor]:
 
 
 def attn_paper(model: HybridLM, sums: Sums, i: int) -> Tensor:
-    """Size of a head's queries."""
-    return by_heads("*", model, sums[f"layers.{i}.mixer.q_proj.out"])
+    """Size of a head's queries, behind QK-norm: what it takes away counts for nothing."""
+    return by_heads("*", model, sums[f"layers.{i}.mixer.q_norm"])
 
 
 def output(model: HybridLM, sums: Sums, i: int) -> Tensor | tuple[Tensor, Tensor]:
@@ -207,25 +211,27 @@ def rank_layers(model: HybridLM, batches: list[dict[str, Tensor]], kind: str,
     n = len(model.layers)
     if kind == "random":
         return torch.randperm(n, generator=generator).tolist()
-    full = [_logits(model, batch, set()) for batch in batches]
-    size = sum(f.square().sum() for f in full)
+    # Hidden states are kept, not logits, which are larger by V / D.
+    full = [_hidden(model, batch, set()) for batch in batches]
+    size = sum(model.logits(f).square().sum() for f in full)
 
     def score(without: set[int]) -> float:
-        changed = (_logits(model, batch, without) for batch in batches)
-        return float(sum((f - c).square().sum() for f, c in zip(full, changed, strict=True)) / size)
+        changed = (_hidden(model, batch, without) for batch in batches)
+        return float(sum((model.logits(f) - model.logits(c)).square().sum()
+                         for f, c in zip(full, changed, strict=True)) / size)
 
     return SCORES["depth"][kind](n, score)
 
 
-def _logits(model: HybridLM, batch: dict[str, Tensor], without: set[int]) -> Tensor:
-    """Logits with some layers skipped."""
+def _hidden(model: HybridLM, batch: dict[str, Tensor], without: set[int]) -> Tensor:
+    """Last hidden states with some layers skipped."""
     whole = model.layers
     model.layers = nn.ModuleList(block for i, block in enumerate(whole) if i not in without)
     try:
         hidden_BTD, _ = model(batch["tokens_BT"], ids_BT=batch["ids_BT"])
     finally:
         model.layers = whole
-    return model.logits(hidden_BTD)
+    return hidden_BTD
 
 
 @torch.no_grad()

@@ -262,7 +262,8 @@ class ElasticConfig(FitConfig):
     budgets: Annotated[tuple[float, ...], Rule(
         "must lie in (0, 1] as a fraction, or above 1 as an absolute cost",
         lambda value: value > 0)] = (1.0, 0.75, 0.5)
-    # What a budget limits. memory: bytes of weights and caches; latency: measured, ns a token.
+    # What a budget limits. memory: bytes of weights and caches; latency: measured, ns to read a
+    # token and to generate one.
     cost: Literal["parameters", "memory", "flops", "latency"] = "parameters"
     cost_batch: Count = 8  # Sequences that are served at once, for memory and latency.
     cost_len: Count = 1024  # Tokens of a served sequence, for memory and FLOPs.

@@ -23,6 +23,7 @@ tensor, pipeline, sequence or expert parallelism.
 """
 
 import contextlib
+import copy
 import functools
 import os
 import sys
@@ -38,6 +39,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, distribute_tensor
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint as recompute
 
 from system.config import FitConfig, ParallelConfig
@@ -222,6 +224,20 @@ def recomputed(function: Callable) -> Callable:
     if not team.settings.activation_checkpointing:
         return function
     return functools.partial(recompute, function, use_reentrant=False)
+
+
+def recomputed_blocks(network: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
+    """The network for `functional_call` with these weights, each block recomputed if asked for.
+    A block holds its own: in the backward pass the call that brought them is long over."""
+    if not team.settings.activation_checkpointing:
+        return network
+    again = copy.copy(network)
+    blocks = nn.ModuleList(copy.copy(block) for block in network.layers)
+    again._modules = {**network._modules, "layers": blocks}
+    for i, (block, bare) in enumerate(zip(blocks, network.layers, strict=True)):
+        own = {name: weights[f"layers.{i}.{name}"] for name, _ in bare.named_parameters()}
+        block.forward = recomputed(lambda *x, bare=bare, own=own: functional_call(bare, own, x))
+    return again
 
 
 def undressed(network: nn.Module, weights: dict[str, Tensor], trains: bool) -> nn.Module:

@@ -9,6 +9,7 @@ import functools
 import itertools
 import math
 import re
+import weakref
 from dataclasses import dataclass, replace
 
 import pytest
@@ -32,7 +33,8 @@ from importance import Ranking
 from model import Block, HybridLM
 from nested import Units, Widths
 from routers import Costs, Router, Space
-from system.config import ElasticConfig
+from system import parallel
+from system.config import ElasticConfig, ParallelConfig
 from system.costs import count_parameters, part_cache_bytes, part_flops, part_parameters
 from system.presets import PRESETS
 
@@ -204,6 +206,17 @@ def test_scores_of_query_heads_by_hand():
     model = plain_model(pattern="*", n_heads=2, n_kv_heads=1, attn_head_dim=2)
     model.layers[0].mixer.q_proj.weight.data = f64([1, 0], [1, 1], [0, 3], [0, 0])
     assert_close(scores(model, "attn", "paper", 0), f64(6, 18).sqrt())
+
+
+def test_scores_of_query_heads_are_those_of_the_function_under_qk_norm():
+    """QK-norm takes the size of a head's rows away again, so they may have any: the scores stay, as the logits do."""
+    model, found = tiny_model(qk_norm=True, norm_eps=1e-15), []
+    attention, batch = model.layers[3].mixer, {"tokens_BT": TOKENS_BT, "ids_BT": PACKED_BT}
+    for size in (1.0, 100.0):
+        attention.q_proj.weight.data[:4] *= size  # of the first head
+        score = importance.SCORES["attn"]["paper"](model, importance.activation_sums(model, [batch]), 3)
+        found.append((score, model.logits(model(TOKENS_BT)[0])))
+    assert_close(*found, **EXACT)
 
 
 @pytest.mark.parametrize(
@@ -442,6 +455,26 @@ def test_greedy_keeps_one_of_two_layers_that_stand_in_for_each_other():
     assert greedy[0] == 0
     assert greedy[1] in (1, 2)
     assert greedy[2] == 3
+
+
+@pytest.mark.parametrize("kind", ["paper", "greedy"])
+def test_ranking_layers_keeps_the_logits_of_one_batch_at_a_time(monkeypatch, kind):
+    """Those of six batches are made, and at most two of them, the full model's and the changed one's, live at once."""
+    model, plain, made, most = tiny_model(), HybridLM.logits, [], 0
+
+    def counted(self, hidden):
+        nonlocal most
+        logits = plain(self, hidden)
+        made.append(weakref.ref(logits))
+        most = max(most, sum(r() is not None for r in made))
+        return logits
+
+    monkeypatch.setattr(HybridLM, "logits", counted)
+    batches = [{"tokens_BT": TOKENS_BT, "ids_BT": None}] * 6
+    with torch.no_grad():
+        importance.rank_layers(model, batches, kind, torch.Generator())
+    assert len(made) > 6
+    assert most <= 2
 
 
 # --------------------------------------------------------------------------------------------- masked, sliced, extracted
@@ -763,6 +796,24 @@ def test_latency_is_measured_for_every_shape():
     for table, shape in ((costs.outside, [2]), (costs.ffn, [2, 2]), (costs.attention, [2, 2]), (costs.mamba, [2, 2, 2])):
         assert list(table.shape) == shape
         assert ((table > 0) & (table < 1e9)).all()
+
+
+@pytest.mark.parametrize("kind", ["M", "*", "-"])
+def test_latency_is_that_of_a_token_read_and_of_one_generated(monkeypatch, kind):
+    """On a clock that only running moves: 128 ns for the two rows' 64 tokens, 100 for one token from their cache."""
+    clock, plain, seen = [0.0], Block.forward, []
+
+    def forward(self, x_BTD, cached, context):
+        left = plain(self, x_BTD, cached, context)
+        clock[0] += (128e-9, 100e-9)[x_BTD.shape[1] == 1]
+        seen.append((x_BTD.shape[1], bool(cached)))
+        return left
+
+    monkeypatch.setattr(Block, "forward", forward)
+    monkeypatch.setattr(routers.time, "perf_counter", lambda: clock[0])
+    found = routers.part_latency_ns.__wrapped__(kind, tiny_model().config, 2, CPU)
+    assert found == pytest.approx(128 / 128 + 100 / 2)
+    assert seen == [(64, False)] * 9 + [(1, kind != "-")] * 8
 
 
 def test_a_wider_part_never_costs_less_whatever_the_clock_says():
@@ -1196,6 +1247,42 @@ def test_a_search_step_that_is_certain_runs_the_sliced_model(data):
     assert_close(F.linear(hidden_BTD, head_VD), sliced, **EXACT)
 
 
+def test_a_soft_mask_weighs_tied_embeddings_as_it_weighs_a_head_of_their_own():
+    """One function, written with a tied matrix and with two equal ones: the same logits under the same soft masks."""
+    tied, untied, found = tiny_model(), tiny_model(tie_embeddings=False), []
+    untied.load_state_dict({**tied.state_dict(), "head.weight": tied.embed.weight.detach()})
+    for model in (tied, untied):
+        objective = make_objective(model, 10)
+        space = objective.router.space
+        p = {a: torch.full((space.n_decisions(a), len(w)), 1 / len(w)) for a, w in space.choices.items()}
+        hidden_BTD, head_VD = objective.run(model, dict(model.named_parameters()), p, 0.75, batch_of([1]))
+        found.append(F.linear(hidden_BTD, head_VD))
+    assert_close(*found, **EXACT)
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.5])
+@pytest.mark.parametrize("searching", [False, True])
+def test_a_budget_is_recomputed_block_by_block_with_the_same_gradients(monkeypatch, budget, searching):
+    """From the last block to the first, so that the insides of one are kept at a time; as one segment the first begins."""
+    model, plain, ran, found = tiny_model(pattern="-*M"), Block.forward, [], []
+    objective = make_objective(model, 10, budgets=(1.0, 0.5), depth_choices=())
+    weights, space, batch = dict(model.named_parameters()), objective.router.space, batch_of([1])
+    p = {a: torch.full((space.n_decisions(a), len(w)), 1 / len(w)) for a, w in space.choices.items()}
+
+    def forward(self, *args):
+        ran.append(self.kind)
+        return plain(self, *args)
+
+    monkeypatch.setattr(Block, "forward", forward)
+    for asked in (False, True):
+        monkeypatch.setattr(parallel.team, "settings", ParallelConfig(activation_checkpointing=asked))
+        ran.clear()
+        hidden_BTd, head_Vd = objective.run(model, weights, p if searching else None, budget, batch)
+        found.append(gradients(model, F.linear(hidden_BTd, head_Vd)))
+        assert "".join(ran) == ("-*MM*-" if asked else "-*M")
+    assert_close(*found, **EXACT)
+
+
 # -------------------------------------------------------------------------------------------------------- distillation
 
 
@@ -1241,6 +1328,30 @@ def test_one_mixed_target_is_the_sum_of_divergences_and_cross_entropy(temperatur
     found = elastic.distillation_loss(teachers, student_Td, student_Vd, token_T, ce, temperature)
     assert_close(found, expected, **EXACT)
     assert_close(*(torch.autograd.grad(loss, [student_Td, student_Vd]) for loss in (found, expected)), **EXACT)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_small_divergence_of_bf16_logits_is_taken_in_fp32(autocast):
+    """Of the same rounded logits, value and gradient are those of fp64: .004 nats a token, which bf16 sums lose.
+
+    What still differs in the gradient is its rounding to the students' bf16.
+    """
+    matrix_VD, hidden_TD, moved_TD = (
+        random_weights(s, i).bfloat16() for i, s in enumerate([(512, 64), (64, 64), (64, 64)])
+    )
+    student_TD, token_T = hidden_TD + 0.01 * moved_TD, torch.arange(64)
+    rounded = [F.linear(t, matrix_VD).double() for t in (hidden_TD, student_TD)]
+    logits_TV = rounded[1].requires_grad_()
+    exact = F.kl_div(logits_TV.log_softmax(-1), rounded[0].log_softmax(-1), reduction="sum", log_target=True)
+    exact.backward()
+    student_TD = student_TD.to(torch.float32 if autocast else torch.bfloat16).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = elastic.distillation_loss([(1.0, hidden_TD, matrix_VD)], student_TD, matrix_VD, token_T, 0.0, 1.0)
+    found.backward()
+    wanted_TD = logits_TV.grad @ matrix_VD.double()
+    assert found.dtype == torch.float32
+    assert_close(found.double(), exact, rtol=1e-3, atol=0.0)
+    assert float((student_TD.grad.double() - wanted_TD).norm() / wanted_TD.norm()) < 0.01
 
 
 def test_the_loss_of_no_positions_is_zero():

@@ -126,6 +126,18 @@ def test_an_export_fills_up_what_the_format_cannot_say(tmp_path, tied):
     assert_close({name: again[name] for name in tensors}, tensors, rtol=0, atol=0)
 
 
+def test_an_export_says_how_much_larger_padding_makes_it(tmp_path, capsys):
+    """The sizes before and after, counted on models that are built; nothing where nothing is padded."""
+    model = layered(BASE)
+    small, large = (sum(p.numel() for p in m.parameters()) for m in (model, HybridLM(widen(BASE, model.state_dict())[0])))
+    run = save_run(tmp_path / "run", BASE, model)
+    assert export.main([run, "--out", str(tmp_path / "padded")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"padding brings {small:,} parameters to {large:,} ({large / small:.3f} times as many)" in said
+    assert export.main([run, "--out", str(tmp_path / "listed"), "--widths", "listed"]) == 0
+    assert "padding" not in capsys.readouterr().out
+
+
 def test_layers_of_different_widths_are_written_only_as_lists(tmp_path):
     model = layered(BASE)
     with pytest.raises(ValueError, match=r"model.widths .* differ by layer.* nested.widen, or write lists"):

@@ -15,6 +15,7 @@ from system.config import saved_config
 from system.errors import exit_code, require
 from system.files import read_json
 from system.huggingface import family_of, save_hf
+from system.loop import warn
 
 KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
 
@@ -36,7 +37,12 @@ def export(run: tyro.conf.Positional[Path], out: Path,
     config, tensors = saved_config(run).model, found.tensors("model")
     if config.widths and widths == "padded":
         config = replace(config, vocab_size=len(tensors["embed.weight"]))
+        n = sum(t.numel() for t in tensors.values())
         config, tensors = widen(config, tensors)
+        wide = sum(t.numel() for t in tensors.values())
+        warn(f"padding brings {n:,} parameters to {wide:,} ({wide / n:.3f} times as many): layers "
+             "that differ get the widths of the widest; --widths listed keeps them as they are"
+             if wide > n else None)
     theirs = read_json(hf / "config.json") if hf.is_dir() else {}
     more = {key: theirs[key] for key in KEPT if key in theirs}
     save_hf(out, config, tensors, getattr(torch, dtype), more=more, listed=widths == "listed")
