@@ -170,6 +170,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, str]:
             f"{file}: model_type ({family!r:.60}) is not supported; choose one of {known}")
     rotary = family != "nemotron_h"
     rope = _rope(hf, file) if rotary else {}
+    said = dict(hf)
     hf |= rope
     for key in ("layer_types", "time_step_limit"):  # one of each; how transformers writes infinity
         if isinstance(hf.get(key), list):
@@ -181,9 +182,9 @@ def read_config(folder: Path) -> tuple[ModelConfig, str]:
             require(value == needs[key], f"{file}: {key} ({value!r:.60}) is not supported, only "
                     f"{needs[key]!r}; choose another checkpoint")
         else:
-            require(key in {*rope, *FIELDS[family].values(), *HARMLESS[family]},
-                    f"{file}: {key} ({value!r:.60}) is not supported; choose another checkpoint, "
-                    "or take the field out if it does not change what the model computes")
+            require(key not in said or key in {*FIELDS[family].values(), *HARMLESS[family]},
+                    f"{file}: {key} ({said.get(key)!r:.60}) is not supported; choose another "
+                    "checkpoint, or take the field out if it does not change what the model computes")
     # 2. what transformers takes where a setting is left out
     hf.setdefault("num_key_value_heads", hf.get("num_attention_heads"))
     hf.setdefault("layer_norm_epsilon", hf.get("rms_norm_eps", 1e-5))

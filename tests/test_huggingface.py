@@ -360,6 +360,7 @@ REFUSED = [  # family, what config.json says, what the message must say
     ("qwen2", {"use_mrope": True}, r"use_mrope \(True\) is not supported, only False"),
     ("llama", {"rope_interleaved": True}, r"rope_interleaved \(True\) is not supported, only False"),
     ("llama", {"logit_scale": 0.5}, r"logit_scale \(0.5\) is not supported; choose another checkpoint, or take the"),
+    ("llama", {"original_max_position_embeddings": 9, "rope_parameters": LLAMA3}, r"original_\S* \(9\) is not supported"),
     ("llama", {"sliding_window": 64}, r"sliding_window \(64\) is not supported"),
     ("nemotron_h", {"sliding_window": 64}, r"sliding_window \(64\) is not supported"),
     ("nemotron_h", {"residual_in_fp32": True}, r"residual_in_fp32 \(True\) is not supported, only False"),
