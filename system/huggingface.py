@@ -184,7 +184,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, str]:
         else:
             require(key not in said or key in {*FIELDS[family].values(), *HARMLESS[family]},
                     f"{file}: {key} ({said.get(key)!r:.60}) is not supported; choose another "
-                    "checkpoint, or take the field out if it does not change what the model computes")
+                    "checkpoint, or take the field out if it changes nothing that is computed")
     # 2. what transformers takes where a setting is left out
     hf.setdefault("num_key_value_heads", hf.get("num_attention_heads"))
     hf.setdefault("layer_norm_epsilon", hf.get("rms_norm_eps", 1e-5))
