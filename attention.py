@@ -1,19 +1,23 @@
-"""Grouped-query attention with a key-value cache, optional RoPE and QK-norm.
+"""Grouped-query attention with a key-value cache, optional RoPE, QK-norm and biases.
 
 H query heads share K key-value heads (arXiv 2305.13245): head h reads group h // J, J = H / K.
 Nemotron-H has no positional embedding at all (the Mamba layers tell the order), Qwen3 has RoPE
-(arXiv 2104.09864) and QK-norm (arXiv 2302.05442); both are switches here. `attention_mask` is the
-one rule for padding, packing and causality.
+(arXiv 2104.09864) and QK-norm (arXiv 2302.05442), Qwen2 biases; all are switches here.
+`attention_mask` is the one rule for padding, packing and causality.
 """
 
 import functools
+import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from system.config import ModelConfig
+from system.config import ModelConfig, RopeScaling
+
+UNSCALED = RopeScaling()
 
 
 class Attention(nn.Module):
@@ -22,11 +26,12 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
-        self.head_dim, self.rope_theta = config.attn_head_dim, config.rope_theta
-        self.q_proj = nn.Linear(config.d_model, self.n_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.d_model, self.n_kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.d_model, self.n_kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(self.n_heads * self.head_dim, config.d_model, bias=False)
+        self.head_dim, self.rope = config.attn_head_dim, (config.rope_theta, config.rope_scaling)
+        n, m, bias = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim, config.qkv_bias
+        self.q_proj = nn.Linear(config.d_model, n, bias=bias)
+        self.k_proj = nn.Linear(config.d_model, m, bias=bias)
+        self.v_proj = nn.Linear(config.d_model, m, bias=bias)
+        self.o_proj = nn.Linear(n, config.d_model, bias=False)
         norm = HeadNorm if config.qk_norm else nn.Identity  # which takes any arguments
         self.q_norm, self.k_norm = (norm(self.head_dim, eps=config.norm_eps) for _ in "qk")
 
@@ -39,9 +44,9 @@ class Attention(nn.Module):
         q_BHTP = self.q_norm(rearrange(self.q_proj(x_BTD), heads, p=self.head_dim))
         k_BKTP = self.k_norm(rearrange(self.k_proj(x_BTD), heads, p=self.head_dim))
         v_BKTP = rearrange(self.v_proj(x_BTD), heads, p=self.head_dim)
-        if self.rope_theta:
+        if self.rope[0]:
             start = 0 if cached is None else cached[0].shape[2]
-            q_BHTP, k_BKTP = (rope(t, start, self.rope_theta) for t in (q_BHTP, k_BKTP))
+            q_BHTP, k_BKTP = (rope(t, start, *self.rope) for t in (q_BHTP, k_BKTP))
         k_BKSP, v_BKSP = (k_BKTP, v_BKTP) if cached is None else (
             append(past, new) for past, new in zip(cached, (k_BKTP, v_BKTP), strict=True))
         # 2. Attend.
@@ -110,21 +115,43 @@ def attention_mask(ids_BS: Tensor | None, n_tokens: int, n_cached: int,
     return mask[:, None]
 
 
-def rope(x_BHTP: Tensor, start: int, theta: float) -> Tensor:
-    """Rotate channel pairs (i, i + P/2) of token t by (start + t) theta^(-2i/P) (arXiv 2104.09864,
-    eq. 34). Scores depend on differences only: left padding and packing need no own positions."""
+def rope(x_BHTP: Tensor, start: int, theta: float, scaling: RopeScaling = UNSCALED) -> Tensor:
+    """Rotate channel pairs (i, i + P/2) of token t by (start + t) f_i, f of `frequencies` (arXiv
+    2104.09864, eq. 34), times the scaling's amplitude. Scores depend on differences of positions
+    only: left padding and packing need no own positions."""
     T, P = x_BHTP.shape[-2:]
-    cos_TP, sin_TP = rope_tables(start, T, P, theta, x_BHTP.dtype, x_BHTP.device)
+    cos_TP, sin_TP = rope_tables(start, T, P, theta, scaling, x_BHTP.dtype, x_BHTP.device)
     left, right = x_BHTP.chunk(2, dim=-1)
     return x_BHTP * cos_TP + torch.cat([-right, left], dim=-1) * sin_TP
 
 
 @functools.lru_cache(maxsize=2)
-def rope_tables(start: int, T: int, P: int, theta: float, dtype: torch.dtype,
+def rope_tables(start: int, T: int, P: int, theta: float, scaling: RopeScaling, dtype: torch.dtype,
                 device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines of `rope`, made once for all layers of a pass."""
     like = {"device": device, "dtype": torch.promote_types(dtype, torch.float32)}
-    frequency = theta ** (-torch.arange(0, P, 2, **like) / P)
-    angle = torch.arange(start, start + T, **like)[:, None] * frequency
-    cos_TP, sin_TP = (torch.cat([t, t], dim=-1).to(dtype) for t in (angle.cos(), angle.sin()))
+    angle = torch.arange(start, start + T, **like)[:, None] * frequencies(P, theta, scaling, **like)
+    cos_TP, sin_TP = (torch.cat([t * scaling.amplitude] * 2, dim=-1).to(dtype)
+                      for t in (angle.cos(), angle.sin()))
     return cos_TP, sin_TP
+
+
+def frequencies(P: int, theta: float, s: RopeScaling, **like: Any) -> Tensor:
+    """f_i = theta^(-2i/P) of pair i, in radians a token. Scaling makes it f_i (k_i + (1 - k_i) /
+    factor): pair i turns n_i = length f_i / 2 pi times in a text of pretraining, and what is kept
+    of it, k_i, is 0 for all pairs (linear, arXiv 2306.15595), or rises from 0 at n_i = low to 1 at
+    high: evenly in n_i (llama3, arXiv 2407.21783), evenly in i, from whole i to whole i (yarn,
+    arXiv 2309.00071)."""
+    frequency = theta ** (-torch.arange(0, P, 2, **like) / P)
+    if s.kind == "default":
+        return frequency
+    kept = torch.zeros_like(frequency)
+    if s.kind == "llama3":
+        kept = (s.length * frequency / (2 * math.pi) - s.low) / (s.high - s.low)
+    elif s.kind == "yarn":
+        first, last = (P * math.log(s.length / (2 * math.pi * n)) / (2 * math.log(theta))
+                       for n in (s.high, s.low))
+        first, last = max(math.floor(first), 0), min(math.ceil(last), P - 1)
+        kept = 1 - (torch.arange(P // 2, **like) - first) / (last - first or 0.001)
+    kept = kept.clamp(0, 1)
+    return frequency * (kept + (1 - kept) / s.factor)

@@ -142,13 +142,13 @@ class HybridLM(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Embeddings N(0, 1), tied ones and the head N(0, 0.02); matrices N(0, 1/fan_in); 0 those
-        that write to the residual stream: it begins as the tokens themselves, without noise."""
+        """Embeddings N(0, 1), tied ones and the head N(0, 0.02); matrices N(0, 1/fan_in); 0 biases
+        of attention and what writes to the residual stream, which begins as the tokens alone."""
         for name, p in self.named_parameters():
-            if p.dim() < 2 or "conv" in name:
-                continue
-            if name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight")):
+            if name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight", "proj.bias")):
                 p.zero_()
+            elif p.dim() < 2 or "conv" in name:
+                continue
             elif name == "embed.weight":
                 p.normal_(0.0, 0.02 if self.head is None else 1.0)
             else:

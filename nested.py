@@ -32,8 +32,8 @@ UNITS = {"-": "F", "*": "H", "M": "HP"}
 # Which dimensions a mask multiplies: what norms give and blocks write (D), Mamba's z, x, dt (O) and
 # the convolution's bias (E), queries and what o_proj reads (I), the FFN's hidden layer (F).
 MASKED = {"embed.weight": "D", "norm.weight": "D", "mixer.down_proj.weight": "DF",
-          "mixer.q_proj.weight": "I", "mixer.o_proj.weight": "DI", "mixer.in_proj.weight": "O",
-          "mixer.conv_bias": "E", "mixer.out_proj.weight": "D"}
+          "mixer.q_proj.weight": "I", "mixer.q_proj.bias": "I", "mixer.o_proj.weight": "DI",
+          "mixer.in_proj.weight": "O", "mixer.conv_bias": "E", "mixer.out_proj.weight": "D"}
 NORMS = {"norm.weight": "D", "mixer.norm_weight": "I"}  # what their mean is taken over
 WRITERS = tuple(name for kind in UNITS for name, axes in WEIGHTS[kind].items() if axes[:2] == "D ")
 

@@ -59,7 +59,7 @@ def sample_thoughts(model: HybridLM, batch: dict[str, Tensor], tokenizer: Tokeni
     G, L, temperature = sampling
     target_BX, think, close = batch["target_BX"], tokenizer.think, tokenizer.close
     (B, X), device = target_BX.shape, target_BX.device
-    R = B * G
+    R, ends = B * G, torch.tensor(tokenizer.ends, device=device)
 
     # 1. Prefill: run each context once, score its target without a thought, fork its cache.
     logp_plain_B, answer_plain_BX, prefix = score_context(model, batch, tokenizer.tags, prefix)
@@ -106,7 +106,7 @@ def sample_thoughts(model: HybridLM, batch: dict[str, Tensor], tokenizer: Tokeni
         # 6. Who goes on: a thought ends with its closing tag, or is cut and gets one a step later.
         closed = thinking & (token == close)
         closed_R[rows[closed]] = True
-        ended = thinking & ((token == tokenizer.end) | (step == L - 1))
+        ended = thinking & (torch.isin(token, ends) | (step == L - 1))
         phase = phase.masked_fill(ended, CUT).masked_fill(closed | (phase == CUT), CLOSING)
         feed = token.masked_fill(phase == CLOSING, close)
 
@@ -241,7 +241,7 @@ def show_thought(model: HybridLM, tokenizer: Tokenizer, prompt: str, c: RLPConfi
     hidden_BTD, cache = model(torch.tensor([ids[:cut] + shown + ids[cut:]], device=device))
     for _ in range(8):
         token = int(mask_banned(model.logits(hidden_BTD[:, -1]), tokenizer.tags).argmax())
-        if token == tokenizer.end:
+        if token in tokenizer.ends:
             break
         shown.append(token)
         hidden_BTD, cache = model(torch.tensor([[token]], device=device), cache)

@@ -36,7 +36,7 @@ from torch.distributed.tensor import DTensor
 
 from system import parallel
 from system.errors import require
-from system.files import sha256
+from system.files import read_json, sha256
 
 KEEP = 2
 # What torch's description of shards is made of, beside dtypes.
@@ -218,7 +218,7 @@ def newest(run_dir: Path) -> Checkpoint | None:
     for path in _folders(run_dir):
         problem = _problem(path)
         if problem is None:
-            meta = json.loads((path / "meta.json").read_text())
+            meta = read_json(path / "meta.json")
             warning = f"{'; '.join(damage)}: going on from {path} instead" if damage else ""
             return Checkpoint(path, meta, warning)
         damage.append(problem)
@@ -255,8 +255,8 @@ def _folders(run_dir: Path) -> list[Path]:
 def _problem(path: Path) -> str | None:
     """What is wrong with a checkpoint folder, None if nothing is."""
     try:
-        files = json.loads((path / "meta.json").read_text())["files"]
-    except (OSError, ValueError, KeyError):
+        files = read_json(path / "meta.json")["files"]
+    except (ValueError, KeyError):
         return f"{path} has no readable meta.json"
     for name, expected in files.items():
         file = path / name

@@ -70,6 +70,24 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class RopeScaling(Settings):
+    """How RoPE is stretched for texts longer than those of pretraining (attention.frequencies)."""
+
+    kind: Literal["default", "linear", "llama3", "yarn"] = "default"  # "default" is not at all.
+    factor: Positive = 1.0  # What the frequencies of slow pairs are divided by.
+    length: Count = 8192  # Tokens of the texts before.
+    low: Positive = 1.0  # Pairs that turn less often in that length are slow.
+    high: Positive = 4.0  # Pairs that turn more often stay as they are.
+    amplitude: Positive = 1.0  # Factor of queries and keys (yarn).
+
+    def check(self, group: str = "model.rope_scaling") -> None:
+        """Raises ValueError for numbers that cannot work."""
+        super().check(group)
+        require(self.low < self.high, f"{group}.low ({self.low}) must be below {group}.high "
+                f"({self.high}); 1 and 4 are usual, 1 and 32 for yarn")
+
+
+@dataclass(frozen=True)
 class ModelConfig(Settings):
     """Shape of the hybrid model."""
 
@@ -84,7 +102,9 @@ class ModelConfig(Settings):
     attn_head_dim: Count = 32  # Channels of an attention head.
     # Base of the rotary embedding; 0 means no positional embedding.
     rope_theta: Annotated[float, at_least(0, "; 0 is no positional embedding")] = 0.0
+    rope_scaling: RopeScaling = RopeScaling()
     qk_norm: bool = False  # RMSNorm on queries and keys.
+    qkv_bias: bool = False  # Biases of queries, keys and values.
     mamba_heads: Count = 8  # Heads of a Mamba-2 mixer.
     mamba_head_dim: Count = 32  # Channels of a Mamba-2 head.
     mamba_groups: Count = 1  # Groups of heads that share B and C.
@@ -119,6 +139,10 @@ class ModelConfig(Settings):
             self.layer(i).check()
         _divides("model.n_heads", self.n_heads, "model.n_kv_heads", self.n_kv_heads)
         _divides("model.mamba_heads", self.mamba_heads, "model.mamba_groups", self.mamba_groups)
+        self.rope_scaling.check(f"{group}.rope_scaling")
+        require(self.rope_scaling.kind == "default" or self.rope_theta > 1, f"model.rope_theta "
+                f"({self.rope_theta}) must be above 1 where model.rope_scaling.kind is "
+                f"{self.rope_scaling.kind!r}; 10000 is usual")
         if self.rope_theta:
             _divides("model.attn_head_dim", self.attn_head_dim, "the pairs that RoPE turns", 2)
 

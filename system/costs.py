@@ -21,7 +21,8 @@ WEIGHTS = {
     "-": {"norm.weight": "D", "mixer.up_proj.weight": "F D", "mixer.gate_proj.weight": "F D",
           "mixer.down_proj.weight": "D F"},
     "*": {"norm.weight": "D", "mixer.q_proj.weight": "I D", "mixer.k_proj.weight": "KP D",
-          "mixer.v_proj.weight": "KP D", "mixer.o_proj.weight": "D I",
+          "mixer.v_proj.weight": "KP D", "mixer.o_proj.weight": "D I", "mixer.q_proj.bias": "I",
+          "mixer.k_proj.bias": "KP", "mixer.v_proj.bias": "KP",
           "mixer.q_norm.weight": "P", "mixer.k_norm.weight": "P"},
     "M": {"norm.weight": "D", "mixer.in_proj.weight": "O D", "mixer.conv_weight": "E W",
           "mixer.conv_bias": "E", "mixer.A_log": "H", "mixer.D": "H", "mixer.dt_bias": "H",
@@ -53,7 +54,8 @@ def part_weights(kind: str, config: ModelConfig) -> dict[str, dict[str, int]]:
     """The weights that a layer of this shape has, each with its axes and their sizes."""
     sizes, has = axis_sizes(kind, config), {
         "head.weight": not config.tie_embeddings, "mixer.gate_proj.weight": config.ffn == "swiglu",
-        "mixer.q_norm.weight": config.qk_norm, "mixer.k_norm.weight": config.qk_norm}
+        "mixer.q_norm.weight": config.qk_norm, "mixer.k_norm.weight": config.qk_norm,
+        **{f"mixer.{part}_proj.bias": config.qkv_bias for part in "qkv"}}
     return {name: {axis: sizes[axis] for axis in axes.split()}
             for name, axes in WEIGHTS[kind].items() if has.get(name, True)}
 

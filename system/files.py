@@ -16,11 +16,15 @@ def fingerprint(value: Any) -> str:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ValueError if it cannot be read."""
+    """The object in a JSON file that others made. Raises ValueError if it cannot be read, whatever
+    is in it; numbers in it can be infinite, NaN, or of up to 4,300 digits."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read as JSON ({error}); copy it again") from error
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: of too many digits, too
+        if file.is_file():
+            require_content(file)
+        why = str(error).split(";")[0]
+        raise ValueError(f"{file} cannot be read as JSON ({why}); copy it again") from error
     require(isinstance(content, dict), f"{file} holds no JSON object; copy it again")
     return content
 

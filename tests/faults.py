@@ -76,7 +76,7 @@ FAULTS = [
     # thoughts
     Fault("score_with_tags", "thoughts.py", "mask_banned(model.logits(hidden_BXD), tags)",
           "model.logits(hidden_BXD)", "generate"),
-    Fault("thought_outlives_end", "thoughts.py", "(token == tokenizer.end) | ", "", "generate"),
+    Fault("thought_outlives_end", "thoughts.py", "torch.isin(token, ends) | ", "", "generate"),
     Fault("target_of_another", "thoughts.py", "target_BX[at // G]", "target_BX[at % B]", "generate"),
     Fault("length_of_all_rows", "thoughts.py", "length_R[at] += 1", "length_R[rows] += 1", "generate"),
     Fault("given_thought_unclosed", "thoughts.py", "after_rY.shape[1]), value=close)",

@@ -8,7 +8,16 @@ import transformers.utils.import_utils
 transformers.utils.is_kernels_available = transformers.utils.import_utils.is_kernels_available = lambda *_: False
 
 import torch  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM, NemotronHConfig, NemotronHForCausalLM, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
+from transformers import (  # noqa: E402
+    LlamaConfig,
+    LlamaForCausalLM,
+    NemotronHConfig,
+    NemotronHForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -24,8 +33,13 @@ NEMOTRON = SIZES | {
 HEADS = {"num_hidden_layers": 3, "num_attention_heads": 5, "num_key_value_heads": 1}
 
 
-def rope(theta):
-    return {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+def rope(theta, kind="default", **scaling):
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **scaling}}
+
+
+# Lengths of a few turns, so that of three pairs one stays, one is divided and one lies between.
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 24}
+YARN = {"factor": 4.0, "original_max_position_embeddings": 300}
 
 
 MAKE = {
@@ -33,6 +47,14 @@ MAKE = {
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES | HEADS | {"num_attention_heads": 7}, **rope(1e6))),
     "qwen3-tied": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES | HEADS, **rope(1e4), tie_word_embeddings=True)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES | HEADS, **rope(500.0))),
+    "llama-3": lambda: LlamaForCausalLM(
+        LlamaConfig(**SIZES | HEADS, **rope(9.0, "llama3", **LLAMA3), tie_word_embeddings=True)
+    ),
+    "llama-linear": lambda: LlamaForCausalLM(LlamaConfig(**SIZES | HEADS, **rope(500.0, "linear", factor=3.0))),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES | HEADS, **rope(1e6))),
+    "qwen2-tied": lambda: Qwen2ForCausalLM(
+        Qwen2Config(**SIZES | HEADS, **rope(9.0, "yarn", **YARN), tie_word_embeddings=True)
+    ),
 }
 
 

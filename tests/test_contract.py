@@ -20,7 +20,7 @@ from system.objective import NextToken
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 THINK, CLOSE, END = 9, 10, 11
-TOKENIZER = SimpleNamespace(think=THINK, close=CLOSE, end=END, tags=(THINK, CLOSE))
+TOKENIZER = SimpleNamespace(think=THINK, close=CLOSE, end=END, ends=(END,), tags=(THINK, CLOSE))
 
 
 @dataclasses.dataclass

@@ -48,6 +48,7 @@ VARIANTS = {
     "swiglu": {"ffn": "swiglu"},
     "qk_norm": {"qk_norm": True},
     "rope": {"rope_theta": 100.0},
+    "biases": {"qkv_bias": True},
     "one group": {"mamba_groups": 1, "n_kv_heads": 1},
     "four groups": {"mamba_heads": 8, "mamba_groups": 4, "n_heads": 8, "n_kv_heads": 4},
     "epsilon 1": {"norm_eps": 1.0},

@@ -179,7 +179,7 @@ def corpus_of(*lengths, held_out=5):
     """A corpus whose test documents are runs of numbers, none of them twice: 0, 1, 2, ...; a tokenizer with three tags."""
     ends = np.cumsum(lengths)
     documents = [np.arange(end - n, end) for n, end in zip(lengths, ends, strict=True)]
-    tokenizer = SimpleNamespace(begin=(), encode=lambda text: [], end=0, think=1, close=2, tags=(1, 2))
+    tokenizer = SimpleNamespace(begin=(), encode=lambda text: [], end=0, ends=(0,), think=1, close=2, tags=(1, 2))
     return SimpleNamespace(documents={"test": Documents([join(documents)])}, tokenizer=tokenizer, held_out_percent=held_out)
 
 

@@ -16,7 +16,7 @@ from thoughts import Sampling, Thoughts, prefill, sample, sample_thoughts, score
 
 THINK, CLOSE, END = 9, 10, 11
 TAGS = (THINK, CLOSE)
-TOKENIZER = SimpleNamespace(think=THINK, close=CLOSE, end=END, tags=TAGS)
+TOKENIZER = SimpleNamespace(think=THINK, close=CLOSE, end=END, ends=(END,), tags=TAGS)
 CONTEXTS = [[1, 2, 3, 4, 5, 6, 7], [8, 1, 8, 2, 8], [3, 0, 4]]
 TARGETS = [[4, 2, 7], [1, 1, 0], [6, END, 8]]
 G, N = 8, 6  # thoughts a context, longest thought
@@ -350,6 +350,16 @@ def test_finished_rows_leave_the_batch(model, forced_Rl):
     think(model, CONTEXTS * 2, TARGETS * 2, group_size=1, forced_Rl=forced_Rl)
     assert n_rows == sorted(n_rows, reverse=True)
     assert n_rows[-1] == 1
+
+
+def test_a_thought_and_an_answer_end_with_any_of_the_tokens_that_end_a_text(model, monkeypatch):
+    """Released models have several: here 5 too. Without it the thought would go on."""
+    forced_Rl = torch.tensor([[3, 5, 3, 3, 3, 3]])
+    assert think(model, CONTEXTS[:1], TARGETS[:1], group_size=1, forced_Rl=forced_Rl).length_R.tolist() == [6]
+    monkeypatch.setattr(TOKENIZER, "ends", (END, 5))
+    thoughts = think(model, CONTEXTS[:1], TARGETS[:1], group_size=1, forced_Rl=forced_Rl)
+    assert thoughts.tokens_RL.tolist() == [[3, 5]]
+    assert not thoughts.closed_R.any()
 
 
 @pytest.mark.parametrize("horizon", [1, 3])

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, NemotronHConfig, NemotronHForCaus
 
 from model import HybridLM
 from system import checkpoint
-from system.config import ModelConfig
+from system.config import ModelConfig, RopeScaling
 from system.huggingface import add_rows, family_of, load_hf, names, read_config, save_hf
 from tools import export
 
@@ -90,6 +90,23 @@ def test_logits_equal_those_of_transformers(pair, n_tokens):
     theirs, folder = pair
     tokens_BT = tokens(2, n_tokens)
     assert_close(our_logits(ours(folder), tokens_BT), theirs(tokens_BT).logits, **NEAR)
+
+
+@torch.no_grad()
+def test_left_padded_rows_equal_those_of_transformers_without_padding(pair):
+    """Also token by token from the cache. Positions count from the first token there, from the padding here."""
+    theirs, folder = pair
+    model, tokens_BT = ours(folder), tokens(2, 9)
+    ids_BT = torch.tensor([[-1] * 4 + [0] * 5, [0] * 9])
+    hidden_BTD, cache = model(tokens_BT, ids_BT=ids_BT)
+    made = [hidden_BTD]
+    for t in range(3):
+        hidden_BTD, cache = model(tokens_BT[:, t : t + 1], cache)
+        made.append(hidden_BTD)
+    logits_BTV = model.logits(torch.cat(made, dim=1))
+    for row, n_padded in ((0, 4), (1, 0)):
+        alone_BT = torch.cat([tokens_BT[row, n_padded:], tokens_BT[row, :3]])[None]
+        assert_close(logits_BTV[row : row + 1, n_padded:], theirs(alone_BT).logits, **NEAR)
 
 
 @torch.no_grad()
@@ -183,7 +200,16 @@ OWN = {
     "no attention": {"pattern": "MM-", "qk_norm": True, "rope_theta": 9.0},
     "plain transformer": {"pattern": "*-*-"},
     "llama": {"pattern": "*-*-", "ffn": "swiglu", "rope_theta": 100.0, "tie_embeddings": True},
+    "qwen2": {"pattern": "*-", "ffn": "swiglu", "rope_theta": 100.0, "qkv_bias": True},
     "qwen3": {"pattern": "*-", "ffn": "swiglu", "rope_theta": 100.0, "qk_norm": True},
+    **{
+        f"{kind} scaling": {"pattern": "*-", "ffn": "swiglu", "rope_theta": 9.0, "rope_scaling": scaling}
+        for kind, scaling in {
+            "linear": RopeScaling("linear", 3.0),
+            "llama3": RopeScaling("llama3", 8.0, 24, 1.0, 4.0),
+            "yarn": RopeScaling("yarn", 4.0, 300, 1.5, 40.0, 1.2),
+        }.items()
+    },
 }
 
 
@@ -193,6 +219,7 @@ def test_transformers_computes_the_same_from_an_export_of_our_own_models(make_mo
     """Nemotron-H has no tied embeddings: there the head is written out."""
     model = make_model(**shape, chunk=3, conv_width=2).float()
     save_hf(tmp_path / "out", model.config, model.state_dict())
+    assert load_hf(tmp_path / "out")[0].rope_scaling == model.config.rope_scaling
     theirs, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(report.values())
     tokens_BT = tokens(2, 11) % 12
@@ -261,6 +288,19 @@ PUBLISHED = {  # configurations of released models (shape only), and their numbe
         "head_dim": 128, "rms_norm_eps": 1e-6, "rope_theta": 1000000,
         "rope_scaling": None, "tie_word_embeddings": True, "hidden_act": "silu", "attention_bias": False,
     }, 1_720_574_976),
+    "Qwen2-7B": ({
+        "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944,
+        "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0, "sliding_window": 131072, "use_sliding_window": False, "max_window_layers": 28,
+        "tie_word_embeddings": False, "hidden_act": "silu", "attention_dropout": 0.0, "initializer_range": 0.02,
+    }, 7_615_616_512),
+    "Llama-3.2-1B": ({
+        "model_type": "llama", "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "head_dim": 64,
+        "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0, "tie_word_embeddings": True, "hidden_act": "silu", "max_position_embeddings": 131072,
+        "rope_scaling": {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                         "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+    }, 1_235_814_400),
     "Llama-2-7b": ({
         "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
         "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
@@ -307,9 +347,33 @@ def test_theta_is_read_from_either_place(edited, theta):
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 5e5}
 REFUSED = [  # family, what config.json says, what the message must say
-    ("llama", {"model_type": "gpt2"}, r"model_type \('gpt2'\) is not supported; choose one of nemotron_h, qwen3, llama"),
-    ("llama", {"rope_parameters": LLAMA3}, r"rope_type \('llama3'\) is not supported, only 'default'"),
-    ("qwen3", {"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_parameters": None}, r"rope_type \('yarn'\)"),
+    ("llama", {"model_type": "gpt2"}, r"model_type \('gpt2'\) is not supported; choose one of nemotron_h, qwen2, qwen3"),
+    ("llama", {"model_type": ["llama"]}, r"model_type \(\['llama'\]\) is not supported"),
+    ("llama", {"rope_parameters": {"rope_type": "dynamic"}}, r"rope_type \('dynamic'\) is not supported; .* default, "),
+    ("llama", {"rope_scaling": {"type": "linear", "factor": 2}}, "rope_parameters and rope_scaling must be one"),
+    ("llama", {"rope_parameters": 5}, "rope_parameters and rope_scaling must be one"),
+    ("llama", {"rope_parameters": LLAMA3, "max_position_embeddings": None}, "original_.* is None, and must"),
+    ("llama", {"rope_parameters": LLAMA3 | {"factor": 0, "original_max_position_embeddings": 9}}, r"factor \(0\) must be"),
+    ("llama", {"rope_parameters": LLAMA3 | {"low_freq_factor": 4.0, "original_max_position_embeddings": 9}},
+     r"rope_scaling.low \(4.0\) must be below model.rope_scaling.high \(4.0\)"),
+    ("qwen3", {"rope_scaling": {"type": "yarn", "factor": 4.0, "mscale": 1}, "rope_parameters": None}, "mscale of rope"),
+    ("qwen2", {"use_mrope": True}, r"use_mrope \(True\) is not supported, only False"),
+    ("llama", {"rope_interleaved": True}, r"rope_interleaved \(True\) is not supported, only False"),
+    ("llama", {"logit_scale": 0.5}, r"logit_scale \(0.5\) is not supported; choose another checkpoint, or take the"),
+    ("llama", {"original_max_position_embeddings": 9, "rope_parameters": LLAMA3}, r"original_\S* \(9\) is not supported"),
+    ("llama", {"sliding_window": 64}, r"sliding_window \(64\) is not supported"),
+    ("nemotron_h", {"sliding_window": 64}, r"sliding_window \(64\) is not supported"),
+    ("nemotron_h", {"residual_in_fp32": True}, r"residual_in_fp32 \(True\) is not supported, only False"),
+    ("nemotron_h", {"time_step_limit": [0.001, 0.1]}, r"time_step_limit \(\[0.001, 0.1\]\) is not supported, only \[0, "),
+    ("nemotron_h", {"mamba_d_conv": 2}, r"mamba_d_conv \(2\) is not supported"),
+    ("nemotron_h", {"layers_block_type": 5}, r"the layers \(5\) must be a string, or a list of words"),
+    ("llama", {"num_attention_heads": 0, "head_dim": None}, r"num_attention_heads \(0\) must be positive"),
+    ("llama", {"num_attention_heads": 0}, r"model.n_heads \(0\) must be at least 1"),
+    ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, and must be a whole number of usual size"),
+    ("llama", {"hidden_size": 20.5}, "hidden_size is 20.5, and must be a whole number"),
+    ("llama", {"vocab_size": 10**4000}, "vocab_size is 10000.*0, and must be a whole number of usual size"),
+    ("llama", {"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, and must be a number of usual size"),
+    ("llama", {"tie_word_embeddings": "false"}, r"tie_word_embeddings \('false'\) must be true or false"),
     ("llama", {"partial_rotary_factor": 0.5}, r"partial_rotary_factor \(0.5\) is not supported, only 1"),
     ("llama", {"attention_bias": True}, r"attention_bias \(True\) is not supported, only False"),
     ("llama", {"mlp_bias": True}, r"mlp_bias \(True\) is not supported"),
@@ -317,9 +381,9 @@ REFUSED = [  # family, what config.json says, what the message must say
     ("qwen3", {"use_sliding_window": True}, r"use_sliding_window \(True\) is not supported"),
     ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, r"layer_types \(\['full_attention', 's.*\) is not"),
     ("qwen3", {"quantization_config": {"bits": 4}}, r"quantization_config \(\{'bits': 4\}\) is not supported"),
-    ("qwen3", {"hidden_size": None}, r"hidden_size is None, and must be a number"),
+    ("qwen3", {"hidden_size": None}, r"hidden_size is None, and must be a whole number"),
     ("nemotron_h", {"intermediate_size": [23, 9, 5]}, r"intermediate_size \(\[23, 9, 5\]\) must be a number, or list"),
-    ("nemotron_h", {"hidden_size": [23, 11]}, r"hidden_size is \[23, 11\], and must be a number; every layer"),
+    ("nemotron_h", {"hidden_size": [23, 11]}, r"hidden_size is \[23, 11\], and must be a whole number .*every layer"),
     ("nemotron_h", {"num_attention_heads": 5}, r"model.n_heads \(5\) must be a multiple of model.n_kv_heads \(2\)"),
     ("nemotron_h", {"layers_block_type": None, "hybrid_override_pattern": "MEM*"}, "layer 1 is a mixture of experts"),
     ("nemotron_h", {"layers_block_type": ["mamba", "moe"]}, "layer 1 is a mixture of experts"),
@@ -339,11 +403,41 @@ def test_a_model_that_ours_cannot_be_is_refused_by_name(edited, name, changes, s
         load_hf(edited(name, **changes))
 
 
-@pytest.mark.parametrize("text", ["{", "[1]"])
-def test_a_config_json_that_is_none_is_refused(tmp_path, text):
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=r"config.json .*copy it again"):
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 269060552\n"
+UNREADABLE = {
+    "cut off": (b"{", "cannot be read as JSON .*; copy it again"),
+    "a list": (b"[1]", "holds no JSON object; copy it again"),
+    "deep": (b'{"a": ' + b"[" * 10**5, r"cannot be read as JSON \(maximum recursion depth.*; copy it again"),
+    "many digits": (b'{"a": ' + b"7" * 5000 + b"}", "cannot be read as JSON .*5000 digits.; copy it again"),
+    "no UTF-8": (b'{"a": "\xff"}', "cannot be read as JSON .*; copy it again"),
+    "a pointer": (POINTER.encode(), "config.json is a Git LFS pointer and not the file itself; run `git lfs pull`"),
+}
+
+
+@pytest.mark.parametrize(("content", "said"), UNREADABLE.values(), ids=UNREADABLE)
+def test_a_config_json_that_is_none_is_refused(tmp_path, content, said):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=f"config.json {said.removeprefix('config.json ')}"):
         load_hf(tmp_path)
+
+
+def test_a_byte_order_mark_before_json_is_passed_over(edited):
+    file = edited("llama") / "config.json"
+    expected, _ = read_config(file.parent)
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert read_config(file.parent)[0] == expected
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_fields_that_change_nothing_are_passed_over(edited, name):
+    """Those of released files, by name; the same model comes out."""
+    notes = {"_name_or_path": "x", "torch_dtype": "bfloat16", "attention_dropout": 0.1, "new_field_of_theirs": None}
+    notes |= {"hidden_act": "silu", "use_sliding_window": False} if "nemotron" not in name else {
+        "time_step_limit": [0.0, float("inf")], "residual_in_fp32": False, "sliding_window": None, "time_step_rank": 256,
+        "moe_intermediate_size": 5, "num_query_groups": 2,
+    }  # fmt: skip
+    expected = read_config(edited(name))
+    assert read_config(edited(name, **notes)) == expected
 
 
 # ------------------------------------------------------------------------------------------------------------ weights
@@ -368,6 +462,55 @@ def change_weights(folder, **changes):
 def test_tensors_that_do_not_fit_are_named(edited, changes, said):
     with pytest.raises(ValueError, match=rf"does not fit the model: {said}; config.json and weights must be of the same"):
         load_hf(change_weights(edited("nemotron_h"), **changes))
+
+
+NOT_WEIGHTS = {
+    "int8": (torch.ones(20, dtype=torch.int8), "is torch.int8, which holds no weights without their scales"),
+    "fp8": (torch.ones(20).to(torch.float8_e4m3fn), "is torch.float8_e4m3fn, which holds no weights without"),
+    "NaN": (torch.full((20,), float("nan")), "has NaN or infinite values; copy it again"),
+    "infinite": (torch.full((20,), float("-inf")), "has NaN or infinite values; copy it again"),
+}
+
+
+@pytest.mark.parametrize(("t", "said"), NOT_WEIGHTS.values(), ids=NOT_WEIGHTS)
+def test_tensors_that_hold_no_weights_are_named(edited, t, said):
+    with pytest.raises(ValueError, match=f"model.safetensors: model.norm.weight {said}"):
+        load_hf(change_weights(edited("llama"), model__norm__weight=t))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_what_wrappers_put_before_names_is_taken_off(edited, prefix):
+    folder = edited("qwen2")
+    expected = load_hf(folder)[1]
+    tensors = load_file(folder / "model.safetensors")
+    inner = {name.replace("layers.1.", "layers.1._orig_mod."): t for name, t in tensors.items()}
+    save_file({prefix + name: t for name, t in inner.items()}, folder / "model.safetensors")
+    assert_close(load_hf(folder)[1], expected, **EXACT)
+    save_file(tensors | {f"{prefix}model.norm.weight": torch.ones(20)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model.norm.weight is there twice"):
+        load_hf(folder)
+
+
+def test_a_missing_head_is_followed_by_a_hint(edited):
+    with pytest.raises(ValueError, match=r"lm_head.weight is missing; .* set tie_word_embeddings to true"):
+        load_hf(change_weights(edited("llama"), lm_head__weight=None))
+
+
+@pytest.mark.parametrize("places", [None, [], {}, {"a": 5}, {"a": ["b"]}, {"a": "../b.safetensors"}], ids=str)
+def test_an_index_that_names_no_files_is_refused(edited, places):
+    folder = edited("llama")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(ValueError, match=r"index.json: weight_map must give each tensor a file of this folder"):
+        load_hf(folder)
+
+
+def test_a_pointer_in_place_of_weights_is_called_one(edited):
+    folder = edited("llama")
+    (folder / "model.safetensors").write_text(POINTER)
+    with pytest.raises(
+        ValueError, match=r"model.safetensors is a Git LFS pointer and not the file itself; run `git lfs pull`"
+    ):
+        load_hf(folder)
 
 
 def test_heads_for_several_tokens_and_old_constants_are_passed_over(edited):
@@ -426,6 +569,11 @@ def test_new_rows_are_the_mean_of_those_before_them():
         (
             {"pattern": "*-", "ffn": "swiglu", "rope_theta": 1e4, "n_heads": 6, "n_kv_heads": 2},
             "no multiple of model.n_heads",
+        ),
+        ({"pattern": "M*-", "qkv_bias": True}, r"'M\*-' with model.qkv_bias \(True\)"),
+        (
+            {"pattern": "*-", "ffn": "swiglu", "rope_theta": 1e4, "qk_norm": True, "qkv_bias": True},
+            "model.qk_norm and model.qkv_bias are set, and no family has both",
         ),
     ],
 )

@@ -138,6 +138,21 @@ def test_a_saved_tokenizer_is_the_same_and_has_no_new_tokens(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("config", "generation", "ends"), [(None, 7, [7]), (5, [5, 7], [5, 7]), ([5, 7], [7, 3], [5, 7, 3]), ([], [], None)]
+)
+def test_what_ends_a_text_are_the_ids_of_both_files(tmp_path, config, generation, ends):
+    """Those of config.json first. A copy, which has one file, knows them all."""
+    write_tokenizer(tmp_path / "a")
+    for name, eos in (("config", config), ("generation_config", generation)):
+        (tmp_path / "a" / f"{name}.json").write_text(json.dumps({"eos_token_id": eos}))
+    first = FileTokenizer(tmp_path / "a")
+    assert list(first.ends) == (ends or [first.file.token_to_id(END)])
+    assert first.end == first.ends[0]
+    first.save(tmp_path / "b")
+    assert FileTokenizer(tmp_path / "b").ends == first.ends
+
+
+@pytest.mark.parametrize(
     ("files", "said"),
     [
         ({"tokenizer.json": None}, r"tokenizer.json does not exist; a model of Hugging Face needs the tokenizer"),
@@ -147,6 +162,14 @@ def test_a_saved_tokenizer_is_the_same_and_has_no_new_tokens(tmp_path):
         ({"tokenizer.json": WITHOUT_A}, r"tokenizer.json has no token for the letter a, nor one for what it does not know"),
         ({"tokenizer.json": WITHOUT_UNKNOWN}, r"tokenizer.json has no token for the letter a, nor one for what it does"),
         ({"config.json": "{"}, r"config.json cannot be read as JSON \(.*\); copy it again"),
+        ({"generation_config.json": "[]"}, r"generation_config.json holds no JSON object; copy it again"),
+        (
+            {"generation_config.json": '{"eos_token_id": [3, -1]}'},
+            r"generation_config.json: eos_token_id \(-1\) is none of",
+        ),
+        ({"config.json": '{"eos_token_id": "</s>"}'}, r"eos_token_id \('</s>'\) is none of the 401 tokens of .*; mend it"),
+        ({"config.json": '{"eos_token_id": [[3]]}'}, r"eos_token_id \(\[3\]\) is none of the 401 tokens"),
+        ({"config.json": '{"eos_token_id": true}'}, r"eos_token_id \(True\) is none of the 401 tokens"),
         ({"config.json": '{"eos_token_id": 5000}'}, r"eos_token_id \(5000\) is none of the 401 tokens of .*tokenizer.json"),
     ],
 )

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 import kernels
 from attention import append, rope
 from model import Cache, HybridLM
-from system.config import ModelConfig
+from system.config import ModelConfig, RopeScaling
 from system.costs import count_parameters
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
@@ -25,6 +25,8 @@ VARIANTS = {
     "*": {"pattern": "*"},
     "*-": {"pattern": "*-"},
     "rope": {"rope_theta": 100.0},
+    "biases": {"rope_theta": 100.0, "qkv_bias": True},
+    "yarn": {"rope_theta": 100.0, "rope_scaling": RopeScaling("yarn", 4.0, 40, 1.0, 32.0, 1.14)},
     "qk_norm": {"qk_norm": True},
     "swiglu": {"ffn": "swiglu", "tie_embeddings": False},
 }

@@ -98,7 +98,7 @@ BATCH = {
     "kind_B": torch.tensor([1, 0, 2]),
     "back_B": torch.tensor([2, 0, 2]),
 }
-TOKENIZER = SimpleNamespace(think=9, close=10, end=11, tags=(9, 10))
+TOKENIZER = SimpleNamespace(think=9, close=10, end=11, ends=(11,), tags=(9, 10))
 
 
 def training_step(model):

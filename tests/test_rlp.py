@@ -23,7 +23,8 @@ from text.batches import Position, collate_contexts
 from thoughts import Sampling, prefill, sample_thoughts
 
 THINK, CLOSE, END = 3, 4, 5
-TOKENIZER = SimpleNamespace(think=THINK, close=CLOSE, end=END, tags=(THINK, CLOSE), begin=(), encode=lambda text: [])
+TAGS = {"think": THINK, "close": CLOSE, "tags": (THINK, CLOSE)}
+TOKENIZER = SimpleNamespace(**TAGS, end=END, ends=(END,), begin=(), encode=lambda text: [])
 CONTEXTS, TARGETS = [[0, 1, 2, 0, 1], [2, 1, 1]], [[2, 0], [1, END]]
 NEAR = {"rtol": 1e-9, "atol": 1e-9}
 EXACT = {"rtol": 1e-9, "atol": 1e-12}

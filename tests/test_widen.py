@@ -48,7 +48,7 @@ def logits_of_both(config):
 
 
 @pytest.mark.parametrize("ffn", ["relu2", "swiglu"])
-@pytest.mark.parametrize("options", [{}, {"rope_theta": 100.0, "qk_norm": True}], ids=["plain", "rope, qk-norm"])
+@pytest.mark.parametrize("options", [{}, {"rope_theta": 100.0, "qk_norm": True}, {"qkv_bias": True}], ids=str)
 def test_filling_with_zeros_changes_nothing_where_eps_is_negligible(ffn, options):
     base = dataclasses.replace(BASE, ffn=ffn, norm_eps=1e-30, **options)
     before, after, wide = logits_of_both(base)
@@ -87,7 +87,7 @@ def test_a_model_of_one_width_comes_back_bit_for_bit():
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("options", [{}, {"ffn": "swiglu", "qk_norm": True}], ids=["plain", "swiglu, qk-norm"])
+@pytest.mark.parametrize("options", [{}, {"ffn": "swiglu", "qk_norm": True}, {"qkv_bias": True}], ids=str)
 def test_what_is_taken_out_of_the_wide_model_is_the_old_one_bit_for_bit_and_the_rest_is_zero(tied, options):
     """But for the gated norm of Mamba-2: sqrt(old / new channels) times the old weights."""
     config = dataclasses.replace(BASE, tie_embeddings=tied, **options)

@@ -25,7 +25,7 @@ from system.config import ParallelConfig  # noqa: E402
 from system.presets import PRESETS  # noqa: E402
 
 CPU, STEPS = torch.device("cpu"), 4
-TOKENIZER = SimpleNamespace(think=29, close=30, end=31, tags=(29, 30))
+TOKENIZER = SimpleNamespace(think=29, close=30, end=31, ends=(31,), tags=(29, 30))
 MODES = ("pretrain", "rlp", "elastic", "muon", "bf16")
 SHAPES = {"pretrain": (4, 17), "muon": (4, 17), "bf16": (4, 17)}
 

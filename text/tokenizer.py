@@ -50,7 +50,7 @@ class Tokenizer:
         self.encoding = tiktoken.Encoding(
             base.name, pat_str=base._pat_str, mergeable_ranks=ranks, special_tokens=special)
         self.end, self.think, self.close = (special[t] for t in (END, THINK, CLOSE))
-        self.n_vocab = self.encoding.n_vocab
+        self.ends, self.n_vocab = (self.end,), self.encoding.n_vocab
 
     @property
     def fingerprint(self) -> str:
@@ -88,20 +88,22 @@ class Tokenizer:
 class FileTokenizer(Tokenizer):
     """The tokenizer.json of a Hugging Face directory, run by the `tokenizers` library.
 
-    END is the eos_token_id (the first, if several) of the config.json beside it, or the token
-    `<|endoftext|>`. Think tags that it lacks become tokens after its last one, listed in `new_ids`.
-    Truncation and padding are switched off: they would cut every text, and fill it up.
+    END is the first eos_token_id of the config.json or generation_config.json beside it, or the
+    token `<|endoftext|>`; `ends` are all of them. Think tags that it lacks become tokens after its
+    last one, listed in `new_ids`. Truncation and padding are switched off: they would cut every
+    text, and fill it up.
     Raises ValueError if a file cannot be used, or nothing says what ends a text.
     """
 
     def __init__(self, folder: Path):
-        file, beside = folder / "tokenizer.json", folder / "config.json"
+        file, (beside, more) = folder / "tokenizer.json", (
+            folder / name for name in ("config.json", "generation_config.json"))
         require(file.is_file(), f"{file} does not exist; a model of Hugging Face needs the "
                 "tokenizer that it was trained with")
-        # 1. the two files
+        # 1. the files
         require_content(file)
         content, self.json = read_json(file), file.read_text(encoding="utf-8")
-        self.settings = read_json(beside) if beside.is_file() else {}
+        self.settings, generation = (read_json(f) if f.is_file() else {} for f in (beside, more))
         if content.get("truncation") or content.get("padding"):
             self.json = json.dumps(content | {"truncation": None, "padding": None}, indent=2)
         try:
@@ -117,13 +119,19 @@ class FileTokenizer(Tokenizer):
         self.think, self.close = base.token_to_id(THINK), base.token_to_id(CLOSE)
         self.n_vocab = max(base.get_vocab().values()) + 1
         # 3. what ends a text
-        eos = self.settings.get("eos_token_id")
-        eos = base.token_to_id(END) if eos in (None, []) else eos
-        require(eos is not None,
+        ends: list[int] = []
+        for source, said in ((beside, self.settings), (more, generation)):
+            eos = said.get("eos_token_id")
+            for one in eos if isinstance(eos, list) else [eos] * (eos is not None):
+                require(type(one) is int and 0 <= one < self.n_vocab, f"{source}: eos_token_id "
+                        f"({one!r:.60}) is none of the {self.n_vocab} tokens of {file}; mend it")
+                ends += [one] * (one not in ends)
+        if ends:  # a copy has no generation_config.json
+            self.settings = self.settings | {"eos_token_id": ends if len(ends) > 1 else ends[0]}
+        ends = ends or [i for i in [base.token_to_id(END)] if i is not None]
+        require(ends,
                 f"{beside} has no eos_token_id and {file} no {END}; set eos_token_id to end a text")
-        self.end = eos[0] if isinstance(eos, list) else eos
-        require(self.end < self.n_vocab, f"{beside}: eos_token_id ({self.end}) is none of the "
-                f"{self.n_vocab} tokens of {file}")
+        self.end, self.ends = ends[0], tuple(ends)
         # 4. what encodes: where a text spells one of the three or a special token, it is text
         content = json.loads(self.json)
         for token in content.get("added_tokens", []):

@@ -295,7 +295,8 @@ def rlp_step_work(device: torch.device, B=4, T=256, G=8, L=32, V=1024, model=CPU
                   dtype=torch.float32) -> Work:
     """A step of RLP: sampled thoughts, their reward, every weight's gradient; random contexts."""
     network = _network(device, model, V).to(dtype)
-    tokenizer = SimpleNamespace(think=V - 3, close=V - 2, end=V - 1, tags=(V - 3, V - 2))
+    tokenizer = SimpleNamespace(
+        think=V - 3, close=V - 2, end=V - 1, ends=(V - 1,), tags=(V - 3, V - 2))
     objective = RLP(RLPConfig(group_size=G, thought_len=L), tokenizer)
     objective.start(network)
     batch, generator = _contexts(device, B, T, V), torch.Generator(device)
@@ -326,7 +327,7 @@ def rlp_trl_work(device: torch.device, B=2, T=256, G=8, L=32, V=4096, model=LLAM
     require(family == "llama", f"model ({folder}) is of the family {family}; give a Llama")
     table = {ours: name for ours, (name, _) in names(shape, "llama").items()}
     V, tags = shape.vocab_size, (shape.vocab_size - 3, shape.vocab_size - 2)
-    tokenizer = SimpleNamespace(think=tags[0], close=tags[1], end=-1, tags=tags)
+    tokenizer = SimpleNamespace(think=tags[0], close=tags[1], end=-1, ends=(), tags=tags)
     settings = RLPConfig(group_size=G, thought_len=L, reward_floor=-math.inf, lr=0.0,
                          clip_norm=math.inf)
     torch.manual_seed(0)
