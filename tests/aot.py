@@ -1,7 +1,8 @@
 """Compile every Triton kernel ahead of time, without a GPU, as the model would launch it; as a program, print a table.
 
     python tests/aot.py            registers, spills, shared memory and memory traffic of every kernel, shape and card
-    python tests/aot.py sizes      what the scan's kernels need for small and large heads, by card and kind of product
+    python tests/aot.py sizes      what the scan's kernels need for small and large heads, by card and kind of product; with
+                                   words behind it (256 bf16 tf32x3) for states and products among them
 
 The operations run forward and backward on tensors of PyTorch's `meta` device, which have shapes and no data. Launches are
 recorded instead of made, so what is compiled here is what a GPU would run: the same constants, types and alignments.
@@ -182,11 +183,16 @@ def compile_table() -> None:
                 print("|", " | ".join(row), "|", flush=True)
 
 
-def size_table() -> None:
+def chosen_sizes(words: list[str]) -> list[tuple[int, int, str]]:
+    """Those of SIZES whose N and product are among the words; all without any."""
+    return [size for size in SIZES if not words or {str(size[1]), size[2]} <= set(words)]
+
+
+def size_table(words: list[str]) -> None:
     """Print a row for each kernel of the scan, card and size. Tensor memory is Blackwell's: columns of 512."""
     print("triton card product P N kernel registers spilled shared_kib tensor_memory".replace(" ", "\t"))
     for card in SHARED_KIB:
-        for P, N, product in SIZES:
+        for P, N, product in chosen_sizes(words):
             dtype, precision = PRODUCTS[product]
             shape = Shape(B=2, T=2048, D=64, H=8, P=P, K=1, N=N, V=64)
             for label, (launch, _) in launches_of(shape, dtype, precision, card).items():
@@ -198,4 +204,4 @@ def size_table() -> None:
 
 
 if __name__ == "__main__":
-    size_table() if sys.argv[1:] == ["sizes"] else compile_table()
+    size_table(sys.argv[2:]) if sys.argv[1:2] == ["sizes"] else compile_table()
