@@ -410,7 +410,7 @@ UNREADABLE = {
     "deep": (b'{"a": ' + b"[" * 10**5, r"cannot be read as JSON \(maximum recursion depth.*; copy it again"),
     "many digits": (b'{"a": ' + b"7" * 5000 + b"}", "cannot be read as JSON .*5000 digits.; copy it again"),
     "no UTF-8": (b'{"a": "\xff"}', "cannot be read as JSON .*; copy it again"),
-    "a pointer": (POINTER.encode(), "config.json is a Git LFS pointer and not the file itself; run `git lfs pull`"),
+    "a pointer": (POINTER.encode(), "config.json is a Git LFS pointer, not the file itself; run `git lfs pull`"),
 }
 
 
@@ -508,7 +508,7 @@ def test_a_pointer_in_place_of_weights_is_called_one(edited):
     folder = edited("llama")
     (folder / "model.safetensors").write_text(POINTER)
     with pytest.raises(
-        ValueError, match=r"model.safetensors is a Git LFS pointer and not the file itself; run `git lfs pull`"
+        ValueError, match=r"model.safetensors is a Git LFS pointer, not the file itself; run `git lfs pull`"
     ):
         load_hf(folder)
 

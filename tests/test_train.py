@@ -520,7 +520,7 @@ def test_summary_holds_every_figure_with_its_interval_and_n(finished):
 def test_seconds_to_a_value_end_with_the_first_steps_in_a_row_whose_mean_has_it(tmp_path):
     """Of .9 over two steps: after .8 and 1, at 1 + 2 + 4 seconds. A step without the metric counts as 0."""
     values = [0.9, 0.8, 1.0, None, 0.95, 0.95]
-    lines = [{"seconds": 2**i} | ({} if v is None else {"correct": v}) for i, v in enumerate(values)]
+    lines = [{"step": i + 1, "seconds": 2**i} | ({} if v is None else {"correct": v}) for i, v in enumerate(values)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     assert rundir.seconds_to(tmp_path, "correct", 0.9, n=2) == 7
     assert rundir.seconds_to(tmp_path, "correct", 0.94, n=2) == 63

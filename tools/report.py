@@ -7,6 +7,7 @@ RESULTS.md is written as a whole, README.md's tables between the lines `<!-- tab
 `<!-- end -->`. A test compares both with what this file would write.
 """
 
+import json
 import re
 import shutil
 import statistics
@@ -304,7 +305,9 @@ def report(run_dirs: list[str], root: Path = Path(__file__).parent.parent) -> No
     folder, readme = root / "results", root / "README.md"
     folder.mkdir(exist_ok=True)
     for run_dir in map(Path, run_dirs):
-        shutil.copyfile(run_dir / "summary.json", folder / f"{run_dir.name}.json")
+        summary = read_json(run_dir / "summary.json")
+        summary.pop("base_dir", None)  # a path of one machine
+        (folder / f"{run_dir.name}.json").write_text(json.dumps(summary, indent=1) + "\n")
         if (run_dir / "samples.txt").exists():  # pretraining has none
             shutil.copyfile(run_dir / "samples.txt", folder / f"{run_dir.name}.txt")
     found = load(folder)
