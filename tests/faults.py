@@ -45,6 +45,9 @@ FAULTS = [
           "half_R = (torch.exp(-d_RL) - 1 + d_RL).sum(dim=1)", "rlp"),
     Fault("ratio_to_the_samplers", "rlp.py", 'batch.setdefault("old_logp_RL", logp_RL.detach())',
           "thoughts.logp_RL", "rlp"),
+    Fault("predictor_sign", "rlp.py", "loss - c.predictor * c.group_size", "loss + c.predictor * c.group_size", "rlp"),
+    Fault("predictor_of_one_thought_alone", "rlp.py", "c.predictor * c.group_size", "c.predictor", "rlp"),
+    Fault("predictor_after_the_second_thought", "rlp.py", "thoughts.tokens_RL[:: c", "thoughts.tokens_RL[1 :: c", "rlp"),
     Fault("all_answers_count", "rlp.py", "is_right_BG[kind_B == 0]", "is_right_BG", "rlp"),
     # what is read
     Fault("masked_thoughts_trained", "text/batches.py", "[(inside, back == 0) for", "[(inside, True) for", "data"),
