@@ -162,7 +162,7 @@ class DataConfig(Settings):
     vocab_size: Annotated[int, at_least(300, ": 256 bytes, 3 special tokens, merges")] = 1024
     # Shares of training tokens that are ordinary text, and documents with results to be computed;
     # the rest are generated problems.
-    text_share: Share = 0.25
+    text_share: Share = 0.3
     computed_share: Share = 0.0
     held_out_percent: Annotated[int, within(1, 25)] = 5  # Per cent in each of the splits val, test.
     cache_dir: str = "runs/cache"  # Where the tokenizer, the tokens and trained bases are kept.

@@ -233,7 +233,7 @@ class Given:
 
 
 TWINS = {  # the canonical form, and the draws of two problems that share it
-    "chain": ("5 -2 +8", (3, "ute", 5, "-", 2, "+", 8), (3, "abc", 5, "-", 2, "+", 8)),
+    "chain": ("  5  -2 3  +8 1", (3, "ute", 5, "-", 2, "+", 8), (3, "abc", 5, "-", 2, "+", 8)),
     "word": (
         " start 9 Monday -5 4 Tuesday +1 5",
         ("Bob", "books", 9, 2, 4, "sells", 5, "buys"),
