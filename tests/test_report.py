@@ -297,18 +297,21 @@ def test_a_table_that_nobody_makes_is_refused():
 
 def test_a_run_is_collected_and_both_files_are_written(tmp_path):
     """From a run's folder to tables: README's part, RESULTS.md as a whole, and the plot."""
-    run = write(tmp_path / "rlp-cpu-seed0", summary=thinking())
+    run = write(tmp_path / "rlp-cpu-seed0", summary=thinking() | {"base_dir": "a/path of one machine"})
     (run / "samples.txt").write_text("[sum] 1 + 1?\n  rlp: 2\n")
     (tmp_path / "README.md").write_text("before\n<!-- table samples -->\n<!-- end -->\nafter\n")
     report.report([str(run)], tmp_path)
     assert "before\n<!-- table samples -->\n```text\n[sum] 1 + 1?" in (tmp_path / "README.md").read_text()
     assert "| 7 problems | base | RLP |" in (tmp_path / "RESULTS.md").read_text()
+    assert "base_dir" not in json.loads((tmp_path / "results" / "rlp-cpu-seed0.json").read_text())
     assert {f.name for f in (tmp_path / "results").iterdir()} == {"rlp-cpu-seed0.json", "rlp-cpu-seed0.txt", "accuracy.png"}
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
     assert report.main([str(tmp_path)]) == 2
-    assert "summary.json: No such file" in capsys.readouterr().err
+    assert "holds no summary.json, so no run has ended there; give the folder of a finished run" in (
+        capsys.readouterr().err.replace("\n", " ")
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- commit

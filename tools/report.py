@@ -301,10 +301,12 @@ def fill(text: str, made: dict[str, str]) -> str:
 
 def report(run_dirs: list[str], root: Path = Path(__file__).parent.parent) -> None:
     """Copy summary and samples of the runs named, then write README.md, RESULTS.md and the plots
-    from results/. Raises OSError for a folder that holds no finished run."""
+    from results/. Raises ValueError for a folder that holds no finished run."""
     folder, readme = root / "results", root / "README.md"
     folder.mkdir(exist_ok=True)
     for run_dir in map(Path, run_dirs):
+        require((run_dir / "summary.json").is_file(), f"{run_dir} holds no summary.json, so no run "
+                "has ended there; give the folder of a finished run")
         summary = read_json(run_dir / "summary.json")
         summary.pop("base_dir", None)  # a path of one machine
         (folder / f"{run_dir.name}.json").write_text(json.dumps(summary, indent=1) + "\n")
