@@ -340,7 +340,7 @@ class TritonSSD(torch.autograd.Function):
         (B, T, H, P), (K, N) = x_BTHP.shape, b_BTKN.shape[2:]
         (x_BTHP, at_x), (b_BTKN, at_b), (c_BTKN, at_c) = _rows(x_BTHP), _rows(b_BTKN), _rows(c_BTKN)
         ctx.sizes = {"H": H, "J": H // K, "P": P, "N": N, "Q": TILE, "PRECISION": precision()}
-        product = precision() if x_BTHP.dtype == torch.float32 else "half"
+        product = ctx.sizes["PRECISION"] if x_BTHP.dtype == torch.float32 else "half"
         ctx.tiles = TILES[_card(x_BTHP), product]
         ctx.strides = at_x, at_b, at_c, T
         states_BCHPN, last_BHPN = _walk(

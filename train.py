@@ -241,7 +241,7 @@ def write_samples(networks: dict[str, HybridLM], t: Trained) -> None:
 
 def refuse_rlp(shape: ModelConfig, config: Config, device: torch.device) -> None:
     """Raises ValueError where processes would need different numbers of passes."""
-    n = int(sum_of_parts(part_parameters, shape))
+    n = sum_of_parts(part_parameters, shape)
     require(config.rlp.predictor == 0 or not parallel.shards(n), f"rlp.predictor "
             f"({config.rlp.predictor}) must be 0 where weights are sharded; set it to 0, or "
             "parallel.mode to data")

@@ -151,8 +151,8 @@ class ModelConfig(Settings):
 class DataConfig(Settings):
     """What the model reads."""
 
-    # A file of UTF-8 text, *.jsonl (also .gz, .zst) or *.parquet, a folder of such files, or one
-    # that `tools.shards` wrote; empty: Python's texts.
+    # A file of UTF-8 text, *.jsonl, *.json (these also .gz, .zst) or *.parquet, a folder of such
+    # files, or one that `tools.shards` wrote; empty: Python's texts.
     path: str = ""
     text_key: str = "text"  # What the text stands under in JSON and Parquet.
     # "corpus" trains a vocabulary on the text; a folder has one in its tokenizer.json; other names,

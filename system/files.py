@@ -32,16 +32,15 @@ def read_json(file: Path) -> dict[str, Any]:
 def read_log(file: Path) -> tuple[list[dict[str, Any]], int]:
     """The objects in the lines of a log of steps, and how many lines hold none: a crash leaves half
     a line, a blank one or zero bytes, also before a line that is whole."""
-    found, n_lines = [], 0
-    for line in file.read_bytes().splitlines():
+    found, lines = [], file.read_bytes().splitlines()
+    for line in lines:
         try:
             value = json.loads(line.strip(b"\0"))
         except (ValueError, RecursionError):
             value = None
         if isinstance(value, dict) and type(value.get("step")) is int:
             found.append(value)
-        n_lines += 1
-    return found, n_lines - len(found)
+    return found, len(lines) - len(found)
 
 
 def require_content(file: Path) -> None:

@@ -204,7 +204,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, str]:
         **{ours: _number(hf, theirs, file, whole=ours != "norm_eps")
            for ours, theirs in FIELDS[family].items()},
         pattern=pattern, widths=widths, ffn="swiglu" if rotary else "relu2",
-        rope_theta=float(rope.get("rope_theta", 0)), rope_scaling=_scaling(rope, file),
+        rope_theta=float(rope.get("rope_theta", 0)), rope_scaling=_scaling(rope),
         qk_norm=family == "qwen3", qkv_bias=family == "qwen2", tie_embeddings=tied)
     config.check()
     return config, family
@@ -239,7 +239,7 @@ def _rope(hf: dict[str, Any], file: Path) -> dict[str, Any]:
     return rope | {"rope_type": kind}
 
 
-def _scaling(rope: dict[str, Any], file: Path) -> RopeScaling:
+def _scaling(rope: dict[str, Any]) -> RopeScaling:
     """The setting that `_rope` found."""
     kind = rope.get("rope_type", "default")
     return RopeScaling(kind, **{ours: rope[key] for ours, key in SCALINGS[kind].items()})

@@ -69,22 +69,22 @@ def _needed(package: str, file: Path) -> Any:
                          f"`pip install {package}`, or convert the file") from None
 
 
-def _decoded(file: Path, lines: Iterable[bytes]) -> Iterator[str]:
-    """UTF-8 lines, without the mark that some programs begin a file with."""
-    for i, line in enumerate(lines, 1):
-        try:
-            yield line.decode("utf-8-sig" if i == 1 else "utf-8").replace("\r\n", "\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} line {i} is not UTF-8 text (byte {error.start}); convert it "
-                             "or leave it out") from None
+def _decoded(file: Path) -> Iterator[str]:
+    """UTF-8 lines, unpacked, without the mark that some programs begin a file with."""
+    with _open(file) as f:
+        for i, line in enumerate(f, 1):
+            try:
+                yield line.decode("utf-8-sig" if i == 1 else "utf-8").replace("\r\n", "\n")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{file} line {i} is not UTF-8 text (byte {error.start}); convert "
+                                 "it or leave it out") from None
 
 
 def _lines(file: Path) -> Iterator[str]:
-    with _open(file) as f:
-        for i, line in enumerate(_decoded(file, f), 1):
-            require("\0" not in line, f"{file} line {i} holds zero bytes, so it is not text; "
-                    "convert the file or leave it out")
-            yield line
+    for i, line in enumerate(_decoded(file), 1):
+        require("\0" not in line, f"{file} line {i} holds zero bytes, so it is not text; "
+                "convert the file or leave it out")
+        yield line
 
 
 def _pieces(lines: Iterable[str], size: int) -> Iterator[str]:
@@ -111,20 +111,18 @@ def _pieces(lines: Iterable[str], size: int) -> Iterator[str]:
 
 def _json_lines(file: Path, key: str) -> Iterator[str]:
     """Of a file with a JSON object in each line."""
-    with _open(file) as f:
-        for i, line in enumerate(_decoded(file, f), 1):
-            if line.strip():
-                try:
-                    value = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{file} line {i} is not JSON ({error}); mend it") from None
-                yield _text_of(value, key, f"{file} line {i}")
+    for i, line in enumerate(_decoded(file), 1):
+        if line.strip():
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{file} line {i} is not JSON ({error}); mend it") from None
+            yield _text_of(value, key, f"{file} line {i}")
 
 
 def _json(file: Path, key: str) -> Iterator[str]:
     """Of a file that is one list of JSON objects, or one object."""
-    with _open(file) as f:
-        text = "".join(_decoded(file, f))
+    text = "".join(_decoded(file))
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 from tokenizers import Tokenizer as HFTokenizer
 
 from system.errors import require
-from system.files import fingerprint, read_json, require_content, write_whole
+from system.files import fingerprint, read_json, write_whole
 
 END, THINK, CLOSE = "<|endoftext|>", "<think>", "</think>"
 LONGEST = 10_000  # characters in a row, all space or none: more may overflow a tokenizer's stack
@@ -101,7 +101,6 @@ class FileTokenizer(Tokenizer):
         require(file.is_file(), f"{file} does not exist; a model of Hugging Face needs the "
                 "tokenizer that it was trained with")
         # 1. the files
-        require_content(file)
         content, self.json = read_json(file), file.read_text(encoding="utf-8")
         self.settings, generation = (read_json(f) if f.is_file() else {} for f in (beside, more))
         if content.get("truncation") or content.get("padding"):

@@ -18,7 +18,7 @@ def run_build(inputs: tyro.conf.Positional[list[Path]], out: Path, tokenizer: st
     """Write texts as shards.
 
     Args:
-        inputs: Files and folders of them: *.jsonl, also .gz and .zst, *.parquet, UTF-8 text.
+        inputs: Files and folders of them: *.jsonl, *.json, text (these also .gz, .zst), *.parquet.
         out: Folder to write.
         tokenizer: A folder with a tokenizer.json, or a name that tiktoken knows; "corpus" trains
             one on the texts.
