@@ -162,7 +162,7 @@ class DataConfig(Settings):
     vocab_size: Annotated[int, at_least(300, ": 256 bytes, 3 special tokens, merges")] = 1024
     # Shares of training tokens that are ordinary text, and documents with results to be computed;
     # the rest are generated problems.
-    text_share: Share = 0.3
+    text_share: Share = 0.25
     computed_share: Share = 0.0
     held_out_percent: Annotated[int, within(1, 25)] = 5  # Per cent in each of the splits val, test.
     cache_dir: str = "runs/cache"  # Where the tokenizer, the tokens and trained bases are kept.
@@ -208,10 +208,9 @@ class PretrainConfig(FitConfig):
     ends as soon as the base can think, or after all its steps, and says which."""
 
     seq_len: Length = 256  # Tokens of a packed training sequence.
-    # First share of the steps: families enter one by one, look-up first, worked out, without text.
-    # In-context look-up forms within 0.4 M tokens alone, and not within 2 M in the whole mixture.
-    intro_share: Share = 0.5
-    copy_share: Share = 0.0  # Share of those steps' tokens that is text and its repetition.
+    # First share of the steps: problems of the first family alone. In-context look-up forms in 100
+    # to 150 steps of the preset alone, and in 600 in the whole mixture.
+    intro_share: Share = 0.08
     think: Share = 0.85  # Share of problems, and of results in computed documents, with a thought.
     # Enough: on validation problems the likeliest thoughts of every family lead to so many right
     # answers. 2 is out of reach: all steps are taken.

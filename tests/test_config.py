@@ -74,7 +74,6 @@ REFUSED = [  # setting, value, the rule that the message must give
         (name, value, r"must lie in \[0, 1\]")
         for name in (
             "pretrain__intro_share",
-            "pretrain__copy_share",
             "pretrain__think",
             "warmup__think",
             "warmup__worked",

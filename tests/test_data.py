@@ -11,7 +11,6 @@ import re
 import tempfile
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,7 +30,6 @@ from text.batches import (
     collate_contexts,
     computed_position,
     computed_tokens,
-    copy_document,
     cpt_batch,
     mixture,
     pack,
@@ -55,7 +53,7 @@ PROBLEMS = {"text_share": 0.0, "computed_share": 0.0}  # nothing else
 
 
 def config_of(**groups) -> Config:
-    """The cpu preset with other settings, by group, and without the part in which the families enter one by one."""
+    """The cpu preset with other settings, by group, and without the steps in which the first family is alone."""
     config = PRESETS["cpu"]
     config = dataclasses.replace(config, pretrain=dataclasses.replace(config.pretrain, intro_share=0.0))
     changed = {k: dataclasses.replace(getattr(config, k), **v) if isinstance(v, dict) else v for k, v in groups.items()}
@@ -233,7 +231,7 @@ class Given:
 
 
 TWINS = {  # the canonical form, and the draws of two problems that share it
-    "chain": ("  5  -2 3  +8 1", (3, "ute", 5, "-", 2, "+", 8), (3, "abc", 5, "-", 2, "+", 8)),
+    "chain": ("5 -2 +8", (3, "ute", 5, "-", 2, "+", 8), (3, "abc", 5, "-", 2, "+", 8)),
     "word": (
         " start 9 Monday -5 4 Tuesday +1 5",
         ("Bob", "books", 9, 2, 4, "sells", 5, "buys"),
@@ -579,8 +577,8 @@ def test_continued_pretraining_goes_on_where_the_base_stopped(corpus):
 
 @pytest.fixture(scope="module")
 def packed(corpus):
-    """A batch of packed documents, of all kinds."""
-    return pretrain_batch(corpus, config_of(pretrain={"batch": 32}), 0)
+    """A batch of packed documents, of all kinds; thoughts stand where they are for."""
+    return warmup_batch(corpus, config_of(warmup={"batch": 32}, rlp={"back": 0}), 0)
 
 
 def test_targets_are_the_next_tokens_and_never_cross_documents(packed, corpus):
@@ -606,7 +604,7 @@ def test_document_ids_count_from_zero_and_change_after_every_end_of_text(packed,
 def test_the_last_target_of_a_row_is_the_token_that_follows_it(corpus, step):
     """Rows of 64 and of 65 tokens that begin with the same problem: the longer one shows what follows the shorter one."""
     short, long = (
-        pretrain_batch(corpus, config_of(data=PROBLEMS, pretrain={"batch": 1, "seq_len": n}), step) for n in (64, 65)
+        warmup_batch(corpus, config_of(data=PROBLEMS, warmup={"batch": 1, "seq_len": n}), step) for n in (64, 65)
     )
     following_B = long["tokens_BT"][:, 64]
     is_target_B = (long["ids_BT"][:, 64] == long["ids_BT"][:, 63]) & (following_B != corpus.tokenizer.think)
@@ -680,26 +678,6 @@ def test_a_computed_documents_thoughts_are_by_the_places_of_its_results(corpus):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("draws", "expected"),
-    [
-        ((4, 2, 0.5, 1), [10, 11, 12, 13, 20, 21, 11, 12, 13]),  # not shuffled, again from its second token on
-        ((4, 2, 0.4, (3, 1, 0, 2), 2), [13, 11, 10, 12, 20, 21, 10, 12]),  # shuffled first, again from the third on
-    ],
-)
-def test_a_copied_document_by_hand(draws, expected):
-    """Four tokens, two others, and the end of the four again: of that all but its first token is to be predicted."""
-    texts = [np.array([10, 11, 12, 13]), np.array([20, 21])]
-
-    def text_window(rng, split, n):
-        assert (split, n) == ("train", len(texts[0]))
-        return texts.pop(0)
-
-    found = copy_document(SimpleNamespace(text_window=text_window), Given(*draws))
-    assert [token for token, _ in found] == expected
-    assert [wanted for _, wanted in found] == [i > 6 for i in range(len(expected))]
-
-
 @pytest.fixture
 def share_of(corpus, monkeypatch):
     """Shares of text and of computed documents in a batch. Both are made of one token here that no problem holds."""
@@ -717,7 +695,7 @@ def share_of(corpus, monkeypatch):
 @pytest.mark.parametrize(("text", "computed"), [(0.0, 0.0), (0.3, 0.0), (0.0, 0.3), (0.25, 0.2), (0.6, 0.4), (1.0, 0.0)])
 @pytest.mark.parametrize("seq_len", [64, 256, 1024])
 def test_shares_of_tokens_are_near_the_settings(share_of, seq_len, text, computed):
-    """In every batch, within a row of 16 to 256, once no families enter any more. The extremes of text hold exactly."""
+    """In every batch, within a row of 16 to 256, once other documents are in. Extremes of text hold exactly."""
     fit = {"seq_len": seq_len, "batch": 16384 // seq_len, "steps": 1500}
     config = config_of(data={"text_share": text, "computed_share": computed}, pretrain=fit)
     for step in (0, 1, 1498, 1499):
@@ -726,13 +704,10 @@ def test_shares_of_tokens_are_near_the_settings(share_of, seq_len, text, compute
         assert found[1] == pytest.approx(computed * 60 / 61, abs=0.01 + seq_len / 16384 if computed else 0)
 
 
-@pytest.mark.parametrize(
-    ("step", "expected"),
-    [(0, [0.2, 0.0]), (29, [0.2, 0.0]), (30, [0.2, 0.3]), (59, [0.2, 0.3]), (60, [0.5, 0.3]), (99, [0.5, 0.3])],
-)
-def test_text_enters_when_all_families_are_in_and_computed_documents_when_half_are(share_of, step, expected):
-    """In 60 of 100 steps copies stand for other text: a fifth of the tokens."""
-    fit = {"steps": 100, "intro_share": 0.6, "copy_share": 0.2, "batch": 64}
+@pytest.mark.parametrize(("step", "expected"), [(0, [0.0, 0.0]), (19, [0.0, 0.0]), (20, [0.5, 0.3]), (99, [0.5, 0.3])])
+def test_other_documents_enter_after_the_first_family(share_of, step, expected):
+    """A fifth of 100 steps is its own."""
+    fit = {"steps": 100, "intro_share": 0.2, "batch": 64}
     found = share_of(pretrain_batch, config_of(data={"text_share": 0.5, "computed_share": 0.3}, pretrain=fit), step)
     assert found == pytest.approx(expected, abs=0.03)
 
@@ -774,18 +749,33 @@ def test_thoughts_of_problems_in_the_mixture_are_of_all_kinds(corpus):
     assert sum(t.startswith(FILLER) for t in thoughts) / len(thoughts) == pytest.approx(0.3, abs=0.06)
 
 
-@pytest.mark.parametrize("n_families", range(1, len(FAMILIES) + 1))
-def test_families_enter_one_by_one_with_worked_thoughts_and_no_text(corpus, n_families):
-    """One more every 10 steps, in the first half."""
-    fit = {"steps": 20 * len(FAMILIES), "intro_share": 0.5, "batch": 40, "copy_share": 0.0, "think": 0.5}
+@pytest.mark.parametrize(("step", "n_families"), [(0, 1), (9, 1), (10, len(FAMILIES)), (39, len(FAMILIES))])
+def test_the_first_family_is_alone_in_the_first_steps(corpus, step, n_families):
+    """In 10 of 40."""
+    fit = {"steps": 40, "intro_share": 0.25, "batch": 40}
     begins = {family: make(random.Random(0)).question.split()[0] for family, make in FAMILIES.items()}
     assert len(set(begins.values())) == len(FAMILIES)
-    for step in (10 * n_families - 10, 10 * n_families - 1):
-        found = documents_of(pretrain_batch(corpus, config_of(pretrain=fit), step), corpus.tokenizer)
-        assert {family for family in FAMILIES for d in found if d.startswith(begins[family])} == set(
-            list(FAMILIES)[:n_families]
-        )
-        assert all(THINK in d and not d.split(THINK)[1].startswith(FILLER) for d in found)
+    found = documents_of(pretrain_batch(corpus, config_of(pretrain=fit), step), corpus.tokenizer)
+    seen = {family for family in FAMILIES for d in found if d.startswith(begins[family])}
+    assert seen == set(list(FAMILIES)[:n_families])
+
+
+@pytest.mark.parametrize(("make", "foretells"), [(pretrain_batch, False), (warmup_batch, True)])
+def test_questions_are_targets_in_the_warm_up_alone(corpus, make, foretells):
+    """Of each problem everything from its thought, or its answer, on is; of its question all, or nothing.
+    What an opening tag stands before is never asked for: the tag itself."""
+    tk = corpus.tokenizer
+    batch = make(corpus, config_of(data=PROBLEMS, pretrain={"batch": 40}, warmup={"batch": 40}), 50)
+    mark, n_seen = tk.encode("\nAnswer:"), 0
+    for tokens, targets, ids in zip(*(batch[k].tolist() for k in ("tokens_BT", "targets_BT", "ids_BT")), strict=True):
+        for d in range(ids[-1]):  # the last one of a row may be cut
+            own = [i for i, of in enumerate(ids) if of == d]
+            read, wanted = [tokens[i] for i in own], [targets[i] for i in own]
+            end = next(i for i in range(len(read)) if read[i : i + len(mark)] == mark) + len(mark)
+            expected = [(foretells and i < end) or (i >= end and read[i] != tk.think) for i in range(1, len(read))]
+            assert [t != -100 for t in wanted[:-1]] == expected
+            n_seen += 1
+    assert n_seen > 100
 
 
 RESULT = Computed("x", (("a b c d e f g h i j k l m", ""), (" 7", " 3 +4 7"), (" n o p q", "")))

@@ -47,11 +47,12 @@ def problem_tokens(tokenizer: Tokenizer, problem: Problem) -> tuple[list[int], l
     return tokenizer.encode(problem.prompt), [*tokenizer.encode(problem.answer), tokenizer.end]
 
 
-def problem_document(tokenizer: Tokenizer, problem: Problem, thought: str | None) -> Marked:
-    """Prompt, thought if there is one, answer."""
+def problem_document(tokenizer: Tokenizer, problem: Problem, thought: str | None,
+                     foretell: bool = True) -> Marked:
+    """Prompt, thought if there is one, answer. The prompt is to be predicted only if `foretell`."""
     prompt, answer = problem_tokens(tokenizer, problem)
-    thoughts = {} if thought is None else {len(prompt): tokenizer.encode(thought)}
-    return place_thoughts(tokenizer, prompt + answer, thoughts)
+    thoughts = {} if thought is None else {0: tokenizer.encode(thought)}
+    return [(t, foretell) for t in prompt] + place_thoughts(tokenizer, answer, thoughts)
 
 
 def computed_tokens(
@@ -63,18 +64,6 @@ def computed_tokens(
             worked[len(document)] = tokenizer.encode(thought)
         document += tokenizer.encode(text)
     return [*document, tokenizer.end], worked
-
-
-def copy_document(corpus: Corpus, rng: random.Random) -> Marked:
-    """Some text, in half of all cases shuffled, other text, and the end of the first again: only
-    that is to be predicted. To go on with what came last time is learned from it in 200 steps;
-    ordinary text teaches it late, and problems teach it for a few words only."""
-    first, between = (corpus.text_window(rng, "train", rng.randint(*n)).tolist()
-                      for n in ((16, 60), (1, 40)))
-    if rng.random() < 0.5:
-        rng.shuffle(first)
-    before, again = first + between, first[rng.randrange(len(first)) :]
-    return [(t, False) for t in before] + [(t, i > 0) for i, t in enumerate(again)]
 
 
 def pack(n_rows: int, seq_len: int, shares: dict[str, float],
@@ -112,31 +101,27 @@ def shares_of(config: Config) -> dict[str, float]:
 
 
 def pretrain_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
-    """Families enter one by one, beside copied text; computed documents when half of them are in;
-    then documents of all kinds. Thoughts are worked."""
+    """The first family alone, then documents of all kinds. Thoughts are worked. Questions are read,
+    not predicted: nobody can foretell the names and numbers that they draw, and to try drowns what
+    little there is to learn from the steps of a thought."""
     fit, tokenizer, percent = config.pretrain, corpus.tokenizer, corpus.held_out_percent
     rng = random.Random(f"pretrain-{config.seed}-{step}")
-    intro = fit.intro_share * fit.steps
-    n_families = 1 + int(len(FAMILIES) * step / intro) if step < intro else len(FAMILIES)
-    shares, think = shares_of(config), fit.think
-    if step < intro:
-        others = {"copy": fit.copy_share, "computed": shares["computed"] * (2 * step >= intro)}
-        shares, think = {**others, "problem": 1 - sum(others.values())}, 1.0
+    intro = step < fit.intro_share * fit.steps
+    first = next(iter(FAMILIES))
 
     def draw(kind: str) -> Marked:
-        if kind == "copy":
-            return copy_document(corpus, rng)
         if kind == "text":
             return [(t, True) for t in corpus.text_window(rng, "train", fit.seq_len).tolist()]
         if kind == "computed":
             found = draw_computed(rng, "train", percent)
             document, worked = computed_tokens(tokenizer, found)
-            kept = {t: thought for t, thought in worked.items() if rng.random() < think}
+            kept = {t: thought for t, thought in worked.items() if rng.random() < fit.think}
             return place_thoughts(tokenizer, document, kept)
-        problem = draw_problem(rng, "train", percent, rng.choice(list(FAMILIES)[:n_families]))
-        thought = problem.thought if rng.random() < think else None
-        return problem_document(tokenizer, problem, thought)
+        problem = draw_problem(rng, "train", percent, first if intro else None)
+        thought = problem.thought if rng.random() < fit.think else None
+        return problem_document(tokenizer, problem, thought, foretell=False)
 
+    shares = {"problem": 1.0} if intro else shares_of(config)
     return pack(fit.batch, fit.seq_len, shares, draw, tokenizer.begin)
 
 

@@ -3,14 +3,14 @@
     lookup   Ring: Max calls Bob. Bob calls Ann. ... Start at Max, 2 calls on?
              thought: 1 Max calls Bob 2 Bob calls Ann                          answer: Ann
     chain    Modulo 10: u = 5. u to t -2. t to e +8. Value of e?
-             thought: u 5 t -2 3 e +8 1                                        answer: 1
+             thought: u 5 u to t -2 5 -2 3 t to e +8 3 +8 1                    answer: 1
     word     Count: Bob has 9 books. On Monday Bob sells 5. ... How many books has Bob?
              thought: start 9 Monday -5 4 Tuesday +1 5                         answer: 5
     sum      Tens digit of 85 + 79?
              thought: 5 +9 14, 1 +8 9 +7 16                                    answer: 6
 
 A family is a function from a random generator to a `Problem`, and its entry in `FAMILIES`: batches,
-figures and samples read that table, and the base learns the families in its order.
+figures and samples read that table, and the base reads the first of them alone at first.
 
 Twins, questions that differ in names or order alone, share a canonical form, and with it the split.
 Different forms there are: lookup 17,640, chain 1.1 million, word .66 million, sum 3.0 million.
@@ -72,12 +72,14 @@ def chain_problem(rng: random.Random) -> Problem:
     names = rng.sample(LETTERS, rng.randint(3, 5))
     value = rng.randrange(10)
     lines, steps = [f"Modulo 10: {names[0]} = {value}."], [f" {names[0]} {value}"]
+    canonical = str(value)
     for before, name in itertools.pairwise(names):
         sign, operand = rng.choice("+-"), rng.randint(1, 9)
+        line, old = f"{before} to {name} {sign}{operand}", value
         value = (value + operand if sign == "+" else value - operand) % 10
-        lines.append(f"{before} to {name} {sign}{operand}.")
-        steps.append(f" {name} {sign}{operand} {value}")
-    canonical = "".join(step.replace(name, "") for step, name in zip(steps, names, strict=True))
+        lines.append(f"{line}.")
+        steps.append(f" {line} {old} {sign}{operand} {value}")
+        canonical += f" {sign}{operand}"
     question = f"{' '.join(lines)} Value of {names[-1]}?"
     return Problem("chain", question, tuple(steps), f" {value}", canonical)
 
@@ -127,7 +129,7 @@ def sum_problem(rng: random.Random) -> Problem:
 
 
 FAMILIES: dict[str, Callable[[random.Random], Problem]] = {
-    "lookup": lookup_problem, "chain": chain_problem, "word": word_problem, "sum": sum_problem}
+    "lookup": lookup_problem, "chain": chain_problem, "sum": sum_problem, "word": word_problem}
 
 
 def draw_problem(
