@@ -210,7 +210,7 @@ class PretrainConfig(FitConfig):
     seq_len: Length = 256  # Tokens of a packed training sequence.
     # First share of the steps: problems of the first family alone. In-context look-up forms in 100
     # to 150 steps of the preset alone, and in 600 in the whole mixture.
-    intro_share: Share = 0.08
+    intro_share: Share = 0.4
     think: Share = 0.85  # Share of problems, and of results in computed documents, with a thought.
     # Enough: on validation problems the likeliest thoughts of every family lead to so many right
     # answers. 2 is out of reach: all steps are taken.

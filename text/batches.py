@@ -101,13 +101,13 @@ def shares_of(config: Config) -> dict[str, float]:
 
 
 def pretrain_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
-    """The first family alone, then documents of all kinds. Thoughts are worked. Questions are read,
-    not predicted: nobody can foretell the names and numbers that they draw, and to try drowns what
+    """Families enter one by one, then other documents. Thoughts are worked. Questions are read, not
+    predicted: nobody can foretell the names and numbers that they draw, and to try drowns what
     little there is to learn from the steps of a thought."""
     fit, tokenizer, percent = config.pretrain, corpus.tokenizer, corpus.held_out_percent
     rng = random.Random(f"pretrain-{config.seed}-{step}")
-    intro = step < fit.intro_share * fit.steps
-    first = next(iter(FAMILIES))
+    intro = fit.intro_share * fit.steps
+    n_families = 1 + int(len(FAMILIES) * step / intro) if step < intro else len(FAMILIES)
 
     def draw(kind: str) -> Marked:
         if kind == "text":
@@ -117,11 +117,11 @@ def pretrain_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tenso
             document, worked = computed_tokens(tokenizer, found)
             kept = {t: thought for t, thought in worked.items() if rng.random() < fit.think}
             return place_thoughts(tokenizer, document, kept)
-        problem = draw_problem(rng, "train", percent, first if intro else None)
+        problem = draw_problem(rng, "train", percent, rng.choice(list(FAMILIES)[:n_families]))
         thought = problem.thought if rng.random() < fit.think else None
         return problem_document(tokenizer, problem, thought, foretell=False)
 
-    shares = {"problem": 1.0} if intro else shares_of(config)
+    shares = {"problem": 1.0} if step < intro else shares_of(config)
     return pack(fit.batch, fit.seq_len, shares, draw, tokenizer.begin)
 
 
