@@ -35,7 +35,7 @@ PRESETS: dict[str, Config] = {
     "cpu": Config(
         pretrain=PretrainConfig(steps=1900, batch=8, lr=3e-3, muon_lr=0.02, checkpoint_every=500),
         warmup=WarmupConfig(steps=1100, batch=8, lr=3e-3, muon_lr=0.02, warmup=0, decay=1.0),
-        rlp=RLPConfig(steps=150, batch=32, lr=2e-4, decay=0.5),
+        rlp=RLPConfig(steps=150, batch=32, lr=2e-4, decay=0.5, predictor=0.1),
         cpt=CPTConfig(steps=900, batch=8, lr=1.5e-3, muon_lr=0.01, decay=1.0),
         elastic=ElasticConfig(steps=2100, batch=8, lr=3e-3, muon_lr=0.04, decay=1.0,
                               search_share=0.15, router_width=64, ce=1.0, self_kl=1.0)),

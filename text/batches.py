@@ -101,13 +101,15 @@ def shares_of(config: Config) -> dict[str, float]:
 
 
 def pretrain_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
-    """Families enter one by one, then other documents. Thoughts are worked. Questions are read, not
-    predicted: nobody can foretell the names and numbers that they draw, and to try drowns what
-    little there is to learn from the steps of a thought."""
+    """The first family alone, then all problems, then all kinds of documents. Thoughts are worked.
+    Questions are read, not predicted: nobody can foretell the names and numbers that they draw, and
+    to try drowns what little there is to learn from the steps of a thought. Of the second family,
+    which is learned last, come twice as many."""
     fit, tokenizer, percent = config.pretrain, corpus.tokenizer, corpus.held_out_percent
     rng = random.Random(f"pretrain-{config.seed}-{step}")
     intro = fit.intro_share * fit.steps
-    n_families = 1 + int(len(FAMILIES) * step / intro) if step < intro else len(FAMILIES)
+    families = list(FAMILIES)
+    families = families[:1] if 4 * step < intro else families + families[1:2]
 
     def draw(kind: str) -> Marked:
         if kind == "text":
@@ -117,7 +119,7 @@ def pretrain_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tenso
             document, worked = computed_tokens(tokenizer, found)
             kept = {t: thought for t, thought in worked.items() if rng.random() < fit.think}
             return place_thoughts(tokenizer, document, kept)
-        problem = draw_problem(rng, "train", percent, rng.choice(list(FAMILIES)[:n_families]))
+        problem = draw_problem(rng, "train", percent, rng.choice(families))
         thought = problem.thought if rng.random() < fit.think else None
         return problem_document(tokenizer, problem, thought, foretell=False)
 
