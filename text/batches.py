@@ -101,15 +101,13 @@ def shares_of(config: Config) -> dict[str, float]:
 
 
 def pretrain_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
-    """The first family alone, then all problems, then all kinds of documents. Thoughts are worked.
-    Questions are read, not predicted: nobody can foretell the names and numbers that they draw, and
-    to try drowns what little there is to learn from the steps of a thought. Of the second family,
-    which is learned last, come twice as many."""
+    """The first family alone, then documents of all kinds. Thoughts are worked. Questions are read,
+    not predicted: nobody can foretell the names and numbers that they draw, and to try drowns what
+    little there is to learn from the steps of a thought."""
     fit, tokenizer, percent = config.pretrain, corpus.tokenizer, corpus.held_out_percent
     rng = random.Random(f"pretrain-{config.seed}-{step}")
-    intro = fit.intro_share * fit.steps
-    families = list(FAMILIES)
-    families = families[:1] if 4 * step < intro else families + families[1:2]
+    intro = step < fit.intro_share * fit.steps
+    first = next(iter(FAMILIES))
 
     def draw(kind: str) -> Marked:
         if kind == "text":
@@ -119,11 +117,11 @@ def pretrain_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tenso
             document, worked = computed_tokens(tokenizer, found)
             kept = {t: thought for t, thought in worked.items() if rng.random() < fit.think}
             return place_thoughts(tokenizer, document, kept)
-        problem = draw_problem(rng, "train", percent, rng.choice(families))
+        problem = draw_problem(rng, "train", percent, first if intro else None)
         thought = problem.thought if rng.random() < fit.think else None
         return problem_document(tokenizer, problem, thought, foretell=False)
 
-    shares = {"problem": 1.0} if step < intro else shares_of(config)
+    shares = {"problem": 1.0} if intro else shares_of(config)
     return pack(fit.batch, fit.seq_len, shares, draw, tokenizer.begin)
 
 

@@ -10,8 +10,7 @@
              thought: 5 +9 14, 1 +8 9 +7 16                                    answer: 6
 
 A family is a function from a random generator to a `Problem`, and its entry in `FAMILIES`: batches,
-figures and samples read that table. The base reads the first of them alone at first, later the
-second twice as often as the others.
+figures and samples read that table, and the base reads the first of them alone at first.
 
 Twins, questions that differ in names or order alone, share a canonical form, and with it the split.
 Different forms there are: lookup 17,640, chain 1.1 million, word .66 million, sum 3.0 million.
