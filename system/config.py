@@ -208,8 +208,8 @@ class PretrainConfig(FitConfig):
     ends as soon as the base can think, or after all its steps, and says which."""
 
     seq_len: Length = 256  # Tokens of a packed training sequence.
-    # First share of the steps: problems of the first family alone. In-context look-up forms in 100 to
-    # 150 steps of the preset alone, and in 600 among the others.
+    # First share of the steps: problems of the first family alone. In-context look-up forms in 100
+    # to 150 steps of the preset alone, and in 600 among the others.
     intro_share: Share = 0.08
     think: Share = 0.85  # Share of problems, and of results in computed documents, with a thought.
     # Enough: on validation problems the likeliest thoughts of every family lead to so many right
