@@ -65,7 +65,8 @@ def adapt(model: nn.Module, settings: LoRAConfig, low: bool = False) -> nn.Modul
 
 def shared(network: nn.Module) -> set[str]:
     """Names of the weights that copies of a network share: those that an adapted one freezes."""
-    return {name for name in network.state_dict() if hasattr(network, "lora") and "lora_" not in name}
+    names = network.state_dict() if hasattr(network, "lora") else ()
+    return {name for name in names if "lora_" not in name}
 
 
 @torch.no_grad()
