@@ -13,7 +13,7 @@ import train
 from kernels import token_logp
 from rlp import ema_update
 from system import checkpoint, loop, lora, parallel, rundir
-from system.config import LoRAConfig, ParallelConfig, PretrainConfig
+from system.config import Config, LoRAConfig, ParallelConfig, PretrainConfig
 from tools import export
 
 SETTINGS = LoRAConfig(rank=3, alpha=6.0)
@@ -226,3 +226,18 @@ def test_phases_before_the_run_have_no_adapters(finished):
     base = rundir.Path(summary_of(finished)["base_dir"])
     assert rundir.saved_config(base).lora == train.LoRAConfig()
     assert not [name for name in checkpoint.newest(base).tensors("model") if "lora_" in name]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"mode": "elastic"}, r"lora\.rank \(4\) must be 0 in mode elastic, which orders and cuts whole weights"),
+        ({"mode": "pretrain"}, r"lora\.rank \(4\) must be 0 where pretraining begins with random weights.*or give --init"),
+        ({"mode": "rlp", "init": "x"}, r"lora\.rank \(4\) with init needs warmup\.steps 0.*by --mode warmup first"),
+    ],
+)
+def test_modes_that_adapters_do_not_suit_are_refused(changes, said):
+    with pytest.raises(ValueError, match=said):
+        Config(lora=LoRAConfig(rank=4), **changes).check()
+    Config(**changes).check()
+    Config(lora=LoRAConfig(rank=4), **changes | {"mode": "warmup"}).check()
