@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from attention import Attention, attention_mask
 from mamba import Mamba2
+from system import lora
 from system.config import ModelConfig
 
 
@@ -75,13 +76,14 @@ class FeedForward(nn.Module):
         if not torch.is_grad_enabled():
             return self.down_proj(F.silu(gate_BTF) * up_BTF), ()
         # Of four tensors as wide as F backward is given two, and makes the others again.
-        return recompute(swiglu_down, gate_BTF, up_BTF, self.down_proj.weight,
+        return recompute(swiglu_down, gate_BTF, up_BTF, self.down_proj.weight, None,
+                         *lora.adapter(self.down_proj),
                          use_reentrant=False, preserve_rng_state=False), ()
 
 
-def swiglu_down(gate_BTF: Tensor, up_BTF: Tensor, weight_DF: Tensor) -> Tensor:
-    """down(silu(gate) up): y_BTD."""
-    return F.linear(F.silu(gate_BTF) * up_BTF, weight_DF)
+def swiglu_down(gate_BTF: Tensor, up_BTF: Tensor, *down: Tensor | float | None) -> Tensor:
+    """down(silu(gate) up): y_BTD. down: what `lora.linear` asks for."""
+    return lora.linear(F.silu(gate_BTF) * up_BTF, *down)
 
 
 MIXERS = {"M": Mamba2, "*": Attention, "-": FeedForward}

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from kernels import selected_logp
 from model import HybridLM
-from system import parallel
+from system import lora, parallel
 from system.config import RLPConfig
 from system.errors import require
 from system.objective import Metrics, Objective
@@ -103,9 +103,11 @@ def thought_mean(value_RL: Tensor, length_R: Tensor) -> Tensor:
 @torch.no_grad()
 def ema_update(teacher: nn.Module, model: nn.Module, tau: float) -> None:
     """phi <- tau phi + (1 - tau) theta, in phi's dtype: fp32, for bf16 would lose such steps."""
-    phi = [parallel.local(q) for q in teacher.parameters()]
-    theta = [parallel.local(p.detach()).to(q.dtype)
-             for p, q in zip(model.parameters(), phi, strict=True)]
+    shared = lora.shared(model)
+    pairs = [(p, q) for (name, p), q in
+             zip(model.named_parameters(), teacher.parameters(), strict=True) if name not in shared]
+    phi = [parallel.local(q) for _, q in pairs]
+    theta = [parallel.local(p.detach()).to(q.dtype) for p, q in pairs]
     torch._foreach_lerp_(phi, theta, 1 - tau)
 
 

@@ -35,8 +35,8 @@ import nested
 import routers
 from model import HybridLM
 from rlp import RLP
-from system import checkpoint, huggingface, parallel, rundir
-from system.config import Config, ModelConfig, require_known
+from system import checkpoint, huggingface, lora, parallel, rundir
+from system.config import Config, LoRAConfig, ModelConfig, require_known
 from system.costs import count_parameters, part_parameters, sum_of_parts
 from system.errors import path_and_reason, require
 from system.files import fingerprint
@@ -107,6 +107,10 @@ def run(config: Config) -> dict:
             "resume: the text is not what the run was started with (that of data.path, or what "
             "ships with this Python); restore it, or choose another --out")
     model = rundir.build_model(config, corpus.tokenizer.n_vocab, device, config.seed)
+    n_parameters = count_parameters(model)
+    require(config.lora.rank == 0 or not parallel.shards(n_parameters), f"lora.rank "
+            f"({config.lora.rank}) must be 0 where weights are sharded; set it to 0, or "
+            "parallel.mode to data")
     mode.refuse(model.config, config, device)
     saved = start.meta.get("threads", 0) if start else 0  # with others, sums would round otherwise
     threads = set_threads(model, config.threads or saved, device)
@@ -116,12 +120,17 @@ def run(config: Config) -> dict:
     warn_of_answers(corpus.tokenizer, config)
     warn(bf16_warning(model, device))
     others = f" and {parallel.team.world - 1} more" if parallel.team.world > 1 else ""
-    console.print(f"{config.mode}: {count_parameters(model):,} parameters, {config.model.pattern},"
+    console.print(f"{config.mode}: {n_parameters:,} parameters, {config.model.pattern},"
                   f" on {device}{others}; results in {escape(str(run_dir))}")
     if threads:
         console.print(threads)
     # 3. Training.
     base_facts = base_weights(config, corpus, model) if mode.needs_base or config.init else {}
+    if config.lora.rank:
+        torch.manual_seed(config.seed)
+        lora.adapt(model, config.lora, low=config.parallel.dtype == "bf16")
+        n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        console.print(f"adapters of rank {config.lora.rank} train: {n_trained:,} parameters")
     objective = train(config.mode, model, corpus, config, run_dir, start)
     # 4. Figures, plots, samples.
     found = mode.figures(Trained(model, objective, corpus, config, run_dir))
@@ -129,7 +138,7 @@ def run(config: Config) -> dict:
         return {}
     summary = {
         "mode": config.mode, "preset": config.preset, "seed": config.seed,
-        "parameters": count_parameters(model), **base_facts, **found,
+        "parameters": n_parameters, **base_facts, **found,
         "seconds_to_90": rundir.seconds_to(run_dir, "correct", 0.9),
         "wall_s": time.perf_counter() - began, "peak_memory_gib": peak_memory_gib(device),
         **hardware(device), "versions": versions()}
@@ -173,7 +182,7 @@ def base_weights(config: Config, corpus: Corpus, model: HybridLM) -> dict:
         require(found, f"init ({config.init}) holds no checkpoint; give the folder of an earlier "
                 "run, or a Hugging Face directory")
         warn(found.warning)
-        checkpoint.load_weights(model, found.tensors("model"), found.path)
+        checkpoint.load_weights(model, found.weights(), found.path)
     else:
         folder = kept("base")
         was_cached = phase("pretrain", folder, config, corpus, model)
@@ -188,7 +197,8 @@ def base_weights(config: Config, corpus: Corpus, model: HybridLM) -> dict:
 def phase(name: str, folder: Path, config: Config, corpus: Corpus, model: HybridLM) -> bool:
     """Train the model in another mode first, unless that was done, and load what it became.
     Returns whether it was done already."""
-    own, was_done = replace(config, mode=name, out=str(folder)), True
+    own = replace(config, mode=name, out=str(folder), lora=LoRAConfig())
+    was_done = True
 
     def ended() -> checkpoint.Checkpoint | None:
         found = rundir.newest(folder)
@@ -220,8 +230,11 @@ def figures_before_and_after(t: Trained) -> dict | None:
     if not parallel.part():
         return None
     config, device = t.config, parallel.device_of(t.model)
-    base = rundir.build_model(config, t.corpus.tokenizer.n_vocab, device, config.seed)
-    base_weights(config, t.corpus, base)  # from disk: training had no room to spare for it
+    if config.lora.rank:
+        base = lora.reset(parallel.frozen_copy(t.model))
+    else:
+        base = rundir.build_model(config, t.corpus.tokenizer.n_vocab, device, config.seed)
+        base_weights(config, t.corpus, base)  # from disk: training had no room to spare for it
     teacher = t.objective.networks.get("teacher")
     found = evals.evaluate_both(t.model, base.requires_grad_(False), teacher, t.corpus, config)
     write_samples({"base": base, config.mode: t.model}, t)

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
-from system import parallel
+from system import lora, parallel
 from system.errors import require
 from system.files import read_json, sha256
 
@@ -69,6 +69,12 @@ class Checkpoint:
         tensors = self._empty(name)
         self._read({f"{name}/{k}": t for k, t in tensors.items()}, alone=True)
         return tensors
+
+    def weights(self) -> dict[str, Tensor]:
+        """State dict of the model that was trained, with its adapters merged if it has any."""
+        settings = self.meta.get("config", {}).get("lora")
+        tensors = self.tensors("model")
+        return lora.merged(tensors, settings["alpha"]) if settings else tensors
 
     def optimizer(self) -> Any:
         """What was given to `save` as optimizer state; without the tensors, if they are sharded."""

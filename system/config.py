@@ -278,6 +278,16 @@ class CPTConfig(FitConfig):
 
 
 @dataclass(frozen=True)
+class LoRAConfig(Settings):
+    """Adapters in place of all weights (LoRA, arXiv 2106.09685)."""
+
+    # Rank r of the adapter of each linear map inside the layers: only adapters train, by AdamW at
+    # the mode's lr; muon_lr has no part in it. 0 trains all weights.
+    rank: Annotated[int, at_least(0, "; 0 trains all weights")] = 0
+    alpha: Positive = 16.0  # An adapter adds alpha / rank times its product.
+
+
+@dataclass(frozen=True)
 class ElasticConfig(FitConfig):
     """Nested models in one, and routers that choose them (Nemotron Elastic, arXiv 2511.16664)."""
 
@@ -443,6 +453,7 @@ class Config(Settings):
     rlp: RLPConfig = field(default_factory=RLPConfig)
     cpt: CPTConfig = field(default_factory=CPTConfig)
     elastic: ElasticConfig = field(default_factory=ElasticConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
@@ -461,6 +472,15 @@ class Config(Settings):
         require_known("mode", self.mode, self.modes())
         for name, settings in self.groups().items():
             settings.check(name)
+        if self.lora.rank:
+            said, first = f"lora.rank ({self.lora.rank})", self.mode in ("pretrain", "warmup")
+            require(self.mode != "elastic", f"{said} must be 0 in mode elastic, which orders and "
+                    "cuts whole weights")
+            require(self.init or self.mode != "pretrain", f"{said} must be 0 where pretraining "
+                    "begins with random weights, which adapters leave as they are; or give --init")
+            require(first or not self.init or self.warmup.steps == 0, f"{said} with init needs "
+                    "warmup.steps 0, for that warm-up trains all weights; warm up by --mode warmup "
+                    "first, with adapters too, and give its folder as --init")
         return self
 
     def run_dir(self) -> Path:

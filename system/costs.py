@@ -104,6 +104,12 @@ def matrix_parameters(kind: str, config: ModelConfig) -> int:
                if name.endswith("_proj.weight"))
 
 
+def adapter_parameters(kind: str, config: ModelConfig, rank: int) -> int:
+    """Weights of the adapters of a layer's matrices (lora.py): rank (in + out) each."""
+    return sum(rank * sum(axes.values()) for name, axes in part_weights(kind, config).items()
+               if name.endswith("_proj.weight"))
+
+
 def part_flops(kind: str, config: ModelConfig, n_tokens: int) -> float:
     """Floating-point operations of a forward pass per token, averaged over a sequence of n_tokens.
 

@@ -183,10 +183,11 @@ def schedule(step: int, settings: FitConfig) -> float:
 
 
 def build_optimizers(model: HybridLM, settings: FitConfig) -> list[torch.optim.Optimizer]:
-    """AdamW, and Muon for the matrices inside the layers where `muon_lr` is set."""
-    inner = [p for n, p in model.layers.named_parameters() if p.dim() == 2 and "conv" not in n]
-    muon = {id(p): p for p in inner if settings.muon_lr > 0}
-    adam = [p for p in model.parameters() if id(p) not in muon]
+    """For what trains: AdamW, and Muon for matrices inside the layers where `muon_lr` is set."""
+    inner = [p for n, p in model.layers.named_parameters()
+             if p.dim() == 2 and "conv" not in n and "lora_" not in n]
+    muon = {id(p): p for p in inner if settings.muon_lr > 0 and p.requires_grad}
+    adam = [p for p in model.parameters() if id(p) not in muon and p.requires_grad]
     decay = settings.weight_decay
     groups = [{"params": [p for p in adam if p.dim() >= 2], "weight_decay": decay},
               {"params": [p for p in adam if p.dim() < 2], "weight_decay": 0.0}]

@@ -42,6 +42,7 @@ from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint as recompute
 
+from system import lora
 from system.config import FitConfig, ParallelConfig
 
 FSDP_FROM = 500_000_000  # parameters from which mode "auto" shards
@@ -244,9 +245,11 @@ def undressed(network: nn.Module, weights: dict[str, Tensor], trains: bool) -> n
     """An undressed network of the same shape that takes these weights over."""
     plain = next(c for c in type(network).__mro__ if not issubclass(c, FSDPModule))
     with torch.device("meta"):
-        made = plain(network.config).requires_grad_(trains)
+        made = plain(network.config)
+        if hasattr(network, "lora"):
+            lora.adapt(made, network.lora)
     made.load_state_dict(weights, assign=True)
-    return made
+    return made if trains else made.requires_grad_(False)
 
 
 def reshard(network: nn.Module) -> None:
@@ -292,8 +295,11 @@ def gathering_once() -> Iterator[None]:
 
 @torch.no_grad()
 def frozen_copy(network: nn.Module) -> nn.Module:
-    """A copy in memory of its own that does not train; sharded like the network, to be gathered."""
-    weights = {name: p.detach().clone() for name, p in network.state_dict().items()}
+    """A copy in memory of its own that does not train; sharded like the network, to be gathered. It
+    shares what adapters leave as it is."""
+    shared = lora.shared(network)
+    weights = {name: p.detach() if name in shared else p.detach().clone()
+               for name, p in network.state_dict().items()}
     copied = undressed(network, weights, trains=False)
     copied.dressed = is_dressed(network)
     return copied

@@ -83,7 +83,7 @@ PAPERS: dict[str, Config] = {
     #            python train.py --preset qwen3-1.7b-rlp
     # Hardware:  32 H100-80GB (the paper's).
     # Cost:      0.29 EFLOP a step, 48 in all: 33 GPU hours (18 at the paper's 12.47 s a step).
-    # Memory:    15 GB a GPU with layers recomputed, 105 GB without.
+    # Memory:    15 GB a GPU with layers recomputed, 85 GB without.
     # Expected:  the paper's average over its benchmarks goes from 30.32 to 36.03 %.
     # Source:    arXiv 2510.01265, setup and results on Qwen3-1.7B-Base.
     "qwen3-1.7b-rlp": Config(
@@ -95,7 +95,7 @@ PAPERS: dict[str, Config] = {
     #            python train.py --preset nemotron-12b-rlp
     # Hardware:  32 H100-80GB.
     # Cost:      1.7 EFLOP a step, 408 EFLOP in all: 287 GPU hours.
-    # Memory:    61 GB a GPU with layers recomputed, 53 while thoughts are sampled; 487 GB without.
+    # Memory:    61 GB a GPU with layers recomputed, 53 while thoughts are sampled; 490 GB without.
     #            The last figures need model, teacher and base whole in fp32, 148 GB, more than an
     #            H100 has. They come after the last step is saved, which can be exported first.
     # Expected:  the paper's average over its benchmarks goes from 42.81 to 61.32 %.

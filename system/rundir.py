@@ -140,6 +140,7 @@ def shared_settings(config: Config) -> dict:
     # text_key: the text itself is compared.
     free = ("cache_dir", "text_key", "checkpoint_every", "log_every", "accumulate", "baseline")
     flat = {"rlp.back": config.rlp.back} if "warmup" in groups else {}
+    flat["lora"] = vars(config.lora) if config.lora.rank else None  # as runs have it that lack it
     for name, value in json.loads(json.dumps(config.to_dict())).items():
         if name in groups:
             flat |= {f"{name}.{k}": v for k, v in value.items() if k not in free}
@@ -173,7 +174,7 @@ def load_run(run_dir: Path) -> tuple[HybridLM, Tokenizer, Config]:
             " copy it from where the run was made, or train again")
     tokenizer = named_tokenizer(config.data.tokenizer)
     model = build_model(config, tokenizer.n_vocab, pick_device(config), config.seed)
-    checkpoint.load_weights(model, found.tensors("model"), found.path)
+    checkpoint.load_weights(model, found.weights(), found.path)
     return model, tokenizer, config
 
 

@@ -46,7 +46,7 @@ def alone():
 def runs(tmp_path_factory):
     """The folder of all runs: MODE-one by one process with two parts, the others by two processes (see `everything`)."""
     folder = tmp_path_factory.mktemp("parallel")
-    for mode in MODES:
+    for mode in (*MODES, "lora"):
         parallel.start(options(mode), CPU)
         run(mode, folder / f"{mode}-one", accumulate=2)
     for mode in ("rlp", "elastic"):
@@ -108,6 +108,14 @@ def test_two_processes_make_the_losses_and_weights_of_one(runs, mode, sharing):
     else:
         assert_same_run(runs / f"{mode}-one", runs / f"{mode}-{sharing}")
     assert set(checkpoint.newest(runs / f"{mode}-{sharing}").networks()) == NETWORKS.get(mode, {"model"})
+
+
+def test_two_processes_train_adapters_as_one_does(runs):
+    """Weights, teacher and reference, which share what is frozen; and adapters do change."""
+    assert_same_run(runs / "lora-one", runs / "lora-data")
+    tensors = checkpoint.newest(runs / "lora-one").tensors("model")
+    assert all(t.abs().max() > 0 for name, t in tensors.items() if name.endswith("lora_b"))
+    assert tensors.keys() - checkpoint.newest(runs / "rlp-one").tensors("model").keys()
 
 
 @pytest.mark.parametrize("mode", MODES)

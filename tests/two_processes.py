@@ -20,13 +20,14 @@ import elastic  # noqa: E402
 import routers  # noqa: E402
 import train  # noqa: E402
 from rlp import RLP  # noqa: E402
-from system import checkpoint, loop, parallel, rundir  # noqa: E402
-from system.config import ParallelConfig  # noqa: E402
+from system import checkpoint, loop, lora, parallel, rundir  # noqa: E402
+from system.config import LoRAConfig, ParallelConfig  # noqa: E402
 from system.presets import PRESETS  # noqa: E402
 
 CPU, STEPS = torch.device("cpu"), 4
 TOKENIZER = SimpleNamespace(think=29, close=30, end=31, ends=(31,), tags=(29, 30))
 MODES = ("pretrain", "rlp", "elastic", "muon", "bf16")
+OF_RLP = ("rlp", "lora")  # lora: RLP of adapters, which are not sharded
 SHAPES = {"pretrain": (4, 17), "muon": (4, 17), "bf16": (4, 17)}
 
 
@@ -36,7 +37,7 @@ def make_batch(mode, step):
     rows, length = (2, 33) if mode == "elastic" and step == STEPS - 1 else SHAPES.get(mode, (4, 17))
     tokens_BT = torch.randint(0, 28, (rows, length), generator=generator)
     ids_BT = torch.zeros(rows, length - 1, dtype=torch.long)
-    if mode == "rlp":
+    if mode in OF_RLP:
         ids_BT[1, :5] = -1
         kind_B = torch.arange(rows) % 3
         facts = {"target_BX": tokens_BT[:, -1:].repeat(1, 2), "kind_B": kind_B, "back_B": 3 * (kind_B > 0)}
@@ -51,7 +52,7 @@ def settings_of(mode, accumulate):
     """Four steps, a checkpoint every two; elastic: three on masks, then slices in long sequences."""
     preset = PRESETS["smoke"]
     changes = {"steps": STEPS, "checkpoint_every": 2, "accumulate": accumulate, "lr": 1e-2, "warmup": 0, "muon_lr": 0.0}
-    if mode == "rlp":
+    if mode in OF_RLP:
         return dataclasses.replace(preset.rlp, **changes, kl=0.1, inner_epochs=2, tau=0.9, reward_floor=-9.0, horizon=2)
     if mode == "elastic":
         shares = {
@@ -73,7 +74,9 @@ def run(mode, run_dir, accumulate=1, start=None, before_step=None, objective=Non
     settings = settings_of(mode, accumulate)
     if parallel.team.settings.dtype == "fp32":
         model = model.double()
-    if mode == "rlp":
+    if mode == "lora":
+        lora.adapt(model, LoRAConfig(rank=3))
+    if mode in OF_RLP:
         objective = RLP(settings, TOKENIZER)
     elif mode == "elastic":
         parent = parallel.frozen_copy(model)
@@ -114,8 +117,8 @@ def launch(*words, port):
 
 def everything(folder):
     """Every mode with the data and with the weights shared out, and the runs of one process gone on with on two."""
-    for mode in MODES:
-        for sharing in ("data", "fsdp"):
+    for mode in (*MODES, "lora"):
+        for sharing in ("data", "fsdp")[: 1 + (mode in MODES)]:
             parallel.start(options(mode, sharing), CPU)
             model, _ = run(mode, folder / f"{mode}-{sharing}")
             if parallel.is_first():

@@ -34,7 +34,7 @@ def export(run: tyro.conf.Positional[Path], out: Path,
     """
     found, hf = checkpoint.newest(run), run / "hf"
     require(found, f"{run} holds no checkpoint; give a run's folder, such as runs/rlp-cpu-seed0")
-    config, tensors = saved_config(run).model, found.tensors("model")
+    config, tensors = saved_config(run).model, found.weights()
     if config.widths and widths == "padded":
         config = replace(config, vocab_size=len(tensors["embed.weight"]))
         n = sum(t.numel() for t in tensors.values())

@@ -1,7 +1,8 @@
 """What a run would take: FLOPs and tokens of a step, memory of a GPU. Arithmetic on shapes.
 
 With f(t) the FLOPs of a forward pass per token (`costs.part_flops`: two per weight of a matrix, and
-what attention and the scan add at length t), a backward pass is 2 f, a training step 3 f per token:
+what attention and the scan add at length t), a backward pass is 2 f, a training step 3 f per token
+(1 f and 2 f under adapters, whose own are left out: frozen weights have no gradient):
 
     next token  3 f; every mode that is not below
     rlp         rollout: the context once and G thoughts of L tokens from its cache, 1 f each;
@@ -20,8 +21,10 @@ Memory counts what stays between steps in fp32 (weights, gradients, optimizer, m
 frozen copies), divided among the GPUs but for elastic's parent, and what a step needs in bf16:
 whole weights (elastic: with gradients, in fp32), layers that are gathered from the other GPUs,
 caches, and activations as the reference forms of kernels.py keep them (fused kernels keep less;
-fp32 takes twice). A step of RLP needs its rollouts' part or its update's, whichever is larger. Not
-counted: weights under a mask (elastic, while routers search), what the allocator wastes.
+fp32 takes twice). A step of RLP needs its rollouts' part or its update's, whichever is larger. With
+adapters (`lora.rank`) every GPU has the frozen weights once, matrices of layers in bf16, and all
+else is the adapters'. Not counted: weights under a mask (elastic, while routers search), what the
+allocator wastes.
 """
 
 import functools
@@ -117,7 +120,8 @@ def next_token_phases(config: Config) -> list[Phase]:
     """Next-token prediction."""
     fit = getattr(config, config.mode)
     seq_len = getattr(fit, "seq_len", config.warmup.seq_len)
-    flops = {"train": 3 * forward_flops(config.model, fit.batch, seq_len)}
+    n_passes = 2 if config.lora.rank else 3
+    flops = {"train": n_passes * forward_flops(config.model, fit.batch, seq_len)}
     return [Phase(config.mode, fit.steps, fit.batch, seq_len, flops)]
 
 
@@ -135,7 +139,7 @@ def rlp_phases(config: Config) -> list[Phase]:
         after += G * (again + B * head_flops(shape, X))
     plain = context + B * (body_flops(shape, X - 1, T) + head_flops(shape, X))
     flops = {"rollout": context + thoughts, "scoring": plain + after,
-             "policy": 3 * c.inner_epochs * (context + thoughts)}
+             "policy": (2 if config.lora.rank else 3) * c.inner_epochs * (context + thoughts)}
     if c.kl > 0:
         flops["reference"] = context + thoughts
     return [Phase(config.mode, c.steps, B, T, flops, G * L)]
@@ -197,11 +201,15 @@ def memory(config: Config, n_gpus: int = 1, recompute: bool = False) -> dict[str
     (its base takes no more). recompute: of all layers but one at a time only the input is kept.
     """
     shape, c, layers = config.model, getattr(config, config.mode), parts(config.model)
-    n, share = parameters(shape), STATE_BYTES * parameters(shape) / n_gpus
-    # 1. Between steps. AdamW keeps two moments of a weight, Muon one.
-    muon = (c.muon_lr > 0) * sum(k * costs.matrix_parameters(*part) for part, k in layers.items())
-    moments = STATE_BYTES * (2 * n - muon) / n_gpus
-    states = {"weights": share, "gradients": share, "optimizer": moments}
+    n, rank = parameters(shape), config.lora.rank
+    inner, thin = (sum(k * count(*part) for part, k in layers.items()) for count in (
+        costs.matrix_parameters, lambda *part: costs.adapter_parameters(*part, rank)))
+    # 1. Between steps, of what trains. AdamW keeps two moments of a weight, Muon one.
+    n_trained, muon, n_shares = (thin, 0, 1) if rank else (n, (c.muon_lr > 0) * inner, n_gpus)
+    share = STATE_BYTES * n_trained / n_shares
+    moments = STATE_BYTES * (2 * n_trained - muon) / n_shares
+    frozen = (rank > 0) * (STATE_BYTES * (n - inner) + COMPUTE_BYTES * inner)
+    states = {"frozen weights": frozen, "weights": share, "gradients": share, "optimizer": moments}
     # 2. In an update: one part of a step on one GPU is batch / (GPUs x accumulate) sequences.
     own = PHASES.get(config.mode, next_token_phases)(config)
     sequences = [(math.ceil(p.n_rows / (n_gpus * c.accumulate)), p) for p in own]
@@ -210,20 +218,24 @@ def memory(config: Config, n_gpus: int = 1, recompute: bool = False) -> dict[str
     n_logits = n_scored * min(shape.vocab_size, VOCABULARY_TILE)  # that are there at one time
     largest = max(costs.part_parameters(*layer) for layer in layers)
     gathered = COMPUTE_BYTES * (costs.part_parameters("", shape) + 2 * largest)
-    rollouts, update = {}, {"gathered layers": (n_gpus > 1) * gathered}
+    rollouts, update = {}, {"gathered layers": (n_shares > 1) * gathered}
     # 3. What the modes add: frozen networks, rollouts on whole weights, updates of whole weights.
     if config.mode == "rlp":
         states |= {"EMA teacher": share, "starting weights": (c.kl > 0) * share}
         n_caches = sequences[0][0] * c.group_size
-        rollouts = {"whole weights": COMPUTE_BYTES * (2 + (c.kl > 0)) * n,
+        head = 0 if shape.tie_embeddings else shape.vocab_size * shape.d_model
+        n_cast = thin + head if rank else n
+        rollouts = {"whole weights": COMPUTE_BYTES * (2 + (c.kl > 0)) * n_cast,
                     "caches": n_caches * cache_bytes(shape, c.context_len + c.thought_len)}
+        # a thought's backward pass keeps what it has read of its context
+        update["forked contexts"] = n_caches * cache_bytes(shape, c.context_len)
     elif config.mode == "elastic":  # the parent is teacher, and reference of the figures
         has_stage_2 = c.stage_1_steps() < c.steps
         states |= {"parent": STATE_BYTES * n, "end of stage 1": has_stage_2 * share}
         update = {"whole weights": (n_gpus > 1) * 2 * STATE_BYTES * n}
         divergence = min(n_scored * shape.vocab_size, 2 * 2**24)  # see elastic.distillation_loss
         n_logits = max(divergence, (c.ce + c.full_ce > 0) * n_logits)
-    update["activations"] = activation_bytes(shape, n_tokens, n_logits, recompute)
+    update["activations"] = activation_bytes(shape, n_tokens, n_logits, recompute, rank)
     at_once = sum(states.values()) + max(sum(rollouts.values()), sum(update.values()))
     return {**states, **rollouts, **update, "at the peak": at_once}
 
@@ -234,24 +246,28 @@ def cache_bytes(shape: ModelConfig, n_tokens: int) -> float:
         lambda kind, own: costs.part_cache_bytes(kind, own, n_tokens, COMPUTE_BYTES), shape)
 
 
-def activation_bytes(shape: ModelConfig, n_tokens: int, n_logits: int, recompute: bool) -> float:
+def activation_bytes(shape: ModelConfig, n_tokens: int, n_logits: int, recompute: bool,
+                     rank: int = 0) -> float:
     """Bytes kept for the backward pass of n_tokens, and those of n_logits logits."""
-    layers = parts(shape)
-    if recompute:
-        numbers = len(shape.pattern) * shape.d_model + max(kept_numbers(*part) for part in layers)
-    else:
-        numbers = sum(n * kept_numbers(*part) for part, n in layers.items())
-    return COMPUTE_BYTES * n_tokens * numbers + LOGIT_BYTES * n_logits
+    kept = [(kept_numbers(*part, rank), n) for part, n in parts(shape).items()]
+    logits, each = LOGIT_BYTES * n_logits, COMPUTE_BYTES * n_tokens
+    if recompute:  # the logits are gone when the first layer is computed again
+        return each * len(shape.pattern) * shape.d_model + max(each * max(kept)[0], logits)
+    return each * sum(n * numbers for numbers, n in kept) + logits
 
 
-def kept_numbers(kind: str, shape: ModelConfig) -> float:
-    """Numbers a token that a layer with its norm (3 D) keeps for its backward pass."""
+def kept_numbers(kind: str, shape: ModelConfig, rank: int = 0) -> float:
+    """Numbers a token that a layer with its norm (3 D, frozen 2) keeps for its backward pass; each
+    adapter keeps `rank` more."""
+    thin = rank * sum(name.endswith("_proj.weight") for name in costs.part_weights(kind, shape))
+    n_norm = 2 if rank else 3
     D, F, H, K, P = shape.d_model, shape.d_ff, shape.n_heads, shape.n_kv_heads, shape.attn_head_dim
     if kind == "-":
-        return 3 * D + 2 * F
+        return n_norm * D + 2 * F + thin
     if kind == "*":  # queries, keys, values and the output; RoPE and QK-norm keep what they read
-        turned = 1.5 * (H + K) * P * (shape.qk_norm + (shape.rope_theta > 0))
-        return 3 * D + (2 * H + 2 * K) * P + turned
+        turned = n_norm / 2 * (H + K) * P * (shape.qk_norm + (shape.rope_theta > 0))
+        return n_norm * D + (2 * H + 2 * K) * P + turned + thin
     H, K, N, Q = shape.mamba_heads, shape.mamba_groups, shape.d_state, shape.chunk
     I = H * shape.mamba_head_dim  # 7 I of x, z and y on their way; chunk states; decays
-    return 3 * D + 7 * I + 4 * (I + 2 * K * N) + I * N / Q + 2 * H * Q + K * Q + 7 * H
+    scan = 7 * I + 4 * (I + 2 * K * N) + I * N / Q + 2 * H * Q + K * Q + 7 * H
+    return n_norm * D + scan + thin
