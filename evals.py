@@ -201,9 +201,9 @@ class Positions(NamedTuple):
                 **{kind: self.leaf(values, samples, kind) for kind in kinds}}
 
     def right(self, said_RX: Tensor, target_BX: Tensor, first: int) -> Tensor:
-        """Whether each answer is right: 1 if the likeliest tokens are the target, or if the problem's
-        own scorer accepts what they say up to the first that differs, which is what the model would
-        write. first: the index of the first position."""
+        """Whether each answer is right: 1 if the likeliest tokens are the target, or if the
+        problem's own scorer accepts them up to the first that differs: so far the model would write
+        them. first: the index of the first position."""
         G = len(said_RX) // len(target_BX)
         same_RX = said_RX == target_BX.repeat_interleave(G, dim=0)
         right_R = same_RX.all(-1)

@@ -105,8 +105,8 @@ def run(config: Config) -> dict:
     config, said = with_horizon(config, corpus)
     start = rundir.resume_point(config, run_dir)
     require(start is None or start.meta["corpus"] == corpus.key,
-            "resume: the text is not what the run was started with (that of data.path, or what "
-            "ships with this Python); restore it, or choose another --out")
+            "resume: the text or the problems are not what the run was started with (data.path, or "
+            "what ships with this Python; data.problems); restore them, or choose another --out")
     model = rundir.build_model(config, corpus.tokenizer.n_vocab, device, config.seed)
     mode.refuse(model.config, config, device)
     saved = start.meta.get("threads", 0) if start else 0  # with others, sums would round otherwise

@@ -265,9 +265,9 @@ def collate_contexts(
     """context_BT (padded on the left), ids_BT (-1 at the padding, 0 elsewhere), target_BX, back_B.
 
     A context longer than rlp.context_len loses its beginning; a target shorter than the horizon
-    ends with END and is filled up with -100, which counts for nothing. Before each context stand what the tokenizer begins a document with and the
-    instruction `rlp.prompt`, for thoughts and for predictions without one. back_B counts tokens: 0,
-    or the same number in all other rows.
+    ends with END and is filled up with -100, which counts for nothing. Before each context stand
+    what the tokenizer begins a document with and the instruction `rlp.prompt`, for thoughts and for
+    predictions without one. back_B counts tokens: 0, or the same number in all other rows.
     """
     before = [*tokenizer.begin, *tokenizer.encode(fit.prompt)]
     contexts = [before + p.context[-fit.context_len :] for p in positions]

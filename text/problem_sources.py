@@ -73,8 +73,9 @@ def _of_lines(file: Path) -> Families:
             one = missing if value.get(name) is None else value[name]
             is_text = isinstance(one, str | int | float) and not isinstance(one, bool)
             said[name] = valid(str(one)).replace("\0", "\ufffd").strip()
-            require(is_text and (said[name] or name == "thought"), f'{where}: "{name}" ({one!r:.60})'
-                    " must be text that is not blank, or a number; mend the line or leave it out")
+            require(is_text and (said[name] or name == "thought"), f'{where}: "{name}" '
+                    f"({one!r:.60}) must be text that is not blank, or a number; mend the line or "
+                    "leave it out")
         steps = tuple(re.findall(r"\s*\S+", f" {said['thought']}"))  # it can stop after any word
         require(len(steps) != 1, f'{where}: "thought" ({said["thought"]!r:.60}) is one word; give '
                 "two or more, or leave it out")
@@ -88,7 +89,7 @@ def _one_of(problems: list[Problem], rng: random.Random) -> Problem:
     return rng.choice(problems)
 
 
-# --------------------------------------------------------------------------------- Python functions
+# ------------------------------------------------------------------------------ Python functions
 
 
 def _of_functions(file: Path) -> Families:
@@ -114,8 +115,8 @@ def _made_by(file: Path, name: str, function: Callable[[random.Random], Problem]
     found = _run(file, lambda: function(rng))
     require(isinstance(found, Problem) and all(
         isinstance(text, str) and text.strip() for text in (found.question, found.answer)),
-        f"{file}: {name} made {found!r:.200}; it must return a text.problems.Problem whose question "
-        "and answer are text")
+        f"{file}: {name} made {found!r:.200}; it must return a text.problems.Problem whose "
+        "question and answer are text")
     return Problem(name.removesuffix("_problem"), found.question, found.steps, found.answer,
                    found.canonical, found.scorer)
 
@@ -153,7 +154,7 @@ def _of_gym(tasks: list[str]) -> tuple[Families, str]:
 def _of_task(task: str, tasks: Any, rng: random.Random) -> Problem:
     """A problem of a task: one of 2^31, each made from its number alone."""
     entry = tasks[rng.randrange(2**31)]
-    require(isinstance(entry["answer"], str) and entry["answer"].strip(), f"data.problems: the task "
+    require(isinstance(entry["answer"], str) and entry["answer"].strip(), "data.problems: the task "
             f"{task!r} of {GYM} has no one right answer; choose another")
 
     def scorer(said: str) -> float:

@@ -32,8 +32,8 @@ class Problem:
     """A question with one right answer, and the steps that lead to it.
 
     Each step and the answer begin with a space or a sign: they are put together as they are.
-    No steps: nobody wrote a thought. canonical: what twins have in common, for the split; by default
-    the question itself. scorer: 1 for each text that is right, if it is not the answer alone.
+    No steps: nobody wrote a thought. canonical: what twins have in common, for the split; by
+    default the question itself. scorer: gives 1 to what is right, if that is not the answer alone.
     Raises ValueError for one step: a thought must be able to stop half-way.
     """
 

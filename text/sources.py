@@ -110,8 +110,8 @@ def _pieces(lines: Iterable[str], size: int) -> Iterator[str]:
 
 
 def json_lines(file: Path) -> Iterator[tuple[str, Any]]:
-    """`FILE line N` and the value there, of each line that is not blank. Raises ValueError for a line
-    that is no JSON."""
+    """`FILE line N` and the value there, of each line that is not blank. Raises ValueError for what
+    is no JSON."""
     for i, line in enumerate(_decoded(file), 1):
         if line.strip():
             try:
