@@ -91,7 +91,7 @@ def test_tasks_of_reasoning_gym_are_families_with_their_own_scorers():
         assert first.scorer(first.answer.strip()) == 1
         assert first.scorer("no answer") < 1
         assert len(held_out_problems("test", 5, 0, 5, {name: make})) == 5
-    with pytest.raises(ValueError, match="data.problems: 'no_such' is no task of reasoning_gym; choose from .*chain_sum"):
+    with pytest.raises(ValueError, match=r"data.problems: 'no_such' is no task of reasoning_gym; choose from .*chain_sum"):
         load_families("reasoning_gym:no_such")
 
 

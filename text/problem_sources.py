@@ -98,8 +98,8 @@ def _of_functions(file: Path) -> Families:
     It takes a random.Random, draws from that alone, and returns a `text.problems.Problem`, as those
     of problems.py do. Family: NAME, whatever the problem says. Answer and steps begin with a space.
     Without worked thoughts, steps are (). What copies or renamed twins of a question share is its
-    `canonical`; where more than the answer is right, `scorer` gives 1 for it. The file is run: it is
-    your own code.
+    `canonical`; where more than the answer is right, `scorer` gives 1 for it. The file is run: it
+    is your own code.
     """
     spec = importlib.util.spec_from_file_location(f"problems_of_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
