@@ -9,7 +9,7 @@ Information gain is measured against five references, because one alone can flat
     swapped_thought  the trained model after a thought that it had elsewhere: what is left is what a
                      thought owes to its own context
 
-Accuracy is that of the likeliest answer token after sampled thoughts, the greedy one, and none.
+Accuracy is that of the likeliest answer after sampled thoughts, the greedy one, and none.
 
 Problems are independent, thoughts on one of them are not; positions and windows of one document of
 text are not either. So there are three intervals: `interval` of means over problems, `share` of
@@ -54,6 +54,7 @@ from thoughts import Sampling, sample_thoughts, score_context, score_thoughts
 
 # How much is worked on together: tokens in caches, numbers in a tensor of logits.
 TOKENS_AT_ONCE, LOGITS_AT_ONCE = 2**17, 2**28
+N_VALIDATION = 48  # validation problems of a family, at most
 
 
 def evaluate_base(model: HybridLM, corpus: Corpus, config: Config) -> dict:
@@ -199,18 +200,35 @@ class Positions(NamedTuple):
         return {"all": self.leaf(values, samples),
                 **{kind: self.leaf(values, samples, kind) for kind in kinds}}
 
+    def right(self, said_RX: Tensor, target_BX: Tensor, first: int) -> Tensor:
+        """Whether each answer is right: 1 if the likeliest tokens are the target, or if the
+        problem's own scorer accepts them up to the first that differs: so far the model would write
+        them. first: the index of the first position."""
+        G = len(said_RX) // len(target_BX)
+        same_RX = said_RX == target_BX.repeat_interleave(G, dim=0)
+        right_R = same_RX.all(-1)
+        for r in (~right_R).nonzero()[:, 0].tolist() if self.problems else []:
+            if scorer := self.problems[first + r // G].scorer:
+                said = said_RX[r, : int(same_RX[r].int().argmin()) + 1].tolist()
+                said = [token for token in said if token not in self.tokenizer.ends]
+                right_R[r] = scorer(self.tokenizer.decode(said).strip()) >= 1
+        return right_R.float()
+
 
 def problem_positions(corpus: Corpus, config: Config, split: str = "test") -> Positions:
     """At the answers of held-out problems."""
     n, encode = config.eval.problems_per_family, corpus.tokenizer.encode
-    problems = held_out_problems(split, n, config.seed, corpus.held_out_percent)
+    problems = held_out_problems(split, n, config.seed, corpus.held_out_percent, corpus.families)
     places = [Position(encode(p.prompt), encode(p.answer)) for p in problems]
     families = [p.family for p in problems]
     return Positions(places, corpus.tokenizer, config, families, problems=problems)
 
 
-def validate(model: HybridLM, corpus: Corpus, config: Config, n: int = 48) -> dict[str, float]:
-    """Accuracy of greedy thoughts by family, on n validation problems of each."""
+def validate(model: HybridLM, corpus: Corpus, config: Config, most: int = N_VALIDATION
+             ) -> dict[str, float]:
+    """Accuracy of greedy thoughts by family, on validation problems, and not more than for figures.
+    """
+    n = min(most, config.eval.problems_per_family)
     config = replace(config, eval=replace(config.eval, problems_per_family=n))
     positions = problem_positions(corpus, config, "val")
     correct = positions.by_kind(measure_thoughts(model, positions, 0.0, 1)["correct"], 1)
@@ -291,8 +309,14 @@ def evaluate_thoughts(model: HybridLM, positions: Positions, plain: dict[str, Te
 
 def evaluate_forced_style(model: HybridLM, positions: Positions) -> dict:
     """Accuracy by temperature if every thought must begin as the problem's worked thought does.
-    Part of RLP's gain is the choice to think in steps: only accuracy beyond is better thinking."""
-    encode = positions.tokenizer.encode
+    Part of RLP's gain is the choice to think in steps: only accuracy beyond is better thinking.
+    Of problems with a worked thought; nothing if there are none."""
+    encode, rows = positions.tokenizer.encode, [
+        i for i, p in enumerate(positions.problems) if p.thought]
+    if not rows:
+        return {}
+    positions = positions._replace(**{name: [getattr(positions, name)[i] for i in rows]
+                                      for name in ("places", "kinds", "problems")})
     forced_Bl = torch.tensor([encode(p.thought)[:2] for p in positions.problems])
     found = {f"temperature_{t:g}": measure_thoughts(model, positions, t, 1, forced_Bl)["correct"]
              for t in (0.0, 0.7, 1.0)}
@@ -315,14 +339,14 @@ def measure_thoughts(model: HybridLM, positions: Positions, temperature: float, 
             forced_Bl[i * n : (i + 1) * n].repeat_interleave(samples, dim=0).to(generator.device))
         t = sample_thoughts(model, batch, positions.tokenizer, sampling, generator, begin)
         target_BX = batch["target_BX"]
-        is_right_R = (t.answer_RX == target_BX.repeat_interleave(samples, dim=0)).all(-1)
-        of_thoughts = {"logp": t.logp_target_R, "correct": is_right_R.float(),
+        of_thoughts = {"logp": t.logp_target_R,
+                       "correct": positions.right(t.answer_RX, target_BX, i * n),
                        "length": t.length_R.float(), "closed": t.closed_R.float(),
                        "not_empty": (t.tokens_RL[:, 0] != close).float()}
         means = {name: v.view(-1, samples).mean(dim=1) for name, v in of_thoughts.items()}
         padded_RL = F.pad(t.tokens_RL, (0, c.rlp.thought_len - t.tokens_RL.shape[1]), value=close)
         found.append({**means, "logp_plain": t.logp_plain_B,
-                      "correct_plain": (t.answer_plain_BX == target_BX).all(-1).float(),
+                      "correct_plain": positions.right(t.answer_plain_BX, target_BX, i * n),
                       "thought_BGL": padded_RL.unflatten(0, (-1, samples))})
     return {name: torch.cat([part[name] for part in found]).cpu() for name in found[0]}
 

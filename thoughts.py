@@ -158,10 +158,16 @@ def score_targets(model: HybridLM, hidden_BD: Tensor, cache: Cache | None, targe
     """
     hidden_BXD = hidden_BD[:, None]
     if target_BX.shape[1] > 1:
-        rest, _ = model(target_BX[:, :-1], cache)
+        rest, _ = model(target_BX[:, :-1].clamp(min=0), cache)
         hidden_BXD = torch.cat([hidden_BXD, rest], dim=1)
-    logits_BXV = mask_banned(model.logits(hidden_BXD), tags)
-    return token_logp(logits_BXV, target_BX).sum(-1), logits_BXV.argmax(-1)
+    return _read_targets(mask_banned(model.logits(hidden_BXD), tags), target_BX)
+
+
+def _read_targets(logits_BXV: Tensor, target_BX: Tensor) -> tuple[Tensor, Tensor]:
+    """log p(target) and the likeliest tokens. Places filled up (-100) add nothing and are right."""
+    is_filled_BX = target_BX < 0
+    logp_BX = token_logp(logits_BXV, target_BX.clamp(min=0)).masked_fill(is_filled_BX, 0)
+    return logp_BX.sum(-1), torch.where(is_filled_BX, target_BX, logits_BXV.argmax(-1))
 
 
 def score_thoughts(model: HybridLM, batch: dict[str, Tensor], tokenizer: Tokenizer,
@@ -186,7 +192,8 @@ def score_thoughts(model: HybridLM, batch: dict[str, Tensor], tokenizer: Tokeniz
         # 1. <think>, the thought, </think>, the text from where it stands to the target's last
         #    token but one. What is behind is not read.
         target_rX = batch["target_BX"][of_r]
-        after_rY = torch.cat([batch["context_BT"][of_r, T - back :], target_rX[:, :-1]], dim=1)
+        fed_rX = target_rX[:, :-1].clamp(min=0)
+        after_rY = torch.cat([batch["context_BT"][of_r, T - back :], fed_rX], dim=1)
         fed_rT = F.pad(tokens_RL[rows], (1, 1 + after_rY.shape[1]), value=close)
         fed_rT[:, 0] = tokenizer.think
         closed_r1 = (fed_rT == close).int().argmax(1, keepdim=True)
@@ -198,7 +205,7 @@ def score_thoughts(model: HybridLM, batch: dict[str, Tensor], tokenizer: Tokeniz
         read_rX = at_rZ[:, back:]
         hidden_rXD = hidden_rtD.gather(1, read_rX[..., None].expand(-1, -1, hidden_rtD.shape[-1]))
         logits_rXV = mask_banned(model.logits(hidden_rXD), tokenizer.tags)
-        found.append((rows, token_logp(logits_rXV, target_rX).sum(-1), logits_rXV.argmax(-1)))
+        found.append((rows, *_read_targets(logits_rXV, target_rX)))
     order = torch.cat([rows for rows, _, _ in found]).argsort()
     return tuple(torch.cat(parts)[order] for parts in list(zip(*found, strict=True))[1:])
 

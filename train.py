@@ -55,7 +55,7 @@ from text import batches
 from text.corpus import Corpus
 from text.problems import held_out_problems
 from text.shards import ShardSet, is_shards
-from text.tokenizer import Tokenizer, named_tokenizer
+from text.tokenizer import named_tokenizer
 from thoughts import show_thought
 from views import estimate, plots, tables
 
@@ -101,11 +101,12 @@ def run(config: Config) -> dict:
     console.quiet = not parallel.is_first()
     check_rows(getattr(config, config.mode), config.mode)
     # 2. The parts. Whatever does not fit together is refused before anything is written.
-    start = rundir.resume_point(config, run_dir)
     corpus = parallel.in_turn(lambda: Corpus.load(config.data))
+    config, said = with_horizon(config, corpus)
+    start = rundir.resume_point(config, run_dir)
     require(start is None or start.meta["corpus"] == corpus.key,
-            "resume: the text is not what the run was started with (that of data.path, or what "
-            "ships with this Python); restore it, or choose another --out")
+            "resume: the text or the problems are not what the run was started with (data.path, or "
+            "what ships with this Python; data.problems); restore them, or choose another --out")
     model = rundir.build_model(config, corpus.tokenizer.n_vocab, device, config.seed)
     n_parameters = count_parameters(model)
     require(config.lora.rank == 0 or not parallel.shards(n_parameters), f"lora.rank "
@@ -115,9 +116,8 @@ def run(config: Config) -> dict:
     saved = start.meta.get("threads", 0) if start else 0  # with others, sums would round otherwise
     threads = set_threads(model, config.threads or saved, device)
     parallel.on_first(lambda: rundir.prepare_run_dir(config, corpus.tokenizer))
-    for note in corpus.notes:
+    for note in (*corpus.notes, *said):
         warn(note)
-    warn_of_answers(corpus.tokenizer, config)
     warn(bf16_warning(model, device))
     others = f" and {parallel.team.world - 1} more" if parallel.team.world > 1 else ""
     console.print(f"{config.mode}: {n_parameters:,} parameters, {config.model.pattern},"
@@ -244,7 +244,8 @@ def figures_before_and_after(t: Trained) -> dict | None:
 def write_samples(networks: dict[str, HybridLM], t: Trained) -> None:
     """samples.txt: two held-out problems of each family, and what each network thinks of them."""
     c, lines = t.config, []
-    for problem in held_out_problems("test", 2, c.seed, t.corpus.held_out_percent):
+    percent, families = t.corpus.held_out_percent, t.corpus.families
+    for problem in held_out_problems("test", 2, c.seed, percent, families):
         lines.append(f"[{problem.family}] {problem.prompt}   (right:{problem.answer})")
         for name, network in networks.items():
             text = show_thought(network, t.corpus.tokenizer, problem.prompt, c.rlp, c.seed)
@@ -409,14 +410,31 @@ MODES: dict[str, Mode] = {
 # ------------------------------------------------------------------------------------- the program
 
 
-def warn_of_answers(tokenizer: Tokenizer, config: Config) -> None:
-    """Say where a tokenizer does not suit the problems."""
-    problems = held_out_problems("train", 4, config.seed, config.data.held_out_percent)
-    longest = max(len(batches.problem_tokens(tokenizer, p)[1]) for p in problems) - 1
-    if longest > config.rlp.horizon:
-        warn(f"answers take up to {longest} tokens of this tokenizer, and rlp.horizon "
-             f"({config.rlp.horizon}) looks at the first; with --rlp.horizon {longest} "
-             "accuracy and reward are those of the whole answer")
+def with_horizon(config: Config, corpus: Corpus) -> tuple[Config, list[str]]:
+    """The settings with an rlp.horizon that sees whole answers, where thoughts stand before them;
+    and lines that say so, and where contexts are too short. All problems that will be measured are
+    drawn for that: raises ValueError if a family has too few."""
+    fit, n = config.rlp, config.eval.problems_per_family
+    sizes = {"train": 4, "val": min(n, evals.N_VALIDATION), "test": n}
+    problems = [p for split, size in sizes.items() for p in held_out_problems(
+        split, size, config.seed, corpus.held_out_percent, corpus.families)]
+    tokens = [batches.problem_tokens(corpus.tokenizer, p) for p in problems]
+    n_prompt = max(len(prompt) for prompt, _ in tokens)
+    longest, said = max(len(answer) for _, answer in tokens) - 1, []
+    if n_prompt > fit.context_len:
+        said.append(f"questions take up to {n_prompt} tokens of this tokenizer, and rlp.context_len"
+                    f" ({fit.context_len}) looks at the last; with --rlp.context-len {n_prompt} "
+                    "they are whole")
+    if longest > fit.horizon and fit.positions == "answer":
+        said.append(f"answers take up to {longest} tokens of this tokenizer: rlp.horizon is "
+                    f"{longest} instead of {fit.horizon}, so that accuracy and reward are those of "
+                    "whole answers")
+        config = replace(config, rlp=replace(fit, horizon=longest))
+    elif longest > fit.horizon:
+        said.append(f"answers take up to {longest} tokens of this tokenizer, and rlp.horizon "
+                    f"({fit.horizon}) looks at the first; with --rlp.horizon {longest} "
+                    "accuracy is that of the whole answer")
+    return config, said
 
 
 def dry_run(config: Config) -> dict:

@@ -161,9 +161,12 @@ class DataConfig(Settings):
     # Size of the vocabulary that "corpus" trains, special tokens included.
     vocab_size: Annotated[int, at_least(300, ": 256 bytes, 3 special tokens, merges")] = 1024
     # Shares of training tokens that are ordinary text, and documents with results to be computed;
-    # the rest are generated problems.
+    # the rest are problems.
     text_share: Share = 0.25
     computed_share: Share = 0.0
+    # "built-in" families; a .jsonl file of question, answer and, if there are, thought and family;
+    # a .py file of your own functions; or "reasoning_gym:chain_sum,...": tasks of that package.
+    problems: str = "built-in"
     held_out_percent: Annotated[int, within(1, 25)] = 5  # Per cent in each of the splits val, test.
     cache_dir: str = "runs/cache"  # Where the tokenizer, the tokens and trained bases are kept.
 
@@ -250,7 +253,9 @@ class RLPConfig(FitConfig):
     group_size: Annotated[int, at_least(2, ": advantages compare the thoughts of a group")] = 8
     # Longest thought in tokens, its closing tag included.
     thought_len: Annotated[int, at_least(1, ": the closing tag is a token of the thought")] = 40
-    horizon: Count = 1  # Observed tokens after a thought that the reward looks at; the paper's.
+    # Observed tokens after a thought that the reward looks at; 1 is the paper's. Where positions
+    # are answers it is raised to the longest answer's, and a line says so.
+    horizon: Count = 1
     temperature: Positive = 0.7  # Temperature of thoughts, in training and after; the paper's.
     eps_low: Share = 0.2  # Lower clip of the likelihood ratio: 1 - eps_low.
     eps_high: Weight = 0.2  # Upper clip of the likelihood ratio: 1 + eps_high.

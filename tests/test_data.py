@@ -133,23 +133,22 @@ def test_a_problem_of_one_step_is_refused():
         problems.Problem("x", "q", (" 1",), " 1")
 
 
-def test_a_family_with_too_few_questions_is_refused(monkeypatch):
+def test_a_family_with_too_few_questions_is_refused():
     """`a` has the bucket 7: with 3 per cent held out, a training problem."""
     make = {
         "one": lambda rng: problems.Problem("one", "a", (" 1", " 2"), " 2"),
         "few": lambda rng: problems.Problem("few", f"a{rng.randrange(50)}", (" 1", " 2"), " 2"),
     }
-    monkeypatch.setattr(problems, "FAMILIES", make)
-    assert draw_problem(random.Random(0), "train", 3, "one").question == "a"
+    assert draw_problem(random.Random(0), "train", 3, make, "one").question == "a"
     with pytest.raises(ValueError, match=r"family 'one' makes no problem of the test split in 10,000 draws; let it make"):
-        draw_problem(random.Random(0), "test", 3, "one")
+        draw_problem(random.Random(0), "test", 3, make, "one")
     del make["one"]
     n = sum(bucket_of(f"a{i}") in buckets_of("test", 5) for i in range(50))
-    assert len(held_out_problems("test", n, 0, 5)) == n > 0
+    assert len(held_out_problems("test", n, 0, 5, make)) == n > 0
     with pytest.raises(
         ValueError, match=rf"family 'few' makes only {n} different problems of the test split, not {n + 1};"
     ):
-        held_out_problems("test", n + 1, 0, 5)
+        held_out_problems("test", n + 1, 0, 5, make)
 
 
 @pytest.mark.parametrize("worked", [0.0, 0.35, 1.0])
@@ -169,13 +168,13 @@ def test_thoughts_are_worked_at_the_rate_asked_for_and_otherwise_evenly_unfinish
 
 
 def test_held_out_problems_are_the_same_for_the_same_seed_and_differ_between_seeds_and_splits():
-    first, again, other = (held_out_problems("test", 9, seed, 5) for seed in (0, 0, 1))
-    val = held_out_problems("val", 9, 0, 5)
+    first, again, other = (held_out_problems("test", 9, seed, 5, FAMILIES) for seed in (0, 0, 1))
+    val = held_out_problems("val", 9, 0, 5, FAMILIES)
     assert first == again != other
     assert len({p.canonical for p in first} | {p.canonical for p in val}) == 2 * 9 * len(FAMILIES)
 
 
-def test_a_family_without_new_questions_is_given_up_after_10_000_draws_however_many_are_asked_for(monkeypatch):
+def test_a_family_without_new_questions_is_given_up_after_10_000_draws_however_many_are_asked_for():
     """Three questions, in the buckets 37, 98 and 31: none is held out."""
     drawn = []
 
@@ -183,14 +182,14 @@ def test_a_family_without_new_questions_is_given_up_after_10_000_draws_however_m
         drawn.append(rng.randint(1, 3))
         return problems.Problem("few", f"Twice {drawn[-1]}?", (" 1", " 2"), " 2")
 
-    monkeypatch.setattr(problems, "FAMILIES", {"few": few})
-    assert len(held_out_problems("train", 3, 0, 5)) == 3
+    families = {"few": few}
+    assert len(held_out_problems("train", 3, 0, 5, families)) == 3
     remedy = r"not 9000; let it make more, or ask for fewer \(eval.problems_per_family\)"
     with pytest.raises(ValueError, match=f"'few' makes only 3 different problems of the train split, {remedy}"):
-        held_out_problems("train", 9000, 0, 5)
+        held_out_problems("train", 9000, 0, 5, families)
     assert 10_000 < len(drawn) < 10_100
     with pytest.raises(ValueError, match="in 10,000 draws; let it make more than 3 different questions"):
-        held_out_problems("val", 9000, 0, 5)
+        held_out_problems("val", 9000, 0, 5, families)
 
 
 def questions(tokens, tokenizer):
@@ -207,7 +206,7 @@ def test_no_held_out_problem_occurs_in_training_batches(corpus):
     for make, name in ((rlp_batch, "context_BT"), (pretrain_batch, "tokens_BT"), (warmup_batch, "tokens_BT")):
         for row in make(corpus, config, 0)[name].tolist():
             seen |= questions(row, corpus.tokenizer)
-    held_out = {p.question for split in ("val", "test") for p in held_out_problems(split, 250, 0, 5)}
+    held_out = {p.question for split in ("val", "test") for p in held_out_problems(split, 250, 0, 5, FAMILIES)}
     assert len(seen & {q for q in seen if q.startswith("Tens digit")}) > 1000
     assert len(held_out) == 500 * len(FAMILIES)
     assert not seen & held_out
@@ -276,7 +275,7 @@ def test_a_family_without_canonical_forms_is_dealt_by_its_questions():
 def test_no_canonical_form_is_in_two_splits(family):
     """3,000 draws of each split. Sums of two numbers and rings of five come again by chance, as twins."""
     rng = random.Random(0)
-    drawn = {split: [draw_problem(rng, split, 25, family) for _ in range(3000)] for split in SPLITS}
+    drawn = {split: [draw_problem(rng, split, 25, FAMILIES, family) for _ in range(3000)] for split in SPLITS}
     train, val, test = ({p.canonical for p in drawn[split]} for split in SPLITS)
     assert not train & val | train & test | val & test
     assert sum(len({p.question for p in d}) for d in drawn.values()) > len(train | val | test)
@@ -915,15 +914,17 @@ def test_text_contexts_are_full_but_for_the_beginnings_of_documents(corpus):
     assert np.mean(lengths) == pytest.approx(95.05, abs=3)
 
 
-def test_targets_shorter_than_the_horizon_are_filled_with_end_of_text(corpus):
+def test_targets_shorter_than_the_horizon_end_with_end_of_text_and_are_filled_up(corpus):
     end = corpus.tokenizer.end
-    batch = collate_contexts(corpus.tokenizer, [Position([1], [5]), Position([1], [5, 6, 7])], RLPConfig(horizon=3))
-    assert batch["target_BX"].tolist() == [[5, end, end], [5, 6, 7]]
+    batch = collate_contexts(
+        corpus.tokenizer, [Position([1], t) for t in ([5], [5, end], [5, 6], [5, 6, 7])], RLPConfig(horizon=3)
+    )
+    assert batch["target_BX"].tolist() == [[5, end, -100], [5, end, -100], [5, 6, end], [5, 6, 7]]
 
 
 def test_answer_positions_end_before_the_right_answer(corpus, monkeypatch):
     """No thought is written there, and the target is what the solver finds."""
-    monkeypatch.setattr(problems, "FAMILIES", {family: FAMILIES[family] for family in SOLVE})
+    monkeypatch.setattr(corpus, "families", {family: FAMILIES[family] for family in SOLVE})
     tk = corpus.tokenizer
     batch = rlp_batch(corpus, config_of(rlp={**PROBLEMS, "batch": 64}), 0)
     assert not batch["back_B"].any()
@@ -986,7 +987,8 @@ def test_random_positions_are_uniform_over_where_horizon_and_back_have_room(hori
 def test_random_positions_are_those_of_problems_and_of_computed_documents(corpus, horizon, kind, monkeypatch):
     """Every position with `back` tokens before and `horizon` targets: 200 times each, standard deviation 14. No thought
     is in the document."""
-    problem, computed = draw_problem(random.Random(0), "train", 5), draw_computed(random.Random(0), "train", 5, "ledger")
+    problem = draw_problem(random.Random(0), "train", 5, FAMILIES)
+    computed = draw_computed(random.Random(0), "train", 5, "ledger")
     monkeypatch.setattr(batches, "draw_problem", lambda *_: problem)
     monkeypatch.setattr(batches, "draw_computed", lambda *_: computed)
     text = problem.prompt + problem.answer if kind == "problem" else computed.text
@@ -1017,7 +1019,7 @@ def test_a_horizon_too_long_for_the_text_takes_any_position_and_the_tokens_that_
     assert abs(counts[1:] - 200).max() < 70
     batch = rlp_batch(short, config_of(rlp=dataclasses.asdict(config) | {"text_share": 1.0, "computed_share": 0.0}), 0)
     assert batch["target_BX"].shape[1] == len(document)
-    assert (batch["target_BX"][:, -1] == corpus.tokenizer.end).all()
+    assert (batch["target_BX"] == corpus.tokenizer.end).sum(1).tolist() == [1] * len(batch["target_BX"])
 
 
 @pytest.mark.parametrize(("text", "computed"), [(0.0, 0.0), (0.25, 0.0), (0.2, 0.3), (0.0, 0.6), (1.0, 0.0)])

@@ -261,7 +261,7 @@ def test_computed_positions_are_one_in_each_of_different_held_out_documents(corp
 def test_validation_is_greedy_accuracy_by_family_on_the_validation_split(corpus, networks):
     """By hand: the likeliest thought of each problem of `val`, and whether the likeliest tokens after it are the answer."""
     model, tk, right = networks[1], corpus.tokenizer, {}
-    for p in held_out_problems("val", 5, SEED, corpus.held_out_percent):
+    for p in held_out_problems("val", 5, SEED, corpus.held_out_percent, corpus.families):
         context, target = tk.encode(p.prompt)[-CONTEXT:], (tk.encode(p.answer) + [tk.end] * HORIZON)[:HORIZON]
         thought = greedy_by_hand(model, context, tk, [])
         right.setdefault(p.family, []).append(float(logp_after_by_hand(model, tk, context, thought, target)[1]))
@@ -392,7 +392,7 @@ def run(corpus, networks):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evals, "sample_thoughts", spy)
         found = evals.evaluate_both(model, base, teacher, corpus, CONFIG)
-    problems = held_out_problems("test", 6, SEED, corpus.held_out_percent)
+    problems = held_out_problems("test", 6, SEED, corpus.held_out_percent, corpus.families)
     encode, end = corpus.tokenizer.encode, corpus.tokenizer.end
     read = {
         "problems": [(encode(p.prompt)[-CONTEXT:], (encode(p.answer) + [end] * HORIZON)[:HORIZON], 0) for p in problems]

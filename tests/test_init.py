@@ -21,7 +21,7 @@ from system import checkpoint, huggingface, rundir
 from system.config import DataConfig, RLPConfig
 from text.batches import Position, collate_contexts, pretrain_batch
 from text.corpus import Corpus
-from text.problems import tokenizer_examples
+from text.problems import FAMILIES, tokenizer_examples
 from text.tokenizer import CLOSE, END, THINK, FileTokenizer
 from thoughts import show_thought
 from tools import export, extract
@@ -45,7 +45,7 @@ def write_tokenizer(folder, tags=(), begins=False, vocab_size=400):
         special_tokens=["<s>"],
         show_progress=False,
     )
-    made.train_from_iterator(paragraphs(3) + tokenizer_examples(25)[:500], trainer)
+    made.train_from_iterator(paragraphs(3) + tokenizer_examples(25, FAMILIES)[:500], trainer)
     made.add_special_tokens([END])
     made.add_tokens([AddedToken(tag, normalized=False) for tag in tags])
     if begins:
@@ -403,13 +403,20 @@ def test_a_directory_without_tokenizer_is_refused_by_file(program, hf, tmp_path,
     assert not (tmp_path / "run").exists()
 
 
-def test_a_tokenizer_that_writes_answers_in_several_tokens_is_pointed_out(program, hf, tmp_path, capsys):
-    assert program("run", "--mode", "pretrain", "--init", hf, "--pretrain.steps", 0, "--rlp.horizon", 1) == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    assert (
-        "answers take up to 2 tokens of this tokenizer, and rlp.horizon (1) looks at the first; with --rlp.horizon 2"
-        in shown
-    )
+@pytest.mark.parametrize(
+    ("positions", "said", "horizon"),
+    [
+        ("answer", "answers take up to 2 tokens of this tokenizer: rlp.horizon is 2 instead of 1, so that", 2),
+        ("random", "answers take up to 2 tokens of this tokenizer, and rlp.horizon (1) looks at the first; with", 1),
+    ],
+)
+def test_the_horizon_is_that_of_the_answers_where_thoughts_stand_before_them(
+    program, hf, tmp_path, capsys, positions, said, horizon
+):
+    words = ["--mode", "pretrain", "--init", hf, "--pretrain.steps", 0, "--rlp.horizon", 1, "--rlp.positions", positions]
+    assert program("run", *words) == 0
+    assert said in " ".join(capsys.readouterr().out.split())
+    assert json.loads((tmp_path / "run/config.json").read_text())["config"]["rlp"]["horizon"] == horizon
 
 
 # ------------------------------------------------------------------------------------------------------------- prompt

@@ -683,7 +683,7 @@ def test_resuming_with_another_text_is_refused(program, text_file, tmp_path, mon
     saved = contents(tmp_path / "run")
     text_file.write_text("".join(paragraphs(20, seed=1)))
     assert program(tmp_path / "run", *words, "--resume") == 2
-    assert "resume: the text is not what the run was started with" in capsys.readouterr().out
+    assert "resume: the text or the problems are not what the run was started with" in capsys.readouterr().out
     assert contents(tmp_path / "run") == saved
     text_file.write_text(before)
     assert program(tmp_path / "run", *words, "--resume") == 0

@@ -20,7 +20,7 @@ from torch import Tensor
 from system.config import Config, RLPConfig
 from text.computed import Computed, draw_computed
 from text.corpus import Corpus
-from text.problems import FAMILIES, Problem, draw_problem, filler, thought_for
+from text.problems import Problem, draw_problem, filler, thought_for
 from text.tokenizer import Tokenizer
 
 # ------------------------------------------------------------------------------ documents to read
@@ -107,7 +107,7 @@ def pretrain_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tenso
     fit, tokenizer, percent = config.pretrain, corpus.tokenizer, corpus.held_out_percent
     rng = random.Random(f"pretrain-{config.seed}-{step}")
     intro = step < fit.intro_share * fit.steps
-    first = next(iter(FAMILIES))
+    families = list(corpus.families)
 
     def draw(kind: str) -> Marked:
         if kind == "text":
@@ -117,7 +117,8 @@ def pretrain_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tenso
             document, worked = computed_tokens(tokenizer, found)
             kept = {t: thought for t, thought in worked.items() if rng.random() < fit.think}
             return place_thoughts(tokenizer, document, kept)
-        problem = draw_problem(rng, "train", percent, first if intro else None)
+        family = families[0] if intro else rng.choice(families)
+        problem = draw_problem(rng, "train", percent, corpus.families, family)
         thought = problem.thought if rng.random() < fit.think else None
         return problem_document(tokenizer, problem, thought, foretell=False)
 
@@ -144,7 +145,7 @@ def mixture(corpus: Corpus, config: Config, step: int, n_rows: int, seq_len: int
 
     def draw(kind: str) -> Marked:
         if kind == "problem":
-            problem = draw_problem(rng, split, percent)
+            problem = draw_problem(rng, split, percent, corpus.families)
             has_thought = rng.random() < fit.think
             return problem_document(
                 tokenizer, problem, thought_for(problem, rng, fit.worked) if has_thought else None)
@@ -211,7 +212,7 @@ def rlp_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
 
 def problem_position(corpus: Corpus, fit: RLPConfig, split: str, rng: random.Random) -> Position:
     """In a problem without a thought: at the answer, or anywhere."""
-    problem = draw_problem(rng, split, corpus.held_out_percent)
+    problem = draw_problem(rng, split, corpus.held_out_percent, corpus.families)
     prompt, answer = problem_tokens(corpus.tokenizer, problem)
     if fit.positions == "random":
         return random_position(prompt + answer, fit, rng)
@@ -247,10 +248,10 @@ def collate_contexts(
     tokenizer: Tokenizer, positions: list[Position], fit: RLPConfig) -> dict[str, Tensor]:
     """context_BT (padded on the left), ids_BT (-1 at the padding, 0 elsewhere), target_BX, back_B.
 
-    A context longer than rlp.context_len loses its beginning; a target shorter than the horizon is
-    filled up with END. Before each context stand what the tokenizer begins a document with and the
-    instruction `rlp.prompt`, for thoughts and for predictions without one. back_B counts tokens: 0,
-    or the same number in all other rows.
+    A context longer than rlp.context_len loses its beginning; a target shorter than the horizon
+    ends with END and is filled up with -100, which counts for nothing. Before each context stand
+    what the tokenizer begins a document with and the instruction `rlp.prompt`, for thoughts and for
+    predictions without one. back_B counts tokens: 0, or the same number in all other rows.
     """
     before = [*tokenizer.begin, *tokenizer.encode(fit.prompt)]
     contexts = [before + p.context[-fit.context_len :] for p in positions]
@@ -260,7 +261,8 @@ def collate_contexts(
     for i, c in enumerate(contexts):
         context_BT[i, T - len(c) :] = torch.tensor(c)
         ids_BT[i, T - len(c) :] = 0
-    target_BX = torch.tensor(
-        [(p.target + [tokenizer.end] * fit.horizon)[: fit.horizon] for p in positions])
+    ends = ([tokenizer.end] * (p.target[-1:] != [tokenizer.end]) for p in positions)
+    target_BX = torch.tensor([[*p.target, *end, *[-100] * fit.horizon][: fit.horizon]
+                              for p, end in zip(positions, ends, strict=True)])
     back_B = torch.tensor([p.back for p in positions])
     return {"context_BT": context_BT, "ids_BT": ids_BT, "target_BX": target_BX, "back_B": back_B}

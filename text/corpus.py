@@ -9,7 +9,7 @@ import random
 import sysconfig
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,8 @@ from system.files import fingerprint
 from text.computed import computed_examples
 from text.documents import Documents, join
 from text.held_out import SPLITS, bucket_of, buckets_of, clusters_of
-from text.problems import tokenizer_examples
+from text.problem_sources import load_families
+from text.problems import FAMILIES, Families, tokenizer_examples
 from text.shards import ShardSet, is_shards, write_cached
 from text.sources import input_files, read_texts
 from text.tokenizer import CorpusTokenizer, Tokenizer, named_tokenizer
@@ -45,19 +46,21 @@ def python_documents() -> Iterator[tuple[str, str]]:
 
 @dataclass
 class Corpus:
-    """The tokenizer and, for each split, all text documents as token ids."""
+    """The tokenizer, for each split all text documents as token ids, and the problems' families."""
 
     tokenizer: Tokenizer
     documents: dict[str, Documents]
     held_out_percent: int
     key: str = ""  # fingerprint of the splits' texts and problems, and of the settings
     notes: tuple[str, ...] = ()  # what was skipped, in words
+    families: Families = field(default_factory=lambda: FAMILIES)
 
     @staticmethod
     def load(config: DataConfig) -> "Corpus":
         """The text, or what an earlier run made of it. Raises ValueError for unusable text."""
+        families, origin = load_families(config.problems)
         if config.path and is_shards(Path(config.path)):
-            return Corpus._of_shards(config)
+            return Corpus._of_shards(config, families, origin)
         # 1. Every text once: of copies under two names the first stays, else they could land in
         #    two splits.
         first: dict[str, tuple[str, str]] = {}
@@ -77,12 +80,12 @@ class Corpus:
             _require_some(texts[split], split, config)
         # 3. What an earlier run kept. Its key has all that the tokens depend on; of a folder with
         #    a tokenizer.json that is the content, which may change under the same name.
-        examples = tokenizer_examples(percent) + computed_examples(percent)
+        examples = tokenizer_examples(percent, families) + computed_examples(percent)
         tokenizer = None if config.tokenizer == "corpus" else named_tokenizer(config.tokenizer)
         own = tokenizer is not None and tokenizer.json
         source = [tokenizer.json, tokenizer.end] if own else config.tokenizer
         key = fingerprint(
-            [texts, examples, source, config.vocab_size, percent, CorpusTokenizer.pattern])
+            [texts, examples, source, config.vocab_size, percent, CorpusTokenizer.pattern, *origin])
         file = Path(config.cache_dir) / f"corpus-{key}.npz"
         kept = _load_arrays(file)
         # 4. The tokenizer of the corpus: kept, or trained on the training texts.
@@ -98,10 +101,10 @@ class Corpus:
                      for text in texts[split]])
             write_cached(file, lambda f: np.savez(f, **kept))
         documents = {s: Documents([(kept[f"{s}_tokens"], kept[f"{s}_starts"])]) for s in SPLITS}
-        return Corpus(tokenizer, documents, percent, key, tuple(notes))
+        return Corpus(tokenizer, documents, percent, key, tuple(notes), families)
 
     @staticmethod
-    def _of_shards(config: DataConfig) -> "Corpus":
+    def _of_shards(config: DataConfig, families: Families, origin: list[str]) -> "Corpus":
         """Documents that stay on disk. Every byte is checked once."""
         found, percent = ShardSet(Path(config.path)), config.held_out_percent
         tokenizer = found.open_tokenizer(config.tokenizer)
@@ -109,8 +112,8 @@ class Corpus:
         documents = {split: found.documents(buckets_of(split, percent)) for split in SPLITS}
         for split in SPLITS:
             _require_some(documents[split], split, config)
-        key = fingerprint([found.key, percent, tokenizer_examples(percent)])
-        return Corpus(tokenizer, documents, percent, key)
+        key = fingerprint([found.key, percent, tokenizer_examples(percent, families), *origin])
+        return Corpus(tokenizer, documents, percent, key, families=families)
 
     def text_window(self, rng: random.Random, split: str, length: int) -> np.ndarray:
         """Up to `length` tokens in a row from one document of a split."""

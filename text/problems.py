@@ -10,7 +10,8 @@
              thought: 5 +9 14, 1 +8 9 +7 16                                    answer: 6
 
 A family is a function from a random generator to a `Problem`, and its entry in `FAMILIES`: batches,
-figures and samples read that table, and the base reads the first of them alone at first.
+figures and samples read that table, and the base reads the first of them alone at first. Tables of
+other people's problems come from problem_sources.py (`data.problems`).
 
 Twins, questions that differ in names or order alone, share a canonical form, and with it the split.
 Different forms there are: lookup 17,640, chain 1.1 million, word .66 million, sum 3.0 million.
@@ -20,7 +21,7 @@ import itertools
 import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from system.errors import require
 from text.held_out import bucket_of, buckets_of
@@ -31,8 +32,9 @@ class Problem:
     """A question with one right answer, and the steps that lead to it.
 
     Each step and the answer begin with a space or a sign: they are put together as they are.
-    canonical: what twins have in common, for the split; by default the question itself.
-    Raises ValueError for fewer than two steps: a thought must be able to stop half-way.
+    No steps: nobody wrote a thought. canonical: what twins have in common, for the split; by
+    default the question itself. scorer: gives 1 to what is right, if that is not the answer alone.
+    Raises ValueError for one step: a thought must be able to stop half-way.
     """
 
     family: str
@@ -40,10 +42,11 @@ class Problem:
     steps: tuple[str, ...]
     answer: str
     canonical: str = ""
+    scorer: Callable[[str], float] | None = field(default=None, compare=False)
 
     def __post_init__(self):
-        require(len(self.steps) >= 2, f"problem family {self.family!r}: {self.question!r} has "
-                f"{len(self.steps)} steps; give it at least two")
+        require(len(self.steps) != 1, f"problem family {self.family!r}: {self.question!r} has "
+                f"{len(self.steps)} steps; give it at least two, or none")
         object.__setattr__(self, "canonical", self.canonical or self.question)
 
     @property
@@ -52,9 +55,9 @@ class Problem:
         return f"{self.question}\nAnswer:"
 
     @property
-    def thought(self) -> str:
-        """The worked thought."""
-        return "".join(self.steps)
+    def thought(self) -> str | None:
+        """The worked thought, if there is one."""
+        return "".join(self.steps) or None
 
 
 NAMES = ("Ann", "Bob", "Eve", "Tom", "Kim", "Max", "Sue", "Leo", "Zoe", "Ian", "Amy", "Dan")
@@ -128,18 +131,20 @@ def sum_problem(rng: random.Random) -> Problem:
     return Problem("sum", question, tuple(steps), f" {total % 10}", canonical)
 
 
-FAMILIES: dict[str, Callable[[random.Random], Problem]] = {
+Families = dict[str, Callable[[random.Random], Problem]]
+FAMILIES: Families = {
     "lookup": lookup_problem, "chain": chain_problem, "sum": sum_problem, "word": word_problem}
 
 
 def draw_problem(
-    rng: random.Random, split: str, held_out_percent: int, family: str | None = None) -> Problem:
+    rng: random.Random, split: str, held_out_percent: int, families: Families,
+    family: str | None = None) -> Problem:
     """A random problem of a split, of any family or of one: drawn until its bucket is the split's.
     Raises ValueError if none of 10,000 draws is."""
-    name, others = family or rng.choice(list(FAMILIES)), set()
+    name, others = family or rng.choice(list(families)), set()
     buckets = buckets_of(split, held_out_percent)
     for _ in range(10_000):
-        problem = FAMILIES[name](rng)
+        problem = families[name](rng)
         if bucket_of(problem.canonical) in buckets:
             return problem
         others.add(problem.canonical)
@@ -148,16 +153,17 @@ def draw_problem(
 
 
 def held_out_problems(
-    split: str, n_per_family: int, seed: int, held_out_percent: int) -> list[Problem]:
+    split: str, n_per_family: int, seed: int, held_out_percent: int, families: Families
+) -> list[Problem]:
     """n problems of each family, no two of them twins, the same for every run with this seed.
     Raises ValueError if 10,000 draws in a row make none that is new."""
     problems = []
-    for family in FAMILIES:
+    for family in families:
         rng = random.Random(f"problems-{split}-{family}-{seed}")
         found: dict[str, Problem] = {}
         n_idle = 0
         while len(found) < n_per_family:
-            problem = draw_problem(rng, split, held_out_percent, family)
+            problem = draw_problem(rng, split, held_out_percent, families, family)
             n_idle = n_idle + 1 if problem.canonical in found else 0
             require(n_idle < 10_000, f"problem family {family!r} makes only {len(found)} different "
                     f"problems of the {split} split, not {n_per_family}; let it make more, or ask "
@@ -167,15 +173,18 @@ def held_out_problems(
     return problems
 
 
-def tokenizer_examples(held_out_percent: int) -> list[str]:
+def tokenizer_examples(held_out_percent: int, families: Families) -> list[str]:
     """Enough training problems for their words to become tokens of a tokenizer trained on them."""
     rng = random.Random("tokenizer")
-    problems = [draw_problem(rng, "train", held_out_percent) for _ in range(8000)]
-    return [p.prompt + p.thought + p.answer for p in problems] + list(FILLER) * 200
+    problems = [draw_problem(rng, "train", held_out_percent, families) for _ in range(8000)]
+    return [p.prompt + (p.thought or "") + p.answer for p in problems] + list(FILLER) * 200
 
 
 def thought_for(problem: Problem, rng: random.Random, worked: float) -> str:
-    """A worked thought with probability `worked`; else, evenly, one that stops early, or filler."""
+    """A worked thought with probability `worked`; else, evenly, one that stops early, or filler.
+    Where nobody wrote a thought, filler."""
+    if not problem.thought:
+        return filler(rng)
     if rng.random() < worked:
         return problem.thought
     if rng.random() < 0.5:

@@ -28,7 +28,7 @@ from system.errors import require
 from system.files import fingerprint, read_json, sha256, write_whole
 from text.documents import Documents, join
 from text.held_out import N_BUCKETS, bucket_of
-from text.problems import tokenizer_examples
+from text.problems import FAMILIES, tokenizer_examples
 from text.tokenizer import CorpusTokenizer, FileTokenizer, Tokenizer, named_tokenizer
 
 VERSION, LIST = 2, "shards.json"
@@ -46,7 +46,7 @@ def shard_tokenizer(name: str, vocab_size: int, texts: Iterable[str]) -> Tokeniz
         n += len(text)
         if n >= 20_000_000:
             break
-    return CorpusTokenizer.train(sample + tokenizer_examples(5), vocab_size)
+    return CorpusTokenizer.train(sample + tokenizer_examples(5, FAMILIES), vocab_size)
 
 
 def build(texts: Iterable[str], out: Path, tokenizer: Tokenizer, source: str,

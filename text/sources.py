@@ -109,15 +109,20 @@ def _pieces(lines: Iterable[str], size: int) -> Iterator[str]:
     yield text
 
 
-def _json_lines(file: Path, key: str) -> Iterator[str]:
-    """Of a file with a JSON object in each line."""
+def json_lines(file: Path) -> Iterator[tuple[str, Any]]:
+    """`FILE line N` and the value there, of each line that is not blank. Raises ValueError for what
+    is no JSON."""
     for i, line in enumerate(_decoded(file), 1):
         if line.strip():
             try:
-                value = json.loads(line)
+                yield f"{file} line {i}", json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{file} line {i} is not JSON ({error}); mend it") from None
-            yield _text_of(value, key, f"{file} line {i}")
+
+
+def _json_lines(file: Path, key: str) -> Iterator[str]:
+    """Of a file with a JSON object in each line."""
+    return (_text_of(value, key, where) for where, value in json_lines(file))
 
 
 def _json(file: Path, key: str) -> Iterator[str]:

@@ -25,6 +25,7 @@ from system import parallel
 from system.errors import exit_code, require
 from system.files import read_json, read_log
 from system.rundir import load_model, load_run
+from text.problem_sources import load_families
 from text.problems import held_out_problems
 from thoughts import show_thought
 
@@ -106,8 +107,8 @@ def picture(run: tyro.conf.Positional[Path], family: str = "chain",
     summary = read_json(run / "summary.json")
     require(summary["mode"] == "rlp", f"{run} is of --mode {summary['mode']}; give a run of rlp")
     (model, tokenizer, c), (base, *_) = load_run(run), load_model(Path(summary["base_dir"]))
-    problems = held_out_problems(
-        "test", c.eval.problems_per_family, c.seed, c.data.held_out_percent)
+    problems = held_out_problems("test", c.eval.problems_per_family, c.seed,
+                                 c.data.held_out_percent, load_families(c.data.problems)[0])
     tried = ((p, think(base, tokenizer, p, c)) for p in problems if p.family == family)
     problem, before = next((pair for pair in tried if not pair[1]["right"]), (None, None))
     require(problem, f"family ({family}) has no problem that the base gets wrong; give another")

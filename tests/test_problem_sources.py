@@ -1,0 +1,257 @@
+"""Problems that others made: every format of `data.problems`, what is refused, and a run of RLP on a file."""
+
+import gzip
+import json
+import random
+import re
+import sys
+
+import pytest
+import torch
+from conftest import summary_of
+
+import evals
+import thoughts
+from system.config import Config, DataConfig, RLPConfig
+from text.batches import Position, collate_contexts, pretrain_batch, warmup_batch
+from text.corpus import Corpus
+from text.held_out import SPLITS
+from text.problem_sources import load_families
+from text.problems import FAMILIES, FILLER, Problem, draw_problem, held_out_problems
+from text.tokenizer import THINK
+
+
+def lines_of(file, *values):
+    file.write_text("".join(json.dumps(value) + "\n" for value in values))
+    return str(file)
+
+
+def two_families(file, n=400):
+    """Doubles, with thoughts and answers of two to four tokens; names, without thoughts, called by the file's name."""
+    doubles = [
+        {"question": f"Twice {i}?", "answer": 2 * i, "thought": f"{i} + {i}", "family": "double"} for i in range(50, 50 + n)
+    ]
+    return lines_of(file, *doubles, *({"question": f"Who has the number {i}?", "answer": "Ann"} for i in range(n)))
+
+
+PROGRAM = """
+from text.problems import Problem
+
+def twice_problem(rng):
+    n = rng.randrange(10_000)
+    return Problem("any", f"Twice {n}?", (f" {n}", f" + {n}"), f" {2 * n}", scorer=lambda said: said == f"{2 * n}.0")
+
+def no_problem_at_all(rng):
+    return None
+"""
+
+
+def program_of(file, text):
+    file.write_text(text)
+    return str(file)
+
+
+# -------------------------------------------------------------------------------------------------------- the formats
+
+
+def test_built_in_families_are_the_default():
+    assert load_families(DataConfig().problems) == (FAMILIES, [])
+
+
+@pytest.mark.parametrize("name", ["mine.jsonl", "mine.jsonl.gz"])
+def test_a_file_of_lines_holds_problems_by_family(tmp_path, name):
+    plain = two_families(tmp_path / "mine.jsonl", 3)
+    (tmp_path / "mine.jsonl.gz").write_bytes(gzip.compress((tmp_path / "mine.jsonl").read_bytes()))
+    families, _ = load_families(str(tmp_path / name))
+    assert plain.endswith("mine.jsonl")
+    assert list(families) == ["double", "mine"]
+    found = {p.question: p for p in (families["double"](random.Random(i)) for i in range(50))}
+    assert set(found) == {"Twice 50?", "Twice 51?", "Twice 52?"}
+    assert found["Twice 51?"] == Problem("double", "Twice 51?", (" 51", " +", " 51"), " 102", "twice 51?")
+    assert families["mine"](random.Random(0)).thought is None
+
+
+def test_functions_of_a_python_file_are_families(tmp_path):
+    families, _ = load_families(program_of(tmp_path / "own.py", PROGRAM))
+    assert list(families) == ["twice"]
+    problem = families["twice"](random.Random(0))
+    n = int(problem.question[6:-1])
+    assert (problem.family, problem.answer, problem.thought) == ("twice", f" {2 * n}", f" {n} + {n}")
+    assert problem.scorer(f"{2 * n}.0")
+
+
+def test_tasks_of_reasoning_gym_are_families_with_their_own_scorers():
+    pytest.importorskip("reasoning_gym")
+    families, _ = load_families("reasoning_gym:chain_sum,leg_counting")
+    assert list(families) == ["chain_sum", "leg_counting"]
+    for name, make in families.items():
+        first, again, other = (make(random.Random(seed)) for seed in (0, 0, 1))
+        assert first == again != other
+        assert first.family == name
+        assert first.scorer(first.answer.strip()) == 1
+        assert first.scorer("no answer") < 1
+        assert len(held_out_problems("test", 5, 0, 5, {name: make})) == 5
+    with pytest.raises(ValueError, match=r"data.problems: 'no_such' is no task of reasoning_gym; choose from .*chain_sum"):
+        load_families("reasoning_gym:no_such")
+
+
+def test_reasoning_gym_is_asked_for_where_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    message = "needs the package reasoning-gym, which is not installed; `pip install reasoning-gym`, or give a .jsonl file"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_families("reasoning_gym:chain_sum")
+
+
+# -------------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"question": "q"', "mine.jsonl line 2 is not JSON"),
+        ('["q", "a"]', "mine.jsonl line 2 is no JSON object; it needs question and answer"),
+        ('{"answer": "a"}', "mine.jsonl line 2: \"question\" ('') must be text that is not blank, or a number; mend"),
+        ('{"question": "q", "answer": null}', "mine.jsonl line 2: \"answer\" ('') must be text"),
+        ('{"question": "q", "answer": ["a"]}', "mine.jsonl line 2: \"answer\" (['a']) must be text"),
+        ('{"question": "q", "answer": true}', 'mine.jsonl line 2: "answer" (True) must be text'),
+        ('{"question": "q", "answer": "a", "thought": "one"}', "mine.jsonl line 2: \"thought\" ('one') is one word; give"),
+        ('{"question": "q", "answer": "a", "thought": {}}', 'mine.jsonl line 2: "thought" ({}) must be text'),
+        ('{"question": "q", "answer": "a", "family": "all"}', "the family 'all' must have a name of letters"),
+        ('{"question": "q", "answer": "a", "family": "a/b"}', "the family 'a/b' must have a name of letters"),
+    ],
+)
+def test_a_bad_line_is_refused_by_file_and_line(tmp_path, line, message):
+    (tmp_path / "mine.jsonl").write_text('{"question": "q", "answer": "a"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_families(str(tmp_path / "mine.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def one_problem(rng:\n", "own.py line 1: SyntaxError"),
+        ("x = 1\nimport no_such_module\n", "own.py line 2: ModuleNotFoundError: No module named 'no_such_module'; mend"),
+        ("def one_problem(rng):\n    return 1 / 0\n", "own.py line 2: ZeroDivisionError: division by zero; mend it"),
+        ("def one_problem(rng):\n    return 7\n", "own.py: one_problem made 7; it must return a text.problems.Problem"),
+        ("x = 1\n", "own.py) holds no problems; put some into it"),
+        (
+            "import random\nfrom text.problems import Problem\n"
+            "def one_problem(rng):\n    return Problem('one', f'{random.random()}', (), ' a')\n",
+            "own.py): the family 'one' makes different problems from the same generator; let it draw from that",
+        ),
+    ],
+)
+def test_bad_functions_are_refused_by_file_and_line(tmp_path, text, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_families(program_of(tmp_path / "own.py", text))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("sums", "data.problems (sums) is unknown; choose built-in, a file *.jsonl, *.jsonl.gz, *.jsonl.zst, *.py, or"),
+        ("none.jsonl", "data.problems (none.jsonl) is no file; give the path of one"),
+    ],
+)
+def test_an_unknown_source_is_refused(source, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_families(source)
+
+
+def test_an_empty_file_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no problems; put some into it"):
+        load_families(lines_of(tmp_path / "mine.jsonl"))
+
+
+def test_too_few_problems_are_refused_before_anything_is_written(program, tmp_path, text_file, capsys):
+    mine = two_families(tmp_path / "mine.jsonl", 8)
+    assert program(tmp_path / "run", "--data.path", text_file, "--data.problems", mine) == 2
+    assert "problem family 'double' makes" in " ".join(capsys.readouterr().out.split())
+    assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------------------ how they are used
+
+
+def test_copies_of_a_question_are_in_one_split(tmp_path):
+    """Forty questions, each in three spellings."""
+    mine = lines_of(
+        tmp_path / "mine.jsonl",
+        *(
+            {"question": form.format(i), "answer": i}
+            for i in range(40)
+            for form in ("Say it: {}", "say  it: {}", " SAY IT: {}\n")
+        ),
+    )
+    families, _ = load_families(mine)
+    rng = random.Random(0)
+    found = [{draw_problem(rng, s, 25, families).question.casefold().split()[2] for _ in range(400)} for s in SPLITS]
+    assert sum(map(len, found)) == len(set.union(*found)) == 40
+
+
+def documents(corpus, batch):
+    return corpus.tokenizer.decode(batch["tokens_BT"].flatten().tolist())
+
+
+def test_problems_without_thoughts_are_read_without_and_beside_filler(tmp_path, corpus):
+    families, _ = load_families(two_families(tmp_path / "mine.jsonl"))
+    own = Corpus(corpus.tokenizer, corpus.documents, 5, families={"mine": families["mine"]})
+    config = Config(data=DataConfig(text_share=0.0))
+    assert THINK not in documents(own, pretrain_batch(own, config, 0))
+    inside = documents(own, warmup_batch(own, config, 0)).split(THINK)[1:]
+    assert len(inside) > 20
+    assert all(thought.startswith(FILLER) for thought in inside)
+
+
+def test_places_behind_a_short_answer_count_for_nothing(corpus, make_model):
+    """An answer of one token, beside one of three: its score is that of the answer and END alone, after any thought."""
+    tk, config = corpus.tokenizer, RLPConfig(context_len=16, horizon=4)
+    model = make_model(vocab_size=tk.n_vocab)
+    short, long = Position([5, 6, 7], [8]), Position([9, 10], [11, 12, 13, 14])
+    batch = collate_contexts(tk, [short, long], config)
+    alone = collate_contexts(tk, [short], RLPConfig(context_len=16, horizon=2))
+    given = torch.tensor([[20, tk.close]])
+    for found, expected in (
+        (thoughts.score_context(model, batch, tk.tags), thoughts.score_context(model, alone, tk.tags)),
+        (thoughts.score_thoughts(model, batch, tk, given.repeat(2, 1)), thoughts.score_thoughts(model, alone, tk, given)),
+    ):
+        torch.testing.assert_close(found[0][0], expected[0][0])
+        assert found[1][0].tolist() == [*expected[1][0].tolist(), -100, -100]
+        assert (found[1][1] >= 0).all()
+
+
+def test_what_a_scorer_accepts_is_right_up_to_the_first_token_that_differs(corpus):
+    """By hand: 12 is asked for; the scorer takes 12 and 13. `125` differs at its third token, which it does not take."""
+    tk = corpus.tokenizer
+    answer, other, third = (tk.encode(text) for text in (" 12", " 13", " 125"))
+    assert [len(t) for t in (answer, other, third)] == [2, 2, 3]
+    problems = [Problem("x", "q", (), " 12", scorer=lambda said: float(said in ("12", "13"))), Problem("x", "q", (), " 12")]
+    positions = evals.Positions([], tk, Config(), ["x", "x"], problems=problems)
+    said_RX = torch.tensor([[*t, tk.end][:3] for t in (answer, other, third)] * 2)
+    target_BX = torch.tensor([[*answer, tk.end]] * 2)
+    assert positions.right(said_RX, target_BX, 0).tolist() == [1, 1, 0, 1, 0, 0]
+
+
+def test_rlp_trains_on_a_file_of_two_families_and_measures_both(program, tmp_path, text_file, capsys):
+    """Answers of several tokens: the horizon follows them, and the run goes on with it."""
+    mine = two_families(tmp_path / "mine.jsonl")
+    words = ["--mode", "rlp", "--data.path", text_file, "--data.problems", mine, "--rlp.text-share", "0"]
+    assert program(tmp_path / "run", *words) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    horizon = json.loads((tmp_path / "run/config.json").read_text())["config"]["rlp"]["horizon"]
+    assert horizon > 1
+    assert f"answers take up to {horizon} tokens of this tokenizer: rlp.horizon is {horizon} instead of 1" in shown
+    accuracy = summary_of(tmp_path / "run")["accuracy"]
+    for how in ("sampled", "greedy", "no_think"):
+        assert set(accuracy[how]) == {"all", "double", "mine"}
+    samples = (tmp_path / "run/samples.txt").read_text()
+    assert samples.count("[double] Twice") == samples.count("[mine] Who has") == 2
+    targets = {json.loads(line)["target"] for line in (tmp_path / "run/thoughts.jsonl").read_text().splitlines()}
+    assert targets
+    assert all(re.match(r" (\d+|Ann)", target) for target in targets)
+    assert program(tmp_path / "run", *words, "--resume") == 0
+    with open(mine, "a") as file:
+        file.write('{"question": "One more?", "answer": "Yes"}\n')
+    capsys.readouterr()
+    assert program(tmp_path / "run", *words, "--resume") == 2
+    assert "the text or the problems are not what the run was started with" in " ".join(capsys.readouterr().out.split())
