@@ -160,7 +160,7 @@ def train(name: str, model: HybridLM, corpus: Corpus, config: Config, run_dir: P
     meta = {"config": rundir.shared_settings(config), "corpus": corpus.key, "versions": versions(),
             "threads": torch.get_num_threads()}
     fit(model, objective, lambda step: mode.batch(corpus, config, step), getattr(config, name),
-        run_dir, config.seed, meta, name, start)
+        run_dir, config.seed, meta, name, start, config.log)
     return objective
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -449,6 +450,8 @@ class Config(Settings):
     threads: Annotated[int, at_least(0, "; 0 measures which number is fastest")] = 0
     # The hot operations: auto (Triton on CUDA, else fast PyTorch), reference (slow) or triton.
     kernels: Literal["auto", "reference", "triton"] = "auto"
+    # Where each step's metrics go: metrics.jsonl alone, or TensorBoard's event files beside it too.
+    log: Literal["jsonl", "tensorboard"] = "jsonl"
     dry_run: bool = False  # Print what the run would take, then stop: no GPU, data or download.
     dry_run_gpus: Count = 1  # GPUs that a dry run divides weights and batches among.
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -475,6 +478,8 @@ class Config(Settings):
         """Itself, if everything fits together. Raises ValueError otherwise."""
         super().check(group)
         require_known("mode", self.mode, self.modes())
+        require(self.log != "tensorboard" or find_spec("tensorboard"), "log (tensorboard) needs "
+                "the package tensorboard; run: pip install tensorboard, or leave --log out")
         for name, settings in self.groups().items():
             settings.check(name)
         if self.lora.rank:

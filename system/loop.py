@@ -4,6 +4,7 @@ The loss is divided by a step's total count, so accumulation and processes canno
 randomness is a function of (seed, step): a resumed run repeats the whole one, on a CPU bit for bit.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -33,10 +34,11 @@ SAMPLE_EVERY = 10  # lines of metrics.jsonl to one of thoughts.jsonl
 
 def fit(model: HybridLM, objective: Objective, make_batch: Callable[[int], dict[str, Tensor]],
         settings: FitConfig, run_dir: Path, seed: int, meta: dict, label: str,
-        start: checkpoint.Checkpoint | None = None) -> None:
+        start: checkpoint.Checkpoint | None = None, log_to: str = "jsonl") -> None:
     """The training loop of every mode: batch, prepare, update, log, save.
 
-    Args: make_batch: of a step; meta: goes into every checkpoint; start: where to go on from.
+    Args: make_batch: of a step; meta: goes into every checkpoint; start: where to go on from;
+    log_to: `Config.log`.
     Raises KeyboardInterrupt after Ctrl-C or SIGTERM, once the step is finished and saved;
     FloatingPointError if a gradient is not finite, with the weights before it saved; ValueError if
     the processes and parts do not divide the batch.
@@ -65,6 +67,7 @@ def fit(model: HybridLM, objective: Objective, make_batch: Callable[[int], dict[
     columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(),
                TextColumn("{task.fields[note]}"), TimeRemainingColumn())
     with (Interrupt() as interrupt, open(log_file, "a") as log,
+          open_board(run_dir, step, log_to) as board,
           Progress(*columns, console=console, disable=not parallel.is_first()) as progress):
         task = progress.add_task(label, total=settings.steps, completed=step, note="")
         began = time.perf_counter()
@@ -94,6 +97,8 @@ def fit(model: HybridLM, objective: Objective, make_batch: Callable[[int], dict[
                 line = {"step": step, **metrics, "seconds": time.perf_counter() - began}
                 log.write(json.dumps(line) + "\n")
                 log.flush()
+                for name, value in line.items() if board else ():
+                    board.add_scalar(name, value, step)
                 if parallel.is_first() and step % (SAMPLE_EVERY * settings.log_every) == 0:
                     write_sample(sample_file, step, objective.sample(parts[0]))
                 began = time.perf_counter()
@@ -223,6 +228,14 @@ def write_sample(file: Path, step: int, sample: dict | None) -> None:
     if sample:
         with open(file, "a", encoding="utf-8") as log:
             log.write(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n")
+
+
+def open_board(run_dir: Path, step: int, log_to: str) -> contextlib.AbstractContextManager:
+    """TensorBoard's writer, or None: its files hide what others say of the steps after this one."""
+    if log_to != "tensorboard" or not parallel.is_first():
+        return contextlib.nullcontext()
+    from torch.utils.tensorboard import SummaryWriter  # optional: `Config.check` has looked for it
+    return SummaryWriter(run_dir, purge_step=step + 1)
 
 
 def trim_log(file: Path, step: int) -> None:

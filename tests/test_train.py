@@ -5,6 +5,7 @@ import functools
 import json
 import shutil
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -157,7 +158,7 @@ def test_a_non_finite_gradient_stops_the_run_with_the_weights_before_it_saved(tm
     assert metrics_of(tmp_path / "stopped") == metrics_of(tmp_path / "three")
 
 
-def fit(mode, corpus, run_dir, before_step=None, start=None):
+def fit(mode, corpus, run_dir, before_step=None, start=None, log_to="jsonl"):
     """Six steps from noise, a checkpoint every two. For RLP with everything that has a state: teacher and reference."""
     config = PRESETS["smoke"]
     rlp = dataclasses.replace(config.rlp, kl=0.1, inner_epochs=2, reward_floor=-9.0, lr=1e-2, tau=0.9)
@@ -176,7 +177,7 @@ def fit(mode, corpus, run_dir, before_step=None, start=None):
             before_step(step)
         return make(step)
 
-    loop.fit(model, objective, batch_of, settings, run_dir, 0, {}, mode, start)
+    loop.fit(model, objective, batch_of, settings, run_dir, 0, {}, mode, start, log_to)
 
 
 @pytest.fixture(scope="module", params=["pretrain", "rlp"])
@@ -202,6 +203,31 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(uninterrupted, 
     assert metrics_of(tmp_path) == metrics_of(expected)
     states = [checkpoint.newest(run_dir).optimizer() for run_dir in (tmp_path, expected)]
     torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+def test_tensorboard_shows_what_the_log_holds_also_after_a_resume(corpus, tmp_path):
+    """Six steps, of which the third is run again: what stopped the run lost it."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with pytest.raises(RuntimeError):
+        fit("pretrain", corpus, tmp_path, lambda step: die() if step == 3 else None, log_to="tensorboard")
+    fit("pretrain", corpus, tmp_path, start=checkpoint.newest(tmp_path), log_to="tensorboard")
+    board = EventAccumulator(str(tmp_path)).Reload()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 6
+    for name in lines[0]:
+        shown = [(e.step, e.value) for e in board.Scalars(name)]
+        assert shown == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in lines], name
+
+
+def test_tensorboard_that_is_missing_is_refused_before_any_work(program, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    assert program(tmp_path / "run", "--log", "tensorboard") != 0
+    assert "log (tensorboard) needs the package tensorboard; run: pip install tensorboard" in " ".join(
+        "".join(capsys.readouterr()).split()
+    )
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture
