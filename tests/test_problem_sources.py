@@ -270,9 +270,6 @@ def test_rlp_trains_on_a_file_of_two_families_and_measures_both(program, tmp_pat
         assert set(accuracy[how]) == {"all", "double", "mine"}
     samples = (tmp_path / "run/samples.txt").read_text()
     assert samples.count("[double] Twice") == samples.count("[mine] Who has") == 2
-    targets = {json.loads(line)["target"] for line in (tmp_path / "run/thoughts.jsonl").read_text().splitlines()}
-    assert targets
-    assert all(re.match(r" (\d+|Ann)", target) for target in targets)
     assert program(tmp_path / "run", *words, "--resume") == 0
     with open(mine, "a") as file:
         file.write('{"question": "One more?", "answer": "Yes"}\n')
