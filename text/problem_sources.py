@@ -11,6 +11,7 @@ problem's own canonical form): so copies of a question are in one split.
 """
 
 import functools
+import importlib.metadata
 import importlib.util
 import random
 import re
@@ -139,16 +140,17 @@ def _of_gym(tasks: list[str]) -> tuple[Families, str]:
     """Tasks of reasoning-gym by name, and its version."""
     try:
         gym = importlib.import_module(GYM)
-    except ImportError:
-        raise ValueError(f"data.problems ({GYM}:...) needs the package reasoning-gym, which is not "
-                         "installed; `pip install reasoning-gym`, or give a .jsonl file") from None
+    except ImportError as error:
+        raise ValueError(f"data.problems ({GYM}:...) needs the package reasoning-gym, which cannot "
+                         f"be imported ({error}); `pip install reasoning-gym`, or give a .jsonl "
+                         "file") from None
     known = gym.factory.DATASETS
     for task in tasks:
         require(task in known, f"data.problems: {task!r} is no task of {GYM}; choose from "
                 f"{', '.join(sorted(known))}")
     families = {task: functools.partial(_of_task, task, gym.create_dataset(task, seed=0))
                 for task in tasks}
-    return families, gym.__version__
+    return families, importlib.metadata.version("reasoning-gym")
 
 
 def _of_task(task: str, tasks: Any, rng: random.Random) -> Problem:
