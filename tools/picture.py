@@ -101,7 +101,7 @@ def draw(question: str, thoughts: tuple, tokenizer, gain_nats: list[float]) -> p
     return figure
 
 
-def picture(run: tyro.conf.Positional[Path], family: str = "chain",
+def picture(run: tyro.conf.Positional[Path], family: str = "word",
             out: Path = Path("results/hero.png")) -> None:
     """Draw what a thought does in a held-out problem of a family, from a finished run of RLP."""
     summary = read_json(run / "summary.json")
