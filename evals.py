@@ -215,10 +215,11 @@ class Positions(NamedTuple):
         return right_R.float()
 
 
-def problem_positions(corpus: Corpus, config: Config, split: str = "test") -> Positions:
+def problem_positions(corpus: Corpus, config: Config) -> Positions:
     """At the answers of held-out problems."""
-    n, encode = config.eval.problems_per_family, corpus.tokenizer.encode
-    problems = held_out_problems(split, n, config.seed, corpus.held_out_percent, corpus.families)
+    c, encode = config.eval, corpus.tokenizer.encode
+    problems = held_out_problems(c.split, c.problems_per_family, config.seed,
+                                 corpus.held_out_percent, corpus.families)
     places = [Position(encode(p.prompt), encode(p.answer)) for p in problems]
     families = [p.family for p in problems]
     return Positions(places, corpus.tokenizer, config, families, problems=problems)
@@ -229,8 +230,8 @@ def validate(model: HybridLM, corpus: Corpus, config: Config, most: int = N_VALI
     """Accuracy of greedy thoughts by family, on validation problems, and not more than for figures.
     """
     n = min(most, config.eval.problems_per_family)
-    config = replace(config, eval=replace(config.eval, problems_per_family=n))
-    positions = problem_positions(corpus, config, "val")
+    config = replace(config, eval=replace(config.eval, problems_per_family=n, split="val"))
+    positions = problem_positions(corpus, config)
     correct = positions.by_kind(measure_thoughts(model, positions, 0.0, 1)["correct"], 1)
     return {family: leaf["mean"] for family, leaf in correct.items() if family != "all"}
 
@@ -238,11 +239,11 @@ def validate(model: HybridLM, corpus: Corpus, config: Config, most: int = N_VALI
 def text_positions(corpus: Corpus, config: Config) -> Positions:
     """Random positions of held-out documents; `repeats` where the last two tokens of the context
     stand in it before: there it may say what comes next."""
-    rng, fit = random.Random(f"text-positions-test-{config.seed}"), config.rlp
-    places, kinds = [], []
-    chosen = deal(corpus.documents["test"], config.eval.text_positions, rng)
+    fit, rng = config.rlp, random.Random(f"text-positions-{config.eval.split}-{config.seed}")
+    places, kinds, documents = [], [], corpus.documents[config.eval.split]
+    chosen = deal(documents, config.eval.text_positions, rng)
     for i in chosen:
-        places.append(random_position(corpus.documents["test"][i].tolist(), fit, rng))
+        places.append(random_position(documents[i].tolist(), fit, rng))
         context = places[-1].context[-fit.context_len :]
         earlier = itertools.pairwise(context[:-1])
         kinds.append("repeats" if tuple(context[-2:]) in earlier else "no_repeat")
@@ -251,11 +252,12 @@ def text_positions(corpus: Corpus, config: Config) -> Positions:
 
 def computed_positions(corpus: Corpus, config: Config) -> Positions:
     """Random positions of held-out documents with results to be computed, a document each."""
-    rng, fit = random.Random(f"computed-positions-test-{config.seed}"), config.rlp
+    fit, split = config.rlp, config.eval.split
+    rng = random.Random(f"computed-positions-{split}-{config.seed}")
     places, kinds, documents = [], [], {}
     while len(places) < config.eval.text_positions:
         kind = list(GENERATED)[len(places) % len(GENERATED)]
-        found = draw_computed(rng, "test", corpus.held_out_percent, kind)
+        found = draw_computed(rng, split, corpus.held_out_percent, kind)
         if found.canonical not in documents:
             documents[found.canonical] = len(documents)
             document, _ = computed_tokens(corpus.tokenizer, found)
@@ -394,9 +396,10 @@ def text_windows(documents: Documents, n: int, length: int, rng: random.Random, 
 def text_losses(model: HybridLM, corpus: Corpus, config: Config) -> tuple[Tensor, Tensor]:
     """Next-token loss of held-out text without thoughts, in nats: the mean of each window of 256
     tokens, at least two windows; and the document of each."""
-    rng, length, begin = random.Random(f"text-test-{config.seed}"), 256, corpus.tokenizer.begin
+    split, length, begin = config.eval.split, 256, corpus.tokenizer.begin
+    rng = random.Random(f"text-{split}-{config.seed}")
     n, losses = max(2, config.eval.text_tokens // length), []
-    windows = text_windows(corpus.documents["test"], n, length, rng)
+    windows = text_windows(corpus.documents[split], n, length, rng)
     for _, window in windows:
         tokens_BT = torch.tensor([[*begin, *window]], device=parallel.device_of(model))
         hidden_BTD, _ = model(tokens_BT[:, :-1])
@@ -431,7 +434,8 @@ def evaluate_sizes(models: list[HybridLM], references: list[int], corpus: Corpus
     for kind in shares:
         alone = replace(config, data=replace(config.data, **{
             f"{name}_share": float(name == kind) for name in ("text", "computed")}))
-        made = (mixture(corpus, alone, i, n, seq_len, "test") for i in range(n_batches))
+        made = (mixture(corpus, alone, i, n, seq_len, config.eval.split)
+                for i in range(n_batches))
         kinds[kind] = [compare(models, to_device(batch, models[0])) for batch in made]
     # By model, name and kind: a value for each sequence.
     found = [{name: {kind: torch.cat([figures[m][name] for figures in own])
@@ -494,8 +498,9 @@ def long_losses(model: HybridLM, corpus: Corpus, config: Config) -> tuple[Tensor
     """Mean loss of each held-out text of long_len tokens, at positions that stage 1 never had; and
     the document of each."""
     c, device, losses = config.elastic, parallel.device_of(model), []
-    rng, n = random.Random(f"long-test-{config.seed}"), config.eval.elastic_rows
-    texts = text_windows(corpus.documents["test"], n, c.long_len, rng, least=c.long_len + 1)
+    split, n = config.eval.split, config.eval.elastic_rows
+    rng = random.Random(f"long-{split}-{config.seed}")
+    texts = text_windows(corpus.documents[split], n, c.long_len, rng, least=c.long_len + 1)
     for i in range(0, len(texts), 4):
         window = np.stack([tokens for _, tokens in texts[i : i + 4]])
         tokens_BT = torch.from_numpy(window).long().to(device)

@@ -34,7 +34,7 @@ from collections import deque
 import torch
 from torch import Tensor, nn
 
-from kernels import selected_logp
+from kernels import mask_banned, selected_logp, wide
 from model import HybridLM
 from system import lora, parallel
 from system.config import RLPConfig
@@ -58,6 +58,13 @@ def reward(gain_BG: Tensor, floor: float) -> Tensor:
     """What is optimised: the information gain, raised to the floor where it is below. Without one a
     confidently wrong thought costs many nats, and its group teaches nothing else."""
     return gain_BG.clamp(min=floor)
+
+
+def match(answer_RX: Tensor, target_BX: Tensor) -> Tensor:
+    """RPT's reward (arXiv 2506.08007, in one step): 1 for each thought after which the likeliest
+    tokens are the observed ones. At the answers of problems it is RLVR's. Returns reward_BG."""
+    answer_BGX = answer_RX.unflatten(0, (len(target_BX), -1))
+    return (answer_BGX == target_BX[:, None]).all(-1).float()
 
 
 def group_advantages(reward_BG: Tensor) -> Tensor:
@@ -183,11 +190,18 @@ class RLP(Objective):
             with torch.enable_grad():
                 shared = {"prefix": prefill(model, batch)}
         thoughts = sample_thoughts(sampler, batch, tokenizer, sampling, generator, **shared)
-        logp_ema_B, _, _ = score_context(whole(self.networks["teacher"]), batch, tokenizer.tags)
+        teacher = whole(self.networks["teacher"])
+        logp_ema_B, _, read = score_context(teacher, batch, tokenizer.tags)
         gain_BG = information_gain(thoughts.logp_target_R.view(-1, c.group_size), logp_ema_B)
-        reward_BG = reward(gain_BG, c.reward_floor)
+        is_right_BG = match(thoughts.answer_RX, batch["target_BX"])
+        reward_BG = is_right_BG if c.reward == "match" else reward(gain_BG, c.reward_floor)
+        if c.min_entropy > 0:
+            logits_BV = mask_banned(wide(teacher.logits(read.hidden_BD)), tokenizer.tags)
+            entropy_B = torch.special.entr(logits_BV.softmax(-1)).sum(-1)
+            reward_BG = reward_BG.where(entropy_B[:, None] >= c.min_entropy, 0)
         batch = {**batch, **shared, "thoughts": thoughts, "gain_R": gain_BG.flatten(),
-                 "reward_BG": reward_BG, "advantage_R": group_advantages(reward_BG).flatten(),
+                 "is_right_BG": is_right_BG, "reward_BG": reward_BG,
+                 "advantage_R": group_advantages(reward_BG).flatten(),
                  "signal_B": reward_BG.amax(dim=1) - reward_BG.amin(dim=1) > 1e-6}
         if c.kl > 0:
             with torch.no_grad():
@@ -235,13 +249,12 @@ class RLP(Objective):
         """What is logged of thoughts and rewards, as one value for each thought or each group."""
         t, kind_B, reward_BG = batch["thoughts"], batch["kind_B"], batch["reward_BG"]
         gain_BG = batch["gain_R"].view_as(reward_BG)
-        is_right_BG = (t.answer_RX.view(*gain_BG.shape, -1) == batch["target_BX"][:, None]).all(-1)
         own_BG = t.logp_target_R.view(gain_BG.shape) - t.logp_plain_B[:, None]
         return {
             "gain_ema_nats": gain_BG,
             "gain_own_nats": own_BG,  # above what the model itself predicts without a thought
             **{f"gain_{kind}_nats": gain_BG[kind_B == i] for i, kind in enumerate(KINDS)},
-            "correct": is_right_BG[kind_B == 0],  # the likeliest token at answers
+            "correct": batch["is_right_BG"][kind_B == 0],  # the likeliest token at answers
             "reward_std_nats": reward_BG.std(dim=1),  # within each group
             "no_signal": ~batch["signal_B"],  # share of groups
             "floored": gain_BG < self.config.reward_floor,

@@ -4,6 +4,7 @@
     python train.py --mode pretrain         the base alone
     python train.py --mode elastic          make the base elastic: one model that holds smaller ones
     python train.py --mode cpt              the rival: the base's own pretraining goes on
+    python train.py --mode sft --init RUN --warmup.steps 0   on worked thoughts; then --mode rlvr
     python train.py --preset smoke          every part in seconds
     python train.py --init Qwen3-1.7B-Base  begin with a Hugging Face directory, or with a run
     torchrun --nproc-per-node 8 train.py    eight GPUs (system/parallel.py)
@@ -245,7 +246,7 @@ def write_samples(networks: dict[str, HybridLM], t: Trained) -> None:
     """samples.txt: two held-out problems of each family, and what each network thinks of them."""
     c, lines = t.config, []
     percent, families = t.corpus.held_out_percent, t.corpus.families
-    for problem in held_out_problems("test", 2, c.seed, percent, families):
+    for problem in held_out_problems(c.eval.split, 2, c.seed, percent, families):
         lines.append(f"[{problem.family}] {problem.prompt}   (right:{problem.answer})")
         for name, network in networks.items():
             text = show_thought(network, t.corpus.tokenizer, problem.prompt, c.rlp, c.seed)
@@ -253,10 +254,15 @@ def write_samples(networks: dict[str, HybridLM], t: Trained) -> None:
     (t.run_dir / "samples.txt").write_text("\n".join(lines) + "\n")
 
 
+def thinking(_: HybridLM, corpus: Corpus, config: Config) -> RLP:
+    """RLP's objective, in mode rlvr with the reward of that."""
+    return RLP(config.rollouts(), corpus.tokenizer)
+
+
 def refuse_rlp(shape: ModelConfig, config: Config, device: torch.device) -> None:
     """Raises ValueError where processes would need different numbers of passes."""
     n = sum_of_parts(part_parameters, shape)
-    require(config.rlp.predictor == 0 or not parallel.shards(n), f"rlp.predictor "
+    require(config.rollouts().predictor == 0 or not parallel.shards(n), f"rlp.predictor "
             f"({config.rlp.predictor}) must be 0 where weights are sharded; set it to 0, or "
             "parallel.mode to data")
 
@@ -400,9 +406,10 @@ MODES: dict[str, Mode] = {
     "pretrain": Mode(batches.pretrain_batch, lambda _, *data: Pretraining(*data), figures_of_one,
                      needs_base=False),
     "warmup": Mode(batches.warmup_batch, lambda *_: NextToken(), figures_of_one),
-    "rlp": Mode(batches.rlp_batch, lambda _, corpus, config: RLP(config.rlp, corpus.tokenizer),
-                figures_before_and_after, refuse_rlp),
+    "rlp": Mode(batches.rlp_batch, thinking, figures_before_and_after, refuse_rlp),
     "cpt": Mode(batches.cpt_batch, lambda *_: NextToken(), figures_before_and_after),
+    "sft": Mode(batches.sft_batch, lambda *_: NextToken(), figures_before_and_after),
+    "rlvr": Mode(batches.rlp_batch, thinking, figures_before_and_after, refuse_rlp),
     "elastic": Mode(batches.elastic_batch, make_elastic, figures_of_family, refuse_elastic),
 }
 
@@ -413,19 +420,23 @@ MODES: dict[str, Mode] = {
 def with_horizon(config: Config, corpus: Corpus) -> tuple[Config, list[str]]:
     """The settings with an rlp.horizon that sees whole answers, where thoughts stand before them;
     and lines that say so, and where contexts are too short. All problems that will be measured are
-    drawn for that: raises ValueError if a family has too few."""
+    drawn for that: raises ValueError if a family has too few, or lacks what the mode needs."""
     fit, n = config.rlp, config.eval.problems_per_family
-    sizes = {"train": 4, "val": min(n, evals.N_VALIDATION), "test": n}
+    sizes = {"train": 4, "val": min(n, evals.N_VALIDATION), config.eval.split: n}
     problems = [p for split, size in sizes.items() for p in held_out_problems(
         split, size, config.seed, corpus.held_out_percent, corpus.families)]
     tokens = [batches.problem_tokens(corpus.tokenizer, p) for p in problems]
     n_prompt = max(len(prompt) for prompt, _ in tokens)
     longest, said = max(len(answer) for _, answer in tokens) - 1, []
+    mute = sorted({p.family for p in problems if not p.thought})
+    require(config.mode != "sft" or not mute, f"sft learns from worked thoughts, and the problems "
+            f"of {', '.join(mute)} have none; give them `thought`, or leave them out "
+            "(data.problems)")
     if n_prompt > fit.context_len:
         said.append(f"questions take up to {n_prompt} tokens of this tokenizer, and rlp.context_len"
                     f" ({fit.context_len}) looks at the last; with --rlp.context-len {n_prompt} "
                     "they are whole")
-    if longest > fit.horizon and fit.positions == "answer":
+    if longest > fit.horizon and config.rollouts().positions == "answer":
         said.append(f"answers take up to {longest} tokens of this tokenizer: rlp.horizon is "
                     f"{longest} instead of {fit.horizon}, so that accuracy and reward are those of "
                     "whole answers")

@@ -254,6 +254,11 @@ class RLPConfig(FitConfig):
     group_size: Annotated[int, at_least(2, ": advantages compare the thoughts of a group")] = 8
     # Longest thought in tokens, its closing tag included.
     thought_len: Annotated[int, at_least(1, ": the closing tag is a token of the thought")] = 40
+    # gain: the information gain. match, the rival's (RPT, arXiv 2506.08007): 1 where the likeliest
+    # tokens after the thought are the observed ones, 0 elsewhere.
+    reward: Literal["gain", "match"] = "gain"
+    # Groups teach nothing where the teacher, without a thought, has an entropy of fewer nats (RPT).
+    min_entropy: Weight = 0.0
     # Observed tokens after a thought that the reward looks at; 1 is the paper's. Where positions
     # are answers it is raised to the longest answer's, and a line says so.
     horizon: Count = 1
@@ -281,6 +286,17 @@ class RLPConfig(FitConfig):
 @dataclass(frozen=True)
 class CPTConfig(FitConfig):
     """Continued pretraining of the base on its last mixture: RLP's rival at about equal time."""
+
+
+@dataclass(frozen=True)
+class SFTConfig(FitConfig):
+    """Supervised fine-tuning on problems with worked thoughts: loss on thought and answer alone."""
+
+
+@dataclass(frozen=True)
+class RLVRConfig(FitConfig):
+    """Reinforcement by right answers: RLP's loop at the answers of problems alone, with the reward
+    `match`. How thoughts are sampled and clipped stands in rlp.*, the other settings here."""
 
 
 @dataclass(frozen=True)
@@ -407,6 +423,9 @@ Interval = Annotated[int, at_least(2, " to give an interval")]
 class EvalConfig(Settings):
     """What is measured on held-out documents at the end of a run."""
 
+    # Documents and problems that figures are of. Choose settings by val: test is to report.
+    split: Literal["test", "val"] = "test"
+
     problems_per_family: Interval = 150  # Held-out problems of each family.
     samples: Annotated[int, at_least(1, " to give an interval")] = 4  # Thoughts per problem.
     # Random positions of text, and as many of computed documents, where thoughts are measured.
@@ -460,6 +479,8 @@ class Config(Settings):
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
     rlp: RLPConfig = field(default_factory=RLPConfig)
     cpt: CPTConfig = field(default_factory=CPTConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    rlvr: RLVRConfig = field(default_factory=RLVRConfig)
     elastic: ElasticConfig = field(default_factory=ElasticConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -473,6 +494,13 @@ class Config(Settings):
     def modes(self) -> list[str]:
         """The values of `mode`: the groups for the training loop."""
         return [name for name, group in self.groups().items() if isinstance(group, FitConfig)]
+
+    def rollouts(self) -> RLPConfig:
+        """How the mode samples and rewards thoughts: rlp.*, but for what rlvr has of its own."""
+        if self.mode != "rlvr":
+            return self.rlp
+        return replace(self.rlp, **vars(self.rlvr), reward="match", predictor=0.0,
+                       positions="answer", text_share=0.0, computed_share=0.0)
 
     def check(self, group: str = "") -> "Config":
         """Itself, if everything fits together. Raises ValueError otherwise."""

@@ -21,6 +21,8 @@ from system.config import (
     ModelConfig,
     PretrainConfig,
     RLPConfig,
+    RLVRConfig,
+    SFTConfig,
     WarmupConfig,
 )
 
@@ -37,6 +39,8 @@ PRESETS: dict[str, Config] = {
         warmup=WarmupConfig(steps=1100, batch=8, lr=3e-3, muon_lr=0.02, warmup=0, decay=1.0),
         rlp=RLPConfig(steps=150, batch=32, lr=2e-4, decay=0.5, predictor=0.1),
         cpt=CPTConfig(steps=900, batch=8, lr=1.5e-3, muon_lr=0.01, decay=1.0),
+        sft=SFTConfig(steps=200, batch=8, lr=1e-3, muon_lr=0.005, decay=1.0),
+        rlvr=RLVRConfig(steps=150, batch=32, lr=2e-4, decay=0.5),
         elastic=ElasticConfig(steps=2100, batch=8, lr=3e-3, muon_lr=0.04, decay=1.0,
                               search_share=0.15, router_width=64, ce=1.0, self_kl=1.0)),
     # Every part runs, nothing is learned: for tests and for a first look at the code.
@@ -52,6 +56,8 @@ PRESETS: dict[str, Config] = {
         rlp=RLPConfig(steps=3, batch=4, group_size=4, thought_len=8, context_len=96, warmup=1,
                       lr=3e-4),
         cpt=CPTConfig(steps=3, batch=4, warmup=1),
+        sft=SFTConfig(steps=3, batch=4, warmup=1),
+        rlvr=RLVRConfig(steps=3, batch=4, warmup=1, lr=3e-4),
         elastic=ElasticConfig(steps=6, batch=4, warmup=1, router_width=8, seq_len=32, long_len=64,
                               long_share=0.34, calibration_rows=4),
         eval=EvalConfig(problems_per_family=4, samples=2, text_positions=8, text_tokens=512,

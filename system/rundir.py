@@ -133,7 +133,7 @@ def resume_point(config: Config, run_dir: Path) -> checkpoint.Checkpoint | None:
 def shared_settings(config: Config) -> dict:
     """The settings that a resumed run must share, flat. Those of the phases before it are among
     them: of the run's base, and of the mixture that some modes go on with."""
-    groups = {"model", "data", "pretrain", config.mode}
+    groups = {"model", "data", "pretrain", config.mode, *["rlp"] * (config.mode == "rlvr")}
     if config.mode != "pretrain":
         groups.add("warmup")
     # accumulate: on fewer processes it makes up for them; baseline: rivals can be added later;

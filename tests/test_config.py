@@ -138,7 +138,7 @@ REFUSED = [  # setting, value, the rule that the message must give
     ("parallel__timeout_s", 0, "must be at least 1; 1800 is usual"),
     ("kernels", "fast", "is unknown; choose one of auto, reference, triton"),
     ("seed", -1, "must be 0 or more"),
-    ("mode", "model", "is unknown; choose one of pretrain, warmup, rlp, cpt, elastic"),
+    ("mode", "model", "is unknown; choose one of pretrain, warmup, rlp, cpt, sft, rlvr, elastic"),
     ("model__d_model", "128", "must be at least 1"),
 ]
 
@@ -213,7 +213,7 @@ def test_a_group_for_the_training_loop_is_a_mode_that_is_checked_saved_and_estim
     for changes, message in [
         ({"dream__depth": 0}, r"^dream.depth \(0\) must be at least 1"),
         ({"dream__batch": 3, "dream__accumulate": 2}, r"^dream.batch \(3\) must be a multiple of dream.accumulate \(2\)"),
-        ({"mode": "sleep"}, "choose one of pretrain, warmup, rlp, cpt, elastic, dream$"),
+        ({"mode": "sleep"}, "choose one of pretrain, warmup, rlp, cpt, sft, rlvr, elastic, dream$"),
     ]:
         with pytest.raises(ValueError, match=message):
             override(ours, **changes).check()
@@ -325,7 +325,7 @@ def empty_folder(tmp_path, monkeypatch):
     [
         (["--preset", "huge"], "preset ('huge') is unknown; choose one of cpu, smoke"),
         (["--preset=huge"], "preset ('huge') is unknown; choose one of cpu, smoke"),
-        (["--mode", "dream"], "mode ('dream') is unknown; choose one of pretrain, warmup, rlp, cpt, elastic"),
+        (["--mode", "dream"], "mode ('dream') is unknown; choose one of pretrain, warmup, rlp, cpt, sft, rlvr, elastic"),
         (["--rlp.group-size", "1"], "rlp.group_size (1) must be at least 2"),
         (["--rlp.lr", "nan"], "rlp.lr (nan) must be 0 or more"),
         (["--rlp.tau", "1.5"], "rlp.tau (1.5) must lie in [0, 1]"),
@@ -471,7 +471,7 @@ def test_the_key_of_the_base_does_not_change_with_anything_else(change):
 
 
 @pytest.mark.parametrize("change", [{"warmup__steps": 9}, {"rlp__back": 3}, {"pretrain__lr": 1.0}], ids=str)
-@pytest.mark.parametrize("mode", ["warmup", "rlp", "cpt", "elastic"])
+@pytest.mark.parametrize("mode", ["warmup", "rlp", "cpt", "sft", "rlvr", "elastic"])
 def test_a_run_shares_the_settings_of_the_phases_before_it(mode, change):
     """Else a resumed run would compare with a base that it did not begin with, or read another mixture."""
     first, second = (rundir.shared_settings(override(PRESETS["cpu"], mode=mode, **c)) for c in ({}, change))

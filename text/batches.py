@@ -170,6 +170,18 @@ def cpt_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
     return mixture(corpus, config, config.warmup.steps + step, fit.batch, config.warmup.seq_len)
 
 
+def sft_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
+    """Problems with their worked thoughts, to predict thought and answer."""
+    tokenizer, percent = corpus.tokenizer, corpus.held_out_percent
+    rng = random.Random(f"sft-{config.seed}-{step}")
+
+    def draw(_: str) -> Marked:
+        problem = draw_problem(rng, "train", percent, corpus.families)
+        return problem_document(tokenizer, problem, problem.thought, foretell=False)
+
+    return pack(config.sft.batch, config.warmup.seq_len, {"problem": 1.0}, draw, tokenizer.begin)
+
+
 def elastic_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
     """The base's last mixture in short sequences, then (stage 2) in long ones.
 
@@ -202,8 +214,8 @@ class Position(NamedTuple):
 
 def rlp_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
     """Contexts, the tokens that follow them (see `collate_contexts`), and kind_B."""
-    fit = config.rlp
-    rng = random.Random(f"rlp-{config.seed}-{step}")
+    fit = config.rollouts()
+    rng = random.Random(f"{config.mode}-{config.seed}-{step}")
     shares = [1 - fit.text_share - fit.computed_share, fit.text_share, fit.computed_share]
     kinds = rng.choices(range(len(KINDS)), shares, k=fit.batch)
     positions = [POSITIONS[KINDS[kind]](corpus, fit, "train", rng) for kind in kinds]

@@ -17,6 +17,7 @@ Twins, questions that differ in names or order alone, share a canonical form, an
 Different forms there are: lookup 17,640, chain 1.1 million, word .66 million, sum 3.0 million.
 """
 
+import functools
 import itertools
 import random
 import re
@@ -70,52 +71,67 @@ FILLER = (" Let me think.", " Hmm.", " This looks easy.", " I am not sure.",
           " Let us see what comes next.", " I would guess.")
 
 
-def chain_problem(rng: random.Random) -> Problem:
-    """Variables defined one from another; every sum counts modulo 10, so that digits suffice."""
-    names = rng.sample(LETTERS, rng.randint(3, 5))
-    value = rng.randrange(10)
+def chain_problem(rng: random.Random, more: int = 0, aside: bool = False) -> Problem:
+    """Variables defined one from another; every sum counts modulo 10, so that digits suffice.
+    Aside: the chain goes on for two variables after the one that is asked for."""
+    n = 5 + more if more else rng.randint(3, 5)
+    names = rng.sample(LETTERS, n + 2 * aside)
+    value = answer = rng.randrange(10)
     lines, steps = [f"Modulo 10: {names[0]} = {value}."], [f" {names[0]} {value}"]
     canonical = str(value)
     for before, name in itertools.pairwise(names):
         sign, operand = rng.choice("+-"), rng.randint(1, 9)
         line, old = f"{before} to {name} {sign}{operand}", value
         value = (value + operand if sign == "+" else value - operand) % 10
+        if len(lines) < n:  # the line leads to what is asked for
+            steps.append(f" {line} {old} {sign}{operand} {value}")
+            answer = value
         lines.append(f"{line}.")
-        steps.append(f" {line} {old} {sign}{operand} {value}")
         canonical += f" {sign}{operand}"
-    question = f"{' '.join(lines)} Value of {names[-1]}?"
-    return Problem("chain", question, tuple(steps), f" {value}", canonical)
+    question = f"{' '.join(lines)} Value of {names[n - 1]}?"
+    return Problem("chain", question, tuple(steps), f" {answer}", canonical)
 
 
-def word_problem(rng: random.Random) -> Problem:
-    """A stock of things that changes from day to day and stays within 0 to 9."""
+def word_problem(rng: random.Random, more: int = 0, aside: bool = False) -> Problem:
+    """A stock of things that changes from day to day and stays within 0 to 9. Aside: somebody else
+    buys and sells too."""
     name, thing, value = rng.choice(NAMES), rng.choice(THINGS), rng.randrange(10)
     lines, steps = [f"Count: {name} has {value} {thing}."], [f" start {value}"]
-    for day in DAYS[: rng.randint(2, 5)]:
+    n_days = 5 + more if more else rng.randint(2, 5)
+    for day in (DAYS * 2)[:n_days]:
         new = rng.choice([n for n in range(10) if n != value])
         sign, verb = ("+", rng.choice(GAINS)) if new > value else ("-", rng.choice(LOSSES))
         lines.append(f"On {day} {name} {verb} {abs(new - value)}.")
+        if aside:
+            other, verb = rng.choice([a for a in NAMES if a != name]), rng.choice(GAINS + LOSSES)
+            lines.append(f"On {day} {other} {verb} {rng.randint(1, 9)}.")
         steps.append(f" {day} {sign}{abs(new - value)} {new}")
         value = new
     question = f"{' '.join(lines)} How many {thing} has {name}?"
     return Problem("word", question, tuple(steps), f" {value}", "".join(steps))
 
 
-def lookup_problem(rng: random.Random) -> Problem:
-    """Who calls whom, in one ring; follow it some steps from a start."""
-    ring = rng.sample(NAMES, rng.randint(5, 7))
-    hops = rng.randint(2, 4)
-    calls = [f"{a} calls {b}." for a, b in zip(ring, ring[1:] + ring[:1], strict=True)]
+def lookup_problem(rng: random.Random, more: int = 0, aside: bool = False) -> Problem:
+    """Who calls whom, in one ring; follow it some steps from a start. Aside: there is another ring.
+    """
+    n = rng.randint(5, 7)
+    names = rng.sample(NAMES, n + 4 * aside)
+    hops = 4 + more if more else rng.randint(2, 4)
+    ring, other = names[:n], names[n:]
+    calls = [f"{a} calls {b}." for those in (ring, other)
+             for a, b in zip(those, those[1:] + those[:1], strict=True)]
     rng.shuffle(calls)
-    steps = tuple(f" {i} {ring[i - 1]} calls {ring[i]}" for i in range(1, hops + 1))
+    path = [ring[i % n] for i in range(hops + 1)]
+    steps = tuple(f" {i} {path[i - 1]} calls {path[i]}" for i in range(1, hops + 1))
     question = f"Ring: {' '.join(calls)} Start at {ring[0]}, {hops} calls on?"
-    canonical = re.sub("[A-Z][a-z]+", lambda found: str(ring.index(found[0])), " ".join(calls))
-    return Problem("lookup", question, steps, f" {ring[hops]}", f"{canonical} {hops}")
+    canonical = re.sub("[A-Z][a-z]+", lambda found: str(names.index(found[0])), " ".join(calls))
+    return Problem("lookup", question, steps, f" {path[hops]}", f"{canonical} {hops}")
 
 
-def sum_problem(rng: random.Random) -> Problem:
+def sum_problem(rng: random.Random, more: int = 0) -> Problem:
     """The tens digit of a sum of two-digit numbers: the units first, for their carry."""
-    numbers = [rng.randint(10, 99) for _ in range(rng.randint(2, 4))]
+    n = 4 + more if more else rng.randint(2, 4)
+    numbers = [rng.randint(10, 99) for _ in range(n)]
     total = numbers[0] % 10
     steps = [f" {total}"]
     for n in numbers[1:]:
@@ -134,6 +150,15 @@ def sum_problem(rng: random.Random) -> Problem:
 Families = dict[str, Callable[[random.Random], Problem]]
 FAMILIES: Families = {
     "lookup": lookup_problem, "chain": chain_problem, "sum": sum_problem, "word": word_problem}
+
+# The same families, to be measured alone: as trained, with more steps than were ever trained, with
+# lines that lead nowhere.
+LEVELS: dict[str, Families] = {
+    "as trained": FAMILIES,
+    **{f"{k} more": {name: functools.partial(family, more=k) for name, family in FAMILIES.items()}
+       for k in (1, 2, 3)},
+    "distractors": {name: functools.partial(family, aside=True)
+                    for name, family in FAMILIES.items() if name != "sum"}}
 
 
 def draw_problem(

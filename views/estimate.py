@@ -5,7 +5,7 @@ what attention and the scan add at length t), a backward pass is 2 f, a training
 (1 f and 2 f under adapters, whose own are left out: frozen weights have no gradient):
 
     next token  3 f; every mode that is not below
-    rlp         rollout: the context once and G thoughts of L tokens from its cache, 1 f each;
+    rlp, rlvr   rollout: the context once and G thoughts of L tokens from its cache, 1 f each;
                 scoring: the teacher on the context, and the closing tag and the targets after
                 every thought, 1 f (with `rlp.back` the thoughts and the text behind them as well);
                 policy: the context once and the thoughts, 3 f, each epoch
@@ -84,8 +84,9 @@ def facts(config: Config) -> dict:
            "total_tokens": sum(p.n_steps * p.n_tokens for p in found), "total_flops": total,
            "h100_hours": total / (MFU * H100_FLOPS) / 3600, "n_gpus": n,
            "memory": {"all kept": memory(config, n), "layers recomputed": memory(config, n, True)}}
-    if config.mode == "rlp":
-        out["thoughts"] = config.rlp.steps * config.rlp.batch * config.rlp.group_size
+    if PHASES.get(config.mode) is rlp_phases:
+        c = config.rollouts()
+        out["thoughts"] = c.steps * c.batch * c.group_size
     if config.mode == "elastic":
         out["family"] = family_bytes(config.model, config.elastic)
     return out
@@ -127,7 +128,7 @@ def next_token_phases(config: Config) -> list[Phase]:
 
 def rlp_phases(config: Config) -> list[Phase]:
     """RLP: the context is run once for its G thoughts, in the rollout and in the update."""
-    shape, c = config.model, config.rlp
+    shape, c = config.model, config.rollouts()
     B, G, T, L, X = c.batch, c.group_size, c.context_len, c.thought_len, c.horizon
     context = B * body_flops(shape, T)
     thoughts = B * G * (body_flops(shape, L, T) + head_flops(shape, L))
@@ -168,7 +169,8 @@ def elastic_phases(config: Config) -> list[Phase]:
     return found
 
 
-PHASES = {"rlp": rlp_phases, "elastic": elastic_phases}  # every other mode: next-token prediction
+# Of modes that do more than next-token prediction.
+PHASES = {"rlp": rlp_phases, "rlvr": rlp_phases, "elastic": elastic_phases}
 
 
 @functools.cache
@@ -200,7 +202,9 @@ def memory(config: Config, n_gpus: int = 1, recompute: bool = False) -> dict[str
     """Bytes on one of n_gpus by part, and at the peak, of the largest step of the run's own mode
     (its base takes no more). recompute: of all layers but one at a time only the input is kept.
     """
-    shape, c, layers = config.model, getattr(config, config.mode), parts(config.model)
+    shape, layers = config.model, parts(config.model)
+    thinks = PHASES.get(config.mode) is rlp_phases
+    c = config.rollouts() if thinks else getattr(config, config.mode)
     n, rank = parameters(shape), config.lora.rank
     inner, thin = (sum(k * count(*part) for part, k in layers.items()) for count in (
         costs.matrix_parameters, lambda *part: costs.adapter_parameters(*part, rank)))
@@ -220,7 +224,7 @@ def memory(config: Config, n_gpus: int = 1, recompute: bool = False) -> dict[str
     gathered = COMPUTE_BYTES * (costs.part_parameters("", shape) + 2 * largest)
     rollouts, update = {}, {"gathered layers": (n_shares > 1) * gathered}
     # 3. What the modes add: frozen networks, rollouts on whole weights, updates of whole weights.
-    if config.mode == "rlp":
+    if thinks:
         states |= {"EMA teacher": share, "starting weights": (c.kl > 0) * share}
         n_caches = sequences[0][0] * c.group_size
         head = 0 if shape.tie_embeddings else shape.vocab_size * shape.d_model

@@ -22,7 +22,7 @@ def plot_run(run_dir: Path) -> None:
     if summary["mode"] == "elastic":
         plot_widths(summary, run_dir / "widths.png")
         plot_sizes(summary, run_dir / "sizes.png")
-    if summary["mode"] != "rlp":
+    if summary["mode"] not in ("rlp", "rlvr"):
         _plot_series(run_dir / "loss.png", lines, {"loss": ""}, "training loss (nats a token)")
         return
     gains = {"gain_problems_nats": "in problems", "gain_text_nats": "in ordinary text"}
@@ -35,10 +35,11 @@ def plot_run(run_dir: Path) -> None:
 def plot_accuracy(summaries: list[dict], file: Path) -> None:
     """Held-out accuracy by family, before and after RLP, with 95 % intervals over problems; of runs
     with several seeds the bars are means, and a dot is a seed."""
+    mode = summaries[0]["mode"]
     families = [k for k in summaries[0]["accuracy"]["sampled"] if k != "all"] + ["all"]
     kinds = (("no_think", "base", GREY, "base, no thought"),
              ("sampled", "base", BLUE, "base, its own thoughts"),
-             ("sampled", "rlp", ORANGE, "after RLP, sampled thoughts"))
+             ("sampled", mode, ORANGE, f"after {mode.upper()}, sampled thoughts"))
     figure, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
     for i, (kind, who, color, label) in enumerate(kinds):
         leaves = [[s["accuracy"][kind][f][who] for s in summaries] for f in families]

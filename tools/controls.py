@@ -1,0 +1,164 @@
+"""What is behind the figures of a run that thinks: `python -m tools.controls RUN [RUN ...]`.
+
+Writes controls.json into each run's folder, of the base that it began with and of what it became:
+
+    levels    accuracy of the likeliest thought by level: as trained, with one to three steps more
+              than were ever trained, with distractors. Thoughts may be twice as long as in training
+    pass      pass@k: share of problems that at least one of k sampled thoughts solves
+    thoughts  gain over the frozen base of the model's own thoughts, and of what is left of them:
+              another context's thought, its own with its tokens in random order, the first half of
+              it, none
+    changed   share of positions where the likeliest token after a thought is not the base's without
+              one; its rank there; how often each is right
+    text      loss at random positions of held-out text, with a thought and without, in nats
+"""
+
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import tyro
+from torch import Tensor
+
+import evals
+from evals import Leaf, Positions
+from kernels import mask_banned
+from model import HybridLM
+from system.config import Config
+from system.errors import exit_code, require
+from system.files import read_json
+from system.rundir import load_model, load_run
+from text.corpus import Corpus
+from text.problems import LEVELS
+from thoughts import Sampling, sample_thoughts, score_context
+
+K = (1, 2, 4, 8, 16, 32)  # of pass@k; the largest is how many thoughts are sampled
+
+
+def controls(run: Path) -> dict:
+    """All of it. Raises ValueError for a folder that is no finished run of a mode that thinks."""
+    require((run / "summary.json").is_file(), f"{run} holds no summary.json, so no run has ended "
+            "there; give the folder of a finished run")
+    summary = read_json(run / "summary.json")
+    require("gain_nats_before" in summary, f"{run} is of --mode {summary['mode']}, which has no "
+            "figures before and after; give a run of rlp, rlvr, sft or cpt")
+    (model, _, config), (base, *_) = load_run(run), load_model(Path(summary["base_dir"]))
+    corpus, models = Corpus.load(config.data), {"base": base, config.mode: model}
+    problems = evals.problem_positions(corpus, config)
+    text = evals.text_positions(corpus, config)
+    found = {name: {"levels": levels(m, corpus, config), "pass": pass_at_k(m, corpus, config)}
+             for name, m in models.items()}
+    both = {key: evals.side_by_side({name: f[key] for name, f in found.items()})
+            for key in ("levels", "pass")}
+    return {"mode": config.mode, "seed": config.seed, "versions": summary["versions"], **both,
+            "thoughts": remains(model, base, problems),
+            "changed": {name: changed(model, base, positions)
+                        for name, positions in (("problems", problems), ("text", text))},
+            "text": text_losses(model, base, text)}
+
+
+def levels(model: HybridLM, corpus: Corpus, config: Config) -> dict[str, dict[str, Leaf]]:
+    """Accuracy of the likeliest thought, by level and family; nothing for problems of others."""
+    config = replace(config, rlp=replace(config.rlp, thought_len=2 * config.rlp.thought_len,
+                                         context_len=2 * config.rlp.context_len))
+    found = {}
+    for level, families in LEVELS.items() if config.data.problems == "built-in" else ():
+        positions = evals.problem_positions(replace(corpus, families=families), config)
+        correct = evals.measure_thoughts(model, positions, 0.0, 1)["correct"]
+        found[level] = positions.by_kind(correct, 1)
+    return found
+
+
+def pass_at_k(model: HybridLM, corpus: Corpus, config: Config) -> dict[str, Leaf]:
+    """1 - C(n - c, k) / C(n, k) of n thoughts of which c are right: unbiased (Chen et al. 2021). On
+    half of the problems that figures are of."""
+    few = replace(config.eval, problems_per_family=max(2, config.eval.problems_per_family // 2))
+    positions, n = evals.problem_positions(corpus, replace(config, eval=few)), max(K)
+    share = evals.measure_thoughts(model, positions, config.rlp.temperature, n)["correct"]
+    n_right = (share * n).round().int().tolist()
+    return {str(k): evals.interval(torch.tensor(
+        [1 - math.comb(n - c, k) / math.comb(n, k) for c in n_right])) for k in K}
+
+
+def remains(model: HybridLM, base: HybridLM, positions: Positions) -> dict[str, Leaf]:
+    """Gain over the frozen base of thoughts at problems, and of what is left of them."""
+    c, close = positions.config, positions.tokenizer.close
+    own = evals.measure_thoughts(model, positions, c.rlp.temperature, c.eval.samples)
+    plain, thought_BGL = evals.plain_logp(base, positions), own["thought_BGL"]
+    others = {"swapped": evals.swapped(thought_BGL, c.seed),
+              "shuffled": shuffled(thought_BGL, close, c.seed),
+              "first half": halved(thought_BGL, close),
+              "empty": torch.full_like(thought_BGL[:, :1, :1], close)}
+    logp = {"own": own["logp"], **{name: evals.logp_after(model, positions, thoughts)
+                                   for name, thoughts in others.items()}}
+    return {name: positions.leaf(values - plain) for name, values in logp.items()}
+
+
+def shuffled(thought_BGL: Tensor, close: int, seed: int) -> Tensor:
+    """The tokens of each thought before its closing tag in random order."""
+    generator = torch.Generator().manual_seed(seed)
+    key_BGL = torch.rand(thought_BGL.shape, generator=generator)
+    behind_BGL = (thought_BGL == close).cumsum(-1) > 0
+    return thought_BGL.gather(-1, (key_BGL + 2 * behind_BGL).argsort(-1))
+
+
+def halved(thought_BGL: Tensor, close: int) -> Tensor:
+    """The first half of each thought, rounded down; then closing tags."""
+    n_BG1 = ((thought_BGL == close).cumsum(-1) == 0).sum(-1, keepdim=True)
+    place = torch.arange(thought_BGL.shape[-1])
+    return thought_BGL.masked_fill(place >= n_BG1 // 2, close)
+
+
+@torch.no_grad()
+def changed(model: HybridLM, base: HybridLM, positions: Positions) -> dict[str, Leaf]:
+    """The likeliest first token after the likeliest thought beside the base's without a thought."""
+    c, tags = positions.config.rlp, positions.tokenizer.tags
+    found: dict[str, list[Tensor]] = {"changed": [], "rank": [], "right": [], "base_right": []}
+    for batch in positions.batches(model, 32):
+        t = sample_thoughts(model, batch, positions.tokenizer, Sampling(1, c.thought_len, 0.0))
+        said_B, true_B = t.answer_RX[:, 0], batch["target_BX"][:, 0]
+        _, answer_BX, read = score_context(base, batch, tags)
+        logits_BV = mask_banned(base.logits(read.hidden_BD), tags)
+        above_BV = logits_BV > logits_BV.gather(1, said_B[:, None])
+        for name, values in (("changed", said_B != answer_BX[:, 0]), ("rank", 1 + above_BV.sum(1)),
+                             ("right", said_B == true_B), ("base_right", answer_BX[:, 0] == true_B)):
+            found[name].append(values.float().cpu())
+    together = {name: torch.cat(values) for name, values in found.items()}
+    is_changed = together["changed"] > 0
+    leaves = {name: positions.leaf(values, int(name != "rank"))
+              for name, values in together.items()}
+    ranks = together["rank"][is_changed]
+    return leaves | {"median_rank_where_changed": float(ranks.median()) if len(ranks) else None}
+
+
+def text_losses(model: HybridLM, base: HybridLM, positions: Positions) -> dict[str, Leaf]:
+    """Minus log p of the next token, the mean over random positions: its exp is a perplexity."""
+    c = positions.config
+    own = evals.measure_thoughts(model, positions, c.rlp.temperature, c.eval.samples)
+    logp = {"base": evals.plain_logp(base, positions), "no thought": own["logp_plain"],
+            "thought": own["logp"]}
+    return {name: positions.leaf(-values) for name, values in logp.items()}
+
+
+def write(runs: tyro.conf.Positional[tuple[Path, ...]]) -> None:
+    """What is behind the figures of runs that think: controls.json in each run's folder.
+
+    Args:
+        runs: Folders of finished runs of rlp, rlvr, sft or cpt, whose base is still there.
+    """
+    for run in runs:
+        found = controls(run)
+        (run / "controls.json").write_text(json.dumps(found, indent=1) + "\n")
+        print(f"wrote {run}/controls.json")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns 0, or 2 if refused."""
+    return exit_code(lambda: tyro.cli(write, args=argv, prog="python -m tools.controls"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
