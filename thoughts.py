@@ -192,8 +192,8 @@ def score_thoughts(model: HybridLM, batch: dict[str, Tensor], tokenizer: Tokeniz
         # 1. <think>, the thought, </think>, the text from where it stands to the target's last
         #    token but one. What is behind is not read.
         target_rX = batch["target_BX"][of_r]
-        fed_rX = target_rX[:, :-1].clamp(min=0)
-        after_rY = torch.cat([batch["context_BT"][of_r, T - back :], fed_rX], dim=1)
+        text = batch["context_BT"][of_r, T - back :], target_rX[:, :-1].clamp(min=0)
+        after_rY = torch.cat(text, dim=1)
         fed_rT = F.pad(tokens_RL[rows], (1, 1 + after_rY.shape[1]), value=close)
         fed_rT[:, 0] = tokenizer.think
         closed_r1 = (fed_rT == close).int().argmax(1, keepdim=True)

@@ -102,12 +102,11 @@ def run(config: Config) -> dict:
     console.quiet = not parallel.is_first()
     check_rows(getattr(config, config.mode), config.mode)
     # 2. The parts. Whatever does not fit together is refused before anything is written.
+    start = rundir.resume_point(config, run_dir)
     corpus = parallel.in_turn(lambda: Corpus.load(config.data))
     config, said = with_horizon(config, corpus)
-    start = rundir.resume_point(config, run_dir)
-    require(start is None or start.meta["corpus"] == corpus.key,
-            "resume: the text or the problems are not what the run was started with (data.path, or "
-            "what ships with this Python; data.problems); restore them, or choose another --out")
+    if start:
+        rundir.require_same(start, config, corpus.key)
     model = rundir.build_model(config, corpus.tokenizer.n_vocab, device, config.seed)
     n_parameters = count_parameters(model)
     require(config.lora.rank == 0 or not parallel.shards(n_parameters), f"lora.rank "

@@ -113,8 +113,8 @@ def newest(folder: Path) -> checkpoint.Checkpoint | None:
 
 def resume_point(config: Config, run_dir: Path) -> checkpoint.Checkpoint | None:
     """The checkpoint to go on from, None to start anew. Raises ValueError if the folder holds a run
-    and resume was not asked for (nothing saved is overwritten), if there is nothing to resume, or
-    if it was made with other settings."""
+    and resume was not asked for (nothing saved is overwritten), or if there is nothing to resume.
+    """
     found = newest(run_dir)
     if not config.resume:
         require(not found, f"out ({run_dir}) already holds a run; add --resume to go on with it, "
@@ -122,12 +122,19 @@ def resume_point(config: Config, run_dir: Path) -> checkpoint.Checkpoint | None:
         return None
     require(found, f"resume: {run_dir} holds no checkpoint; leave --resume out to start")
     warn(found.warning)
-    theirs, ours = found.meta["config"], shared_settings(config)
+    return found
+
+
+def require_same(start: checkpoint.Checkpoint, config: Config, corpus_key: str) -> None:
+    """Raises ValueError if a run to be resumed was made with other settings, or from other data."""
+    theirs, ours = start.meta["config"], shared_settings(config)
     different = [name for name in sorted(ours) if theirs.get(name) != ours[name]]
     changes = [f"{name} was {theirs.get(name)}, now {ours[name]}" for name in different[:5]]
-    require(not different, f"resume: {found.path} was made with other settings: "
+    require(not different, f"resume: {start.path} was made with other settings: "
             f"{'; '.join(changes)}; use its settings, or choose another --out")
-    return found
+    require(start.meta["corpus"] == corpus_key,
+            "resume: the text or the problems are not what the run was started with (data.path, or "
+            "what ships with this Python; data.problems); restore them, or choose another --out")
 
 
 def shared_settings(config: Config) -> dict:

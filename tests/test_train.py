@@ -684,7 +684,7 @@ def test_a_run_folder_in_use_is_refused_and_left_as_it_is(program, finished, cap
         ("--rlp.group-size", 2, "rlp.group_size was 4, now 2"),
         ("--rlp.steps", 9, "rlp.steps was 3, now 9"),
         ("--model.d-ff", 32, "model.d_ff was 64, now 32"),
-        ("--data.text-share", 0.5, "data.text_share was 0.3, now 0.5"),
+        ("--data.text-share", 0.5, "data.text_share was 0.25, now 0.5"),
         ("--init", "elsewhere", "now elsewhere"),
         ("--pretrain.lr", 1.0, "pretrain.lr was 0.003, now 1.0"),
         ("--warmup.lr", 1.0, "warmup.lr was 0.003, now 1.0"),
