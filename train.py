@@ -138,8 +138,11 @@ def run(config: Config) -> dict:
         return {}
     summary = {
         "mode": config.mode, "preset": config.preset, "seed": config.seed,
+        "split": config.eval.split,
         "parameters": n_parameters, **base_facts, **found,
         "seconds_to_90": rundir.seconds_to(run_dir, "correct", 0.9),
+        "steps_s": rundir.logged_seconds(run_dir), "steps_flops": estimate.steps_flops(
+            replace(config, model=model.config), rundir.logged_mean(run_dir, "thought_tokens")),
         "wall_s": time.perf_counter() - began, "peak_memory_gib": peak_memory_gib(device),
         **hardware(device), "versions": versions()}
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")

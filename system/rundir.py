@@ -97,6 +97,12 @@ def logged_seconds(run_dir: Path) -> float:
     return sum(line.get("seconds", 0) for log in logs for line in read_log(log)[0])
 
 
+def logged_mean(run_dir: Path, name: str) -> float | None:
+    """Mean of a metric over the log of a run, None if it has none."""
+    values = [line[name] for line in read_log(run_dir / "metrics.jsonl")[0] if name in line]
+    return sum(values) / len(values) if values else None
+
+
 def seconds_to(run_dir: Path, name: str, enough: float, n: int = 10) -> float | None:
     """Seconds of training until the mean of a metric over n steps reached a value, or None."""
     lines, _ = read_log(run_dir / "metrics.jsonl")

@@ -38,6 +38,7 @@ from text.batches import (
     problem_position,
     random_position,
     rlp_batch,
+    sft_batch,
     text_position,
     warmup_batch,
 )
@@ -45,10 +46,10 @@ from text.computed import Computed, draw_computed
 from text.corpus import Corpus
 from text.documents import Documents, join
 from text.held_out import N_BUCKETS, SPLITS, bucket_of, buckets_of, clusters_of
-from text.problems import FAMILIES, FILLER, draw_problem, held_out_problems, thought_for
+from text.problems import FAMILIES, FILLER, LEVELS, draw_problem, held_out_problems, thought_for
 from text.tokenizer import CLOSE, END, THINK
 
-BATCHES = {"pretrain": pretrain_batch, "warmup": warmup_batch, "rlp": rlp_batch, "cpt": cpt_batch}
+BATCHES = {"pretrain": pretrain_batch, "warmup": warmup_batch, "rlp": rlp_batch, "cpt": cpt_batch, "sft": sft_batch}
 PROBLEMS = {"text_share": 0.0, "computed_share": 0.0}  # nothing else
 
 
@@ -114,6 +115,47 @@ def test_tens_digit_of_a_sum_is_the_sums_tens_digit():
     rng = random.Random(0)
     for problem in (FAMILIES["sum"](rng) for _ in range(300)):
         assert int(problem.answer) == sum(int(n) for n in re.findall(r"\d+", problem.question)) // 10 % 10, problem
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("family", SOLVE)
+def test_levels_have_more_steps_than_were_ever_trained(family, k):
+    """Trained are at most 5 for a chain, 6 for words, 4 for a look-up, 9 for a sum, each number in two of them."""
+    most, each = {"chain": (5, 1), "word": (6, 1), "lookup": (4, 1), "sum": (9, 2)}[family]
+    rng = random.Random(0)
+    assert max(len(FAMILIES[family](rng).steps) for _ in range(300)) == most
+    for _ in range(100):
+        problem = LEVELS[f"{k} more"][family](rng)
+        assert len(problem.steps) == most + k * each
+        values = [str(v) for v in SOLVE[family](problem.question)]
+        assert [step.split()[-1] for step in problem.steps] == values, problem
+        assert problem.answer == " " + (values[-1][-1] if family == "sum" else values[-1]), problem
+
+
+@pytest.mark.parametrize("family", LEVELS["distractors"])
+def test_distractors_lead_nowhere(family):
+    """What is asked for comes from the question's other lines alone; the steps are those of the problem without them."""
+    rng = random.Random(0)
+    for _ in range(100):
+        problem = LEVELS["distractors"][family](rng)
+        lines = re.findall(r"[^.?]+[.?]", problem.question)
+        if family == "chain":
+            asked = re.search(r"Value of (\w)", problem.question)[1]
+            (last,) = (i for i, line in enumerate(lines) if f"to {asked} " in line)
+            own, n_other = lines[: last + 1], len(lines) - last - 2
+        elif family == "word":
+            name = re.search(r"Count: (\w+)", problem.question)[1]
+            own = [line for line in lines if f" {name} " in line]
+            n_other = len(lines) - len(own) - 1
+            assert 2 <= n_other == len(own) - 1
+            own.append(lines[-1])
+        else:
+            own, n_other = lines, 4
+            assert 9 <= len(lines) - 1 <= 11
+        values = [str(v) for v in SOLVE[family]("".join(own))]
+        assert n_other >= 2
+        assert [step.split()[-1] for step in problem.steps] == values, problem
+        assert problem.answer == f" {values[-1]}"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -776,6 +818,31 @@ def test_questions_are_targets_in_the_warm_up_alone(corpus, make, foretells):
             assert [t != -100 for t in wanted[:-1]] == expected
             n_seen += 1
     assert n_seen > 100
+
+
+def test_fine_tuning_is_on_worked_thoughts_and_answers_alone(corpus):
+    """Every document is a problem with its worked thought; nothing of the question is to be predicted."""
+    tk = corpus.tokenizer
+    batch, n_seen = sft_batch(corpus, config_of(sft={"batch": 40}), 3), 0
+    for tokens, targets, ids in zip(*(batch[k].tolist() for k in ("tokens_BT", "targets_BT", "ids_BT")), strict=True):
+        for d in range(ids[-1]):
+            own = [i for i, of in enumerate(ids) if of == d]
+            read = [tokens[i] for i in own]
+            assert read.count(tk.think) == 1
+            at = read.index(tk.think)
+            assert [targets[i] != -100 for i in own[:-1]] == [i >= at for i in range(len(own) - 1)]
+            question, thought = tk.decode(read[:at]), tk.decode(read[at + 1 : read.index(tk.close)])
+            family = {"Modulo": "chain", "Count:": "word", "Ring:": "lookup", "Tens": "sum"}[question.split()[0]]
+            assert thought.split()[-1] == str(SOLVE[family](question)[-1])
+            n_seen += 1
+    assert n_seen > 100
+
+
+def test_reinforcement_by_right_answers_is_at_answers_alone(corpus):
+    config = config_of(mode="rlvr", rlp={"text_share": 0.5, "positions": "random"}, rlvr={"batch": 50})
+    batch = rlp_batch(corpus, config, 0)
+    assert batch["kind_B"].tolist() == [0] * 50
+    assert all(corpus.tokenizer.decode(c.tolist()).endswith("\nAnswer:") for c in batch["context_BT"])
 
 
 RESULT = Computed("x", (("a b c d e f g h i j k l m", ""), (" 7", " 3 +4 7"), (" n o p q", "")))

@@ -4,6 +4,7 @@ The first half needs no model: the four pure functions take log-probabilities. T
 tiny fp64 model that knows six tokens, three of them special, so that every thought of two tokens can be enumerated.
 """
 
+import dataclasses
 import functools
 import itertools
 from types import SimpleNamespace
@@ -18,7 +19,8 @@ from torch.testing import assert_close
 import rlp
 from rlp import RLP, clipped_surrogate, ema_update, group_advantages, information_gain, kl_estimate, thought_logp
 from system import loop
-from system.config import RLPConfig
+from system.config import RLPConfig, RLVRConfig
+from system.presets import PRESETS
 from text.batches import Position, collate_contexts
 from thoughts import Sampling, prefill, sample_thoughts
 
@@ -652,6 +654,54 @@ def test_rewards_below_the_floor_are_raised_to_it_and_gains_are_reported_as_they
     prepared = objective.prepare(model, batch_of([CONTEXTS[0]], [TARGETS[0]]), 0, generator())
     assert prepared["gain_R"].tolist() == [-10.0, 0.0]
     assert prepared["advantage_R"].tolist() == advantages
+
+
+def test_matches_by_hand():
+    """Two contexts with two targets each and three thoughts; filled-up places count for nothing: they are right."""
+    answer_RX = torch.tensor([[1, 2], [1, 3], [0, 2], [4, -100], [4, -100], [5, -100]])
+    found = rlp.match(answer_RX, torch.tensor([[1, 2], [4, -100]]))
+    assert found.tolist() == [[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]]
+
+
+@pytest.mark.parametrize("min_entropy", [0.0, 1.0, 1.5])
+def test_the_rivals_reward_is_whether_the_answer_is_right_where_the_teacher_is_unsure(model, monkeypatch, min_entropy):
+    """Of two groups of two, one thought each is right: A = (1, -1). The teacher's prediction without a thought has the
+    entropies log 2 = .69 and log 4 = 1.39: a least one of 1 leaves the second group, 1.5 none."""
+
+    def sampled(model, batch, *rest, **shared):
+        found = sample_thoughts(model, batch, *rest, **shared)
+        found.answer_RX = batch["target_BX"].repeat_interleave(2, dim=0) + torch.tensor([[0], [1], [0], [1]])
+        return found
+
+    class Unsure:
+        def logits(self, hidden_BD):
+            p_BV = f64(*[[0.5, 0.5, 0, 0, 0, 0.0]], *[[0.25, 0.25, 0.25, 0, 0, 0.25]])
+            return p_BV.log() + 3.0 * torch.eye(6, dtype=p_BV.dtype)[[THINK, CLOSE]].sum(0).masked_fill(p_BV > 0, 0)
+
+    monkeypatch.setattr(rlp, "sample_thoughts", sampled)
+    objective = objective_of(group_size=2, reward="match", min_entropy=min_entropy)
+    objective.start(model)
+    read = SimpleNamespace(hidden_BD=None)
+    monkeypatch.setattr(rlp, "score_context", lambda *_: (f64(-1.0, -2.0), None, read))
+    monkeypatch.setitem(objective.networks, "teacher", Unsure())
+    monkeypatch.setattr(rlp.parallel, "whole", lambda network, **_: network)
+    prepared = objective.prepare(model, batch_of(), 0, generator())
+    expected = [[1.0, -1.0] if entropy >= min_entropy else [0.0, 0.0] for entropy in (0.69, 1.39)]
+    assert prepared["advantage_R"].view(2, 2).tolist() == expected
+    assert prepared["signal_B"].tolist() == [row != [0.0, 0.0] for row in expected]
+    gain_BG = prepared["thoughts"].logp_target_R.view(2, 2) - f64([-1.0], [-2.0])
+    assert_close(prepared["gain_R"].view(2, 2), gain_BG)  # is still what is reported
+
+
+def test_reinforcement_by_right_answers_is_rlp_with_that_reward_at_answers():
+    config = dataclasses.replace(PRESETS["cpu"], mode="rlvr", rlvr=RLVRConfig(steps=7, lr=0.5, batch=3))
+    c = config.rollouts()
+    assert (c.steps, c.lr, c.batch, c.reward, c.positions, c.predictor) == (7, 0.5, 3, "match", "answer", 0.0)
+    assert c.text_share == c.computed_share == 0
+    assert (c.group_size, c.thought_len, c.temperature) == tuple(
+        getattr(config.rlp, name) for name in ("group_size", "thought_len", "temperature")
+    )
+    assert PRESETS["cpu"].rollouts() is PRESETS["cpu"].rlp
 
 
 def test_a_reward_from_outside_is_what_is_optimised_and_the_gain_is_still_what_is_reported(model, monkeypatch):

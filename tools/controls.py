@@ -123,8 +123,9 @@ def changed(model: HybridLM, base: HybridLM, positions: Positions) -> dict[str, 
         _, answer_BX, read = score_context(base, batch, tags)
         logits_BV = mask_banned(base.logits(read.hidden_BD), tags)
         above_BV = logits_BV > logits_BV.gather(1, said_B[:, None])
-        for name, values in (("changed", said_B != answer_BX[:, 0]), ("rank", 1 + above_BV.sum(1)),
-                             ("right", said_B == true_B), ("base_right", answer_BX[:, 0] == true_B)):
+        base_B = answer_BX[:, 0]
+        for name, values in (("changed", said_B != base_B), ("rank", 1 + above_BV.sum(1)),
+                             ("right", said_B == true_B), ("base_right", base_B == true_B)):
             found[name].append(values.float().cpu())
     together = {name: torch.cat(values) for name, values in found.items()}
     is_changed = together["changed"] > 0

@@ -74,6 +74,14 @@ def phases(config: Config) -> list[Phase]:
     return [p for p in found if p.n_steps] + PHASES.get(config.mode, next_token_phases)(config)
 
 
+def steps_flops(config: Config, thought_tokens: float | None) -> float:
+    """FLOPs of a run's own steps, its base left out, with thoughts as long as they were."""
+    if PHASES.get(config.mode) is rlp_phases and thought_tokens:
+        config = replace(config, rlp=replace(config.rlp, thought_len=round(thought_tokens)))
+    own = PHASES.get(config.mode, next_token_phases)(config)
+    return sum(p.n_steps * sum(p.flops.values()) for p in own)
+
+
 def facts(config: Config) -> dict:
     """All of it, for `train.py --dry-run`: of the run, of its phases, of a GPU."""
     found, n = phases(config), config.dry_run_gpus

@@ -1,0 +1,111 @@
+"""RLP beside what a reader would try instead: from one base a seed, with each its own tuned rate.
+
+    python -m tools.rivals --seeds 0 1 2 3 4      every arm below; what has ended is kept
+    python -m tools.rivals --preset smoke         the same in minutes, nothing is learned
+    python -m tools.rivals --rates --seeds 0      choose rates, on validation documents
+
+Each run is `python train.py` with the words of its arm, in OUT/ARM-PRESET-seedN; of those in
+CONTROLS `tools.controls` shows what is behind the figures. `python -m tools.report OUT/*` takes all
+into results/. One seed takes about an hour on a core; two commands may share out the seeds.
+"""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import tyro
+
+import train
+from system.errors import exit_code, require
+from system.files import read_json
+from system.presets import PRESETS
+from system.rundir import newest
+from tools import controls
+
+# `--init ARM` begins with what that arm became. cpt takes as many FLOPs as rlp, and about its time.
+ARMS = {
+    "rlp": "--mode rlp",
+    "rlp-paper": "--mode rlp --rlp.predictor 0",
+    "match": "--mode rlp --rlp.predictor 0 --rlp.reward match --rlp.min-entropy 1",
+    "cpt": "--mode cpt",
+    "cpt-tokens": "--mode cpt --cpt.steps 300",  # as many as rlp reads in contexts
+    "sft": "--mode sft",
+    "rlvr": "--mode rlvr --init sft",
+    "rlp-sft": "--mode sft --init rlp",
+    "rlp-rlvr": "--mode rlvr --init rlp-sft",
+    "cpt-sft": "--mode sft --init cpt",
+    "cpt-rlvr": "--mode rlvr --init cpt-sft",
+}
+CONTROLS = ("rlp", "match", "cpt")
+# As many tries for each: its arm with every rate, and half of the problems.
+RATES = {"rlp-paper": ("--rlp.lr", (1e-4, 2e-4, 4e-4)), "match": ("--rlp.lr", (1e-4, 2e-4, 4e-4)),
+         "cpt": ("--cpt.lr", (7.5e-4, 1.5e-3, 3e-3)), "sft": ("--sft.lr", (5e-4, 1e-3, 2e-3))}
+
+
+def once(folder: Path, words: list[str]) -> None:
+    """A run, unless it has ended; one that was stopped goes on. Raises ValueError if it fails."""
+    if (folder / "summary.json").exists():
+        return
+    found = newest(folder)
+    code = train.main([*words, "--out", str(folder), *["--resume"] * (found is not None)])
+    require(code == 0, f"{folder}: train.py ended with {code}; mend what it says, and give the "
+            "command again")
+
+
+def rivals(seeds: tuple[int, ...] = (0, 1, 2, 3, 4), preset: str = "cpu", out: Path = Path(
+        "runs/rivals"), arms: tuple[str, ...] = tuple(ARMS), rates: bool = False,
+           words: str = "") -> None:
+    """Run every arm from the base of each seed.
+
+    Args:
+        seeds: Seeds of bases and runs.
+        preset: Settings that arms change.
+        out: Folder for the runs.
+        arms: Which arms, in an order in which each finds what it begins with.
+        rates: Try the rates of RATES instead, on validation documents; OUT/rates-PRESET.json.
+        words: More words for every run, such as --words="--threads 1".
+    """
+    for name in arms:
+        require(name in ARMS, f"arms ({name}) is unknown; choose from {', '.join(ARMS)}")
+    common = ["--preset", preset, *shlex.split(words)]
+    if rates:
+        few = max(2, PRESETS[preset].eval.problems_per_family // 2)
+        try_rates([*common, "--eval.split", "val", "--eval.problems-per-family", str(few)],
+                  seeds, out, preset)
+        return
+    for seed in seeds:
+        for name in arms:
+            own = ARMS[name].split()
+            if "--init" in own:
+                at = own.index("--init") + 1
+                own[at:] = [str(out / f"{own[at]}-{preset}-seed{seed}"), "--warmup.steps", "0"]
+            folder = out / f"{name}-{preset}-seed{seed}"
+            once(folder, [*common, "--seed", str(seed), *own])
+            if name in CONTROLS and not (folder / "controls.json").exists():
+                controls.write((folder,))
+
+
+def try_rates(common: list[str], seeds: tuple[int, ...], out: Path, preset: str) -> None:
+    """Every rate of every arm, and what it gave on validation problems: OUT/rates-PRESET.json."""
+    found = []
+    for name, (setting, values) in RATES.items():
+        for rate in values:
+            for seed in seeds:
+                folder = out / "rates" / f"{name}-{rate:g}-{preset}-seed{seed}"
+                own = [*ARMS[name].split(), setting, str(rate)]
+                once(folder, [*common, "--seed", str(seed), *own])
+                summary = read_json(folder / "summary.json")
+                found.append({"arm": name, "setting": setting, "rate": rate, "seed": seed, **{
+                    how: summary["accuracy"][how]["all"][summary["mode"]]["mean"]
+                    for how in ("sampled", "greedy")}})
+                (out / f"rates-{preset}.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns 0, or 2 if refused."""
+    return exit_code(lambda: tyro.cli(rivals, args=argv, prog="python -m tools.rivals"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
