@@ -132,7 +132,11 @@ REFUSED = [  # setting, value, the rule that the message must give
         for name in ("search_share", "long_share")
         for value in (-0.1, 1.5)
     ),
-    *((f"eval__{f.name}", 1 - (f.name == "samples"), "to give an interval") for f in dataclasses.fields(config.EvalConfig)),
+    *(
+        (f"eval__{f.name}", 1 - (f.name == "samples"), "to give an interval")
+        for f in dataclasses.fields(config.EvalConfig)
+        if f.name != "split"
+    ),
     ("rlp__reward_floor", 0.5, "must be 0 or less"),
     ("elastic__baseline", ("separate", "alone"), r"\('alone'\) is unknown; choose one of scratch, separate, minitron"),
     ("parallel__timeout_s", 0, "must be at least 1; 1800 is usual"),

@@ -26,6 +26,7 @@ from system.config import (
     ParallelConfig,
     PretrainConfig,
     RLPConfig,
+    RLVRConfig,
     WarmupConfig,
     from_dict,
 )
@@ -164,7 +165,7 @@ def test_flops_of_elastic_are_those_of_the_teacher_and_of_the_budgets_as_they_ar
 
 
 ALONE = {"pretrain": ["pretrain"], "warmup": ["warmup"], "cpt": ["cpt"], "rlp": ["rlp"],
-         "elastic": ["stage 1, search", "stage 1", "stage 2"]}  # fmt: skip
+         "sft": ["sft"], "rlvr": ["rlvr"], "elastic": ["stage 1, search", "stage 1", "stage 2"]}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -173,10 +174,16 @@ ALONE = {"pretrain": ["pretrain"], "warmup": ["warmup"], "cpt": ["cpt"], "rlp": 
         (
             "",
             3,
-            {"pretrain": [], "warmup": ["pretrain"]} | {key: ["pretrain", "warmup"] for key in ("cpt", "rlp", "elastic")},
+            {"pretrain": [], "warmup": ["pretrain"]}
+            | {key: ["pretrain", "warmup"] for key in ("cpt", "rlp", "sft", "rlvr", "elastic")},
         ),
-        ("", 0, {"pretrain": [], "warmup": ["pretrain"]} | {key: ["pretrain"] for key in ("cpt", "rlp", "elastic")}),
-        ("x", 3, {"pretrain": [], "warmup": []} | {key: ["warmup"] for key in ("cpt", "rlp", "elastic")}),
+        (
+            "",
+            0,
+            {"pretrain": [], "warmup": ["pretrain"]}
+            | {key: ["pretrain"] for key in ("cpt", "rlp", "sft", "rlvr", "elastic")},
+        ),
+        ("x", 3, {"pretrain": [], "warmup": []} | {key: ["warmup"] for key in ("cpt", "rlp", "sft", "rlvr", "elastic")}),
         ("x", 0, {key: [] for key in ALONE}),
     ],
 )
@@ -430,3 +437,16 @@ def test_costs_of_presets_are_what_their_comments_say():
         assert PAPERS[name].model is shape
         assert found["total_flops"] / 1e18 == pytest.approx(eflop, rel=0.02)
         assert found["h100_hours"] == pytest.approx(hours, rel=0.02)
+
+
+def test_flops_of_a_runs_own_steps_count_thoughts_as_long_as_they_were():
+    """For three steps of RLP with thoughts of 2 tokens instead of 9 at most; RLVR's are those of RLP at answers alone."""
+    c = RLPConfig(steps=3, batch=2, group_size=2, thought_len=9, context_len=8, text_share=0.0)
+    short = dataclasses.replace(c, thought_len=2)
+    expected = 3 * sum(estimate.phases(run_of("rlp", rlp=short))[-1].flops.values())
+    assert estimate.steps_flops(run_of("rlp", rlp=c), 2.1) == pytest.approx(expected)
+    assert estimate.steps_flops(run_of("rlp", rlp=c), 2.1) < estimate.steps_flops(run_of("rlp", rlp=c), None)
+    same = run_of("rlvr", rlp=dataclasses.replace(c, steps=9, text_share=0.5), rlvr=RLVRConfig(steps=3, batch=2))
+    assert estimate.steps_flops(same, 2.1) == pytest.approx(expected)
+    cpt = run_of("cpt")
+    assert estimate.steps_flops(cpt, None) == sum(p.n_steps * sum(p.flops.values()) for p in estimate.phases(cpt)[-1:])

@@ -590,7 +590,7 @@ def test_a_base_is_not_reused_after_its_text_has_changed(program, text_file, tmp
     assert summary_of(tmp_path / "first")["base_dir"] != summary_of(tmp_path / "second")["base_dir"]
 
 
-@pytest.mark.parametrize("mode", ["pretrain", "rlp", "cpt"])
+@pytest.mark.parametrize("mode", ["pretrain", "rlp", "cpt", "sft", "rlvr"])
 def test_init_starts_from_another_runs_weights_and_zero_steps_keep_them(program, finished, tmp_path, mode):
     words = ("--mode", mode, "--init", finished, "--warmup.steps", 0)
     assert program(tmp_path / "run", *words, f"--{mode}.steps", 0) == 0

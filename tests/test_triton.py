@@ -464,7 +464,7 @@ def test_values_and_gradients_on_a_gpu_equal_the_reference(name, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("mode", ["pretrain", "rlp", "cpt", "elastic"])
+@pytest.mark.parametrize("mode", ["pretrain", "rlp", "cpt", "rlvr", "elastic"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_whole_runs_on_a_gpu_end_resume_and_can_be_used(mode, dtype, tmp_path):
     run_dir = str(tmp_path / "run")

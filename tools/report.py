@@ -1,7 +1,8 @@
 """Figures of README.md and RESULTS.md, made from results/ and never by hand.
 
     python -m tools.report                          write them anew
-    python -m tools.report runs/rlp-cpu-seed0       take a run into results/ first
+    python -m tools.report runs/rlp-cpu-seed0       take a run into results/ first (its controls
+                                                    too), or a rates-*.json of tools.rivals
 
 RESULTS.md is written as a whole, README.md's tables between the lines `<!-- table NAME -->` and
 `<!-- end -->`. A test compares both with what this file would write.
@@ -17,10 +18,8 @@ from pathlib import Path
 
 from system.errors import exit_code, require
 from system.files import read_json
-from views import plots
+from views import plots, rivals
 from views import tables as view
-
-T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # of a 95 % interval from so many seeds, Student's t
 
 
 def load(folder: Path) -> dict[str, list[dict]]:
@@ -43,6 +42,7 @@ def tables(folder: Path) -> dict[str, str]:
     found, shown = load(folder), folder / "rlp-cpu-seed0.txt"
     made = {"rlp": found["rlp-cpu"] and rlp_table(found),
             "elastic": found["elastic-cpu"] and elastic_table(found["elastic-cpu"]),
+            "rivals": (rows := rivals.lead_rows(found))[1:] and view.markdown(rows),
             "speed": speed_table(found["bench-cpu"]), "samples": shown.exists() and samples(shown)}
     return {name: text or "Not run." for name, text in made.items()}
 
@@ -123,7 +123,7 @@ def above(leaves: list[dict], others: list[dict] | None = None) -> bool:
         return bool(leaves) and leaves[0]["low"] > (others[0]["high"] if others else 0)
     others = others or [{"mean": 0}] * len(leaves)
     d = [a["mean"] - b["mean"] for a, b in zip(leaves, others, strict=True)]
-    return statistics.mean(d) > T95[min(len(d), 5)] * statistics.stdev(d) / len(d) ** 0.5
+    return statistics.mean(d) > rivals.half_width(d)
 
 
 def claims(found: dict[str, list[dict]]) -> list[list[str]]:
@@ -168,6 +168,27 @@ def claims(found: dict[str, list[dict]]) -> list[list[str]]:
     add("RLP: prediction without a thought does not collapse; it gets better", "--mode rlp", rlp,
         [all(leaf["high"] < bound for leaf in get(change, rlp)) for bound in (0.05, 0)],
         f"loss on text {text(change, rlp, form='+.1%')}")
+    for claim, kind, path in (
+            ("better than the reward of RPT", "match-cpu", greedy),
+            ("still ahead after SFT and RLVR, of the base with both", "rlvr-cpu", greedy),
+            ("still ahead after SFT and RLVR, of CPT with both", "cpt-rlvr-cpu", greedy)):
+        mine = found["rlp-cpu" if kind == "match-cpu" else "rlp-rlvr-cpu"]
+        both = [(a, b) for a in mine for b in found[kind] if a["seed"] == b["seed"]]
+        theirs = [b for _, b in both]
+        leaves = [[view.figure(run, path, run["mode"]) for run in runs]
+                  for runs in zip(*both, strict=True)] or [[], []]
+        shown = " against ".join(view.cell(view.over_seeds(side)) for side in leaves if side)
+        add(f"RLP: {claim}", "see tools.rivals", theirs, [above(*leaves)], f"greedy {shown}")
+    behind = found["controls-rlp-cpu"]
+    for claim, path, other in (
+            ("what a thought gains hangs on its context", "thoughts/own", "thoughts/swapped"),
+            ("thinking carries further than what was shown: three steps more",
+             "levels/3 more/all/WHO", "levels/3 more/all/base"),
+            ("solves what 32 thoughts of the base do not", "pass/32/WHO", "pass/32/base")):
+        ours_there, others = (get(p, behind) for p in (path, other))
+        add(f"RLP: {claim}", "--mode rlp; python -m tools.controls RUN", behind,
+            [above(ours_there, others)], " against ".join(
+                view.cell(view.over_seeds(side)) for side in (ours_there, others) if side))
     add("RLP: it holds for models of 1.7B and 12B", "--preset qwen3-1.7b-rlp")
 
     # 2. Elastic
@@ -265,6 +286,17 @@ def results(folder: Path) -> str:
     found = load(folder)
     parts = [INTRO + RULE, view.markdown(claims(found)), RLP]
     kinds = {"RLP": "rlp-cpu", "RLP, random": "rlp-cpu-random", "CPT": "cpt-cpu"}
+    for title, rows in (
+            ("Arms, from one base a seed", rivals.arm_rows(found)),
+            ("How far RLP is ahead", rivals.lead_rows(found)),
+            ("By level", rivals.level_rows(found)), ("", rivals.hard_rows(found)),
+            ("Sharpening or more", rivals.pass_rows(found)),
+            ("What is left of a thought", rivals.remains_rows(found)),
+            ("What thoughts change", rivals.changed_rows(found)),
+            ("Rates that were tried, on validation problems",
+             rivals.rate_rows([t for rates in found["rates-cpu"] for t in rates["tries"]]))):
+        if rows[1:]:
+            parts += [f"### {title}"] * bool(title) + [view.markdown(rows)]
     for seed in sorted({run["seed"] for kind in kinds.values() for run in found[kind]}):
         runs = {name: run for name, kind in kinds.items() for run in found[kind]
                 if run["seed"] == seed}
@@ -305,11 +337,18 @@ def report(run_dirs: list[str], root: Path = Path(__file__).parent.parent) -> No
     folder, readme = root / "results", root / "README.md"
     folder.mkdir(exist_ok=True)
     for run_dir in map(Path, run_dirs):
+        if run_dir.match("rates-*.json"):
+            shutil.copyfile(run_dir, folder / run_dir.name)
+            continue
         require((run_dir / "summary.json").is_file(), f"{run_dir} holds no summary.json, so no run "
                 "has ended there; give the folder of a finished run")
         summary = read_json(run_dir / "summary.json")
+        require(summary.get("split", "test") == "test", f"{run_dir} was measured on validation "
+                "documents, to choose settings; give a run without --eval.split val")
         summary.pop("base_dir", None)  # a path of one machine
         (folder / f"{run_dir.name}.json").write_text(json.dumps(summary, indent=1) + "\n")
+        if (run_dir / "controls.json").exists():
+            shutil.copyfile(run_dir / "controls.json", folder / f"controls-{run_dir.name}.json")
         if (run_dir / "samples.txt").exists():  # pretraining has none
             shutil.copyfile(run_dir / "samples.txt", folder / f"{run_dir.name}.txt")
     found = load(folder)

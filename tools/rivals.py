@@ -99,7 +99,7 @@ def try_rates(common: list[str], seeds: tuple[int, ...], out: Path, preset: str)
                 found.append({"arm": name, "setting": setting, "rate": rate, "seed": seed, **{
                     how: summary["accuracy"][how]["all"][summary["mode"]]["mean"]
                     for how in ("sampled", "greedy")}})
-                (out / f"rates-{preset}.json").write_text(json.dumps(found, indent=1) + "\n")
+    (out / f"rates-{preset}.json").write_text(json.dumps({"tries": found}, indent=1) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:

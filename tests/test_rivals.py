@@ -1,0 +1,145 @@
+"""RLP beside its rivals: the arms of the command, and the rows made of what they reached, by hand."""
+
+import json
+from collections import defaultdict
+
+import pytest
+from conftest import summary_of
+from test_report import leaf, thinking
+
+import train
+from tools import report
+from tools import rivals as program_of_rivals
+from views import rivals
+
+
+@pytest.mark.parametrize("arm", program_of_rivals.ARMS)
+def test_every_arm_is_a_valid_command_and_begins_with_what_was_run_before_it(arm):
+    words = program_of_rivals.ARMS[arm].split()
+    if "--init" in words:
+        names = list(program_of_rivals.ARMS)
+        assert words[-2] == "--init"
+        assert names.index(words[-1]) < names.index(arm)
+        words = words[:-2]
+    config = train.parse([*words]).check()
+    assert config.mode in train.MODES
+    assert f"{arm}-cpu" in rivals.ARMS
+
+
+def test_rates_are_tried_as_often_for_each():
+    assert {len(rates) for _, rates in program_of_rivals.RATES.values()} == {3}
+    assert all(arm in program_of_rivals.ARMS for arm in program_of_rivals.RATES)
+    preset = train.parse([])
+    for setting, rates in program_of_rivals.RATES.values():
+        mode, name = setting.removeprefix("--").split(".")
+        assert getattr(getattr(preset, mode), name) in rates
+
+
+def test_arms_are_run_once_and_go_on_from_each_other(tmp_path, cache_dir, corpus_read_once, capsys):
+    """SFT, then RLVR from what it became; the second command runs nothing. Unknown arms are refused."""
+    words = ["--preset", "smoke", "--seeds", "0", "--out", str(tmp_path), f"--words=--data.cache-dir {cache_dir}"]
+    assert program_of_rivals.main([*words, "--arms", "sft", "rlvr", "match"]) == 0
+    after = summary_of(tmp_path / "rlvr-smoke-seed0")
+    assert after["base_dir"] == str(tmp_path / "sft-smoke-seed0")
+    assert after["accuracy"]["greedy"]["all"].keys() == {"base", "rlvr"}
+    assert after["steps_flops"] > 0
+    assert after["steps_s"] > 0
+    assert (tmp_path / "match-smoke-seed0" / "controls.json").exists()
+    assert not (tmp_path / "sft-smoke-seed0" / "controls.json").exists()
+    capsys.readouterr()
+    assert program_of_rivals.main([*words, "--arms", "sft", "rlvr", "match"]) == 0
+    assert capsys.readouterr().out == ""
+    assert program_of_rivals.main([*words, "--arms", "nothing"]) == 2
+
+
+def test_tried_rates_are_measured_on_validation_and_no_such_run_is_reported(
+    tmp_path, cache_dir, corpus_read_once, monkeypatch, capsys
+):
+    monkeypatch.setattr(program_of_rivals, "RATES", {"sft": ("--sft.lr", (1e-4, 2e-4))})
+    words = ["--preset", "smoke", "--seeds", "0", "--out", str(tmp_path), f"--words=--data.cache-dir {cache_dir}"]
+    assert program_of_rivals.main([*words, "--rates"]) == 0
+    tries = json.loads((tmp_path / "rates-smoke.json").read_text())["tries"]
+    assert [(t["arm"], t["rate"], t["seed"]) for t in tries] == [("sft", 1e-4, 0), ("sft", 2e-4, 0)]
+    run = tmp_path / "rates" / "sft-0.0001-smoke-seed0"
+    assert summary_of(run)["split"] == "val"
+    assert report.main([str(run)]) == 2
+    assert "was measured on validation" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------- rows, by hand
+
+
+def test_a_mean_over_seeds_has_students_interval():
+    """1, 2, 3: mean 2, standard deviation 1, half width 4.30 / sqrt(3) = 2.48."""
+    assert rivals.spread([1.0, 2.0, 3.0]) == "2.00 ±2.48"
+    assert rivals.spread([0.5]) == "0.50"
+    assert rivals.spread([]) == ""
+    assert rivals.spread([0.1, 0.3], "+.1f") == "+0.2 ±1.3"
+
+
+def found_of(**kinds):
+    return defaultdict(list, {name.replace("__", "-"): runs for name, runs in kinds.items()})
+
+
+def test_rows_of_arms_and_of_the_lead_pair_the_seeds():
+    """CPT ran on seeds 0 and 1 of three: .9 - .6, .9 - .8."""
+    ours = [thinking(seed) | {"steps_flops": 2e12, "steps_s": 30.4} for seed in (0, 1, 2)]
+    cpt = [thinking(seed, "cpt", after) for seed, after in ((0, 0.6), (1, 0.8))]
+    found = found_of(rlp__cpu=ours, cpt__cpu=cpt)
+    head, base, rlp, rival = rivals.arm_rows(found)
+    assert head[:4] == ["", "seeds", "sampled", "greedy"]
+    assert base == ["base", "3", "0.50 ±0.00", "0.50 ±0.00", "", "", "", ""]
+    assert rlp == ["RLP", "3", "0.90 ±0.00", "0.90 ±0.00", "-2.00 ±0.00", "+3.0% ±0.0%", "2.0", "30"]
+    assert rival[:3] == ["CPT, FLOPs of RLP", "2", "0.70 ±1.27"]
+    assert rivals.lead_rows(found)[1:] == [["CPT, FLOPs of RLP", "2", "+0.200 ±1.271", "+0.200 ±1.271"]]
+
+
+def behind(seed, mode, base, after):
+    """A made-up controls.json: the same accuracy everywhere."""
+    both = {"base": leaf(base), mode: leaf(after)}
+    return {"mode": mode, "seed": seed, "versions": {},
+            "levels": {"as trained": {"all": both, "sum": both}, "1 more": {"all": both, "sum": both}},
+            "pass": {"1": both, "32": both}, "thoughts": {"own": leaf(2.0), "swapped": leaf(-1.0)},
+            "changed": {"text": {"changed": leaf(0.2), "rank": leaf(3.0), "right": leaf(0.3), "base_right": leaf(0.1),
+                                 "median_rank_where_changed": 2.0}},
+            "text": {"base": leaf(3.5), "thought": leaf(3.6)}}  # fmt: skip
+
+
+@pytest.mark.parametrize(("base", "n_hard"), [(0.5, 2), (0.1, 0), (0.9, 0)])
+def test_rows_of_controls(base, n_hard):
+    found = found_of(
+        controls__rlp__cpu=[behind(0, "rlp", base, base + 0.1), behind(1, "rlp", base, base + 0.1)],
+        controls__cpt__cpu=[behind(1, "cpt", base, base + 0.05)],
+    )
+    levels = rivals.level_rows(found)
+    assert [row[0] for row in levels[1:]] == ["as trained", "1 more"]
+    assert levels[1][1:] == [f"{base:.2f} ±0.00", f"{base + 0.1:.2f} ±0.00", "", f"{base + 0.05:.2f}",
+                             "+0.100 ±0.000", "+0.050"]  # fmt: skip
+    assert len(rivals.hard_rows(found)) == 1 + n_hard
+    assert rivals.pass_rows(found)[2][0] == "32"
+    assert rivals.pass_rows(found)[2][-1] == "+0.100 ±0.000"
+    assert rivals.remains_rows(found)[2] == ["swapped thought", "-1.00 ±0.00", "", "-1.00"]
+    assert rivals.changed_rows(found)[2] == ["its rank in the base, mean, text", "3.00 ±0.00", "", "3.00"]
+    assert rivals.changed_rows(found)[-1][1] == "3.600 ±0.000"
+
+
+def test_rows_of_rates():
+    tries = [{"arm": "cpt", "rate": 0.01, "seed": s, "sampled": 0.5, "greedy": 0.6} for s in (0, 1)]
+    assert rivals.rate_rows(tries)[1:] == [["CPT, FLOPs of RLP", "0.01", "2", "0.50 ±0.00", "0.60 ±0.00"]]
+
+
+def test_results_show_the_rivals_and_judge_them(tmp_path):
+    """RLP's .9 against .6 with the reward of RPT; its thoughts gain 2 nats, another's -1; no level is carried further."""
+    files = {"rlp-cpu-seed0": thinking(), "match-cpu-seed0": thinking(after=0.6),
+             "controls-rlp-cpu-seed0": behind(0, "rlp", 0.1, 0.1)}  # fmt: skip
+    files["controls-rlp-cpu-seed0"]["levels"]["3 more"] = files["controls-rlp-cpu-seed0"]["levels"]["1 more"]
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    found = {row[0]: row[1] for row in report.claims(report.load(tmp_path))}
+    assert found["RLP: better than the reward of RPT"] == "reproduced"
+    assert found["RLP: what a thought gains hangs on its context"] == "reproduced"
+    assert found["RLP: thinking carries further than what was shown: three steps more"] == "**not reproduced**"
+    assert found["RLP: still ahead after SFT and RLVR, of the base with both"] == "not tested here"
+    shown = report.results(tmp_path)
+    assert "### By level" in shown
+    assert "| the reward of RPT | 1 | +0.300 | +0.300 |" in shown

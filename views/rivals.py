@@ -1,0 +1,170 @@
+"""RLP beside its rivals, as rows of tables: means over seeds, ± half of Student's 95 % interval.
+
+Made from what `tools.rivals` and `tools.controls` measure. A difference is paired by seed.
+"""
+
+import statistics
+from collections.abc import Callable
+
+from views.tables import figure
+
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # of a 95 % interval from so many seeds, Student's t
+
+ARMS = {  # by their names in results/, what tables call them
+    "rlp-cpu": "RLP", "rlp-paper-cpu": "RLP without the predictor's term (the paper's)",
+    "match-cpu": "the reward of RPT", "cpt-cpu": "CPT, FLOPs of RLP",
+    "cpt-tokens-cpu": "CPT, tokens of RLP", "sft-cpu": "SFT", "rlvr-cpu": "SFT, RLVR",
+    "rlp-sft-cpu": "RLP, SFT", "rlp-rlvr-cpu": "RLP, SFT, RLVR", "cpt-sft-cpu": "CPT, SFT",
+    "cpt-rlvr-cpu": "CPT, SFT, RLVR"}
+SAMPLED, GREEDY = "accuracy/sampled/all/WHO", "accuracy/greedy/all/WHO"
+
+Found = dict[str, list[dict]]  # what results/ holds: by kind, a summary a seed
+
+
+def half_width(values: list[float]) -> float | None:
+    """Half of the interval of a mean over seeds; None from one seed."""
+    if len(values) < 2:
+        return None
+    return T95[min(len(values), 5)] * statistics.stdev(values) / len(values) ** 0.5
+
+
+def spread(values: list[float], form: str = ".2f") -> str:
+    """`0.92 ±0.03`: the mean over seeds; of one seed its value; "" for none."""
+    if not values:
+        return ""
+    half = half_width(values)
+    return f"{statistics.mean(values):{form}}" + (
+        "" if half is None else f" ±{half:{form.lstrip('+')}}")
+
+
+def means(runs: list[dict], path: str, who: str = "") -> dict[int, float]:
+    """By seed the mean at a path of a summary; of its own mode if it is not said whose."""
+    leaves = {run["seed"]: figure(run, path, who or run["mode"]) for run in runs}
+    return {seed: leaf["mean"] for seed, leaf in leaves.items() if leaf}
+
+
+def difference(first: dict[int, float], second: dict[int, float]) -> list[float]:
+    """first - second, of the seeds that both have."""
+    return [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
+
+
+def arm_rows(found: Found) -> list[list[str]]:
+    """What every arm reached, and what it took."""
+    rows = [["", "seeds", "sampled", "greedy", "gain at text, nats", "loss on text", "TFLOP", "s"]]
+    runs = found["rlp-cpu"]
+    if runs:
+        base = [spread(list(means(runs, path, "base").values())) for path in (SAMPLED, GREEDY)]
+        rows.append(["base", str(len(runs)), *base, "", "", "", ""])
+    for kind, name in ARMS.items():
+        if not (runs := found[kind]):
+            continue
+        columns = [(SAMPLED, ".2f"), (GREEDY, ".2f"),
+                   ("positions/text/WHO/gain_nats/frozen_base", "+.2f"),
+                   ("loss_nats/no_think_text_change", "+.1%")]
+        rows.append([name, str(len(runs)), *(spread(list(means(runs, path).values()), form)
+                                             for path, form in columns),
+                     spread([run["steps_flops"] / 1e12 for run in runs if "steps_flops" in run],
+                            ".1f").split(" ")[0],
+                     spread([run["steps_s"] for run in runs if "steps_s" in run],
+                            ".0f").split(" ")[0]])
+    return rows
+
+
+def lead_rows(found: Found) -> list[list[str]]:
+    """RLP minus each arm, in accuracy; of what comes after SFT and RLVR, RLP's minus theirs."""
+    rows = [["accuracy, RLP minus", "seeds", "sampled", "greedy"]]
+    pairs = [("rlp-cpu", kind) for kind in list(ARMS)[1:5]]
+    pairs += [("rlp-sft-cpu", "sft-cpu"), ("rlp-rlvr-cpu", "rlvr-cpu"),
+              ("rlp-sft-cpu", "cpt-sft-cpu"), ("rlp-rlvr-cpu", "cpt-rlvr-cpu")]
+    for ours, theirs in pairs:
+        gaps = [difference(means(found[ours], path), means(found[theirs], path))
+                for path in (SAMPLED, GREEDY)]
+        if gaps[0]:
+            rows.append([ARMS[theirs], str(len(gaps[0])), *(spread(g, "+.3f") for g in gaps)])
+    return rows
+
+
+def _controls(found: Found) -> Callable[[str, str, str], dict[int, float]]:
+    return lambda kind, path, who="": means(found[f"controls-{kind}"], path, who)
+
+
+COMPARED = {"rlp-cpu": "RLP", "match-cpu": "RPT's reward", "cpt-cpu": "CPT"}
+
+
+def level_rows(found: Found) -> list[list[str]]:
+    """Accuracy of the likeliest thought by level, and how far RLP is ahead."""
+    at, runs = _controls(found), found["controls-rlp-cpu"]
+    rows = [["greedy, all families", "base", *COMPARED.values(), "RLP - base", "RLP - CPT"]]
+    for level in runs[0]["levels"] if runs else ():
+        path = f"levels/{level}/all/WHO"
+        base, ours = at("rlp-cpu", path, "base"), at("rlp-cpu", path)
+        rows.append([level, spread(list(base.values())),
+                     *(spread(list(at(kind, path).values())) for kind in COMPARED),
+                     spread(difference(ours, base), "+.3f"),
+                     spread(difference(ours, at("cpt-cpu", path)), "+.3f")])
+    return rows
+
+
+def hard_rows(found: Found, low: float = 0.3, high: float = 0.8) -> list[list[str]]:
+    """Levels of single families at which the base's mean is neither near 0 nor near 1."""
+    at, runs = _controls(found), found["controls-rlp-cpu"]
+    rows = [[f"greedy, base between {low} and {high}", "base", *COMPARED.values(), "RLP - base"]]
+    for level, families in runs[0]["levels"].items() if runs else ():
+        for family in families:
+            path = f"levels/{level}/{family}/WHO"
+            base, ours = at("rlp-cpu", path, "base"), at("rlp-cpu", path)
+            if family != "all" and low <= statistics.mean(base.values()) <= high:
+                rows.append([f"{level}, {family}", spread(list(base.values())),
+                             *(spread(list(at(kind, path).values())) for kind in COMPARED),
+                             spread(difference(ours, base), "+.3f")])
+    return rows
+
+
+def pass_rows(found: Found) -> list[list[str]]:
+    """pass@k before and after."""
+    at, runs = _controls(found), found["controls-rlp-cpu"]
+    rows = [["pass@k", "base", *COMPARED.values(), "RLP - base"]]
+    for k in runs[0]["pass"] if runs else ():
+        path = f"pass/{k}/WHO"
+        base, ours = at("rlp-cpu", path, "base"), at("rlp-cpu", path)
+        rows.append([k, spread(list(base.values()), ".3f"),
+                     *(spread(list(at(kind, path).values()), ".3f") for kind in COMPARED),
+                     spread(difference(ours, base), "+.3f")])
+    return rows
+
+
+def remains_rows(found: Found) -> list[list[str]]:
+    """Gain over the frozen base at answers, of thoughts and of what is left of them."""
+    at, runs = _controls(found), found["controls-rlp-cpu"]
+    rows = [["gain at answers, nats", *COMPARED.values()]]
+    for name in runs[0]["thoughts"] if runs else ():
+        rows.append([f"{name} thought", *(spread(list(at(kind, f"thoughts/{name}").values()))
+                                          for kind in COMPARED)])
+    return rows
+
+
+def changed_rows(found: Found) -> list[list[str]]:
+    """How often a thought changes the likeliest token, to which rank of the base, and who is right;
+    and the loss on text with thoughts and without."""
+    at, runs = _controls(found), found["controls-rlp-cpu"]
+    names = {"changed": "likeliest token changed", "rank": "its rank in the base, mean",
+             "right": "right", "base_right": "the base's without a thought right"}
+    rows = [["", *COMPARED.values()]]
+    for where in runs[0]["changed"] if runs else ():
+        rows += [[f"{name}, {where}", *(spread(list(at(kind, f"changed/{where}/{key}").values()))
+                                        for kind in COMPARED)] for key, name in names.items()]
+    for name in runs[0]["text"] if runs else ():
+        rows.append([f"loss at random text positions, {name}, nats",
+                     *(spread(list(at(kind, f"text/{name}").values()), ".3f")
+                       for kind in COMPARED)])
+    return rows
+
+
+def rate_rows(tries: list[dict]) -> list[list[str]]:
+    """Every rate that was tried, on validation problems."""
+    rows = [["arm", "rate", "seeds", "sampled", "greedy"]]
+    for arm, rate in dict.fromkeys((t["arm"], t["rate"]) for t in tries):
+        own = [t for t in tries if (t["arm"], t["rate"]) == (arm, rate)]
+        rows.append([ARMS[f"{arm}-cpu"], f"{rate:g}", str(len(own)),
+                     *(spread([t[how] for t in own]) for how in ("sampled", "greedy"))])
+    return rows
