@@ -453,6 +453,26 @@ def evaluate_sizes(models: list[HybridLM], references: list[int], corpus: Corpus
     return out
 
 
+def size_accuracies(models: list[HybridLM], corpus: Corpus, config: Config) -> list[dict]:
+    """Models of any size on the same held-out problems, by family: accuracy.sampled and .greedy, of
+    sampled and of the likeliest thoughts; and of the latter `mcnemar` against the first model."""
+    positions, n = problem_positions(corpus, config), config.eval.samples
+    sampled, greedy = ([measure_thoughts(m, positions, temperature, samples)["correct"]
+                        for m in models]
+                       for temperature, samples in ((config.rlp.temperature, n), (0.0, 1)))
+    return [{"accuracy": {"sampled": positions.by_kind(s, n), "greedy": positions.by_kind(g, 1)},
+             "mcnemar": mcnemar(greedy[0], g)} for s, g in zip(sampled, greedy, strict=True)]
+
+
+def mcnemar(first: Tensor, second: Tensor) -> dict[str, float | int]:
+    """McNemar's exact test of two models on the same problems (Q. McNemar 1947): of those that one
+    alone has right, how many each; and p, the two-sided probability of a split as uneven as this by
+    chance."""
+    won, lost = int((second > first).sum()), int((second < first).sum())
+    tail = sum(math.comb(won + lost, i) for i in range(min(won, lost) + 1))
+    return {"won": won, "lost": lost, "p": min(1.0, 2 * tail / 2 ** (won + lost))}
+
+
 @torch.no_grad()
 def compare(models: list[HybridLM], batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """For each model loss_nats, and kl_nats and top1 against the first one: a value a sequence."""

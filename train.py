@@ -323,7 +323,9 @@ def figures_of_family(t: Trained) -> dict | None:
              for b, m in zip(c.budgets, family, strict=True)]
     references = [0, *(0 if name == "elastic" else 1 + c.budgets.index(b) for name, b, _ in sizes)]
     models = [parent, *(m for _, _, m in sizes)]
-    teacher, *figures = evals.evaluate_sizes(models, references, t.corpus, config)
+    losses = evals.evaluate_sizes(models, references, t.corpus, config)
+    accuracies = evals.size_accuracies(models, t.corpus, config)
+    teacher, *figures = (a | b for a, b in zip(losses, accuracies, strict=True))
     entries: dict[str, list[dict]] = {}
     for (name, b, size), found in zip(sizes, figures, strict=True):
         own = widths[b] if name == "elastic" else nested.full_widths(size.config)

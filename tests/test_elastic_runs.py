@@ -336,6 +336,14 @@ def test_summary_holds_every_budget_with_its_figures(finished):
     assert summary["n_tokens"] == 6 * 4 * 32
     for kind in ("text", "problem"):
         assert all(e[f"{kind}_loss_nats"].keys() == LEAF for e in (summary["teacher"], *summary["budgets"]))
+    for entry in (summary["teacher"], *summary["budgets"], *summary["stage1"], *summary["baselines"]["fixed"]):
+        for how in ("sampled", "greedy"):
+            assert entry["accuracy"][how].keys() == {"all", *FAMILIES}
+            assert all(leaf.keys() == LEAF for leaf in entry["accuracy"][how].values())
+        test = entry["mcnemar"]
+        lead = entry["accuracy"]["greedy"]["all"]["mean"] - summary["teacher"]["accuracy"]["greedy"]["all"]["mean"]
+        assert test["won"] - test["lost"] == pytest.approx(lead * SMOKE.eval.problems_per_family * len(FAMILIES))
+    assert summary["teacher"]["mcnemar"] == {"won": 0, "lost": 0, "p": 1.0}
 
 
 def test_summary_holds_every_baseline_at_every_budget(finished):

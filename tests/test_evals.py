@@ -5,6 +5,7 @@ test_generate.py); everything that is said of these thoughts is computed again h
 """
 
 import dataclasses
+import itertools
 import math
 import random
 from types import SimpleNamespace
@@ -902,6 +903,38 @@ def test_loss_of_long_text_by_hand(sizes, m):
         logp_TV = plain_logits(sizes.models[m], text[:-1], []).log_softmax(-1)
         losses.append(-sum(float(logp_TV[t - 1, text[t]]) for t in range(SEQ_LEN, LONG_LEN + 1)) / 9)
     assert sizes.found[m]["long_loss_nats"] == near(bootstrap_of(losses, [0, 0, 2]))
+
+
+@pytest.mark.parametrize(("won", "lost"), [(0, 0), (1, 0), (0, 5), (3, 4), (6, 1), (2, 2)])
+def test_mcnemar_counts_the_splits_that_are_as_uneven_by_enumeration(won, lost):
+    """Every way in which a fair coin deals the problems that one of two models alone has right; others have no say."""
+    first = torch.tensor([0.0] * won + [1.0] * lost + [1.0, 0.0, 1.0])
+    second = torch.tensor([1.0] * won + [0.0] * lost + [1.0, 0.0, 1.0])
+    n = won + lost
+    splits = [sum(coins) for coins in itertools.product((0, 1), repeat=n)]
+    as_uneven = [abs(2 * k - n) >= abs(won - lost) for k in splits]
+    p = sum(as_uneven) / len(as_uneven)
+    assert evals.mcnemar(first, second) == {"won": won, "lost": lost, "p": pytest.approx(p)}
+
+
+def test_sizes_answer_the_same_held_out_problems(corpus, monkeypatch):
+    """Sampled at the setting's temperature, then greedily, each model; McNemar's test is against the first one."""
+    asked, right = [], {("a", 0.7): [1.0, 0.5], ("b", 0.7): [0.0, 0.5], ("a", 0.0): [1.0, 0.0], ("b", 0.0): [1.0, 1.0]}
+    config = dataclasses.replace(SIZES, eval=dataclasses.replace(SIZES.eval, samples=2))
+
+    def measured(model, positions, temperature, samples):
+        asked.append((model, temperature, samples))
+        return {"correct": torch.tensor(right[model, temperature])}
+
+    positions = evals.Positions([None, None], None, config, ["sum", "word"])
+    monkeypatch.setattr(evals, "problem_positions", lambda *_: positions)
+    monkeypatch.setattr(evals, "measure_thoughts", measured)
+    first, second = evals.size_accuracies(["a", "b"], corpus, config)
+    assert asked == [("a", 0.7, 2), ("b", 0.7, 2), ("a", 0.0, 1), ("b", 0.0, 1)]
+    assert [leaf["mean"] for leaf in first["accuracy"]["sampled"].values()] == [0.75, 1.0, 0.5]
+    assert [leaf["mean"] for leaf in second["accuracy"]["greedy"].values()] == [1.0, 1.0, 1.0]
+    assert first["mcnemar"] == {"won": 0, "lost": 0, "p": 1.0}
+    assert second["mcnemar"] == {"won": 1, "lost": 0, "p": 1.0}
 
 
 def test_facts_of_a_size_by_hand(monkeypatch):

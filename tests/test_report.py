@@ -121,6 +121,25 @@ def test_rows_of_the_budgets_by_hand(made_up):
     assert {len(row) for row in tables.budget_rows(made_up)} == {4}
 
 
+def test_right_answers_of_sizes_are_shown_where_they_were_measured(made_up, tmp_path):
+    """The parent .8 right, the sizes .6 and .4: 75 % and 50 % of it are kept, less than 97 % and 90 %."""
+    rows = {row[0] for row in tables.budget_rows(made_up)}
+    assert not any("right" in row for row in rows)
+    for e, mean in ((made_up["teacher"], 0.8), *zip(made_up["budgets"], (0.6, 0.4), strict=True)):
+        e["accuracy"] = {how: {"all": leaf(mean), "sum": leaf(mean)} for how in ("sampled", "greedy")}
+        e["mcnemar"] = {"won": 3, "lost": 10, "p": 0.0923}
+    rows = {row[0]: row[1:] for row in tables.budget_rows(made_up)}
+    assert rows["right, greedy thought"] == [f"{m:.2f} ({m - 0.01:.2f} to {m + 0.01:.2f})" for m in (0.8, 0.6, 0.4)]
+    assert rows["  sum"] == rows["right, sampled thoughts"] == rows["right, greedy thought"]
+    assert rows["  alone right, parent alone"][1] == "3, 10 (p 0.092)"
+    assert "greedy thoughts, of the parent's | 75% (75% to 75%) | 50% (50% to 50%) |" in report.elastic_table([made_up] * 2)
+    memory = {"family_memory": 1e6, "separate_memory": 2e6}
+    run = made_up | {"baselines": {}, "memory": memory, "versions": {}}
+    _, *claims = report.claims(report.load(write(tmp_path, elastic__cpu__seed3=run)))
+    (judged,) = [row for row in claims if "accuracy is kept" in row[0]]
+    assert judged[1:3] == ["**not reproduced**", "75% (75% to 75%), 50% (50% to 50%)"]
+
+
 def test_rows_of_both_stages_stand_below_each_other(made_up):
     made_up["stage1"] = [entry(b["fraction"], [], 5.0) for b in made_up["budgets"]]
     *_, first, second = tables.budget_rows(made_up)

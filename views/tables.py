@@ -105,6 +105,19 @@ def budget_heads(summary: dict) -> list[str]:
     return [f"{100 * e['fraction']:.0f} %" for e in summary["budgets"]]
 
 
+def accuracies(summary: dict, show: Callable[..., str]) -> dict[str, Callable[[dict], str]]:
+    """Rows of right answers; none for a result that is older than they are."""
+    if "accuracy" not in summary["teacher"]:
+        return {}
+    families = [name for name in summary["teacher"]["accuracy"]["greedy"] if name != "all"]
+    return {
+        "right, sampled thoughts": lambda e: show(e["accuracy"]["sampled"]["all"]),
+        "right, greedy thought": lambda e: show(e["accuracy"]["greedy"]["all"]),
+        **{f"  {name}": lambda e, name=name: show(e["accuracy"]["greedy"][name])
+           for name in families},
+        "  alone right, parent alone": lambda e: "{won}, {lost} (p {p:.2g})".format(**e["mcnemar"])}
+
+
 def budget_rows(summary: dict, show: Callable[..., str] = cell) -> list[list[str]]:
     """What each budget of an elastic run reaches."""
     facts: dict[str, Callable[[dict], str]] = {
@@ -112,6 +125,7 @@ def budget_rows(summary: dict, show: Callable[..., str] = cell) -> list[list[str
         "against the parent": lambda e: show(e["loss_change"], "+.1%"),
         "loss on text": lambda e: show(e["text_loss_nats"], ".3f"),
         "loss on problems": lambda e: show(e["problem_loss_nats"], ".3f"),
+        **accuracies(summary, show),
         "KL from the parent": lambda e: show(e["kl_nats"], ".3f"),
         "same likeliest token": lambda e: show(e["top1"]),
         "parameters": lambda e: f"{e['parameters']:,}",
