@@ -27,6 +27,7 @@ def load(folder: Path) -> dict[str, list[dict]]:
     found = defaultdict(list)
     for file in sorted(folder.glob("*.json"), key=lambda file: (len(file.stem), file.stem)):
         kind = re.sub(r"-seed\d+$", "", re.sub(r"^bench-.*-", "bench-", file.stem))
+        kind = re.sub(r"^checked-.*", "checked", kind)
         run = read_json(file)
         if "text_positions" in run:  # as older results have it
             run["positions"] = {"text": run["text_positions"]}
@@ -298,6 +299,25 @@ SPEED = """## Speed
 process. On one CPU thread the time is the processor's."""
 
 
+CHECKED = """## What was checked where
+
+`python -m tools.gpu_check` on each machine: values and gradients against fp64, exact sums, repeats,
+several assemblers, speed beside what memory allows, memory beside the estimate, whole runs. Tests
+compile every kernel for cards of compute capability 8.0 to 10.0, and run all in an interpreter."""
+
+
+def checked_rows(found: list[dict]) -> list[list[str]]:
+    """A row a machine: how many parts were right, which failed, which it could not run."""
+    rows = [["machine", "date", "torch", "commit", "right", "failed", "needs a card"]]
+    for facts in found:
+        m, parts = facts["machine"], facts["parts"]
+        named = {status: ", ".join(p["part"] for p in parts if p["status"].startswith(status))
+                 for status in ("right", "failed", "needs a card")}
+        rows.append([m.get("card and compiler", f"{m['machine']}, {m['instructions']}"), m["date"],
+                     m["torch"], m["commit"], *(text or "none" for text in named.values())])
+    return rows
+
+
 def results(folder: Path) -> str:
     """All of RESULTS.md."""
     found = load(folder)
@@ -335,6 +355,8 @@ def results(folder: Path) -> str:
     for device in ("cpu", "cuda"):
         for bench in found[f"bench-{device}"]:
             parts += [f"### {bench['bench']}, {device}", view.bench_table(bench)]
+    if found["checked"]:
+        parts += [CHECKED, view.markdown(checked_rows(found["checked"]))]
     return "\n\n".join(parts) + "\n"
 
 
