@@ -14,6 +14,7 @@ How to read: `UNITS` and `along`, the units of a layer and what runs along them;
 permutes and cuts, and `widen`, its inverse; `rotate`, which turns the stream; `mask_weights`.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -118,25 +119,42 @@ def along_all(config: ModelConfig, parts: Units | Masks, extend: Callable = alon
                              for i, p in enumerate(parts.layers)}
 
 
+def picks(config: ModelConfig, units: Units) -> dict[str, tuple[str, dict[int, Tensor]]]:
+    """What the given units are of each weight: by its name, the name in a model of these units, for
+    where a layer is left out the ones after it move up, and indices by dimension."""
+    inside, out = along_all(config, units), {}
+    place = {i: n for n, i in enumerate(i for i, u in inside.items() if i is not None and u)}
+    for name, (i, rest, axes) in weights_of(config).items():
+        if inside[i]:
+            picked = {dim: inside[i][a] for dim, a in enumerate(axes) if a in inside[i]}
+            out[name] = name if i is None else f"layers.{place[i]}.{rest}", picked
+    return out
+
+
 def take(weights: dict[str, Tensor], config: ModelConfig, units: Units) -> dict[str, Tensor]:
     """The weights at the given units: permuted if all are given, else a smaller model.
-
-    Differentiable. Where the first units of an axis are kept, the result is a view; where a layer
-    is left out, the ones after it move up.
-    """
-    table, inside, out = weights_of(config), along_all(config, units), {}
-    place = {i: n for n, i in enumerate(i for i, u in inside.items() if i is not None and u)}
+    Differentiable. Where the first units of an axis are kept, the result is a view."""
+    table, out = picks(config, units), {}
     for name, t in weights.items():
-        i, rest, axes = table[name]
-        if not inside[i]:
+        if name not in table:
             continue
-        for dim, axis in enumerate(axes):
-            if axis in inside[i]:
-                index = inside[i][axis]
-                t = (t.narrow(dim, 0, len(index)) if torch.equal(index, torch.arange(len(index)))
-                     else t.index_select(dim, index.to(t.device)))
-        out[name if i is None else f"layers.{place[i]}.{rest}"] = t
+        new, picked = table[name]
+        for dim, index in picked.items():
+            t = (t.narrow(dim, 0, len(index)) if torch.equal(index, torch.arange(len(index)))
+                 else t.index_select(dim, index.to(t.device)))
+        out[new] = t
     return out
+
+
+def cuts(config: ModelConfig, widths: Widths) -> dict[str, dict]:
+    """`picks` of a smaller model for programs without this code (tools/slicer.py), as JSON has it:
+    by the name in that model, which weight it is `of`, and by dimension the [start, stop) kept."""
+    def runs(index: Tensor) -> list[list[int]]:
+        ends = [0, *(1 + (index.diff() != 1).nonzero()[:, 0]).tolist(), len(index)]
+        return [[int(index[a]), int(index[b - 1]) + 1] for a, b in itertools.pairwise(ends)]
+
+    return {new: {"of": name, "keep": {str(dim): runs(index) for dim, index in picked.items()}}
+            for name, (new, picked) in picks(config, kept_units(config, widths)).items()}
 
 
 def widen(config: ModelConfig, weights: dict[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:

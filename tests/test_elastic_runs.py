@@ -10,12 +10,16 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import contents, die, disturb, metrics_of, press_ctrl_c, summary_of, weights_of
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import elastic
@@ -32,9 +36,9 @@ from system.presets import PRESETS
 from text import batches
 from text.batches import elastic_batch
 from text.problems import FAMILIES
-from tools import extract, scores
+from tools import extract, scores, slicer
 
-CPU = torch.device("cpu")
+CPU, ROOT = torch.device("cpu"), Path(__file__).parent.parent
 SMOKE = PRESETS["smoke"]
 LEAF = {"mean", "low", "high", "n"}
 PROMPT = "Tens digit of 12 + 34?\nAnswer:"
@@ -344,6 +348,31 @@ def test_summary_holds_every_budget_with_its_figures(finished):
         lead = entry["accuracy"]["greedy"]["all"]["mean"] - summary["teacher"]["accuracy"]["greedy"]["all"]["mean"]
         assert test["won"] - test["lost"] == pytest.approx(lead * SMOKE.eval.problems_per_family * len(FAMILIES))
     assert summary["teacher"]["mcnemar"] == {"won": 0, "lost": 0, "p": 1.0}
+
+
+@pytest.mark.parametrize("budget", ["1", "0.75", "0.5"])
+def test_the_slicer_without_this_project_gives_the_bits_of_extraction(finished, tmp_path, budget):
+    """In an empty folder, where nothing of the project can be imported; family.json says what each size has and reached."""
+    family, summary = json.loads((finished / "family.json").read_text()), summary_of(finished)
+    entry = next(e for e in summary["budgets"] if f"{e['budget']:g}" == budget)
+    assert {name: family[budget][name] for name in family[budget] if name != "cuts"} == {
+        name: entry[name] for name in ("fraction", "cost", "parameters", "widths", "loss_nats", "accuracy")
+    }
+    weights = checkpoint.newest(finished).path / "model.safetensors"
+    slicer = (tmp_path / "slicer.py").write_text((ROOT / "tools" / "slicer.py").read_text()) and tmp_path / "slicer.py"
+    words = [sys.executable, "-I", str(slicer), weights, finished / "family.json", budget, tmp_path / "cut.safetensors"]
+    said = subprocess.run(list(map(str, words)), cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert f"{entry['parameters']:,} parameters" in said
+    assert extract.main([str(finished), "--budget", budget, "--out", str(tmp_path / "size")]) == 0
+    expected = load_file(checkpoint.newest(tmp_path / "size").path / "model.safetensors")
+    found = load_file(tmp_path / "cut.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_slicer_refuses_a_budget_that_was_not_trained(finished, tmp_path):
+    with pytest.raises(SystemExit, match=r"budget \(0.6\) is not in .*; it has 1, 0.75, 0.5"):
+        slicer.cut("", str(finished / "family.json"), "0.6", "")
 
 
 def test_summary_holds_every_baseline_at_every_budget(finished):

@@ -367,7 +367,7 @@ def test_a_size_cut_out_of_an_elastic_run_goes_out_and_is_trained_on(words, tmp_
     hf, whole, half, out, rlp = (str(tmp_path / name) for name in names)
     assert train.main([*words, "--mode", "elastic", "--init", hf, "--out", whole, "--elastic.steps", "3"]) == 0
     assert extract.main([whole, "--budget", "0.5", "--out", half]) == 0
-    assert export.main([half, "--out", out]) == 0
+    assert export.main([half, "--out", out, "--widths", "padded"]) == 0
     model, tk, _ = rundir.load_model(Path(half))
     assert model.config.widths
     assert FileTokenizer(Path(out)).tags == tk.tags

@@ -116,7 +116,7 @@ def test_an_export_fills_up_what_the_format_cannot_say(tmp_path, tied):
     """transformers then computes what the layered model does; what we read again is the wide one."""
     model = layered(dataclasses.replace(BASE, norm_eps=1e-8, tie_embeddings=tied)).float()
     run = save_run(tmp_path / "run", dataclasses.replace(model.config, vocab_size=0), model)
-    assert export.main([run, "--out", str(tmp_path / "out")]) == 0
+    assert export.main([run, "--out", str(tmp_path / "out"), "--widths", "padded"]) == 0
     theirs, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(report.values())
     assert_close(theirs(torch.arange(22).view(2, 11) * 5 % 12).logits.detach(), logits(model), rtol=1e-3, atol=1e-3)
@@ -131,11 +131,18 @@ def test_an_export_says_how_much_larger_padding_makes_it(tmp_path, capsys):
     model = layered(BASE)
     small, large = (sum(p.numel() for p in m.parameters()) for m in (model, HybridLM(widen(BASE, model.state_dict())[0])))
     run = save_run(tmp_path / "run", BASE, model)
-    assert export.main([run, "--out", str(tmp_path / "padded")]) == 0
+    assert export.main([run, "--out", str(tmp_path / "padded"), "--widths", "padded"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert f"padding brings {small:,} parameters to {large:,} ({large / small:.3f} times as many)" in said
     assert export.main([run, "--out", str(tmp_path / "listed"), "--widths", "listed"]) == 0
     assert "padding" not in capsys.readouterr().out
+
+
+def test_layers_of_different_widths_are_padded_on_request_alone(tmp_path, capsys):
+    run = save_run(tmp_path / "run", BASE, layered(BASE))
+    assert export.main([run, "--out", str(tmp_path / "out")]) == 2
+    assert "widths of their own; give --widths padded" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
 
 
 def test_layers_of_different_widths_are_written_only_as_lists(tmp_path):
@@ -150,6 +157,6 @@ def test_layers_of_different_widths_are_written_only_as_lists(tmp_path):
 
 def test_weights_that_do_not_fit_the_widths_are_refused_before_anything_is_written(tmp_path, capsys):
     run = save_run(tmp_path / "run", dataclasses.replace(BASE, widths=((4, 3), *WIDTHS[1:])), layered(BASE))
-    assert export.main([run, "--out", str(tmp_path / "out")]) == 2
+    assert export.main([run, "--out", str(tmp_path / "out"), "--widths", "padded"]) == 2
     assert "layers.0.mixer.in_proj.weight has shape" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

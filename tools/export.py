@@ -22,19 +22,22 @@ KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings
 
 def export(run: tyro.conf.Positional[Path], out: Path,
            dtype: Literal["float32", "bfloat16"] = "float32",
-           widths: Literal["padded", "listed"] = "padded") -> None:
+           widths: Literal["padded", "listed"] | None = None) -> None:
     """Write what a run has trained as a Hugging Face directory.
 
     Args:
         run: Folder of a run, such as runs/rlp-cpu-seed0.
         out: Folder to write; it must not hold a model yet.
         dtype: Of the weights.
-        widths: Of layers that differ: padded with zeros to one, which all programs read, or listed
-            in config.json, where vLLM reads a list for intermediate_size and transformers none.
+        widths: Must be said where layers differ: padded with zeros to one, which all programs read
+            and which undoes part of the compression, or listed in config.json, where vLLM reads a
+            list for intermediate_size and transformers none.
     """
     found, hf = checkpoint.newest(run), run / "hf"
     require(found, f"{run} holds no checkpoint; give a run's folder, such as runs/rlp-cpu-seed0")
     config, tensors = saved_config(run).model, found.weights()
+    require(widths or not config.widths, f"layers of {run} have widths of their own; give --widths "
+            "padded, which all programs read and which is larger, or --widths listed")
     if config.widths and widths == "padded":
         config = replace(config, vocab_size=len(tensors["embed.weight"]))
         n = sum(t.numel() for t in tensors.values())
