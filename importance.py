@@ -134,13 +134,14 @@ def by_heads(kind: str, model: HybridLM, square_I: Tensor) -> Tensor | tuple[Ten
     return square_HP[:, top].sum(1).sqrt(), channels
 
 
-def depth_paper(n: int, score: Callable[[set[int]], float]) -> list[int]:
-    """By s_j, what the logits change by without layer j (eq. 5)."""
+def depth_once(n: int, score: Callable[[set[int]], float]) -> list[int]:
+    """By s_j, what the logits change by without layer j, each scored with all others there."""
     return sorted(range(n), key=lambda j: score({j}))
 
 
-def depth_greedy(n: int, score: Callable[[set[int]], float]) -> list[int]:
-    """The least important layer goes first, and the rest are scored again without it."""
+def depth_paper(n: int, score: Callable[[set[int]], float]) -> list[int]:
+    """By s_j (eq. 5), again and again: the least important layer goes first, and the rest are
+    scored without it."""
     gone: list[int] = []
     while len(gone) < n:
         gone.append(min((j for j in range(n) if j not in gone), key=lambda j: score({*gone, j})))
@@ -154,7 +155,7 @@ SCORES: dict[str, dict[str, Callable]] = {
     "ffn": {"paper": ffn_paper, "output": output},
     "mamba": {"paper": mamba_paper, "output": output},
     "attn": {"paper": attn_paper, "output": output},
-    "depth": {"paper": depth_paper, "greedy": depth_greedy},
+    "depth": {"paper": depth_paper, "once": depth_once},
 }
 AXIS_OF = {"-": "ffn", "M": "mamba", "*": "attn"}
 

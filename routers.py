@@ -32,6 +32,7 @@ AXES_OF = {"-": ("ffn",), "M": ("mamba_heads", "mamba_channels"), "*": ("attn_he
 KIND_OF = {axis: kind for kind, axes in AXES_OF.items() for axis in axes}
 LETTER = {"d_model": "D", "ffn": "F", "mamba_heads": "H", "mamba_channels": "P", "attn_heads": "H"}
 SERVED_BYTES = 2  # of a weight and of a cached key or value, where memory is the cost: bf16
+FULL_VOTE = 10.0  # logit of the full width at the full budget
 DEAD_ZONE = 0.01  # relative distance from the budget that costs nothing
 TABLES = {"-": "ffn", "*": "attention", "M": "mamba"}
 Choice = dict[str, list[int]]  # of each axis: the index of a width, for all its layers or for each
@@ -274,9 +275,15 @@ class Router(nn.Module):
         return self.fraction(budget) >= 1 - 1e-9
 
     def forward(self, budget: float) -> dict[str, Tensor]:
-        """Logits [decisions, widths] of every axis."""
+        """Logits [decisions, widths] of every axis. What a budget has of the full one, which is the
+        full model and learns no choice, counts as a strong vote for the full widths."""
         x = self.one_hot(budget).to(self.mlps["d_model"][0].weight)
-        return {a: mlp(x).view(self.space.n_decisions(a), -1) for a, mlp in self.mlps.items()}
+        full = float(x[0]) if self.is_full(self.settings.budgets[0]) else 0.0
+        if full:
+            x = F.one_hot(torch.tensor(1 % len(x)), len(x)).to(x)  # the other neighbour
+        logits = {a: mlp(x).view(self.space.n_decisions(a), -1) for a, mlp in self.mlps.items()}
+        return {a: (1 - full) * v + full * FULL_VOTE * F.one_hot(
+            torch.zeros_like(v[:, 0], dtype=torch.long), v.shape[-1]) for a, v in logits.items()}
 
     def one_hot(self, budget: float) -> Tensor:
         """A budget as routers read it: one-hot, or in between a mixture of its two neighbours.

@@ -158,7 +158,9 @@ def train(name: str, model: HybridLM, corpus: Corpus, config: Config, run_dir: P
           start: checkpoint.Checkpoint | None, objective: Objective | None = None) -> Objective:
     """Train in a mode, or with another objective on its batches. Returns the objective."""
     mode = MODES[name]
-    objective = objective or mode.objective(model, corpus, config)
+    # What a checkpoint brings need not be made again.
+    objective = objective or mode.objective(
+        model, corpus, replace(config, resume=start is not None))
     run_dir.mkdir(parents=True, exist_ok=True)
     meta = {"config": rundir.shared_settings(config), "corpus": corpus.key, "versions": versions(),
             "threads": torch.get_num_threads()}
@@ -280,12 +282,13 @@ def refuse_elastic(shape: ModelConfig, config: Config, device: torch.device) -> 
 
 
 def make_elastic(model: HybridLM, corpus: Corpus, config: Config) -> elastic.Elastic:
-    """Order the parent's units, in place. Returns the objective that trains it and its routers."""
+    """Order the parent's units, in place, but for a run that goes on: its weights and its routers
+    have the order. Returns the objective that trains both."""
     parent = parallel.frozen_copy(model)
-    ranking = order_parent(model, corpus, config)
+    depth = None if config.resume else order_parent(model, corpus, config).depth
     torch.manual_seed(config.seed)
     c, device = config.elastic, parallel.device_of(model)
-    router = routers.build_router(model.config, c, ranking.depth, device)
+    router = routers.build_router(model.config, c, depth, device)
     return elastic.Elastic(c, router, parent)
 
 

@@ -349,7 +349,7 @@ class ElasticConfig(FitConfig):
     score_ffn: str = "output"  # Of neurons: paper is eq. 2, output what one adds to the stream.
     score_mamba: str = "output"  # Of heads and channels: paper is eq. 3 and 4, output as for ffn.
     score_attn: str = "paper"  # Of query heads: paper is the queries' size, output what one adds.
-    score_depth: str = "paper"  # Of layers: paper is eq. 5, greedy scores the rest again each time.
+    score_depth: str = "paper"  # Of layers: paper is eq. 5, once does not score the rest again.
     calibration_rows: Count = 32  # Sequences of training text that importance is measured on.
     kl: Weight = 1.0  # Weight of the forward KL divergence from the frozen parent.
     self_kl: Weight = 0.0  # Weight of the KL from the full model as it trains (smaller budgets).

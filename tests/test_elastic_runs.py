@@ -408,6 +408,18 @@ def test_samples_show_a_thought_of_every_budget(finished):
     assert [text.count(f" {name}: <think>") for name in ("1", "0.75", "0.5")] == [2 * len(FAMILIES)] * 3
 
 
+def test_a_run_that_goes_on_does_not_rank_again(program, tmp_path, monkeypatch):
+    """Its checkpoint has the ordered weights, and the router the order of layers."""
+    words = ("--mode", "elastic", "--elastic.depth-choices", 3, 2, "--elastic.checkpoint-every", 1)
+    with monkeypatch.context() as patch:
+        disturb(patch, "elastic", 2, press_ctrl_c)
+        assert program(tmp_path, *words) == 130
+    before = checkpoint.newest(tmp_path).tensors("router")["depth"]
+    monkeypatch.setattr(train.importance, "rank", lambda *_: pytest.fail("ranked again"))
+    assert program(tmp_path, *words, "--resume") == 0
+    assert torch.equal(checkpoint.newest(tmp_path).tensors("router")["depth"], before)
+
+
 def test_a_run_stopped_in_a_baseline_and_resumed_equals_the_uninterrupted_one(program, finished, tmp_path, monkeypatch):
     """After the six steps of the family and three of the first size from scratch: neither is trained again."""
     words, steps = ("--mode", "elastic", "--elastic.baseline", "scratch"), []
@@ -612,7 +624,7 @@ def test_an_extracted_model_is_refused_as_a_parent(program, extracted, tmp_path,
                                   "so that all groups keep the same count; nearest is 4"),
         ("mamba-head-choices 4 1", "elastic.mamba_head_choices (1) must be a multiple of the number of groups (2)"),
         ("score-ffn activation", "elastic.score_ffn ('activation') is unknown; choose one of paper, output, random"),
-        ("score-depth output", "elastic.score_depth ('output') is unknown; choose one of paper, greedy, random"),
+        ("score-depth output", "elastic.score_depth ('output') is unknown; choose one of paper, once, random"),
         ("score-d-model pca", "elastic.score_d_model (pca) turns the residual stream, which a model with tied embeddings"),
     ],
     ids=lambda v: v if v[0] != "e" else "",

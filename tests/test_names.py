@@ -139,7 +139,7 @@ def elastic_batch():
 
 def ranking(model):
     """With every score, then measured costs, by which routers may go too."""
-    for kind, depth in (("paper", "paper"), ("output", "greedy")):
+    for kind, depth in (("paper", "paper"), ("output", "once")):
         scores = {f"score_{name}": kind for name in ("d_model", "ffn", "mamba", "attn")}
         ranking = importance.rank(
             model, [elastic_batch()], ElasticConfig(**scores, score_depth=depth, depth_choices=(3, 2))
