@@ -42,14 +42,7 @@ from system.costs import count_parameters, part_parameters, sum_of_parts
 from system.errors import path_and_reason, require
 from system.files import fingerprint
 from system.loop import check_rows, console, fit, split_batch, warn
-from system.machine import (
-    bf16_warning,
-    hardware,
-    peak_memory_gib,
-    pick_device,
-    set_threads,
-    versions,
-)
+from system.machine import hardware, peak_memory_gib, pick_device, pick_dtype, set_threads, versions
 from system.objective import NextToken, Objective
 from system.presets import PAPERS, PRESETS
 from text import batches
@@ -115,15 +108,18 @@ def run(config: Config) -> dict:
     mode.refuse(model.config, config, device)
     saved = start.meta.get("threads", 0) if start else 0  # with others, sums would round otherwise
     threads = set_threads(model, config.threads or saved, device)
+    saved = start.meta.get("dtype", "") if start else ""
+    dtype, about_dtype = pick_dtype(model, config.parallel, saved, device)
+    config = replace(config, parallel=replace(config.parallel, dtype=dtype))
+    parallel.team.settings = config.parallel
     parallel.on_first(lambda: rundir.prepare_run_dir(config, corpus.tokenizer))
     for note in (*corpus.notes, *said):
         warn(note)
-    warn(bf16_warning(model, device))
     others = f" and {parallel.team.world - 1} more" if parallel.team.world > 1 else ""
     console.print(f"{config.mode}: {n_parameters:,} parameters, {config.model.pattern},"
                   f" on {device}{others}; results in {escape(str(run_dir))}")
-    if threads:
-        console.print(threads)
+    for line in filter(None, (threads, about_dtype)):
+        console.print(line)
     # 3. Training.
     base_facts = base_weights(config, corpus, model) if mode.needs_base or config.init else {}
     if config.lora.rank:
@@ -163,7 +159,7 @@ def train(name: str, model: HybridLM, corpus: Corpus, config: Config, run_dir: P
         model, corpus, replace(config, resume=start is not None))
     run_dir.mkdir(parents=True, exist_ok=True)
     meta = {"config": rundir.shared_settings(config), "corpus": corpus.key, "versions": versions(),
-            "threads": torch.get_num_threads()}
+            "threads": torch.get_num_threads(), "dtype": config.parallel.dtype}
     fit(model, objective, lambda step: mode.batch(corpus, config, step), getattr(config, name),
         run_dir, config.seed, meta, name, start, config.log)
     return objective
@@ -412,7 +408,9 @@ class Pretraining(NextToken):
         c = self.config.pretrain
         if step < c.steps and (step < c.intro_share * c.steps or step % c.enough_every):
             return ""
-        found = evals.validate(parallel.whole(model, for_sampling=True), self.corpus, self.config)
+        with parallel.compute():
+            whole = parallel.whole(model, for_sampling=True)
+            found = evals.validate(whole, self.corpus, self.config)
         said = "accuracy by family: " + ", ".join(f"{k} {v:.2f}" for k, v in found.items())
         if min(found.values()) >= c.enough:
             return said

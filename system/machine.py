@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from system import parallel
-from system.config import Config
+from system.config import Config, ParallelConfig
 from system.costs import count_parameters
 from system.errors import require
 
@@ -51,16 +51,26 @@ def set_threads(model: nn.Module, asked: int, device: torch.device) -> str:
     return f"CPU threads: {best} (a forward pass with {shown}; --threads N sets it)"
 
 
-def bf16_warning(model: nn.Module, device: torch.device) -> str:
-    """What to say where bf16 is asked for and slower than fp32: a processor may emulate it."""
-    if device.type != "cpu" or parallel.team.settings.dtype != "bf16":
-        return ""
-    plain = pass_ms(model)
-    with parallel.compute():
-        low = pass_ms(model)
-    said = (f"a forward pass takes {low:.0f} ms in bf16 and {plain:.0f} ms in fp32 on this "
-            "processor; leave --parallel.dtype at fp32")
-    return said if low > plain else ""
+def pick_dtype(model: nn.Module, settings: ParallelConfig, saved: str, device: torch.device
+               ) -> tuple[str, str]:
+    """What to compute in, and what to say of it. For auto that of the run that goes on, if it is
+    `saved`; else bf16 on a GPU, and on a CPU, which may emulate it, whichever is faster."""
+    asked = saved or "auto" if settings.dtype == "auto" else settings.dtype
+    if asked == "fp32" or device.type != "cpu" or saved == asked:
+        return "bf16" if asked == "auto" else asked, ""
+
+    def measure() -> tuple[float, float]:
+        plain = pass_ms(model)
+        with torch.autocast(device.type, torch.bfloat16):
+            return plain, pass_ms(model)
+
+    plain, low = parallel.on_first(measure)
+    times = (f"a forward pass takes {low:.0f} ms in bf16 and {plain:.0f} ms in fp32 on this "
+             "processor")
+    if asked == "auto":
+        dtype = "bf16" if low < plain else "fp32"
+        return dtype, f"{times}: {dtype} (--parallel.dtype sets it)"
+    return asked, f"{times}; leave --parallel.dtype at fp32, or give auto" if low > plain else ""
 
 
 @torch.no_grad()

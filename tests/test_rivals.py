@@ -29,10 +29,10 @@ def test_every_arm_is_a_valid_command_and_begins_with_what_was_run_before_it(arm
 def test_rates_are_tried_as_often_for_each():
     assert {len(rates) for _, rates in program_of_rivals.RATES.values()} == {3}
     assert all(arm in program_of_rivals.ARMS for arm in program_of_rivals.RATES)
-    preset = train.parse([])
-    for setting, rates in program_of_rivals.RATES.values():
+    for arm, (setting, rates) in program_of_rivals.RATES.items():
+        config = train.parse(program_of_rivals.ARMS[arm].split())
         mode, name = setting.removeprefix("--").split(".")
-        assert getattr(getattr(preset, mode), name) in rates
+        assert getattr(getattr(config, mode), name) in rates
 
 
 def test_arms_are_run_once_and_go_on_from_each_other(tmp_path, cache_dir, corpus_read_once, capsys):

@@ -27,7 +27,7 @@ from tools import controls
 ARMS = {
     "rlp": "--mode rlp",
     "rlp-paper": "--mode rlp --rlp.predictor 0",
-    "match": "--mode rlp --rlp.predictor 0 --rlp.reward match --rlp.min-entropy 1",
+    "match": "--mode rlp --rlp.predictor 0 --rlp.reward match --rlp.min-entropy 1 --rlp.lr 4e-4",
     "cpt": "--mode cpt",
     "cpt-tokens": "--mode cpt --cpt.steps 300",  # as many as rlp reads in contexts
     "sft": "--mode sft",
