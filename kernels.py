@@ -77,7 +77,8 @@ def ssd_reference(x_BTHP: Tensor, dt_BTH: Tensor, a_H: Tensor, b_BTKN: Tensor, c
         added_BHPN = torch.einsum("bh,bhp,bhn->bhpn", dt_BH, x_BHP, b_BHN)
         state_BHPN = torch.exp(dt_BH * a_H)[..., None, None] * state_BHPN + added_BHPN
         y_list.append(torch.einsum("bhpn,bhn->bhp", state_BHPN, c_BHN) + d_H[:, None] * x_BHP)
-    return torch.stack(y_list, dim=1).to(x_BTHP.dtype), state_BHPN
+    y_BTHP = torch.stack(y_list, dim=1) if y_list else x_BTHP
+    return y_BTHP.to(x_BTHP.dtype), state_BHPN
 
 
 def ssd_chunked(x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN, d_H, state_BHPN=None, ids_BT=None, chunk=64):
@@ -85,6 +86,8 @@ def ssd_chunked(x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN, d_H, state_BHPN=None, ids_B
     With l the running sum of dt a inside a chunk, token q receives from token s <= q of its chunk
     the weight (c_q . b_s) exp(l_q - l_s) dt_s, and from the state at the chunk's start exp(l_q) h
     c_q. c_q . b_s, the chunk's state and its read-out are one matrix product per group."""
+    if not x_BTHP.numel():  # no chunk
+        return ssd_reference(x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN, d_H, state_BHPN, ids_BT)
     B, T, H, P = x_BTHP.shape
     Q = min(chunk, T)
     C = -(-T // Q)
@@ -233,6 +236,8 @@ def causal_conv_reference(
     W - 1 last inputs, to go on from."""
     B, T, E = x_BTE.shape
     W = weight_EW.shape[1]
+    if T == 0:
+        return x_BTE, x_BTE.new_zeros(B, W - 1, E) if tail_BYE is None else tail_BYE
     ids_BT = torch.zeros(B, T, dtype=torch.long, device=x_BTE.device) if ids_BT is None else ids_BT
     x_BZE, ids_BZ, left_BYE = _with_tail(x_BTE, tail_BYE, ids_BT, W)
     rows = []
@@ -248,6 +253,8 @@ def causal_conv_reference(
 def causal_conv_torch(x_BTE, weight_EW, bias_E, tail_BYE=None, ids_BT=None):
     """The same as W multiply-adds over whole shifted sequences, on CPU faster than F.conv1d."""
     T, W = x_BTE.shape[1], weight_EW.shape[1]
+    if T == 0:
+        return causal_conv_reference(x_BTE, weight_EW, bias_E, tail_BYE, ids_BT)
     x_BZE, ids_BZ, left_BYE = _with_tail(x_BTE, tail_BYE, ids_BT, W)
     if T == 1 and ids_BT is None:  # a step of decoding is too small for W passes
         return (x_BZE * weight_EW.t()).sum(dim=1, keepdim=True) + bias_E, left_BYE

@@ -325,3 +325,30 @@ def test_banned_ids_receive_no_gradient():
     kernels.token_logp(logits_BV, torch.tensor([0, 1, 4]), banned=(2, 3)).sum().backward()
     assert logits_BV.grad.isfinite().all()
     assert (logits_BV.grad[:, 2:4] == 0).all()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("B", "T"), [(2, 0), (0, 5), (0, 0)])
+def test_no_sequences_or_no_tokens_give_empty_results_and_the_state_as_it_was(B, T, packed):
+    """In every form, as in Triton's; with a state, and without one, which is then 0."""
+    ids_BT = torch.zeros(B, T, dtype=torch.long) if packed else None
+    scan = torch.randn(B, T, 4, 3), torch.rand(B, T, 4), -torch.rand(4), *torch.randn(2, B, T, 2, 5), torch.randn(4)
+    state_BHPN, conv = torch.randn(B, 4, 3, 5), (torch.randn(B, T, 6), torch.randn(6, 4), torch.randn(6))
+    tail_BYE = torch.randn(B, 3, 6)
+    for form in (kernels.ssd_reference, kernels.ssd_chunked):
+        for first in (state_BHPN, None):
+            y_BTHP, last_BHPN = form(*scan, first, ids_BT)
+            assert y_BTHP.shape == (B, T, 4, 3)
+            assert torch.equal(last_BHPN, torch.zeros_like(state_BHPN) if first is None else state_BHPN)
+    for form in (kernels.causal_conv_reference, kernels.causal_conv_torch):
+        for tail in (tail_BYE, None):
+            y_BTE, left_BYE = form(*conv, tail, ids_BT)
+            assert y_BTE.shape == (B, T, 6)
+            assert torch.equal(left_BYE, torch.zeros_like(tail_BYE) if tail is None else tail_BYE)
+
+
+def test_a_model_reads_no_tokens_and_goes_on(make_model):
+    model, tokens_BT = make_model(), torch.tensor([[1, 2, 3]])
+    hidden_BTD, cache = model(tokens_BT[:, :0])
+    assert hidden_BTD.shape == (1, 0, model.config.d_model)
+    torch.testing.assert_close(model(tokens_BT, cache)[0], model(tokens_BT)[0])
