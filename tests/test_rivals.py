@@ -13,6 +13,20 @@ from tools import rivals as program_of_rivals
 from views import rivals
 
 
+@pytest.mark.parametrize("arm", program_of_rivals.ABLATIONS)
+def test_every_ablation_changes_one_setting_of_rlp(arm):
+    config, default = train.parse(program_of_rivals.ABLATIONS[arm].split()).check(), train.parse([])
+    assert config != default
+    changed = {name for name, value in vars(config.rlp).items() if value != getattr(default.rlp, name)}
+    assert len(changed) == 1
+    assert f"{arm}-cpu" in rivals.ABLATIONS
+
+
+def test_rows_of_ablations_are_paired_with_the_default():
+    found = found_of(rlp__cpu=[thinking(0), thinking(1)], rlp__g2__cpu=[thinking(1, after=0.6)])
+    assert rivals.ablation_rows(found)[1:] == [["2 thoughts a context", "1", "0.60", "0.60", "-2.00", "-0.300", "-0.300"]]
+
+
 @pytest.mark.parametrize("arm", program_of_rivals.ARMS)
 def test_every_arm_is_a_valid_command_and_begins_with_what_was_run_before_it(arm):
     words = program_of_rivals.ARMS[arm].split()

@@ -330,6 +330,7 @@ def results(folder: Path) -> str:
             ("Sharpening or more", rivals.pass_rows(found)),
             ("What is left of a thought", rivals.remains_rows(found)),
             ("What thoughts change", rivals.changed_rows(found)),
+            ("One setting at a time", rivals.ablation_rows(found)),
             ("Rates that were tried, on validation problems",
              rivals.rate_rows([t for rates in found["rates-cpu"] for t in rates["tries"]]))):
         if rows[1:]:

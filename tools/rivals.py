@@ -3,6 +3,7 @@
     python -m tools.rivals --seeds 0 1 2 3 4      every arm below; what has ended is kept
     python -m tools.rivals --preset smoke         the same in minutes, nothing is learned
     python -m tools.rivals --rates --seeds 0      choose rates, on validation documents
+    python -m tools.rivals --ablations --seeds 0 1 2            one setting of RLP at a time
 
 Each run is `python train.py` with the words of its arm, in OUT/ARM-PRESET-seedN; of those in
 CONTROLS `tools.controls` shows what is behind the figures. `python -m tools.report OUT/*` takes all
@@ -38,6 +39,15 @@ ARMS = {
     "cpt-rlvr": "--mode rlvr --init cpt-sft",
 }
 CONTROLS = ("rlp", "match", "cpt")
+# One setting of rlp at a time; the default stands in system/presets.py.
+ABLATIONS = {
+    f"rlp-{name}": f"--mode rlp {words}" for name, words in {
+        "g2": "--rlp.group-size 2", "g4": "--rlp.group-size 4", "g16": "--rlp.group-size 16",
+        "len20": "--rlp.thought-len 20", "len80": "--rlp.thought-len 80",
+        "kl3": "--rlp.kl 1e-3", "kl2": "--rlp.kl 1e-2",
+        "tau99": "--rlp.tau 0.99", "tau1": "--rlp.tau 1", "hot": "--rlp.temperature 1",
+        "random": "--rlp.positions random", "back0": "--rlp.back 0", "answers": "--rlp.text-share 0",
+        "nofloor": "--rlp.reward-floor -inf"}.items()}
 # As many tries for each: its arm with every rate, and half of the problems.
 RATES = {"rlp-paper": ("--rlp.lr", (1e-4, 2e-4, 4e-4)), "match": ("--rlp.lr", (1e-4, 2e-4, 4e-4)),
          "cpt": ("--cpt.lr", (7.5e-4, 1.5e-3, 3e-3)), "sft": ("--sft.lr", (5e-4, 1e-3, 2e-3))}
@@ -55,7 +65,7 @@ def once(folder: Path, words: list[str]) -> None:
 
 def rivals(seeds: tuple[int, ...] = (0, 1, 2, 3, 4), preset: str = "cpu", out: Path = Path(
         "runs/rivals"), arms: tuple[str, ...] = tuple(ARMS), rates: bool = False,
-           words: str = "") -> None:
+           ablations: bool = False, words: str = "") -> None:
     """Run every arm from the base of each seed.
 
     Args:
@@ -64,10 +74,13 @@ def rivals(seeds: tuple[int, ...] = (0, 1, 2, 3, 4), preset: str = "cpu", out: P
         out: Folder for the runs.
         arms: Which arms, in an order in which each finds what it begins with.
         rates: Try the rates of RATES instead, on validation documents; OUT/rates-PRESET.json.
+        ablations: Run RLP with one setting changed at a time instead, see ABLATIONS.
         words: More words for every run, such as --words="--threads 1".
     """
+    known = ARMS | ABLATIONS
     for name in arms:
-        require(name in ARMS, f"arms ({name}) is unknown; choose from {', '.join(ARMS)}")
+        require(name in known, f"arms ({name}) is unknown; choose from {', '.join(known)}")
+    arms = tuple(ABLATIONS) if ablations else arms
     common = ["--preset", preset, *shlex.split(words)]
     if rates:
         few = max(2, PRESETS[preset].eval.problems_per_family // 2)
@@ -76,7 +89,7 @@ def rivals(seeds: tuple[int, ...] = (0, 1, 2, 3, 4), preset: str = "cpu", out: P
         return
     for seed in seeds:
         for name in arms:
-            own = ARMS[name].split()
+            own = known[name].split()
             if "--init" in own:
                 at = own.index("--init") + 1
                 own[at:] = [str(out / f"{own[at]}-{preset}-seed{seed}"), "--warmup.steps", "0"]

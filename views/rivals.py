@@ -16,6 +16,12 @@ ARMS = {  # by their names in results/, what tables call them
     "cpt-tokens-cpu": "CPT, tokens of RLP", "sft-cpu": "SFT", "rlvr-cpu": "SFT, RLVR",
     "rlp-sft-cpu": "RLP, SFT", "rlp-rlvr-cpu": "RLP, SFT, RLVR", "cpt-sft-cpu": "CPT, SFT",
     "cpt-rlvr-cpu": "CPT, SFT, RLVR"}
+ABLATIONS = {f"rlp-{name}-cpu": told for name, told in {
+    "g2": "2 thoughts a context", "g4": "4 thoughts a context", "g16": "16 thoughts a context",
+    "len20": "thoughts of 20 tokens", "len80": "thoughts of 80 tokens", "kl3": "KL 0.001",
+    "kl2": "KL 0.01", "tau99": "tau 0.99", "tau1": "tau 1, the teacher stands still",
+    "hot": "temperature 1", "random": "random positions of problems", "back0": "back 0",
+    "answers": "no text", "nofloor": "no floor under rewards"}.items()}
 SAMPLED, GREEDY = "accuracy/sampled/all/WHO", "accuracy/greedy/all/WHO"
 
 Found = dict[str, list[dict]]  # what results/ holds: by kind, a summary a seed
@@ -67,6 +73,22 @@ def arm_rows(found: Found) -> list[list[str]]:
                             ".1f").split(" ")[0],
                      spread([run["steps_s"] for run in runs if "steps_s" in run],
                             ".0f").split(" ")[0]])
+    return rows
+
+
+def ablation_rows(found: Found) -> list[list[str]]:
+    """RLP with one setting changed, and how far from the default it ends, paired by seed."""
+    rows = [["", "seeds", "sampled", "greedy", "gain at text, nats", "sampled, minus RLP",
+             "greedy, minus RLP"]]
+    for kind, name in ABLATIONS.items():
+        if runs := found[kind]:
+            columns = [(SAMPLED, ".2f"), (GREEDY, ".2f"),
+                       ("positions/text/WHO/gain_nats/frozen_base", "+.2f")]
+            gaps = (difference(means(runs, path), means(found["rlp-cpu"], path))
+                    for path in (SAMPLED, GREEDY))
+            rows.append([name, str(len(runs)), *(spread(list(means(runs, path).values()), form)
+                                                 for path, form in columns),
+                         *(spread(gap, "+.3f") for gap in gaps)])
     return rows
 
 
