@@ -46,7 +46,8 @@ ABLATIONS = {
         "len20": "--rlp.thought-len 20", "len80": "--rlp.thought-len 80",
         "kl3": "--rlp.kl 1e-3", "kl2": "--rlp.kl 1e-2",
         "tau99": "--rlp.tau 0.99", "tau1": "--rlp.tau 1", "hot": "--rlp.temperature 1",
-        "random": "--rlp.positions random", "back0": "--rlp.back 0", "answers": "--rlp.text-share 0",
+        "random": "--rlp.positions random", "back0": "--rlp.back 0",
+        "answers": "--rlp.text-share 0",
         "nofloor": "--rlp.reward-floor -inf"}.items()}
 # As many tries for each: its arm with every rate, and half of the problems.
 RATES = {"rlp-paper": ("--rlp.lr", (1e-4, 2e-4, 4e-4)), "match": ("--rlp.lr", (1e-4, 2e-4, 4e-4)),
