@@ -119,15 +119,16 @@ def along_all(config: ModelConfig, parts: Units | Masks, extend: Callable = alon
                              for i, p in enumerate(parts.layers)}
 
 
-def picks(config: ModelConfig, units: Units) -> dict[str, tuple[str, dict[int, Tensor]]]:
+def picks(config: ModelConfig, units: Units) -> dict[str, tuple[str, dict[int, Tensor]] | None]:
     """What the given units are of each weight: by its name, the name in a model of these units, for
-    where a layer is left out the ones after it move up, and indices by dimension."""
+    where a layer is left out the ones after it move up, and indices by dimension; None of a layer
+    that is left out."""
     inside, out = along_all(config, units), {}
     place = {i: n for n, i in enumerate(i for i, u in inside.items() if i is not None and u)}
     for name, (i, rest, axes) in weights_of(config).items():
-        if inside[i]:
-            picked = {dim: inside[i][a] for dim, a in enumerate(axes) if a in inside[i]}
-            out[name] = name if i is None else f"layers.{place[i]}.{rest}", picked
+        own = inside[i]
+        out[name] = own and (name if i is None else f"layers.{place[i]}.{rest}",
+                             {dim: own[a] for dim, a in enumerate(axes) if a in own})
     return out
 
 
@@ -136,7 +137,7 @@ def take(weights: dict[str, Tensor], config: ModelConfig, units: Units) -> dict[
     Differentiable. Where the first units of an axis are kept, the result is a view."""
     table, out = picks(config, units), {}
     for name, t in weights.items():
-        if name not in table:
+        if table[name] is None:
             continue
         new, picked = table[name]
         for dim, index in picked.items():
@@ -153,8 +154,9 @@ def cuts(config: ModelConfig, widths: Widths) -> dict[str, dict]:
         ends = [0, *(1 + (index.diff() != 1).nonzero()[:, 0]).tolist(), len(index)]
         return [[int(index[a]), int(index[b - 1]) + 1] for a, b in itertools.pairwise(ends)]
 
-    return {new: {"of": name, "keep": {str(dim): runs(index) for dim, index in picked.items()}}
-            for name, (new, picked) in picks(config, kept_units(config, widths)).items()}
+    found = picks(config, kept_units(config, widths)).items()
+    return {pick[0]: {"of": name, "keep": {str(d): runs(index) for d, index in pick[1].items()}}
+            for name, pick in found if pick}
 
 
 def widen(config: ModelConfig, weights: dict[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:

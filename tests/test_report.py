@@ -133,6 +133,9 @@ def test_right_answers_of_sizes_are_shown_where_they_were_measured(made_up, tmp_
     assert rows["  sum"] == rows["right, sampled thoughts"] == rows["right, greedy thought"]
     assert rows["  alone right, parent alone"][1] == "3, 10 (p 0.092)"
     assert "greedy thoughts, of the parent's | 75% (75% to 75%) | 50% (50% to 50%) |" in report.elastic_table([made_up] * 2)
+    silent = json.loads(json.dumps(made_up))
+    silent["teacher"]["accuracy"]["greedy"]["all"] = leaf(0.0)
+    assert "greedy" not in report.elastic_table([made_up, silent])
     memory = {"family_memory": 1e6, "separate_memory": 2e6}
     run = made_up | {"baselines": {}, "memory": memory, "versions": {}}
     _, *claims = report.claims(report.load(write(tmp_path, elastic__cpu__seed3=run)))

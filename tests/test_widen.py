@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from model import HybridLM
-from nested import Widths, kept_units, take, widen
+from nested import Widths, full_widths, kept_units, take, widen
 from system.checkpoint import load_weights, save
 from system.config import Config, ModelConfig
 from system.huggingface import load_hf, save_hf
@@ -160,3 +160,10 @@ def test_weights_that_do_not_fit_the_widths_are_refused_before_anything_is_writt
     assert export.main([run, "--out", str(tmp_path / "out"), "--widths", "padded"]) == 2
     assert "layers.0.mixer.in_proj.weight has shape" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_weight_that_no_model_has_is_refused_when_it_is_cut():
+    config = dataclasses.replace(BASE, widths=())
+    weights = HybridLM(config).state_dict() | {"layers.0.mixer.extra": torch.ones(1)}
+    with pytest.raises(KeyError, match="extra"):
+        take(weights, config, kept_units(config, full_widths(config)))

@@ -82,8 +82,11 @@ def kept(runs: list[dict], how: str) -> list[list[dict]]:
     nothing where a run did not measure it."""
     if not runs or not all("accuracy" in run["teacher"] for run in runs):
         return []
-    shares = [[e["accuracy"][how]["all"]["mean"] / run["teacher"]["accuracy"][how]["all"]["mean"]
-               for e in run["budgets"]] for run in runs]
+    parents = [run["teacher"]["accuracy"][how]["all"]["mean"] for run in runs]
+    if not all(parents):  # one that answers nothing keeps nothing
+        return []
+    shares = [[e["accuracy"][how]["all"]["mean"] / parent for e in run["budgets"]]
+              for run, parent in zip(runs, parents, strict=True)]
     return [[{"mean": x, "low": x, "high": x} for x in size] for size in zip(*shares, strict=True)]
 
 
