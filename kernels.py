@@ -217,6 +217,8 @@ def ssd_step_torch(x_BHP, dt_BH, a_H, b_BKN, c_BKN, d_H, state_BHPN):
     [J P, N]. It is read by a row times a matrix: a matrix times a column takes 8 times as long."""
     B, H, P = x_BHP.shape
     K, N = b_BKN.shape[1:]
+    if B == 0:
+        return ssd_step_reference(x_BHP, dt_BH, a_H, b_BKN, c_BKN, d_H, state_BHPN)
     decay_BH = torch.exp(wide(dt_BH) * a_H)
     xdt_BHP = wide(x_BHP * dt_BH[..., None].to(x_BHP.dtype))
     state = (state_BHPN * decay_BH[..., None, None]).view(B, K, -1, N)

@@ -94,3 +94,22 @@ def test_waits_are_counted_by_hand():
 def test_unknown_parts_are_refused(capsys):
     assert check.main(["--part", "magic"]) == 2
     assert "part (magic) is unknown; choose from values bf16" in capsys.readouterr().err
+
+
+def test_of_a_gradient_that_cancels_a_fifth_of_the_error_counts():
+    """y = a b, both 3 long; a wrong by 1e-3 in its gradient alone."""
+
+    class Off(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, a, b):
+            ctx.save_for_backward(a, b)
+            return a * b
+
+        @staticmethod
+        def backward(ctx, grad):
+            a, b = ctx.saved_tensors
+            return 1.001 * grad * b, grad * a
+
+    inputs = [check.random(3), check.random(3) + 5]
+    found = [check.worst(Off.apply, torch.mul, inputs, torch.float64, i) for i in (None, 0, 1)]
+    assert found == pytest.approx([1e-3, 2e-4, 1e-3])

@@ -340,6 +340,10 @@ def test_no_sequences_or_no_tokens_give_empty_results_and_the_state_as_it_was(B,
             y_BTHP, last_BHPN = form(*scan, first, ids_BT)
             assert y_BTHP.shape == (B, T, 4, 3)
             assert torch.equal(last_BHPN, torch.zeros_like(state_BHPN) if first is None else state_BHPN)
+    if B == 0 < T:
+        step = [t[:, 0] if i in (0, 1, 3, 4) else t for i, t in enumerate(scan)]
+        for form in (kernels.ssd_step_reference, kernels.ssd_step_torch):
+            assert [t.shape for t in form(*step, state_BHPN)] == [(0, 4, 3), (0, 4, 3, 5)]
     for form in (kernels.causal_conv_reference, kernels.causal_conv_torch):
         for tail in (tail_BYE, None):
             y_BTE, left_BYE = form(*conv, tail, ids_BT)
