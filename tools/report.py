@@ -154,7 +154,8 @@ def claims(found: dict[str, list[dict]]) -> list[list[str]]:
         seeds = ", ".join(str(run["seed"]) for run in runs)
         commits = ", ".join(sorted({view.commit(run) for run in runs}))
         shown = figures if runs else ""
-        rows.append([claim, verdict, shown, seeds, f"`python train.py {command}`", commits])
+        program = "" if command.startswith("-m") else "train.py "
+        rows.append([claim, verdict, shown, seeds, f"`python {program}{command}`", commits])
 
     def get(path: str, runs: list[dict], who: str = "rlp") -> list[dict]:
         return [view.figure(run, path, who) for run in runs]
@@ -195,7 +196,7 @@ def claims(found: dict[str, list[dict]]) -> list[list[str]]:
         leaves = [[view.figure(run, path, run["mode"]) for run in runs]
                   for runs in zip(*both, strict=True)] or [[], []]
         shown = " against ".join(view.cell(view.over_seeds(side)) for side in leaves if side)
-        add(f"RLP: {claim}", "see tools.rivals", theirs, [above(*leaves)], f"greedy {shown}")
+        add(f"RLP: {claim}", "-m tools.rivals", theirs, [above(*leaves)], f"greedy {shown}")
     behind = found["controls-rlp-cpu"]
     for claim, path, other in (
             ("what a thought gains hangs on its context", "thoughts/own", "thoughts/swapped"),
@@ -203,7 +204,7 @@ def claims(found: dict[str, list[dict]]) -> list[list[str]]:
              "levels/3 more/all/WHO", "levels/3 more/all/base"),
             ("solves what 32 thoughts of the base do not", "pass/32/WHO", "pass/32/base")):
         ours_there, others = (get(p, behind) for p in (path, other))
-        add(f"RLP: {claim}", "--mode rlp; python -m tools.controls RUN", behind,
+        add(f"RLP: {claim}", "-m tools.controls runs/rlp-cpu-seed0", behind,
             [above(ours_there, others)], " against ".join(
                 view.cell(view.over_seeds(side)) for side in (ours_there, others) if side))
     add("RLP: it holds for models of 1.7B and 12B", "--preset qwen3-1.7b-rlp")
@@ -281,7 +282,7 @@ RLP = """## RLP
 
 Targets are answers of problems, and tokens at random places of ordinary text and of documents whose
 results need thinking; gains there are against the frozen base without a thought. CPT is the base,
-trained on for about as long.
+trained on with as many FLOPs. `python -m tools.rivals` runs all arms.
 
 ![Accuracy by family, before and after RLP; a dot is a seed](results/accuracy.png)"""
 SPEEDRUN = """## Speedrun
