@@ -49,9 +49,9 @@ def tables(folder: Path) -> dict[str, str]:
 
 
 def rlp_table(found: dict[str, list[dict]]) -> str:
-    """The base, RLP, and the same base pretrained for about as long as RLP took."""
+    """The base, RLP, and the same base pretrained with as many FLOPs as RLP took."""
     kinds = (("base", "rlp-cpu", "base"), ("RLP", "rlp-cpu", "rlp"),
-             ("CPT, about equal time", "cpt-cpu", "cpt"))
+             ("CPT, equal FLOPs", "cpt-cpu", "cpt"))
     columns = {f"{name}, {n_seeds(found[kind])}": (found[kind], who)
                for name, kind, who in kinds if found[kind]}
     return view.markdown(view.thought_rows(columns, [
