@@ -305,7 +305,7 @@ def finished(program, tmp_path_factory):
 
 def test_a_run_leaves_settings_metrics_figures_samples_plots_and_checkpoints(finished):
     assert {p.name for p in finished.iterdir()} == {
-        "config.json", "metrics.jsonl", "summary.json", "samples.txt", "checkpoint", "baselines", "hf",
+        "config.json", "metrics.jsonl", "summary.json", "samples.txt", "checkpoint", "baselines", "hf", "family.json",
         "loss.png", "widths.png", "sizes.png"}  # fmt: skip
     assert all((finished / f"{plot}.png").read_bytes().startswith(b"\x89PNG") for plot in ("loss", "widths", "sizes"))
     assert {p.name for p in (finished / "baselines").iterdir()} == {"scratch", "separate", "fixed"}

@@ -640,7 +640,7 @@ def test_a_run_stopped_by_ctrl_c_and_resumed_equals_the_uninterrupted_one(progra
     assert weights_of(tmp_path) == weights_of(finished)
     assert metrics_of(tmp_path) == metrics_of(finished)
     differing = {k for k, v in summary_of(tmp_path).items() if v != summary_of(finished)[k]}
-    assert differing <= {"wall_s", "peak_memory_gib", "base_was_cached"}
+    assert differing <= {"wall_s", "steps_s", "peak_memory_gib", "base_was_cached"}
 
 
 def test_a_base_stopped_by_ctrl_c_is_finished_by_the_next_run(program, finished, tmp_path, monkeypatch):

@@ -38,6 +38,7 @@ import kernels_gpu
 import train
 from model import HybridLM
 from rlp import RLP
+from system import parallel
 from system.costs import count_parameters
 from system.errors import exit_code, require
 from system.files import read_json, read_log
@@ -418,7 +419,7 @@ def check(part: str = "", rank: str = "", out: Path = Path("results"),
     """
     if rank:
         dist.init_process_group("gloo")  # NCCL refuses two processes on one card
-        sys.exit(train.main(json.loads(rank)))
+        sys.exit(parallel.leave(train.main(json.loads(rank))))
     for name in (*parts, *[part] * bool(part)):
         require(name in PARTS, f"part ({name}) is unknown; choose from {', '.join(PARTS)}")
     if part:
