@@ -333,7 +333,7 @@ def figures_of_family(t: Trained) -> dict | None:
             "target": router.fraction(b) * router.full_cost,
             "cost": routers.total_cost(size.config, c, parallel.device_of(size)),
             "widths": asdict(own), **evals.size_facts(size, config), **found})
-    write_family(t, entries["elastic"])
+    write_family(t, entries["elastic"], widths)
     named = {f"{b:g}": m for b, m in zip(c.budgets, families["elastic"], strict=True)}
     write_samples(named, t)
     seconds = {name: rundir.logged_seconds(t.run_dir / "baselines" / name) for name in rivals}
@@ -347,13 +347,13 @@ def figures_of_family(t: Trained) -> dict | None:
         "n_tokens": c.n_tokens()}
 
 
-def write_family(t: Trained, entries: list[dict]) -> None:
+def write_family(t: Trained, entries: list[dict], widths: dict[float, nested.Widths]) -> None:
     """family.json: what each budget has, costs and reached, and how to cut it out of the weights
     with no code of ours (tools/slicer.py)."""
     told = ("fraction", "cost", "parameters", "widths", "loss_nats", "accuracy")
     family = {f"{e['budget']:g}": {
         **{name: e[name] for name in told},
-        "cuts": nested.cuts(t.model.config, t.objective.router.choose(e["budget"]))}
+        "cuts": nested.cuts(t.model.config, widths[e["budget"]])}
         for e in entries}
     (t.run_dir / "family.json").write_text(json.dumps(family) + "\n")
 

@@ -25,6 +25,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ from system.errors import exit_code, require
 from system.files import read_json, read_log
 from system.machine import hardware, versions
 from system.presets import PRESETS
-from thoughts import sample_thoughts
+from thoughts import Sampling, sample_thoughts
 from tools import bench
 from views import estimate
 from views.tables import markdown
@@ -251,7 +252,7 @@ def rollout() -> tuple[HybridLM, RLP, dict, torch.Generator]:
     """A model of the default size, RLP on it, and a batch of random contexts."""
     V = 1024
     network = bench._network(DEVICE, bench.CPU_MODEL, V)
-    tokenizer = bench.SimpleNamespace(
+    tokenizer = SimpleNamespace(
         think=V - 3, close=V - 2, end=V - 1, ends=(V - 1,), tags=(V - 3, V - 2))
     B, T = (32, 128) if ON_CARD else (2, 32)
     objective = RLP(replace(PRESETS["cpu"].rlp, batch=B, context_len=T, predictor=0.0), tokenizer)
@@ -266,7 +267,7 @@ def decoding() -> Rows:
     c = objective.config
 
     def run() -> Any:
-        sampling = bench.Sampling(c.group_size, c.thought_len, c.temperature)
+        sampling = Sampling(c.group_size, c.thought_len, c.temperature)
         return sample_thoughts(network, batch, objective.tokenizer, sampling,
                                generator.manual_seed(0))
 

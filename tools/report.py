@@ -67,8 +67,8 @@ def elastic_table(runs: list[dict]) -> str:
                                    for size in zip(*families, strict=True))],
             ["loss, of the parent's", *over_sizes(families, "loss_change", "+.1%")],
             *([f"right answers, {how} thoughts, of the parent's", *(
-                view.cell(view.over_seeds(size), ".0%") for size in kept(runs, how))]
-              for how in ("sampled", "greedy") if kept(runs, how))]
+                view.cell(view.over_seeds(size), ".0%") for size in shares)]
+              for how in ("sampled", "greedy") if (shares := kept(runs, how)))]
     for name in ("separate", "minitron", "random-order"):
         if rivals := [run["baselines"][name] for run in runs if name in run["baselines"]]:
             fewer = f" ({n_seeds(rivals)})" if len(rivals) < len(runs) else ""
@@ -143,6 +143,12 @@ def above(leaves: list[dict], others: list[dict] | None = None) -> bool:
     return statistics.mean(d) > rivals.half_width(d)
 
 
+def of_equal_seeds(first: list[dict], second: list[dict]) -> tuple[list[dict], list[dict]]:
+    """The runs of both that have a partner, in one order."""
+    pairs = [(a, b) for a in first for b in second if a["seed"] == b["seed"]]
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
 def claims(found: dict[str, list[dict]]) -> list[list[str]]:
     """The table of claims; the first row is its head."""
     rows = [["claim of the paper", "here", "figure", "seeds", "command", "commit"]]
@@ -165,8 +171,7 @@ def claims(found: dict[str, list[dict]]) -> list[list[str]]:
 
     # 1. RLP
     rlp = found["rlp-cpu"]
-    pairs = [(a, b) for a in rlp for b in found["cpt-cpu"] if a["seed"] == b["seed"]]
-    ours, cpt = [a for a, _ in pairs], [b for _, b in pairs]
+    ours, cpt = of_equal_seeds(rlp, found["cpt-cpu"])
     sampled, greedy = "accuracy/sampled/all/WHO", "accuracy/greedy/all/WHO"
     gain, change = "positions/{}/WHO/gain_nats/frozen_base", "loss_nats/no_think_text_change"
     add("RLP: thoughts learn to answer where thinking is needed", "--mode rlp", rlp,
@@ -191,12 +196,10 @@ def claims(found: dict[str, list[dict]]) -> list[list[str]]:
             ("still ahead after SFT and RLVR, of the base with both", "rlvr-cpu", greedy),
             ("still ahead after SFT and RLVR, of CPT with both", "cpt-rlvr-cpu", greedy)):
         mine = found["rlp-cpu" if kind == "match-cpu" else "rlp-rlvr-cpu"]
-        both = [(a, b) for a in mine for b in found[kind] if a["seed"] == b["seed"]]
-        theirs = [b for _, b in both]
-        leaves = [[view.figure(run, path, run["mode"]) for run in runs]
-                  for runs in zip(*both, strict=True)] or [[], []]
+        sides = of_equal_seeds(mine, found[kind])
+        leaves = [[view.figure(run, path, run["mode"]) for run in side] for side in sides]
         shown = " against ".join(view.cell(view.over_seeds(side)) for side in leaves if side)
-        add(f"RLP: {claim}", "-m tools.rivals", theirs, [above(*leaves)], f"greedy {shown}")
+        add(f"RLP: {claim}", "-m tools.rivals", sides[1], [above(*leaves)], f"greedy {shown}")
     behind = found["controls-rlp-cpu"]
     for claim, path, other in (
             ("what a thought gains hangs on its context", "thoughts/own", "thoughts/swapped"),

@@ -71,15 +71,24 @@ def phases(config: Config) -> list[Phase]:
     if config.init:
         before = before[1:]
     found = [p for mode in before for p in next_token_phases(replace(config, mode=mode))]
-    return [p for p in found if p.n_steps] + PHASES.get(config.mode, next_token_phases)(config)
+    return [p for p in found if p.n_steps] + own_phases(config)
+
+
+def own_phases(config: Config) -> list[Phase]:
+    """Those of the run's own mode alone."""
+    return PHASES.get(config.mode, next_token_phases)(config)
+
+
+def thinks(config: Config) -> bool:
+    """Whether the mode samples thoughts."""
+    return PHASES.get(config.mode) is rlp_phases
 
 
 def steps_flops(config: Config, thought_tokens: float | None) -> float:
     """FLOPs of a run's own steps, its base left out, with thoughts as long as they were."""
-    if PHASES.get(config.mode) is rlp_phases and thought_tokens:
+    if thinks(config) and thought_tokens:
         config = replace(config, rlp=replace(config.rlp, thought_len=round(thought_tokens)))
-    own = PHASES.get(config.mode, next_token_phases)(config)
-    return sum(p.n_steps * sum(p.flops.values()) for p in own)
+    return sum(p.n_steps * sum(p.flops.values()) for p in own_phases(config))
 
 
 def facts(config: Config) -> dict:
@@ -92,7 +101,7 @@ def facts(config: Config) -> dict:
            "total_tokens": sum(p.n_steps * p.n_tokens for p in found), "total_flops": total,
            "h100_hours": total / (MFU * H100_FLOPS) / 3600, "n_gpus": n,
            "memory": {"all kept": memory(config, n), "layers recomputed": memory(config, n, True)}}
-    if PHASES.get(config.mode) is rlp_phases:
+    if thinks(config):
         c = config.rollouts()
         out["thoughts"] = c.steps * c.batch * c.group_size
     if config.mode == "elastic":
@@ -211,8 +220,7 @@ def memory(config: Config, n_gpus: int = 1, recompute: bool = False) -> dict[str
     (its base takes no more). recompute: of all layers but one at a time only the input is kept.
     """
     shape, layers = config.model, parts(config.model)
-    thinks = PHASES.get(config.mode) is rlp_phases
-    c = config.rollouts() if thinks else getattr(config, config.mode)
+    c = config.rollouts() if thinks(config) else getattr(config, config.mode)
     n, rank = parameters(shape), config.lora.rank
     inner, thin = (sum(k * count(*part) for part, k in layers.items()) for count in (
         costs.matrix_parameters, lambda *part: costs.adapter_parameters(*part, rank)))
@@ -223,8 +231,7 @@ def memory(config: Config, n_gpus: int = 1, recompute: bool = False) -> dict[str
     frozen = (rank > 0) * (STATE_BYTES * (n - inner) + COMPUTE_BYTES * inner)
     states = {"frozen weights": frozen, "weights": share, "gradients": share, "optimizer": moments}
     # 2. In an update: one part of a step on one GPU is batch / (GPUs x accumulate) sequences.
-    own = PHASES.get(config.mode, next_token_phases)(config)
-    sequences = [(math.ceil(p.n_rows / (n_gpus * c.accumulate)), p) for p in own]
+    sequences = [(math.ceil(p.n_rows / (n_gpus * c.accumulate)), p) for p in own_phases(config)]
     n_tokens = max(rows * (p.row_tokens + p.thought_tokens) for rows, p in sequences)
     n_scored = max(rows * (p.thought_tokens or p.row_tokens) for rows, p in sequences)
     n_logits = n_scored * min(shape.vocab_size, VOCABULARY_TILE)  # that are there at one time
@@ -232,7 +239,7 @@ def memory(config: Config, n_gpus: int = 1, recompute: bool = False) -> dict[str
     gathered = COMPUTE_BYTES * (costs.part_parameters("", shape) + 2 * largest)
     rollouts, update = {}, {"gathered layers": (n_shares > 1) * gathered}
     # 3. What the modes add: frozen networks, rollouts on whole weights, updates of whole weights.
-    if thinks:
+    if thinks(config):
         states |= {"EMA teacher": share, "starting weights": (c.kl > 0) * share}
         n_caches = sequences[0][0] * c.group_size
         head = 0 if shape.tie_embeddings else shape.vocab_size * shape.d_model
