@@ -33,15 +33,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint as recompute
 
 import nested
 from kernels import selected_logp, wide
-from model import HybridLM
+from model import HybridLM, Inside
 from routers import Router, budget_loss, mask_weighting, probabilities, unmeasured_router
 from system import checkpoint, parallel
-from system.config import Config, ElasticConfig
+from system.config import Config, ElasticConfig, ModelConfig
 from system.costs import count_parameters
 from system.errors import require
 from system.loop import warn
@@ -127,8 +126,6 @@ class Elastic(Distillation):
     routers' choices stay as they are, and each budget runs on its slice of the weights.
     """
 
-    runs_whole = True
-
     def __init__(self, c: ElasticConfig, router: Router, teacher: nn.Module):
         super().__init__(c, teacher)
         ours, theirs = router.space.config.vocab_size, len(teacher.output_matrix)
@@ -137,8 +134,7 @@ class Elastic(Distillation):
         self.router, self.step = router, 0
         self.networks["router"] = router
         self.n_search = round(c.search_share * c.steps) if c.choose == "router" else 0
-        self.widths: dict[float, nested.Widths] = {}
-        self.bare: dict[float, HybridLM] = {}
+        self.settled: dict[float, Inside | None] = {}
 
     def prepare(self, model: HybridLM, batch: dict[str, Tensor], step: int,
                 generator: torch.Generator) -> dict:
@@ -155,8 +151,7 @@ class Elastic(Distillation):
 
     def loss(self, model: HybridLM, batch: dict) -> tuple[Tensor, int, Metrics]:
         """Sum over tokens of the task loss, plus lambda times the sum of all budget losses."""
-        c, weights = self.c, dict(model.named_parameters())
-        count, total, metrics = 0, 0.0, {}
+        c, count, total, metrics = self.c, 0, 0.0, {}
         p = self.choices(batch["noise"]) if self.step < self.n_search else {}
         # 1. the sequences of each budget through its model
         for n, budget in enumerate(c.budgets):
@@ -164,7 +159,7 @@ class Elastic(Distillation):
             if len(rows) == 0:
                 continue
             part = {k: batch[k][rows] for k in ("tokens_BT", "targets_BT", "ids_BT")}
-            outputs = self.run(model, weights, p.get(budget), budget, part)
+            outputs = self.run(model, p.get(budget), budget, part)
             is_full = self.router.is_full(budget)
             teachers = [(c.kl, self.teacher), (0.0 if is_full else c.self_kl, model)]
             part_loss, n_tokens = self.task(*outputs, part, teachers, c.ce + is_full * c.full_ce)
@@ -186,26 +181,27 @@ class Elastic(Distillation):
         with parallel.exactly():
             return {b: probabilities(self.router(b), noise[b], scale, tau) for b in smaller}
 
-    def run(self, model: HybridLM, weights: dict, p: dict | None, budget: float, batch: dict
+    def run(self, model: HybridLM, p: dict[str, Tensor] | None, budget: float, batch: dict
             ) -> tuple[Tensor, Tensor]:
-        """Last hidden states of a budget's model, masked if p is given, else cut; output matrix."""
-        network, shape, own = model, model.config, weights
-        if p is not None:  # the head stays: the last norm masks what it reads, tied or not
+        """Last hidden states of a budget's model, [B, T, d], and its output matrix, [V, d], where d
+        is D under masks: the last norm masks what the matrix reads."""
+        hidden_BTd, _ = model(batch["tokens_BT"], ids_BT=batch["ids_BT"],
+                              inside=self.inside(model.config, p, budget))
+        return hidden_BTd, model.output_matrix[:, : hidden_BTd.shape[-1]]
+
+    def inside(self, shape: ModelConfig, p: dict[str, Tensor] | None, budget: float
+               ) -> Inside | None:
+        """A budget's model in the weights of the full one: under masks if p is given, else cut out;
+        None is the full one itself."""
+        if p is not None:
             with parallel.exactly():
                 weighting = mask_weighting(p, self.c.mask)
-                masks = self.router.space.masks(weighting, self.router.depth_order)
-                weights = nested.mask_weights(weights, shape, masks)
-                network = nested.masked_skeleton(shape, masks)
-        elif not self.router.is_full(budget):
-            if budget not in self.widths:
-                self.widths[budget] = self.router.choose(budget)
-                self.bare[budget] = nested.bare_model(nested.shrink(shape, self.widths[budget]))
-            network, kept = self.bare[budget], nested.kept_units(shape, self.widths[budget])
-            weights = own = nested.take(weights, shape, kept)
-        network = parallel.recomputed_blocks(network, weights)
-        hidden_BTd, _ = functional_call(
-            network, weights, (batch["tokens_BT"],), {"ids_BT": batch["ids_BT"]})
-        return hidden_BTd, own.get("head.weight", own["embed.weight"])
+                return nested.masked_inside(
+                    shape, self.router.space.masks(weighting, self.router.depth_order))
+        if budget not in self.settled:
+            self.settled[budget] = (None if self.router.is_full(budget) else
+                                    nested.cut_inside(shape, self.router.choose(budget)))
+        return self.settled[budget]
 
     def after_step(self, model: HybridLM) -> None:
         """Keep the weights at the end of stage 1, to see what stage 2 brings."""

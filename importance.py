@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from model import HybridLM
 from nested import UNITS, Units, Widths, full_widths, rotate, submodel, take
+from system import parallel
 from system.config import ElasticConfig, require_known
 from system.costs import axis_sizes, in_proj_rows, weights_of
 
@@ -171,11 +172,13 @@ def chosen_scores(c: ElasticConfig) -> dict[str, str]:
 @torch.no_grad()
 def rank(
     model: HybridLM, batches: list[dict[str, Tensor]], c: ElasticConfig, seed: int = 0) -> Ranking:
-    """Rank units by the scores that the settings name, from forward passes over the batches, and
-    layers, a pass each, if `depth_choices` drops some. Raises ValueError for an unknown score."""
+    """Rank units by the scores that the settings name, from forward passes over the batches of all
+    processes, and layers, a pass each, if `depth_choices` drops some. Raises ValueError for an
+    unknown score."""
     chosen, config = chosen_scores(c), model.config
     generator = torch.Generator().manual_seed(seed)
     sums = activation_sums(model, batches, with_stream=chosen["d_model"] == "pca")
+    sums = {name: parallel.total(s) for name, s in sums.items()}
 
     def order(scores: Tensor, n_groups: int = 1) -> Tensor:
         within = scores.view(n_groups, -1).argsort(dim=1, descending=True, stable=True)
@@ -202,7 +205,8 @@ def rank(
         depth = rank_layers(model, batches, chosen["depth"], generator)
         last = [i for i in depth if config.pattern[i] != "-"][-1]
         depth = [i for i in depth if i != last] + [last]
-    return Ranking(Units(stream, layers), depth, axes_DD)
+    # Principal axes may come out with other signs elsewhere: all take those of the first process.
+    return parallel.on_first(lambda: Ranking(Units(stream, layers), depth, axes_DD))
 
 
 def rank_layers(model: HybridLM, batches: list[dict[str, Tensor]], kind: str,
@@ -214,12 +218,13 @@ def rank_layers(model: HybridLM, batches: list[dict[str, Tensor]], kind: str,
         return torch.randperm(n, generator=generator).tolist()
     # Hidden states are kept, not logits, which are larger by V / D.
     full = [_hidden(model, batch, set()) for batch in batches]
-    size = sum(model.logits(f).square().sum() for f in full)
+    size = parallel.total(sum(model.logits(f).square().sum() for f in full))
 
     def score(without: set[int]) -> float:
         changed = (_hidden(model, batch, without) for batch in batches)
-        return float(sum((model.logits(f) - model.logits(c)).square().sum()
-                         for f, c in zip(full, changed, strict=True)) / size)
+        off = sum((model.logits(f) - model.logits(c)).square().sum()
+                  for f, c in zip(full, changed, strict=True))
+        return float(parallel.total(off) / size)
 
     return SCORES["depth"][kind](n, score)
 

@@ -7,6 +7,7 @@
 in system/config.py, the tables of system/costs.py, and the names in system/huggingface.py.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -112,6 +113,18 @@ class Cache:
         return Cache(layers, self.n_tokens, ids_BS)
 
 
+Part = Callable[..., Any]  # runs in place of a module: given that, and what that would be given
+
+
+@dataclass
+class Inside:
+    """A smaller model in the weights of a larger one, which runs it (nested.py)."""
+
+    embed: Part
+    layers: list[Part | None]  # None is left out
+    norm: Part
+
+
 class Block(nn.Module):
     """y = x + mixer(norm(x))."""
 
@@ -121,9 +134,12 @@ class Block(nn.Module):
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.mixer = MIXERS[kind](config)
 
-    def forward(self, x_BTD: Tensor, cached: tuple | None, context: Tensor | None
-                ) -> tuple[Tensor, tuple]:
-        """context: the attention mask for attention, the document ids for other mixers."""
+    def forward(self, x_BTD: Tensor, cached: tuple | None, context: Tensor | None,
+                part: Part | None = None) -> tuple[Tensor, tuple]:
+        """context: the attention mask for attention, the document ids for other mixers. part: what
+        runs instead, on the weights of this block (sharded ones are whole only while it runs)."""
+        if part is not None:
+            return part(self, x_BTD, cached, context)
         y_BTD, cached = self.mixer(self.norm(x_BTD), cached, context)
         return x_BTD + y_BTD, cached
 
@@ -156,19 +172,24 @@ class HybridLM(nn.Module):
             else:
                 p.normal_(0.0, 0.02 if name == "head.weight" else p.shape[1] ** -0.5)
 
-    def forward(self, tokens_BT: Tensor, cache: Cache | None = None,
-                ids_BT: Tensor | None = None) -> tuple[Tensor, Cache]:
-        """Hidden states after the last norm, and the cache: see `LanguageModel`."""
+    def forward(self, tokens_BT: Tensor, cache: Cache | None = None, ids_BT: Tensor | None = None,
+                inside: Inside | None = None) -> tuple[Tensor, Cache]:
+        """Hidden states after the last norm, and the cache: see `LanguageModel`. inside: a smaller
+        model in these weights, to run instead; it takes no cache."""
         T, n_cached = tokens_BT.shape[1], 0 if cache is None else cache.n_tokens
         ids_BS = _join_ids(ids_BT, cache, tokens_BT)
         mask = attention_mask(ids_BS, T, n_cached, tokens_BT.device)
-        x_BTD = self.embed(tokens_BT)
+        x_BTD = self.embed(tokens_BT) if inside is None else inside.embed(self.embed, tokens_BT)
         layers = []
         for i, block in enumerate(self.layers):
+            part = None if inside is None else inside.layers[i]
+            if inside is not None and part is None:
+                continue
             context = mask if isinstance(block.mixer, Attention) else ids_BT
-            x_BTD, left = block(x_BTD, None if cache is None else cache.layers[i], context)
+            x_BTD, left = block(x_BTD, None if cache is None else cache.layers[i], context, part)
             layers.append(left)
-        return self.norm(x_BTD), Cache(layers, n_cached + T, ids_BS)
+        x_BTD = self.norm(x_BTD) if inside is None else inside.norm(self.norm, x_BTD)
+        return x_BTD, Cache(layers, n_cached + T, ids_BS)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits of hidden states, [..., D] to [..., V]."""

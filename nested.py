@@ -11,17 +11,20 @@ norm over all of them with weight sqrt(s) w and epsilon s eps, so masks touch we
 model's code does not know of them.
 
 How to read: `UNITS` and `along`, the units of a layer and what runs along them; `take`, which
-permutes and cuts, and `widen`, its inverse; `rotate`, which turns the stream; `mask_weights`.
+permutes and cuts, and `widen`, its inverse; `rotate`, which turns the stream; `cut_inside`
+and `masked_inside`, which run a smaller model in the weights of the larger one.
 """
 
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
-from model import HybridLM
+from model import HybridLM, Inside, Part
 from system.checkpoint import check_shapes
 from system.config import WIDTH_FIELDS, ModelConfig
 from system.costs import WEIGHTS, axis_sizes, in_proj_rows, weights_of
@@ -135,16 +138,17 @@ def picks(config: ModelConfig, units: Units) -> dict[str, tuple[str, dict[int, T
 def take(weights: dict[str, Tensor], config: ModelConfig, units: Units) -> dict[str, Tensor]:
     """The weights at the given units: permuted if all are given, else a smaller model.
     Differentiable. Where the first units of an axis are kept, the result is a view."""
-    table, out = picks(config, units), {}
-    for name, t in weights.items():
-        if table[name] is None:
-            continue
-        new, picked = table[name]
-        for dim, index in picked.items():
-            t = (t.narrow(dim, 0, len(index)) if torch.equal(index, torch.arange(len(index)))
-                 else t.index_select(dim, index.to(t.device)))
-        out[new] = t
-    return out
+    table = picks(config, units)
+    found = {name: pick for name in weights if (pick := table[name])}
+    return {new: cut_one(weights[name], index) for name, (new, index) in found.items()}
+
+
+def cut_one(t: Tensor, picked: dict[int, Tensor]) -> Tensor:
+    """A weight at the given indices of its dimensions; a view where they are the first."""
+    for dim, index in picked.items():
+        t = (t.narrow(dim, 0, len(index)) if torch.equal(index, torch.arange(len(index)))
+             else t.index_select(dim, index.to(t.device)))
+    return t
 
 
 def cuts(config: ModelConfig, widths: Widths) -> dict[str, dict]:
@@ -253,24 +257,19 @@ def masks_along(kind: str, config: ModelConfig, m: dict[str, Tensor]) -> dict[st
             "O": torch.cat(list(blocks.values()))}
 
 
-def mask_weights(weights: dict[str, Tensor], config: ModelConfig, masks: Masks
-                 ) -> dict[str, Tensor]:
-    """Weights with which the full-size model computes what the masked one would (eq. 20 to 51).
+def mask_one(t: Tensor, rest: str, axes: dict[str, int], masks: dict[str, Tensor],
+             gamma: Tensor | None) -> Tensor:
+    """A weight with which the full-size layer computes what the masked one would (eq. 20 to 51).
 
-    Differentiable, in the masks too. `MASKED` says what is masked; norms are rescaled, see above.
+    Differentiable, in the masks too. Args: rest, axes: see `costs.Weight`; masks: along its axes;
+    gamma: of its layer, None in none. `MASKED` says what is masked; norms are rescaled, see above.
     """
-    table, inside, out = weights_of(config), along_all(config, masks, masks_along), {}
-    for name, t in weights.items():
-        i, rest, axes = table[name]
-        for dim, axis in enumerate(axes):
-            if axis in MASKED.get(rest, ""):
-                m = inside[i][axis].to(t)
-                m = m * masks.gamma[i].to(t) if rest in WRITERS and dim == 0 else m
-                t = t * (m[:, None] if t.dim() == 2 and dim == 0 else m)
-        if rest in NORMS:
-            t = t * share(inside[i][NORMS[rest]]).sqrt().to(t)
-        out[name] = t
-    return out
+    for dim, axis in enumerate(axes):
+        if axis in MASKED.get(rest, ""):
+            m = masks[axis].to(t)
+            m = m * gamma.to(t) if rest in WRITERS and dim == 0 else m
+            t = t * (m[:, None] if t.dim() == 2 and dim == 0 else m)
+    return t * share(masks[NORMS[rest]]).sqrt().to(t) if rest in NORMS else t
 
 
 def share(mask: Tensor) -> Tensor:
@@ -278,15 +277,58 @@ def share(mask: Tensor) -> Tensor:
     return mask.square().mean()
 
 
-def masked_skeleton(config: ModelConfig, masks: Masks) -> HybridLM:
-    """A full-size model without weights whose norms have the epsilon that goes with the masks."""
-    skeleton, eps = bare_model(config), config.norm_eps
-    for norm in (skeleton.norm, *(block.norm for block in skeleton.layers)):
+# ---------------------------------------------------------------- to run it in the larger one
+
+
+def part(bare: nn.Module, change: Callable[[str, Tensor], Tensor]) -> Part:
+    """What runs in place of a module of the larger model: a bare one, on its weights changed."""
+    @torch.compiler.disable
+    def run(module: nn.Module, *args: Any) -> Any:
+        own = {name: change(name, p) for name, p in module.named_parameters()}
+        return functional_call(bare, own, args)
+
+    return run
+
+
+def inside(config: ModelConfig, bare: HybridLM, places: dict[int, int],
+           change: Callable[[str, Tensor], Tensor]) -> Inside:
+    """A smaller model in the weights of one of this shape, block by block: so sharded ones need not
+    be whole at once. bare: the smaller model; places: of the layers that it has, where in it each
+    is; change: a weight's full name and value to what it has of it."""
+    def at(prefix: str, module: nn.Module) -> Part:
+        return part(module, lambda name, t: change(f"{prefix}.{name}", t))
+
+    layers = [at(f"layers.{i}", bare.layers[places[i]]) if i in places else None
+              for i in range(len(config.pattern))]
+    return Inside(at("embed", bare.embed), layers, at("norm", bare.norm))
+
+
+def cut_inside(config: ModelConfig, widths: Widths) -> Inside:
+    """The smaller model of these widths, cut out of each weight when it is used."""
+    table = picks(config, kept_units(config, widths))
+    kept = [i for i, w in enumerate(widths.layers) if w]
+    places = {i: n for n, i in enumerate(kept)}
+    return inside(config, bare_model(shrink(config, widths)), places,
+                  lambda name, t: cut_one(t, table[name][1]))
+
+
+def masked_inside(config: ModelConfig, masks: Masks) -> Inside:
+    """The model under masks: of full size, its norms with the epsilons that go with the masks."""
+    # 1. epsilons
+    bare, eps = bare_model(config), config.norm_eps
+    for norm in (bare.norm, *(block.norm for block in bare.layers)):
         norm.eps = eps * float(share(masks.d_model).detach())
-    for block, m in zip(skeleton.layers, masks.layers, strict=True):
+    for block, m in zip(bare.layers, masks.layers, strict=True):
         if block.kind == "M":
             block.mixer.norm_eps = eps * float((share(m["H"]) * share(m["P"])).detach())
-    return skeleton
+    # 2. weights
+    table, lines = weights_of(config), along_all(config, masks, masks_along)
+
+    def change(name: str, t: Tensor) -> Tensor:
+        i, rest, axes = table[name]
+        return mask_one(t, rest, axes, lines[i], None if i is None else masks.gamma[i])
+
+    return inside(config, bare, {i: i for i in range(len(config.pattern))}, change)
 
 
 def bare_model(config: ModelConfig) -> HybridLM:

@@ -272,6 +272,9 @@ def refuse_rlp(shape: ModelConfig, config: Config, device: torch.device) -> None
 
 def refuse_elastic(shape: ModelConfig, config: Config, device: torch.device) -> None:
     """Raises ValueError for choices and budgets that do not fit the model."""
+    n, world = config.elastic.calibration_rows, parallel.team.world
+    require(n >= world, f"elastic.calibration_rows ({n}) must be at least the number of processes "
+            f"({world}); give {world} or more")
     routers.build_router(shape, config.elastic, None, device)
     if config.elastic.score_d_model == "pca":
         nested.require_untied(shape)
@@ -280,7 +283,7 @@ def refuse_elastic(shape: ModelConfig, config: Config, device: torch.device) -> 
 def make_elastic(model: HybridLM, corpus: Corpus, config: Config) -> elastic.Elastic:
     """Order the parent's units, in place, but for a run that goes on: its weights and its routers
     have the order. Returns the objective that trains both."""
-    parent = parallel.frozen_copy(model)
+    parent = parallel.frozen_twin(model)
     depth = None if config.resume else order_parent(model, corpus, config).depth
     torch.manual_seed(config.seed)
     c, device = config.elastic, parallel.device_of(model)
@@ -292,17 +295,19 @@ def order_parent(model: HybridLM, corpus: Corpus, config: Config) -> importance.
     """Rank units on training sequences that no step will see; order the weights, in place."""
     c = config.elastic
     batch = batches.mixture(corpus, config, 10**6, c.calibration_rows, c.seq_len)
-    # In pieces of 8, so that memory does not grow with their number. On the first process, for
-    # principal axes may come out with other signs elsewhere.
-    pieces = split_batch(evals.to_device(batch, model), -(-c.calibration_rows // 8))
-    ranking = parallel.on_first(lambda: importance.rank(model, pieces, c, config.seed))
+    # Shared out, and in pieces of 8 at most, so that memory does not grow with their number.
+    rank, world = parallel.team.rank, parallel.team.world
+    mine = {name: t[rank::world] for name, t in evals.to_device(batch, model).items()}
+    pieces = split_batch(mine, -(-len(mine["tokens_BT"]) // 8))
+    ranking = importance.rank(model, pieces, c, config.seed)
     importance.order_weights(model, ranking)
     return ranking
 
 
 def figures_of_family(t: Trained) -> dict | None:
     """Train the rivals asked for, then measure family and rivals on the same held-out sequences."""
-    config, c, parent, router = t.config, t.config.elastic, t.objective.teacher, t.objective.router
+    config, c, router = t.config, t.config.elastic, t.objective.router
+    parent = t.objective.teacher = parallel.whole(t.objective.teacher)
     # 1. The models: of each family one for each budget.
     widths = {b: router.choose(b) for b in c.budgets}
     families = {"elastic": [nested.submodel(t.model, w) for w in widths.values()]}

@@ -361,6 +361,9 @@ class ElasticConfig(FitConfig):
     # Sequences of a step in stage 2; 0: as many as make a step of as many tokens as in stage 1.
     long_batch: Annotated[int, at_least(0, "; 0 is as many tokens as in stage 1")] = 0
     long_share: Share = 0.4  # Share of the steps that stage 2 takes.
+    # Budgets drawn for a step, each for as many sequences of every part: all processes run the same
+    # models in the same order.
+    draws: Count = 1
     # Probability of each budget in stage 2 (in stage 1 all are alike).
     long_weights: Annotated[tuple[float, ...], at_least(0, ", and not all 0")] = (0.5, 0.3, 0.2)
     # Rivals to train and measure too. scratch: each size alone from random weights; separate,
@@ -393,14 +396,15 @@ class ElasticConfig(FitConfig):
         if self.long_batch == 0:
             times = self.long_len // self.seq_len
             _divides("elastic.batch", self.batch, "elastic.long_len / elastic.seq_len", times)
+        n, names = self.accumulate * self.draws, "elastic.accumulate x elastic.draws"
+        _divides("elastic.batch", self.batch, names, n)
         if self.stage_1_steps() < self.steps:
-            rows = self.long_rows()
-            _divides("the sequences of stage 2", rows, "elastic.accumulate", self.accumulate)
+            _divides("the sequences of stage 2", self.long_rows(), names, n)
 
     def fewest_rows(self) -> int:
         """The most parts that the batches of both stages can be dealt out to evenly."""
-        return (self.batch if self.stage_1_steps() == self.steps
-                else math.gcd(self.batch, self.long_rows()))
+        both = self.stage_1_steps() < self.steps
+        return (math.gcd(self.batch, self.long_rows()) if both else self.batch) // self.draws
 
     def stage_1_steps(self) -> int:
         """How many steps have short sequences; the rest is stage 2."""

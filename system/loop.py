@@ -123,7 +123,7 @@ def fit(model: HybridLM, objective: Objective, make_batch: Callable[[int], dict[
 def check_rows(settings: FitConfig, label: str) -> None:
     """Raises ValueError if a batch cannot be dealt out evenly."""
     n, rows = parallel.team.world * settings.accumulate, settings.fewest_rows()
-    require(rows % n == 0, f"{label}: {rows} sequences (the largest divisor of all batches) cannot "
+    require(rows % n == 0, f"{label}: {rows} equal parts (the most that all batches have) cannot "
             f"be dealt out to {parallel.team.world} processes x {label}.accumulate "
             f"({settings.accumulate}); nearest is {max(1, round(rows / n)) * n}")
 
@@ -139,17 +139,14 @@ def update(model: HybridLM, objective: Objective, parts: list[dict], optimizers:
     """One optimizer step on the mean loss over all parts and processes, if the gradient is finite.
     Returns metrics: sums over counts, of those that have counted anything."""
     # 1. Gradients of the summed loss of this process's parts.
-    runner = parallel.whole(model, trains=True) if objective.runs_whole else model
     sums = []
     for part in parts:
         with parallel.compute():
-            loss, count, metrics = objective.loss(runner, part)
+            loss, count, metrics = objective.loss(model, part)
         loss.backward()
-        parallel.reshard(runner)
+        parallel.reshard(model)
         metrics = {"loss": (loss.detach(), count), **metrics}
         sums.append({name: (float(total), n) for name, (total, n) in metrics.items()})
-    if runner is not model:
-        parallel.scatter_gradients(runner, model)
     # 2. Over all processes: summed gradients over summed counts are the gradient of the mean.
     totals = add_up(parallel.everyone(add_up(sums)))
     total_count = totals["loss"][1]

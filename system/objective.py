@@ -27,7 +27,6 @@ class Objective:
     """The defaults do nothing: an objective replaces what it needs."""
 
     n_updates = 1  # optimizer steps from each batch
-    runs_whole = False  # whether the loss takes the weights apart: sharded ones are gathered for it
     headline = "loss"  # the metric that the progress bar shows
 
     def __init__(self):

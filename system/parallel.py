@@ -12,10 +12,9 @@ function here does nothing.
 How to read: `start`, then `shard`, which gives `loop.fit` the network that it trains. Two ways:
 
 * data: all weights on every process; `sum_gradients` adds up what the backward passes left.
-* fsdp: FSDP2 keeps 1/W of every matrix, its optimizer state and the EMA teacher on each process and
-gathers a block while it works; vectors stay whole. Where a loss takes the weights other than block
-by block (Elastic: slices, and other budgets on other ranks), `whole` gathers them once a step and
-`scatter_gradients` brings the gradients back: sharded are then master weights and optimizer states.
+* fsdp: FSDP2 keeps 1/W of every matrix, its optimizer state and the teacher on each process, and
+gathers a block while it works; vectors stay whole. Elastic cuts a smaller model's block out of what
+was gathered, with the same budgets in the same order on every process.
 
 Weights, optimizer states and teacher are fp32. With dtype bf16, matrix products run in bf16
 (`compute`): a step of 1e-6 moves 2 % of bf16 weights, and a moving average of 0.999 none. Not here:
@@ -23,7 +22,6 @@ tensor, pipeline, sequence or expert parallelism.
 """
 
 import contextlib
-import copy
 import functools
 import os
 import sys
@@ -38,8 +36,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Partial, distribute_tensor
-from torch.func import functional_call
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
 from system import lora
@@ -201,23 +198,43 @@ def shard(network: nn.Module) -> nn.Module:
             block.forward = recomputed(block.forward)
         if c.compile:
             block.compile()
-    if is_sharded:  # the warning is of in-place changes to a block's output: there are none here
-        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+    if is_sharded:
         network.to("meta")
-        options = {"mesh": init_device_mesh(team.device.type, (team.world,)),
-                   "ignored_params": {p for p in dressed.parameters() if p.dim() < 2}}
-        low, sums = (torch.bfloat16, torch.float32) if c.dtype == "bf16" else (None, None)
-        cast = MixedPrecisionPolicy(low, sums, cast_forward_inputs=False)
-        for block in dressed.layers:
-            fully_shard(block, mp_policy=cast, **options)
-        # Embedding and head stay: `logits` needs them after forward, and so may another pass.
-        fully_shard(dressed, reshard_after_forward=False, **options)
-        dressed.set_reshard_after_backward(False, recurse=False)
-        for module in dressed.modules():
-            if isinstance(module, FSDPModule):
-                module.set_gradient_divide_factor(1.0)  # the sum: `fit` divides by the count
-                module.set_force_sum_reduction_for_comms(True)
+        take_shares(dressed)
     return dressed
+
+
+def take_shares(network: nn.Module) -> None:
+    """Keep this process's share of the matrices, in place; the whole is gathered block by block."""
+    # The warning is of in-place changes to a block's output: there are none here.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+    options = {"mesh": init_device_mesh(team.device.type, (team.world,)),
+               "ignored_params": {p for p in network.parameters() if p.dim() < 2}}
+    is_low = team.settings.dtype == "bf16"
+    low, sums = (torch.bfloat16, torch.float32) if is_low else (None, None)
+    cast = MixedPrecisionPolicy(low, sums, cast_forward_inputs=False)
+    for block in network.layers:
+        fully_shard(block, mp_policy=cast, **options)
+    # Embedding and head stay: `logits` needs them after forward, and so may another pass.
+    fully_shard(network, reshard_after_forward=False, **options)
+    network.set_reshard_after_backward(False, recurse=False)
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)  # the sum: `fit` divides by the count
+            module.set_force_sum_reduction_for_comms(True)
+
+
+@torch.no_grad()
+def frozen_twin(network: nn.Module) -> nn.Module:
+    """A frozen copy, to run beside a network that `shard` is still to be given: sharded if that
+    will be, without ever being there twice as a whole."""
+    if not shards(sum(p.numel() for p in network.parameters())):
+        return frozen_copy(network)
+    weights = {name: p if p.dim() > 1 else p.clone() for name, p in network.state_dict().items()}
+    twin = undressed(network, weights, trains=False)
+    take_shares(twin)
+    twin.dressed = True
+    return twin
 
 
 def recomputed(function: Callable) -> Callable:
@@ -225,20 +242,6 @@ def recomputed(function: Callable) -> Callable:
     if not team.settings.activation_checkpointing:
         return function
     return functools.partial(recompute, function, use_reentrant=False)
-
-
-def recomputed_blocks(network: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
-    """The network for `functional_call` with these weights, each block recomputed if asked for.
-    A block holds its own: in the backward pass the call that brought them is long over."""
-    if not team.settings.activation_checkpointing:
-        return network
-    again = copy.copy(network)
-    blocks = nn.ModuleList(copy.copy(block) for block in network.layers)
-    again._modules = {**network._modules, "layers": blocks}
-    for i, (block, bare) in enumerate(zip(blocks, network.layers, strict=True)):
-        own = {name: weights[f"layers.{i}.{name}"] for name, _ in bare.named_parameters()}
-        block.forward = recomputed(lambda *x, bare=bare, own=own: functional_call(bare, own, x))
-    return again
 
 
 def undressed(network: nn.Module, weights: dict[str, Tensor], trains: bool) -> nn.Module:
@@ -264,7 +267,7 @@ def is_dressed(network: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def whole(network: nn.Module, trains: bool = False, for_sampling: bool = False) -> nn.Module:
+def whole(network: nn.Module, for_sampling: bool = False) -> nn.Module:
     """The network undressed and unsharded: itself, or one that shares or gathers its weights; those
     of layers and head, for_sampling, in the dtype of `compute`, so that no step casts them."""
     low = for_sampling and team.settings.dtype == "bf16"
@@ -279,7 +282,7 @@ def whole(network: nn.Module, trains: bool = False, for_sampling: bool = False) 
 
     if (network, low) not in known:
         weights = {name: weight(name, p) for name, p in network.state_dict().items()}
-        known[network, low] = undressed(network, weights, trains)
+        known[network, low] = undressed(network, weights, trains=False)
     return known[network, low]
 
 
@@ -342,6 +345,15 @@ def like(full: Tensor, target: Tensor) -> Tensor:
         full.to(team.device), target.device_mesh, target.placements, src_data_rank=None)
 
 
+def total(t: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, on all."""
+    if team.world == 1:
+        return t
+    summed = t.to(team.device, copy=True)
+    dist.all_reduce(summed)
+    return summed.to(t.device)
+
+
 @torch.no_grad()
 def sum_gradients(parameters: list[nn.Parameter], at_once: int = 2**26) -> None:
     """Sum the gradients of all processes where FSDP has not; None stays None if all have None."""
@@ -362,18 +374,6 @@ def sum_gradients(parameters: list[nn.Parameter], at_once: int = 2**26) -> None:
             for q, grad in zip(bucket, flat.split([q.numel() for q in bucket]), strict=True):
                 q.grad = grad.view_as(q)
             bucket = []
-
-
-@torch.no_grad()
-def scatter_gradients(gathered: nn.Module, network: nn.Module) -> None:
-    """The gradients of what `whole` gathered become the network's: summed where it is sharded."""
-    for p, q in zip(gathered.parameters(), network.parameters(), strict=True):
-        grad = p.grad
-        if isinstance(q, DTensor):
-            grad = torch.zeros_like(p) if grad is None else grad
-            summed = DTensor.from_local(grad, q.device_mesh, [Partial()])
-            grad = summed.redistribute(placements=q.placements)
-        p.grad, q.grad = None, grad
 
 
 @torch.no_grad()

@@ -19,7 +19,6 @@ from conftest import tiny_model
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
@@ -74,22 +73,20 @@ def random_weights(shape, seed=1):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def logits_of(network, weights, tokens_BT, ids_BT):
-    hidden_BTD, _ = functional_call(network, weights, (tokens_BT,), {"ids_BT": ids_BT})
-    return F.linear(hidden_BTD, weights.get("head.weight", weights["embed.weight"]))
+def logits_inside(model, inside, tokens_BT=TOKENS_BT, ids_BT=None):
+    hidden_BTd, _ = model(tokens_BT, ids_BT=ids_BT, inside=inside)
+    return F.linear(hidden_BTd, model.output_matrix[:, : hidden_BTd.shape[-1]])
 
 
 def by_masks(model, widths, tokens_BT=TOKENS_BT, ids_BT=None):
     """Logits of the full-size model in which only some units are active."""
-    masks = nested.hard_masks(model.config, widths)
-    weights = nested.mask_weights(dict(model.named_parameters()), model.config, masks)
-    return logits_of(nested.masked_skeleton(model.config, masks), weights, tokens_BT, ids_BT)
+    inside = nested.masked_inside(model.config, nested.hard_masks(model.config, widths))
+    return logits_inside(model, inside, tokens_BT, ids_BT)
 
 
 def by_slices(model, widths, tokens_BT=TOKENS_BT, ids_BT=None):
     """Logits of the small model, made of slices of the full one's weights."""
-    weights = nested.take(dict(model.named_parameters()), model.config, nested.kept_units(model.config, widths))
-    return logits_of(nested.bare_model(nested.shrink(model.config, widths)), weights, tokens_BT, ids_BT)
+    return logits_inside(model, nested.cut_inside(model.config, widths), tokens_BT, ids_BT)
 
 
 def gradients(model, logits):
@@ -513,13 +510,14 @@ def test_a_submodel_goes_on_from_its_cache_as_in_one_pass(size, pieces):
     [Widths(5, ((2, 3), (12,), (4, 3), (4,), (12,))), Widths(8, ((2, 1), (), (), (), (5,)))],
     ids=["stream", "mamba"],
 )
-def test_what_is_masked_would_show_without_the_scaled_epsilon(widths):
-    """With an epsilon of 1 the norms of the masked model need it times the active share; as it is, the logits are wrong."""
+def test_what_is_masked_would_show_without_the_share_that_is_active(monkeypatch, widths):
+    """Means over all channels instead of the active ones, and an epsilon of 1 as it is: the logits are wrong."""
     model = tiny_model(norm_eps=1.0)
-    weights = nested.mask_weights(dict(model.named_parameters()), model.config, nested.hard_masks(model.config, widths))
-    with_plain_epsilon = logits_of(nested.bare_model(model.config), weights, TOKENS_BT, None)
+    with monkeypatch.context() as patch:
+        patch.setattr(nested, "share", lambda mask: torch.ones((), dtype=mask.dtype))
+        with_all_channels = by_masks(model, widths)
     assert_close(by_masks(model, widths), by_slices(model, widths), **EXACT)
-    assert (with_plain_epsilon - by_slices(model, widths)).abs().max() > 0.01
+    assert (with_all_channels - by_slices(model, widths)).abs().max() > 0.01
 
 
 def test_full_widths_are_the_model_itself():
@@ -533,8 +531,7 @@ def test_full_widths_are_the_model_itself():
 def test_masked_hidden_states_are_zero_outside_of_the_stream_that_is_kept():
     model = tiny_model()
     masks = nested.hard_masks(model.config, Widths(5, ((2, 2), (7,), (4, 3), (2,), (12,))))
-    weights = nested.mask_weights(dict(model.named_parameters()), model.config, masks)
-    hidden_BTD, _ = functional_call(nested.masked_skeleton(model.config, masks), weights, (TOKENS_BT,))
+    hidden_BTD, _ = model(TOKENS_BT, inside=nested.masked_inside(model.config, masks))
     assert (hidden_BTD[..., 5:] == 0).all()
     assert (hidden_BTD[..., :5] != 0).all()
 
@@ -1227,12 +1224,12 @@ def test_the_search_ends_and_its_choice_stays():
     assert objective.n_search == 4
     loss_of(objective, model, batch_of([1], 3), step=3)[0].backward()
     assert objective.router.mlps["ffn"][-1].bias.grad is not None
-    assert objective.widths == {}
+    assert objective.settled == {}
     first = loss_of(objective, model, batch_of([1, 2], 4), step=4)
     first[0].backward()
     assert "budget_loss" not in first[2]
     assert all(p.grad is None for p in objective.router.parameters())
-    assert objective.widths == {b: objective.router.choose(b) for b in (0.75, 0.5)}
+    assert set(objective.settled) == {0.75, 0.5}
     for mlp in objective.router.mlps.values():
         mlp[-1].bias.data.normal_()
     assert_close(loss_of(objective, model, batch_of([1, 2], 4), step=4)[0], first[0], rtol=0, atol=0)
@@ -1258,7 +1255,7 @@ def test_a_search_step_that_is_certain_runs_the_sliced_model(data):
     model, objective = searching()
     space, order = objective.router.space, objective.router.depth_order
     choice, batch = data.draw(choices(space)), batch_of([1])
-    hidden_BTD, head_VD = objective.run(model, dict(model.named_parameters()), one_hot(space, choice), 0.75, batch)
+    hidden_BTD, head_VD = objective.run(model, one_hot(space, choice), 0.75, batch)
     sliced = by_slices(model, space.widths(choice, order), batch["tokens_BT"], batch["ids_BT"])
     assert_close(F.linear(hidden_BTD, head_VD), sliced, **EXACT)
 
@@ -1271,7 +1268,7 @@ def test_a_soft_mask_weighs_tied_embeddings_as_it_weighs_a_head_of_their_own():
         objective = make_objective(model, 10)
         space = objective.router.space
         p = {a: torch.full((space.n_decisions(a), len(w)), 1 / len(w)) for a, w in space.choices.items()}
-        hidden_BTD, head_VD = objective.run(model, dict(model.named_parameters()), p, 0.75, batch_of([1]))
+        hidden_BTD, head_VD = objective.run(model, p, 0.75, batch_of([1]))
         found.append(F.linear(hidden_BTD, head_VD))
     assert_close(*found, **EXACT)
 
@@ -1282,19 +1279,21 @@ def test_a_budget_is_recomputed_block_by_block_with_the_same_gradients(monkeypat
     """From the last block to the first, so that the insides of one are kept at a time; as one segment the first begins."""
     model, plain, ran, found = tiny_model(pattern="-*M"), Block.forward, [], []
     objective = make_objective(model, 10, budgets=(1.0, 0.5), depth_choices=())
-    weights, space, batch = dict(model.named_parameters()), objective.router.space, batch_of([1])
+    space, batch = objective.router.space, batch_of([1])
     p = {a: torch.full((space.n_decisions(a), len(w)), 1 / len(w)) for a, w in space.choices.items()}
 
-    def forward(self, *args):
-        ran.append(self.kind)
-        return plain(self, *args)
+    def forward(self, x_BTD, cached, context, part=None):
+        if part is None:  # else a block of the smaller model runs in this one's place
+            ran.append(self.kind)
+        return plain(self, x_BTD, cached, context, part)
 
     monkeypatch.setattr(Block, "forward", forward)
     for asked in (False, True):
         monkeypatch.setattr(parallel.team, "settings", ParallelConfig(activation_checkpointing=asked))
         ran.clear()
-        hidden_BTd, head_Vd = objective.run(model, weights, p if searching else None, budget, batch)
-        found.append(gradients(model, F.linear(hidden_BTd, head_Vd)))
+        network = parallel.shard(model)
+        hidden_BTd, head_Vd = objective.run(network, p if searching else None, budget, batch)
+        found.append(gradients(network, F.linear(hidden_BTd, head_Vd)))
         assert "".join(ran) == ("-*MM*-" if asked else "-*M")
     assert_close(*found, **EXACT)
 
@@ -1417,14 +1416,14 @@ def test_the_teacher_that_trains_is_the_full_model_without_a_gradient_of_its_own
     found = gradient_of(objective, model, batch)
     frozen = make_objective(model, kl=1.0, teacher=copy.deepcopy(model))
     assert_close(found, gradient_of(frozen, model, batch), **EXACT)
-    assert outside_of_slice(model, objective.widths[0.5], found)
+    assert outside_of_slice(model, objective.router.choose(0.5), found)
 
 
 def test_the_full_model_does_not_run_again_to_teach_itself():
     """Its divergence from itself would be 0: one pass for its own row, and one more as the teacher of a smaller budget."""
     model, calls = tiny_model(), []
     objective = make_objective(model, kl=0.0, self_kl=1.0, full_ce=1.0)
-    model.register_forward_hook(lambda *_: calls.append(1))
+    model.register_forward_pre_hook(lambda _, args, how: calls.extend([1] * (how.get("inside") is None)), with_kwargs=True)
     for budgets, n in (([0], 1), ([2], 1), ([0, 2], 2)):
         calls.clear()
         loss_of(objective, model, batch_of(budgets))
@@ -1449,7 +1448,7 @@ def test_a_small_budget_trains_its_slice_alone():
     model = tiny_model()
     objective = make_objective(model)
     found = gradient_of(objective, model, batch_of([2]))
-    cut = outside_of_slice(model, objective.widths[0.5], found)
+    cut = outside_of_slice(model, objective.router.choose(0.5), found)
     assert len(cut) > 10
     assert "embed.weight" in cut
 
@@ -1464,10 +1463,9 @@ def test_slices_have_the_gradients_of_masks(budgets):
     for row, n in enumerate(budgets):
         one = {k: v[row : row + 1] for k, v in batch.items()}
         masks = nested.hard_masks(model.config, objective.router.choose(objective.c.budgets[n]))
-        weights = nested.mask_weights(dict(model.named_parameters()), model.config, masks)
-        network = nested.masked_skeleton(model.config, masks)
-        hidden_BTD, _ = functional_call(network, weights, (one["tokens_BT"],), {"ids_BT": one["ids_BT"]})
-        objective.task(hidden_BTD, weights["embed.weight"], one, [(1.0, objective.teacher)], 0.5)[0].backward()
+        inside = nested.masked_inside(model.config, masks)
+        hidden_BTD, _ = model(one["tokens_BT"], ids_BT=one["ids_BT"], inside=inside)
+        objective.task(hidden_BTD, model.output_matrix, one, [(1.0, objective.teacher)], 0.5)[0].backward()
     masked = {name: p.grad for name, p in model.named_parameters()}
     assert_close({k: masked[k] for k in sliced}, sliced, **EXACT)
     assert all((masked[k] == 0).all() for k in masked.keys() - sliced.keys())

@@ -314,10 +314,10 @@ def test_the_first_parts_noise_is_that_of_the_whole_step():
 
 def test_a_batch_that_cannot_be_dealt_out_is_refused(monkeypatch):
     monkeypatch.setattr(parallel.team, "world", 3)
-    with pytest.raises(ValueError, match=r"pretrain: 8 sequences .* 3 processes x pretrain.accumulate \(1\); nearest is 9"):
+    with pytest.raises(ValueError, match=r"pretrain: 8 equal parts .* 3 processes x .* \(1\); nearest is 9"):
         loop.check_rows(PRESETS["cpu"].pretrain, "pretrain")
     monkeypatch.setattr(parallel.team, "world", 8)
-    with pytest.raises(ValueError, match="elastic: 4 sequences"):
+    with pytest.raises(ValueError, match="elastic: 4 equal parts"):
         loop.check_rows(PRESETS["cpu"].elastic, "elastic")
 
 

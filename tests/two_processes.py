@@ -79,11 +79,10 @@ def run(mode, run_dir, accumulate=1, start=None, before_step=None, objective=Non
     if mode in OF_RLP:
         objective = RLP(settings, TOKENIZER)
     elif mode == "elastic":
-        parent = parallel.frozen_copy(model)
         router = routers.build_router(model.config, settings, [2, 0, 1], CPU)
         if parallel.team.settings.dtype == "fp32":
             router = router.double()
-        objective = elastic.Elastic(settings, router, parent)
+        objective = elastic.Elastic(settings, router, parallel.frozen_twin(model))
     run_dir.mkdir(parents=True, exist_ok=True)
 
     def batch_of(step):

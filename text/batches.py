@@ -186,7 +186,8 @@ def elastic_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor
     """The base's last mixture in short sequences, then (stage 2) in long ones.
 
     budget_B: the index in elastic.budgets that each sequence trains, drawn uniformly in stage 1, by
-    elastic.long_weights in stage 2 (eq. 18 and 19).
+    elastic.long_weights in stage 2 (eq. 18 and 19): `elastic.draws` of them, over and over, so that
+    every part of a batch has the same ones.
     """
     c = config.elastic
     is_long = step >= c.stage_1_steps()
@@ -194,8 +195,8 @@ def elastic_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor
     batch = mixture(corpus, config, config.warmup.steps + step, n_rows, seq_len)
     weights = c.long_weights if is_long else [1.0] * len(c.budgets)
     rng = random.Random(f"budget-{config.seed}-{step}")
-    drawn = rng.choices(range(len(c.budgets)), weights, k=n_rows)
-    return {**batch, "budget_B": torch.tensor(drawn)}
+    drawn = rng.choices(range(len(c.budgets)), weights, k=c.draws)
+    return {**batch, "budget_B": torch.tensor(drawn).repeat(n_rows // c.draws)}
 
 
 # ----------------------------------------------------------------------- contexts to think about

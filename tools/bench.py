@@ -401,14 +401,12 @@ def elastic_step_work(device: torch.device, B=8, T=256, V=1024, model=CPU_MODEL)
             loss, list(weights.values()), allow_unused=True, materialize_grads=True)]
 
     def on_slices(budget: float, **options: float) -> Run:
-        return lambda: step(*objective.run(network, weights, None, budget, batch), **options)
+        return lambda: step(*objective.run(network, None, budget, batch), **options)
 
     def on_masks() -> list[Tensor]:
-        masked = nested.mask_weights(weights, network.config, masks)
-        skeleton = nested.masked_skeleton(network.config, masks)
-        hidden_BTD, _ = torch.func.functional_call(
-            skeleton, masked, (batch["tokens_BT"],), {"ids_BT": batch["ids_BT"]})
-        return step(hidden_BTD, masked.get("head.weight", masked["embed.weight"]))
+        hidden_BTD, _ = network(batch["tokens_BT"], ids_BT=batch["ids_BT"],
+                                inside=nested.masked_inside(network.config, masks))
+        return step(hidden_BTD, network.output_matrix)
 
     other = {"50 %, two teachers": on_slices(0.5, self_kl=1.0), "100 %": on_slices(1.0),
              "50 %, on the text alone": on_slices(0.5, kl=0.0),
