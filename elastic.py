@@ -9,9 +9,10 @@ A trained parent becomes elastic in four steps:
    stream is turned onto its principal axes, for none of its channels is unimportant.
 3. Routers (routers.py, eq. 6 to 12). For a budget they choose the widths of every layer, on masks
    that carry gradients.
-4. Distillation (eq. 13 to 19). Each sequence has a budget. The chosen model learns from the frozen
-   parent, KL(parent || chosen), or from the full model, or from the text. First short sequences and
-   all budgets alike; then long ones, the larger budgets more often.
+4. Distillation (eq. 13 to 19). Each sequence has a budget; a step draws `elastic.draws` of them.
+   The chosen model learns from the frozen parent, KL(parent || chosen), or from the full model, or
+   from the text. First short sequences and all budgets alike; then long ones, the larger budgets
+   more often.
 
 `extract` then cuts a model for any budget out of one checkpoint; nothing is trained again.
 

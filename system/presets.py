@@ -120,8 +120,10 @@ PAPERS: dict[str, Config] = {
     #                --out runs/9b
     # Hardware:  256 GPUs (ours; two long sequences each).
     # Cost:      1.0 to 2.3 EFLOP a step, 9,609 EFLOP in all: 6,750 GPU hours.
-    # Memory:    198 GB a GPU with layers recomputed: updates run on whole fp32 weights beside a
-    #            whole parent, 148 GB. An H100 would need layers split over GPUs: not done here.
+    # Memory:    57 GB a GPU with layers recomputed, by the estimate, which counts the stream
+    #            between layers in bf16; autocast keeps it in fp32, 31 GB more in long sequences.
+    #            The last figures need parent and family whole, 148 GB: more than an H100 has. They
+    #            come after the last step is saved, and sizes can be extracted first.
     # Expected:  the paper's averages are 77.41, 75.95 and 70.61 % for 12B, 9B and 6B.
     # Source:    arXiv 2511.16664, recipe and results.
     "nemotron-12b-elastic": Config(

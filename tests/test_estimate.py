@@ -339,7 +339,7 @@ def test_more_gpus_share_the_states_and_the_batch_and_recomputing_keeps_less():
     one, two = (estimate.memory(config, n) for n in (128, 256))
     assert two["weights"] == one["weights"] / 2
     assert two["activations"] == pytest.approx(one["activations"] / 2, rel=0.05)
-    assert two["parent"] == one["parent"]
+    assert two["parent"] == one["parent"] / 2
     assert estimate.memory(config, 256, recompute=True)["at the peak"] < two["at the peak"]
 
 
@@ -357,11 +357,15 @@ def test_the_peak_of_rlp_is_that_of_rollouts_or_of_the_update():
     assert alone["at the peak"] == pytest.approx(5 * 4 * n / 32 + update)
 
 
-def test_elastic_works_on_whole_weights_in_fp32():
-    """49.2 GB each of weights, gradients and parent on every GPU, whatever their number."""
-    kept = estimate.memory(PAPERS["nemotron-12b-elastic"], 256, recompute=True)
-    assert kept["whole weights"] == 2 * kept["parent"] == 8 * 12_310_001_152
-    assert estimate.memory(PAPERS["nemotron-12b-elastic"], 1)["whole weights"] == 0
+def test_elastic_shares_out_its_parent_and_gathers_layers_of_both():
+    """Of 64 GPUs each has 1/64 of 49.2 GB of weights and as much of the parent; of both a layer and the next are there at
+    once, in bf16, beside embeddings and head."""
+    kept = estimate.memory(PAPERS["nemotron-12b-elastic"], 64, recompute=True)
+    assert kept["parent"] == kept["weights"] == 4 * 12_310_001_152 / 64
+    assert kept["gathered layers"] == 2 * estimate.memory(PAPERS["nemotron-12b-rlp"], 64)["gathered layers"]
+    assert "whole weights" not in kept
+    alone = estimate.memory(PAPERS["nemotron-12b-elastic"], 1)
+    assert (alone["gathered layers"], alone["parent"]) == (0, 4 * 12_310_001_152)
 
 
 # ------------------------------------------------------------------------------------------------- presets, a dry run

@@ -18,13 +18,12 @@ and thoughts count at their full length, an upper bound. Not counted: optimizer,
 activation functions, the logits that losses make twice, and held-out evaluation.
 
 Memory counts what stays between steps in fp32 (weights, gradients, optimizer, moving averages and
-frozen copies), divided among the GPUs but for elastic's parent, and what a step needs in bf16:
-whole weights (elastic: with gradients, in fp32), layers that are gathered from the other GPUs,
-caches, and activations as the reference forms of kernels.py keep them (fused kernels keep less;
-fp32 takes twice). A step of RLP needs its rollouts' part or its update's, whichever is larger. With
-adapters (`lora.rank`) every GPU has the frozen weights once, matrices of layers in bf16, and all
-else is the adapters'. Not counted: weights under a mask (elastic, while routers search), what the
-allocator wastes.
+frozen copies), divided among the GPUs, and what a step needs in bf16: whole weights for rollouts,
+layers that are gathered from the other GPUs, caches, and activations as the reference forms of
+kernels.py keep them (fused kernels keep less; fp32 takes twice). A step of RLP needs its rollouts'
+part or its update's, whichever is larger. With adapters (`lora.rank`) every GPU has the frozen
+weights once, matrices of layers in bf16, and all else is the adapters'. Not counted: weights under
+a mask (elastic, while routers search), what the allocator wastes.
 """
 
 import functools
@@ -238,7 +237,7 @@ def memory(config: Config, n_gpus: int = 1, recompute: bool = False) -> dict[str
     largest = max(costs.part_parameters(*layer) for layer in layers)
     gathered = COMPUTE_BYTES * (costs.part_parameters("", shape) + 2 * largest)
     rollouts, update = {}, {"gathered layers": (n_shares > 1) * gathered}
-    # 3. What the modes add: frozen networks, rollouts on whole weights, updates of whole weights.
+    # 3. What the modes add: frozen networks, rollouts on whole weights, a parent's own layers.
     if thinks(config):
         states |= {"EMA teacher": share, "starting weights": (c.kl > 0) * share}
         n_caches = sequences[0][0] * c.group_size
@@ -250,8 +249,8 @@ def memory(config: Config, n_gpus: int = 1, recompute: bool = False) -> dict[str
         update["forked contexts"] = n_caches * cache_bytes(shape, c.context_len)
     elif config.mode == "elastic":  # the parent is teacher, and reference of the figures
         has_stage_2 = c.stage_1_steps() < c.steps
-        states |= {"parent": STATE_BYTES * n, "end of stage 1": has_stage_2 * share}
-        update = {"whole weights": (n_gpus > 1) * 2 * STATE_BYTES * n}
+        states |= {"parent": share, "end of stage 1": has_stage_2 * share}
+        update["gathered layers"] *= 2
         divergence = min(n_scored * shape.vocab_size, 2 * 2**24)  # see elastic.distillation_loss
         n_logits = max(divergence, (c.ce + c.full_ce > 0) * n_logits)
     update["activations"] = activation_bytes(shape, n_tokens, n_logits, recompute, rank)
