@@ -251,11 +251,15 @@ def test_the_kinds_of_layers_stand_in_one_table(monkeypatch):
         ),
         (
             {"elastic__batch": 4, "elastic__accumulate": 4},
-            "the sequences of stage 2 (2) must be a multiple of elastic.accumulate (4); nearest is 4",
+            "the sequences of stage 2 (2) must be a multiple of elastic.accumulate x elastic.draws (4); nearest is 4",
         ),
         (
             {"elastic__long_batch": 3, "elastic__accumulate": 2},
-            "the sequences of stage 2 (3) must be a multiple of elastic.accumulate (2); nearest is 4",
+            "the sequences of stage 2 (3) must be a multiple of elastic.accumulate x elastic.draws (2); nearest is 4",
+        ),
+        (
+            {"elastic__batch": 8, "elastic__draws": 3},
+            "elastic.batch (8) must be a multiple of elastic.accumulate x elastic.draws (3); nearest is 9",
         ),
         ({"elastic__self_kl": 1.0, "elastic__kl": 0.0}, "elastic.self_kl needs elastic.full_ce, elastic.ce or elastic.kl"),
         (
