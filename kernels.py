@@ -151,7 +151,7 @@ class ChunkProducts(torch.autograd.Function):
         read = c_BCKQN @ start_BCHPN.view(B, C, K, -1, N).mT
         read_BCQHP = read.transpose(2, 3).reshape(x_BCQHP.shape)
         y_BCQHP = torch.empty_like(x_BCQHP)
-        torch.addcmul(inside_BCHQP.transpose(2, 3), read_BCQHP, from_start, out=y_BCQHP)
+        y_BCQHP.copy_(inside_BCHQP.transpose(2, 3)).addcmul_(read_BCQHP, from_start)
         ctx.save_for_backward(
             x_BCQHP, x_BCHQP, b_BCKQN, c_BCKQN, scores, decay_BCHQQ, weights_BCHQQ, to_end,
             from_start, carry_BCH, xend, start_BCHPN, read_BCQHP)

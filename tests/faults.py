@@ -175,9 +175,9 @@ FAULTS = [
     Fault("straight_through_soft", "routers.py", "likeliest[a] + v - v.detach()", "likeliest[a] + v", "elastic"),
     Fault("neighbours_swapped", "routers.py", "(b - trained[below]) / (", "(trained[above] - b) / (", "elastic"),
     # models inside a model
-    Fault("gamma_ignored", "nested.py", "m = m * masks.gamma[i].to(t) if", "m = m if", "elastic"),
-    Fault("norms_without_root", "nested.py", "share(inside[i][NORMS[rest]]).sqrt()",
-          "share(inside[i][NORMS[rest]])", "elastic"),
+    Fault("gamma_ignored", "nested.py", "m = m * gamma.to(t) if", "m = m if", "elastic"),
+    Fault("norms_without_root", "nested.py", "share(masks[NORMS[rest]]).sqrt()",
+          "share(masks[NORMS[rest]])", "elastic"),
     Fault("epsilon_as_it_was", "nested.py", "norm.eps = eps * float(share(masks.d_model).detach())",
           "norm.eps = eps", "elastic"),
     Fault("heads_across_groups", "nested.py", "view(n_groups, -1)[:, : n // n_groups].flatten()",

@@ -180,6 +180,13 @@ def test_activation_checkpointing_changes_nothing(runs, tmp_path, mode):
     assert_same_run(runs / f"{mode}-one", tmp_path)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_blocks_compute_the_same(runs, tmp_path):
+    parallel.start(options("pretrain", compile=True), CPU)
+    run("pretrain", tmp_path, accumulate=2)
+    assert_same_run(runs / "pretrain-one", tmp_path)
+
+
 def test_activation_checkpointing_keeps_less(tmp_path):
     """Tensors saved for the backward pass, counted."""
     kept = []
