@@ -272,8 +272,8 @@ def refuse_rlp(shape: ModelConfig, config: Config, device: torch.device) -> None
 
 def refuse_elastic(shape: ModelConfig, config: Config, device: torch.device) -> None:
     """Raises ValueError for choices and budgets that do not fit the model."""
-    require(not config.parallel.compile, "parallel.compile must be off in mode elastic, whose smaller "
-            "models run inside the blocks; leave it out")
+    require(not config.parallel.compile, "parallel.compile must be off in mode elastic, whose "
+            "smaller models run inside the blocks; leave it out")
     n, world = config.elastic.calibration_rows, parallel.team.world
     require(n >= world, f"elastic.calibration_rows ({n}) must be at least the number of processes "
             f"({world}); give {world} or more")
