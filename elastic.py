@@ -135,7 +135,7 @@ class Elastic(Distillation):
         self.router, self.step = router, 0
         self.networks["router"] = router
         self.n_search = round(c.search_share * c.steps) if c.choose == "router" else 0
-        self.settled: dict[float, Inside | None] = {}
+        self.settled: dict[float, Inside] = {}
 
     def prepare(self, model: HybridLM, batch: dict[str, Tensor], step: int,
                 generator: torch.Generator) -> dict:
@@ -199,9 +199,10 @@ class Elastic(Distillation):
                 weighting = mask_weighting(p, self.c.mask)
                 return nested.masked_inside(
                     shape, self.router.space.masks(weighting, self.router.depth_order))
+        if self.router.is_full(budget):
+            return None
         if budget not in self.settled:
-            self.settled[budget] = (None if self.router.is_full(budget) else
-                                    nested.cut_inside(shape, self.router.choose(budget)))
+            self.settled[budget] = nested.cut_inside(shape, self.router.choose(budget))
         return self.settled[budget]
 
     def after_step(self, model: HybridLM) -> None:

@@ -7,6 +7,7 @@
 in system/config.py, the tables of system/costs.py, and the names in system/huggingface.py.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -121,7 +122,7 @@ class Inside:
     """A smaller model in the weights of a larger one, which runs it (nested.py)."""
 
     embed: Part
-    layers: list[Part | None]  # None is left out
+    layers: dict[int, Part]  # the others are left out
     norm: Part
 
 
@@ -138,8 +139,12 @@ class Block(nn.Module):
                 part: Part | None = None) -> tuple[Tensor, tuple]:
         """context: the attention mask for attention, the document ids for other mixers. part: what
         runs instead, on the weights of this block (sharded ones are whole only while it runs)."""
-        if part is not None:
-            return part(self, x_BTD, cached, context)
+        run = self.run if part is None else functools.partial(part, self)
+        return run(x_BTD, cached, context)
+
+    def run(self, x_BTD: Tensor, cached: tuple | None, context: Tensor | None
+            ) -> tuple[Tensor, tuple]:
+        """The block itself: what is compiled, where that is asked for."""
         y_BTD, cached = self.mixer(self.norm(x_BTD), cached, context)
         return x_BTD + y_BTD, cached
 
@@ -182,11 +187,11 @@ class HybridLM(nn.Module):
         x_BTD = self.embed(tokens_BT) if inside is None else inside.embed(self.embed, tokens_BT)
         layers = []
         for i, block in enumerate(self.layers):
-            part = None if inside is None else inside.layers[i]
-            if inside is not None and part is None:
+            if inside is not None and i not in inside.layers:
                 continue
             context = mask if isinstance(block.mixer, Attention) else ids_BT
-            x_BTD, left = block(x_BTD, None if cache is None else cache.layers[i], context, part)
+            x_BTD, left = block(x_BTD, None if cache is None else cache.layers[i], context,
+                                inside and inside.layers[i])
             layers.append(left)
         x_BTD = self.norm(x_BTD) if inside is None else inside.norm(self.norm, x_BTD)
         return x_BTD, Cache(layers, n_cached + T, ids_BS)

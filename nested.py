@@ -16,7 +16,7 @@ and `masked_inside`, which run a smaller model in the weights of the larger one.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -282,7 +282,6 @@ def share(mask: Tensor) -> Tensor:
 
 def part(bare: nn.Module, change: Callable[[str, Tensor], Tensor]) -> Part:
     """What runs in place of a module of the larger model: a bare one, on its weights changed."""
-    @torch.compiler.disable
     def run(module: nn.Module, *args: Any) -> Any:
         own = {name: change(name, p) for name, p in module.named_parameters()}
         return functional_call(bare, own, args)
@@ -290,16 +289,14 @@ def part(bare: nn.Module, change: Callable[[str, Tensor], Tensor]) -> Part:
     return run
 
 
-def inside(config: ModelConfig, bare: HybridLM, places: dict[int, int],
-           change: Callable[[str, Tensor], Tensor]) -> Inside:
-    """A smaller model in the weights of one of this shape, block by block: so sharded ones need not
-    be whole at once. bare: the smaller model; places: of the layers that it has, where in it each
-    is; change: a weight's full name and value to what it has of it."""
+def inside(bare: HybridLM, kept: Iterable[int], change: Callable[[str, Tensor], Tensor]) -> Inside:
+    """A smaller model in the weights of a larger one, block by block: so sharded ones need not be
+    whole at once. bare: the smaller model; kept: which layers of the larger one it has; change: a
+    weight's full name in the larger one, and the weight, to what the smaller one has of it."""
     def at(prefix: str, module: nn.Module) -> Part:
         return part(module, lambda name, t: change(f"{prefix}.{name}", t))
 
-    layers = [at(f"layers.{i}", bare.layers[places[i]]) if i in places else None
-              for i in range(len(config.pattern))]
+    layers = {i: at(f"layers.{i}", block) for i, block in zip(kept, bare.layers, strict=True)}
     return Inside(at("embed", bare.embed), layers, at("norm", bare.norm))
 
 
@@ -307,28 +304,31 @@ def cut_inside(config: ModelConfig, widths: Widths) -> Inside:
     """The smaller model of these widths, cut out of each weight when it is used."""
     table = picks(config, kept_units(config, widths))
     kept = [i for i, w in enumerate(widths.layers) if w]
-    places = {i: n for n, i in enumerate(kept)}
-    return inside(config, bare_model(shrink(config, widths)), places,
+    return inside(bare_model(shrink(config, widths)), kept,
                   lambda name, t: cut_one(t, table[name][1]))
 
 
 def masked_inside(config: ModelConfig, masks: Masks) -> Inside:
     """The model under masks: of full size, its norms with the epsilons that go with the masks."""
-    # 1. epsilons
-    bare, eps = bare_model(config), config.norm_eps
-    for norm in (bare.norm, *(block.norm for block in bare.layers)):
-        norm.eps = eps * float(share(masks.d_model).detach())
-    for block, m in zip(bare.layers, masks.layers, strict=True):
-        if block.kind == "M":
-            block.mixer.norm_eps = eps * float((share(m["H"]) * share(m["P"])).detach())
-    # 2. weights
-    table, lines = weights_of(config), along_all(config, masks, masks_along)
+    bare, table = bare_model(config), weights_of(config)
+    scale_epsilons(bare, masks)
+    lines = along_all(config, masks, masks_along)
 
     def change(name: str, t: Tensor) -> Tensor:
         i, rest, axes = table[name]
         return mask_one(t, rest, axes, lines[i], None if i is None else masks.gamma[i])
 
-    return inside(config, bare, {i: i for i in range(len(config.pattern))}, change)
+    return inside(bare, range(len(config.pattern)), change)
+
+
+def scale_epsilons(network: HybridLM, masks: Masks) -> None:
+    """The epsilons of the norms, times the share of what each takes its mean over."""
+    eps = network.config.norm_eps
+    for norm in (network.norm, *(block.norm for block in network.layers)):
+        norm.eps = eps * float(share(masks.d_model).detach())
+    for block, m in zip(network.layers, masks.layers, strict=True):
+        if block.kind == "M":
+            block.mixer.norm_eps = eps * float((share(m["H"]) * share(m["P"])).detach())
 
 
 def bare_model(config: ModelConfig) -> HybridLM:

@@ -272,8 +272,6 @@ def refuse_rlp(shape: ModelConfig, config: Config, device: torch.device) -> None
 
 def refuse_elastic(shape: ModelConfig, config: Config, device: torch.device) -> None:
     """Raises ValueError for choices and budgets that do not fit the model."""
-    require(not config.parallel.compile, "parallel.compile must be off in mode elastic, whose "
-            "smaller models run inside the blocks; leave it out")
     n, world = config.elastic.calibration_rows, parallel.team.world
     require(n >= world, f"elastic.calibration_rows ({n}) must be at least the number of processes "
             f"({world}); give {world} or more")
@@ -299,7 +297,7 @@ def order_parent(model: HybridLM, corpus: Corpus, config: Config) -> importance.
     batch = batches.mixture(corpus, config, 10**6, c.calibration_rows, c.seq_len)
     # Shared out, and in pieces of 8 at most, so that memory does not grow with their number.
     rank, world = parallel.team.rank, parallel.team.world
-    mine = {name: t[rank::world] for name, t in evals.to_device(batch, model).items()}
+    mine = evals.to_device({name: t[rank::world] for name, t in batch.items()}, model)
     pieces = split_batch(mine, -(-len(mine["tokens_BT"]) // 8))
     ranking = importance.rank(model, pieces, c, config.seed)
     importance.order_weights(model, ranking)

@@ -41,6 +41,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from system import lora
 from system.config import FitConfig, ParallelConfig
+from system.costs import count_parameters
 
 FSDP_FROM = 500_000_000  # parameters from which mode "auto" shards
 
@@ -187,7 +188,7 @@ def shard(network: nn.Module) -> nn.Module:
     """The network to train in place of this: itself, or dressed (recomputed, compiled, sharded).
     All get the first process's weights. A dressed one shares memory with the one given; a sharded
     one takes the weights over until `collect` brings them back."""
-    c, is_sharded = team.settings, shards(sum(p.numel() for p in network.parameters()))
+    c, is_sharded = team.settings, shards(count_parameters(network))
     broadcast(network)
     if not (is_sharded or c.activation_checkpointing or c.compile):
         return network
@@ -197,7 +198,7 @@ def shard(network: nn.Module) -> nn.Module:
         if c.activation_checkpointing:
             block.forward = recomputed(block.forward)
         if c.compile:
-            block.compile()
+            block.run = torch.compile(block.run)
     if is_sharded:
         network.to("meta")
         take_shares(dressed)
@@ -228,7 +229,7 @@ def take_shares(network: nn.Module) -> None:
 def frozen_twin(network: nn.Module) -> nn.Module:
     """A frozen copy, to run beside a network that `shard` is still to be given: sharded if that
     will be, without ever being there twice as a whole."""
-    if not shards(sum(p.numel() for p in network.parameters())):
+    if not shards(count_parameters(network)):
         return frozen_copy(network)
     weights = {name: p if p.dim() > 1 else p.clone() for name, p in network.state_dict().items()}
     twin = undressed(network, weights, trains=False)
@@ -360,8 +361,7 @@ def sum_gradients(parameters: list[nn.Parameter], at_once: int = 2**26) -> None:
     plain = [p for p in parameters if not isinstance(p, DTensor)]
     if team.world == 1 or not plain:
         return
-    has = torch.tensor([float(p.grad is not None) for p in plain], device=team.device)
-    dist.all_reduce(has)
+    has = total(torch.tensor([float(p.grad is not None) for p in plain]))
     bucket: list[nn.Parameter] = []
     used = [p for p, n in zip(plain, has.tolist(), strict=True) if n > 0]
     for i, p in enumerate(used):
@@ -384,8 +384,7 @@ def clip_gradients(parameters: list[nn.Parameter], largest: float) -> float:
     trained = [p for p in parameters if p.grad is not None]
     shards = [local(p.grad) for p in trained if isinstance(p, DTensor)]
     plain = [p.grad for p in trained if not isinstance(p, DTensor)]
-    square = torch.stack([g.double().square().sum() for g in shards]).sum()
-    dist.all_reduce(square)
+    square = total(torch.stack([g.double().square().sum() for g in shards]).sum())
     norm = float((square + sum(g.double().square().sum() for g in plain)).sqrt())
     torch._foreach_mul_(shards + plain, min(1.0, largest / (norm + 1e-6)))
     return norm

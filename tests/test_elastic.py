@@ -510,14 +510,14 @@ def test_a_submodel_goes_on_from_its_cache_as_in_one_pass(size, pieces):
     [Widths(5, ((2, 3), (12,), (4, 3), (4,), (12,))), Widths(8, ((2, 1), (), (), (), (5,)))],
     ids=["stream", "mamba"],
 )
-def test_what_is_masked_would_show_without_the_share_that_is_active(monkeypatch, widths):
-    """Means over all channels instead of the active ones, and an epsilon of 1 as it is: the logits are wrong."""
+def test_what_is_masked_would_show_without_the_scaled_epsilon(monkeypatch, widths):
+    """With an epsilon of 1 the norms of the masked model need it times the active share; as it is, the logits are wrong."""
     model = tiny_model(norm_eps=1.0)
     with monkeypatch.context() as patch:
-        patch.setattr(nested, "share", lambda mask: torch.ones((), dtype=mask.dtype))
-        with_all_channels = by_masks(model, widths)
+        patch.setattr(nested, "scale_epsilons", lambda *_: None)
+        with_plain_epsilon = by_masks(model, widths)
     assert_close(by_masks(model, widths), by_slices(model, widths), **EXACT)
-    assert (with_all_channels - by_slices(model, widths)).abs().max() > 0.01
+    assert (with_plain_epsilon - by_slices(model, widths)).abs().max() > 0.01
 
 
 def test_full_widths_are_the_model_itself():
@@ -1230,6 +1230,8 @@ def test_the_search_ends_and_its_choice_stays():
     assert "budget_loss" not in first[2]
     assert all(p.grad is None for p in objective.router.parameters())
     assert set(objective.settled) == {0.75, 0.5}
+    for b, inside in objective.settled.items():
+        assert_close(logits_inside(model, inside), by_slices(model, objective.router.choose(b)), rtol=0, atol=0)
     for mlp in objective.router.mlps.values():
         mlp[-1].bias.data.normal_()
     assert_close(loss_of(objective, model, batch_of([1, 2], 4), step=4)[0], first[0], rtol=0, atol=0)
