@@ -39,7 +39,16 @@ from torch.utils.checkpoint import checkpoint as recompute
 import nested
 from kernels import selected_logp, wide
 from model import HybridLM, Inside
-from routers import Router, budget_loss, mask_weighting, probabilities, unmeasured_router
+from routers import (
+    Choice,
+    Router,
+    at_random,
+    budget_loss,
+    by_hand,
+    mask_weighting,
+    probabilities,
+    unmeasured_router,
+)
 from system import checkpoint, parallel
 from system.config import Config, ElasticConfig, ModelConfig
 from system.costs import count_parameters
@@ -48,6 +57,8 @@ from system.loop import warn
 from system.objective import Metrics, Objective
 from system.rundir import load_run
 from text.tokenizer import Tokenizer
+
+N_CANDIDATES = 50  # sets of widths that `elastic.choose search` compares, as many as Minitron-SSM
 
 
 def distillation_loss(teachers: list[tuple[float, Tensor, Tensor]], student_Td: Tensor,
@@ -136,6 +147,30 @@ class Elastic(Distillation):
         self.networks["router"] = router
         self.n_search = round(c.search_share * c.steps) if c.choose == "router" else 0
         self.settled: dict[float, Inside] = {}
+
+    @torch.no_grad()
+    def settle(self, model: HybridLM, batches: list[dict[str, Tensor]]) -> None:
+        """Choose the widths of all budgets without gradients, as `elastic.choose` says; the batches
+        of all processes are what candidates of `search` are compared on."""
+        how, seed, router = self.c.choose, self.c.choose_seed, self.router
+
+        def loss(choice: Choice) -> float:
+            widths, total = router.space.widths(choice, router.depth_order), 0.0
+            inside = nested.cut_inside(model.config, widths)
+            for batch in batches:
+                hidden_BTd, _ = model(batch["tokens_BT"], ids_BT=batch["ids_BT"], inside=inside)
+                head_Vd = model.output_matrix[:, : hidden_BTd.shape[-1]]
+                total = total + self.task(hidden_BTd, head_Vd, batch, [], 1.0)[0]
+            return float(parallel.total(total))
+
+        def chosen(budget: float) -> Choice:
+            if how == "fixed":
+                return by_hand(router, budget)
+            n = N_CANDIDATES if how == "search" else 1
+            candidates = [at_random(router, budget, seed * n + i) for i in range(n)]
+            return min(candidates, key=loss) if n > 1 else candidates[0]
+
+        router.settle({b: chosen(b) for b in self.c.budgets if not router.is_full(b)})
 
     def prepare(self, model: HybridLM, batch: dict[str, Tensor], step: int,
                 generator: torch.Generator) -> dict:

@@ -307,13 +307,23 @@ class Router(nn.Module):
         self.one_hot(budget)
         if self.is_full(budget):
             return full_widths(self.space.config)
-        if self.settings.choose == "fixed":
-            choice = by_hand(self, budget)
-        else:
-            logp = {a: v.log_softmax(-1) for a, v in self(budget).items()}
-            choice = fit_to_budget(logp, self, budget)
+        logp = {a: v.log_softmax(-1) for a, v in self(budget).items()}
+        choice = fit_to_budget(logp, self, budget)
         self.check_met(choice, budget)
         return self.space.widths(choice, self.depth_order)
+
+    @torch.no_grad()
+    def settle(self, choices: dict[float, Choice]) -> None:
+        """From now on choose these, for trained budgets: each leads through a hidden unit of its
+        own to a strong vote. In between, votes mix as those of a router that has learned."""
+        for axis, (first, _, last) in self.mlps.items():
+            for p in (*first.parameters(), *last.parameters()):
+                p.zero_()
+            votes = last.weight.view(self.space.n_decisions(axis), -1, last.in_features)
+            for n, budget in enumerate(self.settings.budgets):
+                first.weight[n, n] = 1.0
+                for j, k in enumerate(choices[budget][axis] if budget in choices else ()):
+                    votes[j, k, n] = FULL_VOTE
 
     def check_met(self, choice: Choice, budget: float) -> None:
         """Raises ValueError for a choice that costs something else than its budget says."""
@@ -420,6 +430,15 @@ def _approach(choice: Choice, scores: dict[str, list], cost: Callable[[Choice], 
             break
         _, choice, gap = best
     return choice, gap
+
+
+def at_random(router: Router, budget: float, seed: int) -> Choice:
+    """Random widths and depth that meet a budget: a choice by random scores, repaired as a router's
+    is."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = {a: torch.rand(router.space.n_decisions(a), len(w), generator=generator)
+              for a, w in router.space.choices.items()}
+    return fit_to_budget(scores, router, budget)
 
 
 def by_hand(router: Router, budget: float) -> Choice:

@@ -19,7 +19,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -276,6 +276,9 @@ def refuse_elastic(shape: ModelConfig, config: Config, device: torch.device) -> 
     require(n >= world, f"elastic.calibration_rows ({n}) must be at least the number of processes "
             f"({world}); give {world} or more")
     routers.build_router(shape, config.elastic, None, device)
+    require(not config.init or "scratch" not in config.elastic.baseline, "elastic.baseline: "
+            f"scratch trains each size as the base of init ({config.init}) was, and how that was "
+            "is not known here; leave it out")
     if config.elastic.score_d_model == "pca":
         nested.require_untied(shape)
 
@@ -283,23 +286,29 @@ def refuse_elastic(shape: ModelConfig, config: Config, device: torch.device) -> 
 def make_elastic(model: HybridLM, corpus: Corpus, config: Config) -> elastic.Elastic:
     """Order the parent's units, in place, but for a run that goes on: its weights and its routers
     have the order. Returns the objective that trains both."""
-    parent = parallel.frozen_twin(model)
-    depth = None if config.resume else order_parent(model, corpus, config).depth
+    c, parent, device = config.elastic, parallel.frozen_twin(model), parallel.device_of(model)
+    pieces = [] if config.resume else calibration(model, corpus, config)
+    depth = None if config.resume else order_parent(model, pieces, config).depth
     torch.manual_seed(config.seed)
-    c, device = config.elastic, parallel.device_of(model)
-    router = routers.build_router(model.config, c, depth, device)
-    return elastic.Elastic(c, router, parent)
+    made = elastic.Elastic(c, routers.build_router(model.config, c, depth, device), parent)
+    if c.choose != "router" and not config.resume:
+        made.settle(model, pieces)
+    return made
 
 
-def order_parent(model: HybridLM, corpus: Corpus, config: Config) -> importance.Ranking:
-    """Rank units on training sequences that no step will see; order the weights, in place."""
-    c = config.elastic
+def calibration(model: HybridLM, corpus: Corpus, config: Config) -> list[dict[str, Tensor]]:
+    """Training sequences that no step will see: this process's share of them, in pieces of 8 at
+    most, so that memory does not grow with their number."""
+    c, rank, world = config.elastic, parallel.team.rank, parallel.team.world
     batch = batches.mixture(corpus, config, 10**6, c.calibration_rows, c.seq_len)
-    # Shared out, and in pieces of 8 at most, so that memory does not grow with their number.
-    rank, world = parallel.team.rank, parallel.team.world
     mine = evals.to_device({name: t[rank::world] for name, t in batch.items()}, model)
-    pieces = split_batch(mine, -(-len(mine["tokens_BT"]) // 8))
-    ranking = importance.rank(model, pieces, c, config.seed)
+    return split_batch(mine, -(-len(mine["tokens_BT"]) // 8))
+
+
+def order_parent(model: HybridLM, pieces: list[dict[str, Tensor]], config: Config
+                 ) -> importance.Ranking:
+    """Rank units by calibration sequences; order the weights, in place."""
+    ranking = importance.rank(model, pieces, config.elastic, config.seed)
     importance.order_weights(model, ranking)
     return ranking
 
@@ -347,6 +356,7 @@ def figures_of_family(t: Trained) -> dict | None:
     return {
         "teacher": {**facts, **teacher}, "budgets": entries.pop("elastic"),
         "stage1": entries.pop("stage1", []), "baselines": entries,
+        "curves": {f"{b:g}": rundir.logged_curve(t.run_dir, f"loss_{b:g}") for b in c.budgets},
         "train_s": {"elastic": rundir.logged_seconds(t.run_dir), **seconds},
         "memory": evals.family_bytes(t.model, router, families["elastic"]),
         "n_tokens": c.n_tokens()}
@@ -365,39 +375,50 @@ def write_family(t: Trained, entries: list[dict], widths: dict[float, nested.Wid
 
 def train_rival(name: str, t: Trained, widths: dict[float, nested.Widths],
                 run_dir: Path) -> list[HybridLM]:
-    """The models of a baseline (see `elastic.baseline`), one for each budget."""
-    c, parent = t.config.elastic, t.objective.teacher
-    model = parallel.frozen_copy(parent).requires_grad_(True)
+    """The models of a baseline (see `elastic.baseline`), one for each budget; the full one is the
+    parent, which is there already."""
+    c, parent, router = t.config.elastic, t.objective.teacher, t.objective.router
+    model, sizes = parallel.frozen_copy(parent), []
+    n_alone = sum(not router.is_full(b) for b in widths)
+    order_parent(model, calibration(model, t.corpus, t.config), t.config)
 
-    def settings(**changed: object) -> Config:
-        return replace(t.config, elastic=replace(c, **changed))
+    def fit_alone(mode: str, size: HybridLM, folder: Path, config: Config,
+                  objective: Objective | None = None) -> None:
+        start = rundir.newest(folder) if t.config.resume else None
+        train(mode, size, t.corpus, config, folder, start, objective)
 
-    def begin(folder: Path) -> checkpoint.Checkpoint | None:
-        return rundir.newest(folder) if t.config.resume else None
-
-    # A family of another kind.
-    scores = [f.name for f in fields(c) if f.name.startswith("score_")]
-    family = {"random-order": dict.fromkeys(scores, "random"), "fixed": {"choose": "fixed"},
-              "uniform": {"long_weights": (1.0,) * len(c.budgets)}}
-    if name in family:
-        made = train("elastic", model, t.corpus, settings(**family[name]), run_dir, begin(run_dir))
-        return [nested.submodel(model, made.router.choose(b)) for b in c.budgets]
-    # Each size by itself, in weights of its own: distilled, or from scratch on the text alone.
-    order_parent(model, t.corpus, t.config)
-    n_steps = c.steps // len(c.budgets) if name == "separate" else c.steps
-    weights = {"kl": 0.0, "ce": 1.0} if name == "scratch" else {}
-    config = settings(steps=n_steps, budgets=(1.0,), long_weights=(1.0,), **weights)
-    alone = []
     for b, w in widths.items():
+        if router.is_full(b):
+            sizes.append(parent)
+            continue
         size = parallel.frozen_copy(nested.submodel(model, w)).requires_grad_(True)
-        if name == "scratch":
-            torch.manual_seed(config.seed)
-            size = HybridLM(size.config).to(parallel.device_of(parent))
         folder = run_dir / f"{b:g}"
-        train("elastic", size, t.corpus, config, folder, begin(folder),
-              elastic.Distillation(config.elastic, parent))
-        alone.append(size.requires_grad_(False))
-    return alone
+        if name == "scratch":
+            torch.manual_seed(t.config.seed)
+            size = HybridLM(size.config).to(parallel.device_of(parent))
+            for phase in ("pretrain", "warmup"):
+                fit_alone(phase, size, folder / phase, t.config)
+        else:
+            steps = c.steps
+            if name == "separate":
+                steps = equal_flops(t.config, parent.config, b, n_alone)
+            config = replace(t.config, elastic=replace(
+                c, steps=steps, budgets=(1.0,), long_weights=(1.0,), self_kl=0.0, choose="fixed"))
+            fit_alone("elastic", size, folder, config,
+                      elastic.Distillation(config.elastic, parent))
+        sizes.append(size.requires_grad_(False))
+    return sizes
+
+
+def equal_flops(config: Config, shape: ModelConfig, budget: float, n_alone: int) -> int:
+    """Steps that distil a budget's size alone, for one of n_alone equal shares of the FLOPs that
+    the family takes."""
+    c = config.elastic
+    alone = replace(c, budgets=(budget,), long_weights=(1.0,), self_kl=0.0, choose="fixed")
+    family, size = (estimate.steps_flops(
+        replace(config, mode="elastic", model=shape, elastic=e), None)
+                    for e in (c, alone))
+    return round(c.steps * family / n_alone / size)
 
 
 class Pretraining(NextToken):

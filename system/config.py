@@ -333,7 +333,10 @@ class ElasticConfig(FitConfig):
     # Axes on which each layer has its own choice; on the others all layers of a kind share one.
     heterogeneous: tuple[Literal["ffn", "mamba_heads", "mamba_channels", "attn_heads"], ...] = (
         "ffn", "mamba_heads", "mamba_channels", "attn_heads")
-    choose: Literal["router", "fixed"] = "router"  # Widths from the router, or alike on all axes.
+    # Widths from the router; fixed: alike on all axes; random; or search: of 50 random ones those
+    # that cost least loss untrained (Minitron-SSM, arXiv 2504.11409).
+    choose: Literal["router", "fixed", "random", "search"] = "router"
+    choose_seed: Annotated[int, at_least(0)] = 0  # Which random ones.
     # A router's choice while it learns: the weighted sum of all masks (soft, the paper's mode 2),
     # the likeliest mask times its probability (top1, mode 1), or with the gradient of the sum.
     mask: Literal["soft", "top1", "straight-through"] = "soft"
@@ -366,12 +369,10 @@ class ElasticConfig(FitConfig):
     draws: Count = 1
     # Probability of each budget in stage 2 (in stage 1 all are alike).
     long_weights: Annotated[tuple[float, ...], at_least(0, ", and not all 0")] = (0.5, 0.3, 0.2)
-    # Rivals to train and measure too. scratch: each size alone from random weights; separate,
-    # minitron: each size cut from the parent and distilled alone, with 1/n or all of the family's
-    # tokens; random-order, fixed, uniform: the family with random ranks, widths by hand, uniform
-    # sampling in stage 2.
-    baseline: tuple[
-        Literal["scratch", "separate", "minitron", "random-order", "fixed", "uniform"], ...] = ()
+    # Rivals to train and measure too: each size alone, of the family's widths; the full one is the
+    # parent. separate, minitron: cut from the parent and distilled, with as many FLOPs in all as
+    # the family takes, or each with all of its tokens; scratch: as the parent was trained.
+    baseline: tuple[Literal["separate", "minitron", "scratch"], ...] = ()
 
     def check(self, group: str = "elastic") -> None:
         """Raises ValueError for settings that cannot work."""
@@ -387,6 +388,10 @@ class ElasticConfig(FitConfig):
         require(any(weights), f"elastic.long_weights {weights} must be 0 or more, and not all 0")
         require(self.kl + self.self_kl + self.ce > 0, "elastic.kl, elastic.self_kl and elastic.ce "
                 "are all 0: nothing would be learned; give one a weight")
+        require(self.choose == "router" or self.router_width >= len(budgets),
+                f"elastic.router_width ({self.router_width}) must be at least the number of "
+                f"elastic.budgets ({len(budgets)}) where elastic.choose is {self.choose!r}: a unit "
+                "keeps the choice of each")
         require(self.self_kl == 0 or self.full_ce + self.ce + self.kl > 0, "elastic.self_kl needs "
                 "elastic.full_ce, elastic.ce or elastic.kl above 0, or nothing teaches the teacher")
         require(self.kl + self.ce > 0 or not set(self.baseline) & {"separate", "minitron"},

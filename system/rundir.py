@@ -91,9 +91,9 @@ def resolve(config: Config) -> Config:
 
 
 def logged_seconds(run_dir: Path) -> float:
-    """Seconds of training in the log of a run, or of the runs one folder below; 0 without one."""
+    """Seconds of training in the log of a run, or of all runs in a folder; 0 without one."""
     own = run_dir / "metrics.jsonl"
-    logs = [own] if own.exists() else run_dir.glob("*/metrics.jsonl")
+    logs = [own] if own.exists() else run_dir.rglob("metrics.jsonl")
     return sum(line.get("seconds", 0) for log in logs for line in read_log(log)[0])
 
 
@@ -101,6 +101,18 @@ def logged_mean(run_dir: Path, name: str) -> float | None:
     """Mean of a metric over the log of a run, None if it has none."""
     values = [line[name] for line in read_log(run_dir / "metrics.jsonl")[0] if name in line]
     return sum(values) / len(values) if values else None
+
+
+def logged_curve(run_dir: Path, name: str) -> list[dict[str, float]]:
+    """Means of a metric over steps 1 to 25, then always twice as far: `until` and `mean` of each
+    stretch that has any."""
+    lines = [line for line in read_log(run_dir / "metrics.jsonl")[0] if name in line]
+    found, low, high = [], 0, 25
+    while any(line["step"] > low for line in lines):
+        if values := [line[name] for line in lines if low < line["step"] <= high]:
+            found.append({"until": high, "mean": sum(values) / len(values)})
+        low, high = high, 2 * high
+    return found
 
 
 def seconds_to(run_dir: Path, name: str, enough: float, n: int = 10) -> float | None:

@@ -138,7 +138,7 @@ REFUSED = [  # setting, value, the rule that the message must give
         if f.name != "split"
     ),
     ("rlp__reward_floor", 0.5, "must be 0 or less"),
-    ("elastic__baseline", ("separate", "alone"), r"\('alone'\) is unknown; choose one of scratch, separate, minitron"),
+    ("elastic__baseline", ("separate", "alone"), r"\('alone'\) is unknown; choose one of separate, minitron, scratch"),
     ("parallel__timeout_s", 0, "must be at least 1; 1800 is usual"),
     ("kernels", "fast", "is unknown; choose one of auto, reference, triton"),
     ("seed", -1, "must be 0 or more"),
@@ -368,8 +368,8 @@ def test_unknown_fields_and_what_is_no_number_or_choice_end_the_program_with_2_a
 
 
 def test_command_line_changes_the_preset_it_names():
-    words = "--preset smoke --rlp.group-size 6 --seed 3 --elastic.budgets 1 .6 --elastic.baseline fixed"
-    changes = {"rlp__group_size": 6, "seed": 3, "elastic__budgets": (1.0, 0.6), "elastic__baseline": ("fixed",)}
+    words = "--preset smoke --rlp.group-size 6 --seed 3 --elastic.budgets 1 .6 --elastic.baseline separate"
+    changes = {"rlp__group_size": 6, "seed": 3, "elastic__budgets": (1.0, 0.6), "elastic__baseline": ("separate",)}
     assert train.parse(words.split()) == override(PRESETS["smoke"], **changes)
 
 

@@ -882,10 +882,9 @@ def test_a_budget_is_one_hot_or_a_mixture_of_its_neighbours_by_hand(budget, expe
 
 
 @pytest.mark.parametrize("budget", [0.49, 0.0, -1.0, 1e9])
-@pytest.mark.parametrize("choose", ["router", "fixed"])
-def test_an_unknown_budget_is_refused_with_those_that_are_known(budget, choose):
+def test_an_unknown_budget_is_refused_with_those_that_are_known(budget):
     with pytest.raises(ValueError, match=r"budget \(.*\) is unknown.* 1, 0.75, 0.5 of the full parameters.*choose one of"):
-        make_router(tiny_model(), choose=choose).choose(budget)
+        make_router(tiny_model()).choose(budget)
 
 
 def test_the_whole_model_is_refused_where_it_was_not_trained():
@@ -929,12 +928,10 @@ def test_a_budget_that_no_choice_comes_near_is_refused_with_the_nearest():
     cost = half.costs.exact(half.space.extreme(smallest=True), half.depth_order) / half.full_cost
     router = make_router(tiny_model(), **COARSE, budgets=(1.0, cost), long_weights=(1, 1))
     assert router.choose(cost).d_model == 4
-    for choose in ("router", "fixed"):
-        router.settings = replace(router.settings, choose=choose)
-        with pytest.raises(
-            ValueError, match=rf"budget \(0.8\) cannot be met within 2 %: .* has (1.0000|{cost:.4f}) of the full"
-        ):
-            router.choose(0.8)
+    with pytest.raises(
+        ValueError, match=rf"budget \(0.8\) cannot be met within 2 %: .* has (1.0000|{cost:.4f}) of the full"
+    ):
+        router.choose(0.8)
     with pytest.raises(ValueError, match=r"budget \(0.8\) cannot be met"):
         make_router(tiny_model(), **COARSE, budgets=(1.0, 0.8), long_weights=(1, 1))
 
@@ -1074,9 +1071,51 @@ def test_by_hand_keeps_all_layers_and_cuts_every_axis_alike():
         w = router.space.choices
         shares = torch.tensor([w[a][k] / w[a][0] for a, picked in choice.items() for k in picked if a != "depth"])
         assert (shares - shares.mean()).abs().max() < 0.3
-    router = make_router(tiny_model(), choose="fixed")
-    choice = routers.by_hand(router, 0.75)
-    assert router.choose(0.75) == router.space.widths(choice, router.depth_order)
+
+
+def test_a_router_that_was_told_chooses_that():
+    """Also for an interpolated budget it stays near what it costs; another budget's choice is another's."""
+    router = make_router(tiny_model())
+    told = {b: routers.at_random(router, b, seed=3) for b in (0.75, 0.5)}
+    router.settle(told)
+    for b, choice in told.items():
+        assert router.choose(b) == router.space.widths(choice, router.depth_order)
+    assert router.choose(0.75) != router.choose(0.5)
+    votes = router(0.6)  # 0.4 of the one and 0.6 of the other: 4 and 6 of 10 logits
+    for axis, logits in votes.items():
+        for j, row in enumerate(logits):
+            expected = torch.zeros_like(row)
+            expected[told[0.75][axis][j]] += 4.0
+            expected[told[0.5][axis][j]] += 6.0
+            assert_close(row, expected)
+
+
+def test_random_widths_meet_their_budget_and_differ_by_seed():
+    router = cpu_router()
+    for budget in (0.5, 0.75):
+        choices = [routers.at_random(router, budget, seed) for seed in range(8)]
+        costs = [router.costs.exact(choice, router.depth_order) / router.full_cost for choice in choices]
+        assert costs == pytest.approx([budget] * 8, rel=0.01)
+        assert len({str(choice) for choice in choices}) == 8
+        assert choices[0] == routers.at_random(router, budget, 0)
+
+
+def test_search_takes_the_candidate_with_the_least_loss_untrained(monkeypatch):
+    """Of five candidates; and choose_seed 1 looks at the next five."""
+    monkeypatch.setattr(elastic, "N_CANDIDATES", 5)
+    model = tiny_model()
+    batch = {k: v for k, v in batch_of([0, 0], 0).items() if k.endswith("_BT")}
+    for seed in (0, 1):
+        objective = make_objective(model, 10, choose="search", choose_seed=seed)
+        objective.settle(model, [batch])
+        router = objective.router
+        for b in (0.75, 0.5):
+            losses = {}
+            for i in range(5 * seed, 5 * seed + 5):
+                widths = router.space.widths(routers.at_random(router, b, i), router.depth_order)
+                logits_BTV = by_slices(model, widths, batch["tokens_BT"], batch["ids_BT"])
+                losses[widths] = F.cross_entropy(logits_BTV.flatten(0, 1), batch["targets_BT"].flatten())
+            assert router.choose(b) == min(losses, key=losses.get)
 
 
 # ------------------------------------------------------------------------------------------------- the objective

@@ -14,6 +14,7 @@ from two_processes import TOKENIZER, make_batch
 import nested
 import routers
 import train
+from elastic import Elastic
 from model import Block, HybridLM
 from rlp import RLP
 from system import loop, lora, parallel, rundir
@@ -31,6 +32,7 @@ from system.config import (
     from_dict,
 )
 from system.costs import count_parameters, matrix_parameters, part_parameters
+from system.objective import NextToken
 from system.presets import NEMOTRON_12B, PAPERS, PRESETS, QWEN3_1_7B
 from tools.bench import peak_bytes
 from views import estimate
@@ -262,18 +264,35 @@ def test_activations_are_within_a_tenth_of_what_autograd_keeps(kind, changes, ra
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         _ = block(x_BTD, None, None)
-    found = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights) / 4 / 128
-    assert estimate.kept_numbers(kind, shape, rank) == pytest.approx(found, rel=0.1)
+    found = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights) / 128
+    assert estimate.kept_bytes(kind, shape, rank, low=False) == pytest.approx(found, rel=0.1)
+
+
+@pytest.mark.parametrize("changes", [{}, {"ffn": "swiglu", "rope_theta": 1e4, "qk_norm": True}], ids=["nemotron", "qwen"])
+@pytest.mark.parametrize("kind", "*-")
+def test_activations_in_bf16_are_within_an_eighth_of_what_autograd_keeps(kind, changes):
+    """Casts of weights left out, of which each is made once. Mamba-2 keeps what its kernels do: see interpreted.py."""
+    shape = ModelConfig(pattern="M" + kind, vocab_size=10, d_model=64, d_ff=256, n_heads=8, n_kv_heads=2,
+                        attn_head_dim=16, **changes)  # fmt: skip
+    block, x_BTD, kept = Block(kind, shape), torch.randn(2, 72, 64, requires_grad=True), {}
+    masters = {p.untyped_storage().data_ptr() for p in block.parameters()}
+    casts = {s for p in block.parameters() if p.dim() == 2 for s in (p.shape, p.T.shape)}
+
+    def keep(t):
+        if t.untyped_storage().data_ptr() not in masters and not (t.dtype == torch.bfloat16 and t.shape in casts):
+            kept.setdefault(t.untyped_storage().data_ptr(), t)
+        return t
+
+    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        _ = block(x_BTD, None, None)
+    found = sum(t.untyped_storage().nbytes() for t in kept.values()) / 144
+    assert estimate.kept_bytes(kind, shape, low=True) == pytest.approx(found, rel=0.125)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("pattern", ["*-" * 8, "M-M*-M-M-M*-"], ids=["attention", "hybrid"])
-def test_a_step_of_rlp_with_adapters_peaks_within_a_tenth_of_the_estimate(pattern, recompute, monkeypatch):
-    """In fp32, where a number takes 4 bytes and logits are turned into their gradient in place. What stays between steps
-    is equal but for AdamW's counters of steps.
-    """
-    monkeypatch.setattr(estimate, "COMPUTE_BYTES", 4)
-    monkeypatch.setattr(estimate, "LOGIT_BYTES", 4)
+def test_a_step_of_rlp_with_adapters_peaks_within_a_tenth_of_the_estimate(pattern, recompute):
+    """What stays between steps is equal but for AdamW's counters of steps."""
     shape = ModelConfig(
         pattern=pattern, vocab_size=512, ffn="swiglu", rope_theta=1e4, qk_norm=True, tie_embeddings=True, d_state=16
     )  # fmt: skip
@@ -304,12 +323,54 @@ def test_a_step_of_rlp_with_adapters_peaks_within_a_tenth_of_the_estimate(patter
     assert kept["at the peak"] == pytest.approx(stays + peak, rel=0.1)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("mode", ["cpt", "elastic", "rlp"])
+def test_a_step_of_all_weights_peaks_within_a_tenth_of_the_estimate(mode, recompute):
+    """Elastic at its full budget, which takes most, with the divergence from its parent."""
+    shape = ModelConfig(pattern="M-M*-M-M-M*-", vocab_size=512)
+    fits = {"cpt": {"warmup": WarmupConfig(seq_len=96), "cpt": CPTConfig(batch=8)},
+            "elastic": {"elastic": ElasticConfig(batch=8, seq_len=96, long_share=0.0, choose="fixed")},
+            "rlp": {"rlp": RLPConfig(batch=8, accumulate=2, context_len=64, thought_len=32, back=0)}}  # fmt: skip
+    config = run_of(mode, model=shape, **fits[mode])
+    c = getattr(config, mode)
+    parallel.start(ParallelConfig(activation_checkpointing=recompute), torch.device("cpu"))
+    model = HybridLM(shape)
+    frozen = [parallel.frozen_copy(model) for _ in range(mode == "elastic")]
+    router = routers.build_router(shape, config.elastic, list(range(12)), torch.device("cpu"))
+    objective = {"cpt": NextToken, "rlp": lambda: RLP(c, TOKENIZER), "elastic": lambda: Elastic(c, router, *frozen)}[mode]()
+    model = parallel.shard(model)
+    if mode == "rlp":
+        batch = {k: v[:4] for k, v in make_batch("rlp", 0).items()}
+        batch |= {"context_BT": torch.randint(0, 28, (4, 64)), "ids_BT": torch.zeros(4, 64, dtype=torch.long),
+                  "target_BX": batch["target_BX"][:, :1], "back_B": torch.zeros(4, dtype=torch.long)}  # fmt: skip
+    else:
+        tokens = torch.randint(0, 28, (8, 97))
+        batch = {"tokens_BT": tokens[:, :-1], "targets_BT": tokens[:, 1:], "ids_BT": torch.zeros(8, 96, dtype=torch.long),
+                 "budget_B": torch.zeros(8, dtype=torch.long)}  # fmt: skip
+    optimizers = loop.build_optimizers(model, c)
+
+    def step():
+        parts = [objective.prepare(model, batch, 0, torch.Generator().manual_seed(i)) for i in range(c.accumulate)]
+        loop.update(model, objective, parts, optimizers, c, 0)
+        objective.after_step(model)
+
+    step()
+    peak = peak_bytes(step, torch.device("cpu"))
+    parallel.stop()
+    teachers = [objective.networks["teacher"]] if mode == "rlp" else frozen
+    moments = [t for o in optimizers for state in o.state.values() for t in state.values()]
+    tensors = [*model.parameters(), *moments, *(p for teacher in teachers for p in teacher.parameters())]
+    stays = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    kept = estimate.memory(config, 1, recompute)
+    assert kept["at the peak"] == pytest.approx(stays + peak, rel=0.1)
+
+
 def test_memory_of_adapters_by_hand():
     """Rank 2. Matrices: 10 to 20, 20 to 10, 10 to 30 and 10 to 10; their adapters have 2 (30 + 30 + 40 + 20) = 240
     numbers. The 800 weights of matrices are frozen in bf16, the others in fp32; two GPUs have all of it each.
     """
     c = RLPConfig(batch=2, context_len=8, group_size=2, thought_len=4, kl=0.1)
-    config = run_of("rlp", rlp=c, lora=LoRAConfig(rank=2))
+    config = run_of("rlp", rlp=c, lora=LoRAConfig(rank=2), parallel=ParallelConfig(dtype="bf16"))
     kept = estimate.memory(config, n_gpus=2)
     assert kept["frozen weights"] == 4 * (estimate.parameters(PLAIN) - 800) + 2 * 800
     states = kept["weights"], kept["gradients"], kept["EMA teacher"], kept["starting weights"], kept["optimizer"] / 2
@@ -344,9 +405,11 @@ def test_more_gpus_share_the_states_and_the_batch_and_recomputing_keeps_less():
 
 
 def test_the_peak_of_rlp_is_that_of_rollouts_or_of_the_update():
-    """12.31 billion weights in fp32, a fifth part for each of five states; whole, in bf16, twice for the rollouts."""
+    """12.31 billion weights in fp32, a fifth part for each of five states; whole, in bf16, twice for the rollouts.
+    Thoughts of half the length leave the update less than the rollouts."""
     config, n = PAPERS["nemotron-12b-rlp"], 12_310_001_152
-    kept = estimate.memory(config, 32, recompute=True)
+    short = dataclasses.replace(config, rlp=dataclasses.replace(config.rlp, thought_len=1024))
+    kept = estimate.memory(short, 32, recompute=True)
     assert kept["whole weights"] == 2 * 2 * n
     rollouts = kept["whole weights"] + kept["caches"]
     update = kept["gathered layers"] + kept["forked contexts"] + kept["activations"]
@@ -400,6 +463,8 @@ def test_9b_and_6b_are_met_within_two_per_cent_within_seconds(choose):
     c = dataclasses.replace(PAPERS["nemotron-12b-elastic"].elastic, choose=choose, budgets=(1.0, 9e9 / 12.31e9, 0.487))
     began = time.process_time()
     router = routers.build_router(NEMOTRON_12B, c, list(range(62)), torch.device("cpu"))
+    if choose == "fixed":
+        router.settle({b: routers.by_hand(router, b) for b in c.budgets[1:]})
     sizes = {b: estimate.parameters(nested.shrink(NEMOTRON_12B, router.choose(b))) for b in (9e9, 8.9e9, 6.2e9, 6e9)}
     assert time.process_time() - began < 30
     assert sizes == pytest.approx({b: b for b in sizes}, rel=0.02)

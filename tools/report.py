@@ -18,7 +18,7 @@ from pathlib import Path
 
 from system.errors import exit_code, require
 from system.files import read_json
-from views import plots, rivals
+from views import families, plots, rivals
 from views import tables as view
 
 
@@ -61,15 +61,15 @@ def rlp_table(found: dict[str, list[dict]]) -> str:
 
 def elastic_table(runs: list[dict]) -> str:
     """A family over its seeds, and how far the losses of its rivals are from it."""
-    families = [run["budgets"] for run in runs]
+    sizes = [run["budgets"] for run in runs]
     rows = [[n_seeds(runs), *view.budget_heads(runs[0])],
             ["parameters, mean", *(f"{statistics.mean(e['parameters'] for e in size):,.0f}"
-                                   for size in zip(*families, strict=True))],
-            ["loss, of the parent's", *over_sizes(families, "loss_change", "+.1%")],
+                                   for size in zip(*sizes, strict=True))],
+            ["loss, of the parent's", *over_sizes(sizes, "loss_change", "+.1%")],
             *([f"right answers, {how} thoughts, of the parent's", *(
                 view.cell(view.over_seeds(size), ".0%") for size in shares)]
               for how in ("sampled", "greedy") if (shares := kept(runs, how)))]
-    for name in ("separate", "minitron", "random-order"):
+    for name in ("separate", "minitron"):
         if rivals := [run["baselines"][name] for run in runs if name in run["baselines"]]:
             fewer = f" ({n_seeds(rivals)})" if len(rivals) < len(runs) else ""
             rows.append([f"{view.RIVALS[name]}: nats minus elastic{fewer}",
@@ -214,24 +214,38 @@ def claims(found: dict[str, list[dict]]) -> list[list[str]]:
 
     # 2. Elastic
     runs, alone = found["elastic-cpu"], "--mode elastic"
-    families = [run["budgets"] for run in runs]
-    sizes = [e for family in families for e in family]
-    off = max((abs(e["cost"] / e["target"] - 1) for e in sizes), default=0)
+    sizes = [run["budgets"] for run in runs]
+    off = max((abs(e["cost"] / e["target"] - 1) for size in sizes for e in size),
+              default=0)
     add("Elastic: one run gives all sizes, and each meets its budget", alone, runs, [off < 0.01],
         f"off by {off:.1%} at most")
     add("Elastic: sizes are cut out with no further training, as good as the parent", alone, runs,
-        [e["loss_change"]["high"] < 0.01 for e in sizes],
-        f"loss {', '.join(over_sizes(families, 'loss_change', '+.1%'))}")
-    for claim, name in (("better than sizes distilled alone, equal tokens in all", "separate"),
+        [e["loss_change"]["high"] < 0.01 for size in sizes for e in size],
+        f"loss {', '.join(over_sizes(sizes, 'loss_change', '+.1%'))}")
+    for claim, name in (("better than sizes distilled alone, equal FLOPs in all", "separate"),
                         ("as good as sizes distilled alone with n times the tokens", "minitron"),
-                        ("the order of importance matters", "random-order"),
-                        ("unequal weights of budgets in stage 2 help", "uniform")):
+                        ("better than sizes trained from scratch, as the parent was", "scratch")):
         theirs = [run for run in runs if name in run["baselines"]]
-        rivals = [run["baselines"][name] for run in theirs]
-        shown = ", ".join(over_sizes(rivals, "difference_nats", "+.3f"))
+        others = [[e for e in run["baselines"][name] if e["parameters"] < run["teacher"][
+            "parameters"]] for run in theirs]  # the full one is the parent
+        shown = ", ".join(over_sizes(others, "difference_nats", "+.3f"))
         add(f"Elastic: {claim}", f"{alone} --elastic.baseline {name}", theirs,
-            [above([e["difference_nats"] for e in size]) for size in zip(*rivals, strict=True)],
+            [above([e["difference_nats"] for e in size]) for size in zip(*others, strict=True)],
             f"{view.RIVALS[name]} minus elastic: {shown} nats")
+    for claim, ours, kind in (
+            ("the order of importance matters", "elastic-hand-cpu", "elastic-order-cpu"),
+            ("the larger budgets more often in stage 2", "elastic-large-cpu", "elastic-alike-cpu"),
+            ("the router beats widths by hand", "elastic-third-cpu", "elastic-hand-cpu"),
+            ("the router beats the best of 50 sets of widths", "elastic-third-cpu",
+             "elastic-search-cpu")):
+        pairs = of_equal_seeds(found[ours], found[kind])
+        losses = [[[e["loss_nats"] for e in size] for size in zip(
+            *(run["budgets"][1:] for run in side), strict=True)] for side in pairs]
+        shown = ", ".join(rivals.spread([b["mean"] - a["mean"] for a, b in zip(
+            mine, others, strict=True)], "+.3f") for mine, others in zip(*losses, strict=True))
+        add(f"Elastic: {claim}", "-m tools.rivals --what elastic", pairs[1],
+            [above(others, mine) for mine, others in zip(*losses, strict=True)],
+            f"{(families.FAMILIES | families.THIRDS)[kind]}, minus that: {shown} nats")
     less = [[s["long_loss_nats"]["mean"] - e["long_loss_nats"]["mean"] for s, e in zip(
         run["stage1"], run["budgets"], strict=True)] for run in runs if run["stage1"]]
     less = [[{"mean": x, "low": x, "high": x} for x in size] for size in zip(*less, strict=True)]
@@ -294,8 +308,10 @@ Seconds from random weights until nine of ten training problems are right, with 
 over ten steps; then to the end of the run and of its held-out figures. `python train.py`"""
 ELASTIC = """## Elastic
 
-Held-out text and problems, weighted as in training; differences are paired by sequence. Sizes alone
-have the widths of the family's routers; a family in random order searches its own.
+Held-out text and problems, weighted as in training. In the first tables a difference is the loss
+minus the family's of the same seed, with the interval over seeds; below, of a seed, it is paired by
+sequence. Sizes alone have the widths of the family's routers; their full size is the parent.
+`python -m tools.rivals --what elastic` runs all.
 
 ![What each budget keeps, layer by layer](results/widths.png)
 
@@ -355,6 +371,12 @@ def results(folder: Path) -> str:
     if timed := [run for run in found["rlp-cpu"] if "seconds_to_90" in run]:
         parts += [SPEEDRUN, view.markdown(speedrun_rows(timed))]
     parts.append(ELASTIC)
+    for title, rows in (("Elastic beside its rivals and variants", families.family_rows(found)),
+                        ("Widths and order, at a third of the steps", families.third_rows(found)),
+                        ("The router among random widths, at a third", families.router_rows(found)),
+                        ("The order of units, while budgets train", families.curve_rows(found))):
+        if rows[1:]:
+            parts += [f"### {title}", view.markdown(rows)]
     for run in found["elastic-cpu"]:
         parts += [f"### Seed {run['seed']}", view.markdown(view.budget_rows(run)),
                   *[view.markdown(view.rival_rows(run))] * bool(run["baselines"]),

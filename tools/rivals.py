@@ -1,9 +1,10 @@
-"""RLP beside what a reader would try instead: from one base a seed, with each its own tuned rate.
+"""A method beside what a reader would try instead: from one base a seed, each at a tuned rate.
 
     python -m tools.rivals --seeds 0 1 2 3 4      every arm below; what has ended is kept
     python -m tools.rivals --preset smoke         the same in minutes, nothing is learned
-    python -m tools.rivals --rates --seeds 0      choose rates, on validation documents
-    python -m tools.rivals --ablations --seeds 0 1 2            one setting of RLP at a time
+    python -m tools.rivals --what rates --seeds 0        choose rates, on validation documents
+    python -m tools.rivals --what ablations --seeds 0 1 2       one setting of RLP at a time
+    python -m tools.rivals --what elastic         Elastic beside sizes alone, and its parts changed
 
 Each run is `python train.py` with the words of its arm, in OUT/ARM-PRESET-seedN; of those in
 CONTROLS `tools.controls` shows what is behind the figures. `python -m tools.report OUT/*` takes all
@@ -14,6 +15,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -49,6 +51,28 @@ ABLATIONS = {
         "random": "--rlp.positions random", "back0": "--rlp.back 0",
         "answers": "--rlp.text-share 0",
         "nofloor": "--rlp.reward-floor -inf"}.items()}
+# Elastic, longer, shorter and weighed otherwise; then at a third of its steps other ways to choose
+# widths, and units in other orders at equal widths, by hand.
+UNITS = " ".join(f"--elastic.score-{axis} random" for axis in ("ffn", "mamba", "attn", "depth"))
+THIRD = "--elastic.steps 300 --eval.problems-per-family 75 --eval.samples 1"
+ELASTIC = {"elastic": "--mode elastic --elastic.baseline separate minitron"} | {
+    f"elastic-{name}": f"--mode elastic {words}" for name, words in {
+        "fifth": "--elastic.steps 600", "twice": "--elastic.steps 1800",
+        "alike": "--elastic.long-weights 1 1 1", "large": "--elastic.long-weights .5 .3 .2",
+        "short": "--elastic.long-share 0", "long": "--elastic.long-share 1",
+        "self": "--elastic.self-kl 1", "text": "--elastic.ce 1",
+        "third": THIRD,
+        **{name: f"{THIRD} {words}" for name, words in {
+            "depth": "--elastic.depth-choices 6 5 4",
+            "search": "--elastic.choose search",
+            **{f"random{i}": f"--elastic.choose random --elastic.choose-seed {i}"
+               for i in range(8)},
+            "hand": "--elastic.choose fixed",
+            "unturned": "--elastic.choose fixed --elastic.score-d-model output",
+            "units": f"--elastic.choose fixed {UNITS}",
+            "order": f"--elastic.choose fixed {UNITS} --elastic.score-d-model random"}.items()},
+    }.items()}
+SETS = {"rlp": ARMS, "ablations": ABLATIONS, "elastic": ELASTIC}
 # As many tries for each: its arm with every rate, and half of the problems.
 RATES = {"rlp-paper": ("--rlp.lr", (1e-4, 2e-4, 4e-4)), "match": ("--rlp.lr", (1e-4, 2e-4, 4e-4)),
          "cpt": ("--cpt.lr", (7.5e-4, 1.5e-3, 3e-3)), "sft": ("--sft.lr", (5e-4, 1e-3, 2e-3))}
@@ -64,32 +88,32 @@ def once(folder: Path, words: list[str]) -> None:
             "command again")
 
 
-def rivals(seeds: tuple[int, ...] = (0, 1, 2, 3, 4), preset: str = "cpu", out: Path = Path(
-        "runs/rivals"), arms: tuple[str, ...] = tuple(ARMS), rates: bool = False,
-           ablations: bool = False, words: str = "") -> None:
+def rivals(seeds: tuple[int, ...] = (0, 1, 2, 3, 4), preset: str = "cpu",
+           out: Path = Path("runs/rivals"),
+           what: Literal["rlp", "ablations", "elastic", "rates"] = "rlp",
+           arms: tuple[str, ...] = (), words: str = "") -> None:
     """Run every arm from the base of each seed.
 
     Args:
         seeds: Seeds of bases and runs.
         preset: Settings that arms change.
         out: Folder for the runs.
-        arms: Which arms, in an order in which each finds what it begins with.
-        rates: Try the rates of RATES instead, on validation documents; OUT/rates-PRESET.json.
-        ablations: Run RLP with one setting changed at a time instead, see ABLATIONS.
+        what: Arms to run; rates tries those of RATES, on validation documents, and writes
+            OUT/rates-PRESET.json.
+        arms: Only these, in an order in which each finds what it begins with.
         words: More words for every run, such as --words="--threads 1".
     """
-    known = ARMS | ABLATIONS
+    known = ARMS | ABLATIONS | ELASTIC
     for name in arms:
         require(name in known, f"arms ({name}) is unknown; choose from {', '.join(known)}")
-    arms = tuple(ABLATIONS) if ablations else arms
     common = ["--preset", preset, *shlex.split(words)]
-    if rates:
+    if what == "rates":
         few = max(2, PRESETS[preset].eval.problems_per_family // 2)
         try_rates([*common, "--eval.split", "val", "--eval.problems-per-family", str(few)],
                   seeds, out, preset)
         return
     for seed in seeds:
-        for name in arms:
+        for name in arms or SETS[what]:
             own = known[name].split()
             if "--init" in own:
                 at = own.index("--init") + 1

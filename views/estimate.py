@@ -18,12 +18,13 @@ and thoughts count at their full length, an upper bound. Not counted: optimizer,
 activation functions, the logits that losses make twice, and held-out evaluation.
 
 Memory counts what stays between steps in fp32 (weights, gradients, optimizer, moving averages and
-frozen copies), divided among the GPUs, and what a step needs in bf16: whole weights for rollouts,
-layers that are gathered from the other GPUs, caches, and activations as the reference forms of
-kernels.py keep them (fused kernels keep less; fp32 takes twice). A step of RLP needs its rollouts'
-part or its update's, whichever is larger. With adapters (`lora.rank`) every GPU has the frozen
-weights once, matrices of layers in bf16, and all else is the adapters'. Not counted: weights under
-a mask (elastic, while routers search), what the allocator wastes.
+frozen copies), divided among the GPUs, and what a step needs: whole weights for rollouts, layers
+that are gathered from the other GPUs, caches, and what layers keep for the backward pass. In bf16
+(`parallel.dtype`) that is what the kernels of a card keep, and the stream between layers and its
+norms stay fp32; in fp32 what the reference forms of kernels.py keep. A step of RLP needs its
+rollouts' part or its update's, whichever is larger. With adapters (`lora.rank`) every GPU has the
+frozen weights once, matrices of layers in the dtype of the products, and all else is the adapters'.
+Not counted: weights under a mask (elastic, while routers search), what the allocator wastes.
 """
 
 import functools
@@ -35,13 +36,12 @@ import torch
 
 import nested
 import routers
-from kernels_gpu import VOCABULARY_TILE
+from kernels_gpu import TILE, VOCABULARY_TILE
 from system import costs
 from system.config import Config, ElasticConfig, ModelConfig
 
-STATE_BYTES = 4  # of a weight, a gradient, each of AdamW's two moments, and an average
-COMPUTE_BYTES = 2  # of an activation and a cached number: bf16
-LOGIT_BYTES = 3 * 4  # of a logit while its loss is taken: with log-softmax and gradient, in fp32
+STATE_BYTES = 4  # of a weight, a gradient, each of AdamW's two moments, an average, the stream
+SERVED_BYTES = 2  # of a weight that is kept to be used: bf16
 H100_FLOPS = 989e12  # a second, bf16, dense: the data sheet of the H100 SXM
 MFU = 0.4  # the share of it that counts as reached
 
@@ -194,8 +194,9 @@ def family(full: ModelConfig, c: ElasticConfig) -> list[ModelConfig]:
     """The shape of each budget, with widths by hand: what a router will choose costs as much."""
     if c.cost == "latency":  # is not measured here: the full model is an upper bound
         return [full] * len(c.budgets)
-    router = routers.build_router(full, replace(c, choose="fixed"), None, torch.device("cpu"))
-    return [nested.shrink(full, router.choose(b)) for b in c.budgets]
+    router = routers.build_router(full, c, None, torch.device("cpu"))
+    return [nested.shrink(full, router.space.widths(routers.by_hand(router, b), router.depth_order))
+            for b in c.budgets]
 
 
 # ------------------------------------------------------------------------------------------- memory
@@ -211,7 +212,7 @@ def family_bytes(full: ModelConfig, c: ElasticConfig) -> dict[str, float]:
     n_router = costs.count_parameters(routers.unmeasured_router(full, c))
     counts = {"model": parameters(full), "router": n_router,
               "separate": sum(parameters(size) for size in family(full, c))}
-    return {name: COMPUTE_BYTES * n for name, n in counts.items()}
+    return {name: SERVED_BYTES * n for name, n in counts.items()}
 
 
 def memory(config: Config, n_gpus: int = 1, recompute: bool = False) -> dict[str, float]:
@@ -220,22 +221,24 @@ def memory(config: Config, n_gpus: int = 1, recompute: bool = False) -> dict[str
     """
     shape, layers = config.model, parts(config.model)
     c = config.rollouts() if thinks(config) else getattr(config, config.mode)
-    n, rank = parameters(shape), config.lora.rank
+    n, rank, low = parameters(shape), config.lora.rank, config.parallel.dtype != "fp32"
+    product = product_bytes(low)
     inner, thin = (sum(k * count(*part) for part, k in layers.items()) for count in (
         costs.matrix_parameters, lambda *part: costs.adapter_parameters(*part, rank)))
     # 1. Between steps, of what trains. AdamW keeps two moments of a weight, Muon one.
     n_trained, muon, n_shares = (thin, 0, 1) if rank else (n, (c.muon_lr > 0) * inner, n_gpus)
     share = STATE_BYTES * n_trained / n_shares
     moments = STATE_BYTES * (2 * n_trained - muon) / n_shares
-    frozen = (rank > 0) * (STATE_BYTES * (n - inner) + COMPUTE_BYTES * inner)
+    frozen = (rank > 0) * (STATE_BYTES * (n - inner) + product * inner)
     states = {"frozen weights": frozen, "weights": share, "gradients": share, "optimizer": moments}
     # 2. In an update: one part of a step on one GPU is batch / (GPUs x accumulate) sequences.
     sequences = [(math.ceil(p.n_rows / (n_gpus * c.accumulate)), p) for p in own_phases(config)]
     n_tokens = max(rows * (p.row_tokens + p.thought_tokens) for rows, p in sequences)
+    n_at_once = max(rows * max(p.row_tokens, p.thought_tokens) for rows, p in sequences)
     n_scored = max(rows * (p.thought_tokens or p.row_tokens) for rows, p in sequences)
     n_logits = n_scored * min(shape.vocab_size, VOCABULARY_TILE)  # that are there at one time
     largest = max(costs.part_parameters(*layer) for layer in layers)
-    gathered = COMPUTE_BYTES * (costs.part_parameters("", shape) + 2 * largest)
+    gathered = product * (costs.part_parameters("", shape) + 2 * largest)
     rollouts, update = {}, {"gathered layers": (n_shares > 1) * gathered}
     # 3. What the modes add: frozen networks, rollouts on whole weights, a parent's own layers.
     if thinks(config):
@@ -243,49 +246,68 @@ def memory(config: Config, n_gpus: int = 1, recompute: bool = False) -> dict[str
         n_caches = sequences[0][0] * c.group_size
         head = 0 if shape.tie_embeddings else shape.vocab_size * shape.d_model
         n_cast = thin + head if rank else n
-        rollouts = {"whole weights": COMPUTE_BYTES * (2 + (c.kl > 0)) * n_cast,
-                    "caches": n_caches * cache_bytes(shape, c.context_len + c.thought_len)}
+        rollouts = {"whole weights": (low or n_shares > 1) * product * (2 + (c.kl > 0)) * n_cast,
+                    "caches": n_caches * cache_bytes(shape, c.context_len + c.thought_len, low)}
         # a thought's backward pass keeps what it has read of its context
-        update["forked contexts"] = n_caches * cache_bytes(shape, c.context_len)
+        update["forked contexts"] = n_caches * cache_bytes(shape, c.context_len, low)
     elif config.mode == "elastic":  # the parent is teacher, and reference of the figures
         has_stage_2 = c.stage_1_steps() < c.steps
         states |= {"parent": share, "end of stage 1": has_stage_2 * share}
         update["gathered layers"] *= 2
         divergence = min(n_scored * shape.vocab_size, 2 * 2**24)  # see elastic.distillation_loss
         n_logits = max(divergence, (c.ce + c.full_ce > 0) * n_logits)
-    update["activations"] = activation_bytes(shape, n_tokens, n_logits, recompute, rank)
+    update["activations"] = activation_bytes(
+        shape, n_tokens, n_logits, recompute * n_at_once, rank, low)
     at_once = sum(states.values()) + max(sum(rollouts.values()), sum(update.values()))
     return {**states, **rollouts, **update, "at the peak": at_once}
 
 
-def cache_bytes(shape: ModelConfig, n_tokens: int) -> float:
+def product_bytes(low: bool) -> int:
+    """Of a number that matrix products read or write: bf16 or fp32."""
+    return 2 if low else 4
+
+
+def cache_bytes(shape: ModelConfig, n_tokens: int, low: bool = True) -> float:
     """Bytes of the cache of one sequence."""
     return costs.sum_of_parts(
-        lambda kind, own: costs.part_cache_bytes(kind, own, n_tokens, COMPUTE_BYTES), shape)
+        lambda kind, own: costs.part_cache_bytes(kind, own, n_tokens, product_bytes(low)), shape)
 
 
-def activation_bytes(shape: ModelConfig, n_tokens: int, n_logits: int, recompute: bool,
-                     rank: int = 0) -> float:
-    """Bytes kept for the backward pass of n_tokens, and those of n_logits logits."""
-    kept = [(kept_numbers(*part, rank), n) for part, n in parts(shape).items()]
-    logits, each = LOGIT_BYTES * n_logits, COMPUTE_BYTES * n_tokens
-    if recompute:  # the logits are gone when the first layer is computed again
-        return each * len(shape.pattern) * shape.d_model + max(each * max(kept)[0], logits)
-    return each * sum(n * numbers for numbers, n in kept) + logits
+def activation_bytes(shape: ModelConfig, n_tokens: int, n_logits: int, n_recomputed: int,
+                     rank: int, low: bool) -> float:
+    """Bytes kept for the backward pass of n_tokens, and those of n_logits logits: in bf16 these are
+    widened, and have log-softmax and gradient beside them; in fp32 they become their gradient.
+    n_recomputed: tokens that a layer computes again at a time; 0 if none does."""
+    kept = {part: kept_bytes(*part, rank, low) for part in parts(shape)}
+    logits = (3 * 4 if low else 4) * n_logits
+    if n_recomputed:  # the logits are gone when the first layer is computed again
+        stream = STATE_BYTES * n_tokens * len(shape.pattern) * shape.d_model
+        return stream + max(n_recomputed * max(kept.values()), logits)
+    return n_tokens * sum(n * kept[part] for part, n in parts(shape).items()) + logits
 
 
-def kept_numbers(kind: str, shape: ModelConfig, rank: int = 0) -> float:
-    """Numbers a token that a layer with its norm (3 D, frozen 2) keeps for its backward pass; each
-    adapter keeps `rank` more."""
-    thin = rank * sum(name.endswith("_proj.weight") for name in costs.part_weights(kind, shape))
-    n_norm = 2 if rank else 3
+def kept_bytes(kind: str, shape: ModelConfig, rank: int = 0, low: bool = True) -> float:
+    """Bytes a token that a layer with its norm keeps for its backward pass. A norm keeps what it
+    reads and what it has divided, in fp32, the latter for its weight's gradient; in bf16 each
+    matrix has its input's cast beside it. Each adapter keeps `rank` numbers more."""
     D, F, H, K, P = shape.d_model, shape.d_ff, shape.n_heads, shape.n_kv_heads, shape.attn_head_dim
+    own, n_norm = D, 1 if rank else 2  # numbers of products; what norms keep
+    thin = rank * sum(name.endswith("_proj.weight") for name in costs.part_weights(kind, shape))
+    wide = n_norm * D  # numbers in fp32 in any case
     if kind == "-":
-        return n_norm * D + 2 * F + thin
-    if kind == "*":  # queries, keys, values and the output; RoPE and QK-norm keep what they read
-        turned = n_norm / 2 * (H + K) * P * (shape.qk_norm + (shape.rope_theta > 0))
-        return n_norm * D + (2 * H + 2 * K) * P + turned + thin
-    H, K, N, Q = shape.mamba_heads, shape.mamba_groups, shape.d_state, shape.chunk
-    I = H * shape.mamba_head_dim  # 7 I of x, z and y on their way; chunk states; decays
-    scan = 7 * I + 4 * (I + 2 * K * N) + I * N / Q + 2 * H * Q + K * Q + 7 * H
-    return n_norm * D + scan + thin
+        own += 2 * F + low * (shape.ffn == "swiglu") * D
+    elif kind == "*":  # queries, keys, values and the output; RoPE and QK-norm keep what they read
+        own += (2 * H + 2 * K) * P + low * 2 * D
+        if low:
+            wide += n_norm * (H + K) * P * shape.qk_norm + H
+        else:
+            own += (n_norm + 1) / 2 * (H + K) * P * (shape.qk_norm + (shape.rope_theta > 0))
+    else:
+        H, K, N, Q = shape.mamba_heads, shape.mamba_groups, shape.d_state, shape.chunk
+        I, E = H * shape.mamba_head_dim, H * shape.mamba_head_dim + 2 * K * N
+        if low:  # z, xBC and dt; xBC convolved, and activated; y twice; states; dt twice in fp32
+            own += (I + E + H) + 2 * E + 2 * I + I * N / TILE
+            wide += 2 * H
+        else:  # 7 I of x, z and y on their way; chunk states; decays
+            own += 7 * I + 4 * E + I * N / Q + 2 * H * Q + K * Q + 7 * H
+    return STATE_BYTES * wide + product_bytes(low) * (own + thin)

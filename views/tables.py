@@ -12,10 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 RIVALS = {  # what tables and plots call an elastic family and each `elastic.baseline`
-    "elastic": "elastic, one run", "separate": "alone, equal tokens in all",
-    "minitron": "alone, n times the tokens", "scratch": "from scratch, n times",
-    "random-order": "elastic, random order", "fixed": "elastic, widths by hand",
-    "uniform": "elastic, uniform stage 2"}
+    "elastic": "elastic, one run", "separate": "alone, equal FLOPs in all",
+    "minitron": "alone, all tokens each", "scratch": "from scratch, as the parent"}
 # What tables call the sets of positions of a summary.
 POSITIONS = {"text": "ordinary text", "computed": "computed documents"}
 
@@ -143,10 +141,14 @@ def budget_rows(summary: dict, show: Callable[..., str] = cell) -> list[list[str
 
 
 def rival_rows(summary: dict, show: Callable[..., str] = cell) -> list[list[str]]:
-    """How far each rival's loss is from the family's, paired by sequence."""
-    return [["nats minus elastic", *budget_heads(summary)],
-            *([RIVALS.get(name, name), *(show(e["difference_nats"], "+.3f") for e in family)]
-              for name, family in summary["baselines"].items())]
+    """How far each rival's loss is from the family's, paired by sequence; and its right answers."""
+    rows = [["nats minus elastic", *budget_heads(summary)]]
+    for name, family in summary["baselines"].items():
+        rows.append([RIVALS.get(name, name), *(show(e["difference_nats"], "+.3f") for e in family)])
+        if "accuracy" in family[0]:
+            rows.append(["  right, greedy thought",
+                         *(show(e["accuracy"]["greedy"]["all"]) for e in family)])
+    return rows
 
 
 def bench_table(found: dict) -> str:

@@ -1,0 +1,117 @@
+"""Elastic beside its rivals, as rows of tables: means over seeds, ± half of Student's interval.
+
+Made from what `tools.rivals --what elastic` measures. A difference is paired by seed.
+"""
+
+import statistics
+
+from views.rivals import Found, difference, spread
+from views.tables import RIVALS, budget_heads, figure
+
+FAMILIES = {f"elastic-{name}-cpu": told for name, told in {  # arms by their names in results/
+    "fifth": "two thirds of the steps", "twice": "twice the steps",
+    "alike": "stage 2, budgets alike", "large": "stage 2, the full one most, as in the paper",
+    "short": "short texts alone", "long": "long texts alone",
+    "self": "and taught by the full model", "text": "and by the text"}.items()}
+THIRDS = {f"elastic-{name}-cpu": told for name, told in {  # at a third of the steps
+    "third": "the router", "depth": "the router, layers may go too",
+    "search": "the best of 50 random widths, untrained", "hand": "widths by hand",
+    "unturned": "by hand, stream not turned", "units": "by hand, units in random order",
+    "order": "by hand, units and stream in random order"}.items()}
+RANDOM = [f"elastic-random{i}-cpu" for i in range(8)]
+
+
+Arm = dict[int, list[dict]]  # by seed the entries of all budgets
+
+
+def arm(runs: list[dict], name: str = "") -> Arm:
+    """Of the family of each run, or of a rival that it has."""
+    return {run["seed"]: run["baselines"][name] if name else run["budgets"] for run in runs
+            if not name or name in run["baselines"]}
+
+
+def _at(entries: Arm, i: int, path: str) -> dict[int, float]:
+    """By seed the mean at a path of budget i."""
+    leaves = {seed: figure(own[i], path, "") for seed, own in entries.items()}
+    return {seed: leaf["mean"] for seed, leaf in leaves.items() if leaf}
+
+
+def arm_rows(first: tuple[str, list[dict]], others: dict[str, Arm]) -> list[list[str]]:
+    """Right answers at every budget; the loss of the first arm, and the others' minus that, paired
+    by seed."""
+    name, runs = first
+    if not runs:
+        return [[]]
+    heads, ours = budget_heads(runs[0]), arm(runs)
+    n = range(len(heads))
+    greedy, loss = "accuracy/greedy/all", "loss_nats"
+    rows = [["", "seeds", *(f"greedy, {h}" for h in heads), *(f"loss, {h}" for h in heads)]]
+    parent = {run["seed"]: [run["teacher"]] for run in runs}
+    same = [spread(list(_at(parent, 0, path).values()), form)
+            for path, form in ((greedy, ".2f"), (loss, ".3f"))]
+    rows.append(["parent", str(len(runs)), *(x for x in same for _ in heads)])
+    for told, entries in {name: ours, **others}.items():
+        losses = [list(_at(ours, i, loss).values()) if entries is ours else
+                  difference(_at(entries, i, loss), _at(ours, i, loss)) for i in n]
+        if entries:
+            rows.append([told, str(len(entries)),
+                         *(spread(list(_at(entries, i, greedy).values())) for i in n),
+                         *(spread(x, ".3f" if entries is ours else "+.3f") for x in losses)])
+    return rows
+
+
+def family_rows(found: Found) -> list[list[str]]:
+    """The default family, its rivals, and families that were trained otherwise."""
+    runs = found["elastic-cpu"]
+    others = {told: arm(runs, name) for name, told in RIVALS.items() if name != "elastic"}
+    return arm_rows((RIVALS["elastic"], runs), others | {
+        told: arm(found[kind]) for kind, told in FAMILIES.items()})
+
+
+def third_rows(found: Found) -> list[list[str]]:
+    """At a third of the steps: the router, other ways to choose widths, other orders of units."""
+    names = dict(THIRDS)
+    kind = next(iter(names))
+    return arm_rows((names.pop(kind), found[kind]), {
+        told: arm(found[kind]) for kind, told in names.items()})
+
+
+def router_rows(found: Found) -> list[list[str]]:
+    """The router's rank among random sets of widths that were trained alike, 1 for the least loss;
+    and how far its widths are from those of other seeds, as a share of the full ones."""
+    runs = [run for run in found["elastic-third-cpu"] if all(
+        run["seed"] in {other["seed"] for other in found[kind]} for kind in RANDOM)]
+    if not runs:
+        return [[]]
+    rows = [[f"the router, of {len(RANDOM) + 1}", "seeds", *budget_heads(runs[0])[1:]]]
+    ranks, leads = [], []
+    for i in range(1, len(runs[0]["budgets"])):
+        ranks.append([])
+        leads.append([])
+        for run in runs:
+            mine = run["budgets"][i]["loss_nats"]["mean"]
+            others = [other["budgets"][i]["loss_nats"]["mean"] for kind in RANDOM
+                      for other in found[kind] if other["seed"] == run["seed"]]
+            ranks[-1].append(1.0 + sum(loss < mine for loss in others))
+            leads[-1].append(statistics.mean(others) - mine)
+    rows.append(["rank by loss", str(len(runs)), *(spread(r, ".1f") for r in ranks)])
+    rows.append(["mean of random sets minus the router's, nats", str(len(runs)),
+                 *(spread(x, "+.3f") for x in leads)])
+    return rows
+
+
+def curve_rows(found: Found) -> list[list[str]]:
+    """What the smaller budgets lose while they train, KL from the parent, by the order of units."""
+    kinds = {THIRDS[kind]: found[kind] for kind in list(THIRDS)[-4:] if found[kind]}
+    if not kinds:
+        return [[]]
+    budgets = list(next(iter(kinds.values()))[0]["curves"])[1:]
+    stretches = [at["until"] for at in next(iter(kinds.values()))[0]["curves"][budgets[0]]]
+    rows = [["training loss, up to step", "seeds", *map(str, stretches)]]
+    for name, runs in kinds.items():
+        for budget in budgets:
+            by_stretch = [{at["until"]: at["mean"] for at in run["curves"][budget]} for run in runs]
+            rows.append([f"{name}, {100 * float(budget):.0f} %", str(len(runs)), *(
+                spread([run[until] for run in by_stretch if until in run], ".3f")
+                for until in stretches)])
+    return rows
