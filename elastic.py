@@ -10,9 +10,9 @@ A trained parent becomes elastic in four steps:
 3. Routers (routers.py, eq. 6 to 12). For a budget they choose the widths of every layer, on masks
    that carry gradients.
 4. Distillation (eq. 13 to 19). Each sequence has a budget; a step draws `elastic.draws` of them.
-   The chosen model learns from the frozen parent, KL(parent || chosen), or from the full model, or
-   from the text. First short sequences and all budgets alike; then long ones, the larger budgets
-   more often.
+   (With `elastic.together` each has them all, and the parent reads it once for all.) The chosen
+   model learns from the frozen parent, KL(parent || chosen), or from the full model, or from the
+   text. First short sequences and all budgets alike; then long ones, with weights of their own.
 
 `extract` then cuts a model for any budget out of one checkpoint; nothing is trained again.
 
@@ -111,24 +111,28 @@ class Distillation(Objective):
     def loss(self, model: nn.Module, batch: dict) -> tuple[Tensor, int, Metrics]:
         """Sum over tokens of kl KL(teacher || model) + ce CE."""
         hidden_BTD, _ = model(batch["tokens_BT"], ids_BT=batch["ids_BT"])
-        teachers = [(self.c.kl, self.teacher)]
+        teachers = [(self.c.kl, *told(self.teacher, batch))] if self.c.kl else []
         return *self.task(hidden_BTD, model.output_matrix, batch, teachers, self.c.ce), {}
 
     def task(self, hidden_BTd: Tensor, head_Vd: Tensor, batch: dict,
-             teachers: list[tuple[float, nn.Module]], ce: float) -> tuple[Tensor, int]:
-        """Sum over targets of the weighted divergences and cross-entropy; number of targets."""
-        # 1. the positions that have a target, one after the other
+             teachers: list[tuple[float, Tensor, Tensor]], ce: float) -> tuple[Tensor, int]:
+        """Sum over targets of the weighted divergences and cross-entropy; number of targets.
+        Each teacher is its weight, its hidden states [B, T, D], its output matrix [V, D]."""
         target = batch["targets_BT"].flatten()
-        inside = target != -100
+        inside = target != -100  # from here on one position after the other
         student_td, token_t = hidden_BTd.flatten(0, 1)[inside], target[inside]
-        # 2. what the teachers that count say there
-        with torch.no_grad():
-            wanted = [(w, t(batch["tokens_BT"], ids_BT=batch["ids_BT"])[0].flatten(0, 1)[inside],
-                       t.output_matrix) for w, t in teachers if w]
-        if not wanted:
+        if not teachers:
             return -ce * selected_logp(student_td, head_Vd, token_t).sum(), len(token_t)
+        wanted = [(w, hidden_BTD.flatten(0, 1)[inside], head_VD)
+                  for w, hidden_BTD, head_VD in teachers]
         tau = self.c.kl_temperature
         return distillation_loss(wanted, student_td, head_Vd, token_t, ce, tau), len(token_t)
+
+
+@torch.no_grad()
+def told(teacher: nn.Module, batch: dict) -> tuple[Tensor, Tensor]:
+    """What a teacher makes of a batch: its last hidden states [B, T, D], its output matrix."""
+    return teacher(batch["tokens_BT"], ids_BT=batch["ids_BT"])[0], teacher.output_matrix
 
 
 class Elastic(Distillation):
@@ -187,20 +191,27 @@ class Elastic(Distillation):
 
     def loss(self, model: HybridLM, batch: dict) -> tuple[Tensor, int, Metrics]:
         """Sum over tokens of the task loss, plus lambda times the sum of all budget losses."""
-        c, count, total, metrics = self.c, 0, 0.0, {}
+        c, total, metrics = self.c, 0.0, {}
         p = self.choices(batch["noise"]) if self.step < self.n_search else {}
+        parent = told(self.teacher, batch) if c.kl else None  # one pass serves all budgets
+        full: tuple[Tensor, Tensor] | None = None
         # 1. the sequences of each budget through its model
         for n, budget in enumerate(c.budgets):
-            rows = (batch["budget_B"] == n).nonzero()[:, 0]
-            if len(rows) == 0:
+            rows, weight = self.share(batch, n)
+            if len(rows) == 0 or weight == 0:
                 continue
             part = {k: batch[k][rows] for k in ("tokens_BT", "targets_BT", "ids_BT")}
             outputs = self.run(model, p.get(budget), budget, part)
             is_full = self.router.is_full(budget)
-            teachers = [(c.kl, self.teacher), (0.0 if is_full else c.self_kl, model)]
+            teachers = [(c.kl, parent[0][rows], parent[1])] if parent else []
+            if is_full and c.together:
+                full = tuple(t.detach() for t in outputs)
+            elif c.self_kl and not is_full:
+                teachers.append((c.self_kl, *(full or told(model, part))))
             part_loss, n_tokens = self.task(*outputs, part, teachers, c.ce + is_full * c.full_ce)
-            total, count = total + part_loss, count + n_tokens
+            total = total + weight * part_loss
             metrics[f"loss_{budget:g}"] = part_loss.detach(), n_tokens
+        count = int((batch["targets_BT"] != -100).sum())
         # 2. how far the routers are from their budgets; times count, for the loop divides by it
         if p:
             with parallel.exactly():
@@ -208,6 +219,14 @@ class Elastic(Distillation):
             total = total + c.router_weight * off.sum() * count
             metrics["budget_loss"] = off.sum().detach(), len(off)
         return total, count, metrics
+
+    def share(self, batch: dict, n: int) -> tuple[Tensor, float]:
+        """The sequences that budget n trains on, and the weight of their loss."""
+        if not self.c.together:
+            return (batch["budget_B"] == n).nonzero()[:, 0], 1.0
+        weights = self.c.budget_weights(self.step)
+        rows = torch.arange(len(batch["tokens_BT"]), device=batch["tokens_BT"].device)
+        return rows, weights[n] / sum(weights)
 
     def choices(self, noise: dict) -> dict[float, dict[str, Tensor]]:
         """Probabilities of all widths at this step, for every budget but the full one."""

@@ -367,6 +367,9 @@ class ElasticConfig(FitConfig):
     # Budgets drawn for a step, each for as many sequences of every part: all processes run the same
     # models in the same order.
     draws: Count = 1
+    # Every sequence trains all budgets, weighted by their probabilities, for one pass of the
+    # parent; then nothing is drawn.
+    together: bool = False
     # Probability of each budget in stage 2 (in stage 1 all are alike).
     long_weights: Annotated[tuple[float, ...], at_least(0, ", and not all 0")] = (0.5, 0.3, 0.2)
     # Rivals to train and measure too: each size alone, of the family's widths; the full one is the
@@ -401,6 +404,8 @@ class ElasticConfig(FitConfig):
         if self.long_batch == 0:
             times = self.long_len // self.seq_len
             _divides("elastic.batch", self.batch, "elastic.long_len / elastic.seq_len", times)
+        require(self.draws == 1 or not self.together, f"elastic.draws ({self.draws}) must be 1 "
+                "with elastic.together: no budget is drawn there")
         n, names = self.accumulate * self.draws, "elastic.accumulate x elastic.draws"
         _divides("elastic.batch", self.batch, names, n)
         if self.stage_1_steps() < self.steps:
@@ -414,6 +419,10 @@ class ElasticConfig(FitConfig):
     def stage_1_steps(self) -> int:
         """How many steps have short sequences; the rest is stage 2."""
         return self.steps - round(self.long_share * self.steps)
+
+    def budget_weights(self, step: int) -> tuple[float, ...]:
+        """How often each budget is drawn at a step, counted from 0 (eq. 18 and 19)."""
+        return self.long_weights if step >= self.stage_1_steps() else (1.0,) * len(self.budgets)
 
     def long_rows(self) -> int:
         """Sequences of a step in stage 2."""

@@ -92,7 +92,7 @@ PAPERS: dict[str, Config] = {
     #            python train.py --preset qwen3-1.7b-rlp
     # Hardware:  32 H100-80GB (the paper's).
     # Cost:      0.29 EFLOP a step, 48 in all: 33 GPU hours (18 at the paper's 12.47 s a step).
-    # Memory:    15 GB a GPU with layers recomputed, 85 GB without.
+    # Memory:    24 GB a GPU with layers recomputed, as here; 119 GB without.
     # Expected:  the paper's average over its benchmarks goes from 30.32 to 36.03 %.
     # Source:    arXiv 2510.01265, setup and results on Qwen3-1.7B-Base.
     "qwen3-1.7b-rlp": Config(
@@ -104,7 +104,7 @@ PAPERS: dict[str, Config] = {
     #            python train.py --preset nemotron-12b-rlp
     # Hardware:  32 H100-80GB.
     # Cost:      1.7 EFLOP a step, 408 EFLOP in all: 287 GPU hours.
-    # Memory:    61 GB a GPU with layers recomputed, 53 while thoughts are sampled; 490 GB without.
+    # Memory:    66 GB a GPU with layers recomputed, 61 while thoughts are sampled; 389 GB without.
     #            The last figures need model, teacher and base whole in fp32, 148 GB, more than an
     #            H100 has. They come after the last step is saved, which can be exported first.
     # Expected:  the paper's average over its benchmarks goes from 42.81 to 61.32 %.
@@ -123,10 +123,10 @@ PAPERS: dict[str, Config] = {
     #                --out runs/9b
     # Hardware:  256 GPUs (ours; two long sequences each).
     # Cost:      1.0 to 2.3 EFLOP a step, 9,609 EFLOP in all: 6,750 GPU hours.
-    # Memory:    57 GB a GPU with layers recomputed, by the estimate, which counts the stream
-    #            between layers in bf16; autocast keeps it in fp32, 31 GB more in long sequences.
-    #            The last figures need parent and family whole, 148 GB: more than an H100 has. They
-    #            come after the last step is saved, and sizes can be extracted first.
+    # Memory:    45 GB a GPU in stage 1, 82 GB in stage 2, a sequence at a time: more than an
+    #            H100-80GB has, most of it the fp32 stream before each of 62 layers. On 64 GPUs with
+    #            accumulate 8 stage 1 takes 48 GB. The last figures need parent and family whole,
+    #            148 GB. They come after the last step is saved, and sizes can be extracted first.
     # Expected:  the paper's averages are 77.41, 75.95 and 70.61 % for 12B, 9B and 6B.
     # Source:    arXiv 2511.16664, recipe and results.
     "nemotron-12b-elastic": Config(

@@ -1471,6 +1471,49 @@ def test_the_full_model_does_not_run_again_to_teach_itself():
         assert len(calls) == n
 
 
+@pytest.mark.parametrize("step", [3, 7])
+def test_sequences_that_train_all_budgets_weigh_their_losses_by_hand(step):
+    """Alike in stage 1, .2, .3 and .5 in stage 2, for all terms; gradients too. The count is that of the sequences."""
+    model, batch = tiny_model(), batch_of([0, 0])
+    changes = {
+        "together": True,
+        "self_kl": 0.7,
+        "ce": 0.3,
+        "full_ce": 0.5,
+        "long_share": 0.4,
+        "long_weights": (0.2, 0.3, 0.5),
+    }
+    objective = make_objective(model, **changes)
+    alone = make_objective(model, **changes | {"together": False})
+    total, count, metrics = loss_of(objective, model, {k: v for k, v in batch.items() if k != "budget_B"}, step=step)
+    total.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    expected, sums = 0.0, {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for n, weight in enumerate((0.2, 0.3, 0.5) if step == 7 else (1 / 3,) * 3):
+        one, one_count, _ = loss_of(alone, model, batch | {"budget_B": torch.tensor([n, n])}, step=step)
+        (weight * one).backward()
+        expected += weight * one.detach()
+        sums = {name: sums[name] + (0 if p.grad is None else p.grad) for name, p in model.named_parameters()}
+        assert count == one_count == 20
+    assert_close(total.detach(), expected, **EXACT)
+    assert_close(found, sums, **EXACT)
+    assert {name for name in metrics if name.startswith("loss_")} == {"loss_1", "loss_0.75", "loss_0.5"}
+
+
+@pytest.mark.parametrize(("together", "n_full"), [(True, 1), (False, 2)])
+def test_one_pass_of_the_parent_serves_all_budgets_and_the_full_model_teaches_with_its_own(together, n_full):
+    """Together: one pass of either. Apart: one of the parent too, for the sequences of all budgets at once."""
+    model, calls = tiny_model(), []
+    objective = make_objective(model, together=together, self_kl=1.0)
+    model.register_forward_pre_hook(
+        lambda _, args, how: calls.extend(["full"] * (how.get("inside") is None)), with_kwargs=True
+    )
+    objective.teacher.register_forward_pre_hook(lambda *_: calls.append("parent"))
+    loss_of(objective, model, batch_of([0, 2]))
+    assert calls.count("parent") == 1
+    assert calls.count("full") == n_full
+
+
 def outside_of_slice(model, widths, gradient):
     """For every weight that is cut, its gradient outside of the slice; all must be 0 for the test to go on."""
     inside = {name: torch.zeros_like(p).requires_grad_() for name, p in model.named_parameters()}
@@ -1506,7 +1549,9 @@ def test_slices_have_the_gradients_of_masks(budgets):
         masks = nested.hard_masks(model.config, objective.router.choose(objective.c.budgets[n]))
         inside = nested.masked_inside(model.config, masks)
         hidden_BTD, _ = model(one["tokens_BT"], ids_BT=one["ids_BT"], inside=inside)
-        objective.task(hidden_BTD, model.output_matrix, one, [(1.0, objective.teacher)], 0.5)[0].backward()
+        objective.task(hidden_BTD, model.output_matrix, one, [(1.0, *elastic.told(objective.teacher, one))], 0.5)[
+            0
+        ].backward()
     masked = {name: p.grad for name, p in model.named_parameters()}
     assert_close({k: masked[k] for k in sliced}, sliced, **EXACT)
     assert all((masked[k] == 0).all() for k in masked.keys() - sliced.keys())

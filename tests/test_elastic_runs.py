@@ -107,6 +107,12 @@ def test_all_parts_of_a_batch_have_the_same_budgets(corpus):
         assert len(seen) == 3**draws
 
 
+def test_no_budget_is_drawn_where_every_sequence_trains_all(corpus):
+    assert "budget_B" not in elastic_batch(corpus, with_elastic(together=True), 3)
+    with pytest.raises(ValueError, match=r"elastic.draws \(2\) must be 1 with elastic.together"):
+        with_elastic(together=True, draws=2).check()
+
+
 @pytest.mark.parametrize(("long_batch", "rows", "n_tokens"), [(0, 2, 4 * 128 + 2 * 128), (3, 3, 4 * 128 + 2 * 192)])
 def test_a_step_of_stage_2_may_have_a_size_of_its_own(corpus, long_batch, rows, n_tokens):
     """Four steps of 4 x 32 tokens, two of `rows` x 64; 0 rows means as many as make 128 tokens."""

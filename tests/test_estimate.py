@@ -166,6 +166,20 @@ def test_flops_of_elastic_are_those_of_the_teacher_and_of_the_budgets_as_they_ar
     assert [p.flops["teacher"] for p in with_self] == pytest.approx([1.5 * f, 1.5 * f, 1.1 * f])  # not for the full budget
 
 
+def test_sequences_that_train_all_budgets_share_the_parents_pass():
+    """f and g are passes of the full model and of half of it: f for the parent, 3 f and 3 g. Of the default preset a step
+    at 50 %, with its third of the parent's pass, takes less than .55 of a full step with a pass of its own."""
+    c = ElasticConfig(steps=10, batch=4, seq_len=16, long_share=0.0, search_share=0.0, budgets=(1.0, 0.49), self_kl=1.0,
+                      long_weights=(1, 1), d_model_choices=(10, 5), ffn_choices=(20, 10, 5), mamba_head_choices=(2, 1),
+                      together=True)  # fmt: skip
+    f, g = (64 * (estimate.body_flops(s, 1) + estimate.head_flops(s, 1)) for s in estimate.family(PLAIN, c))
+    (phase,) = estimate.phases(run_of("elastic", elastic=c))
+    assert phase.flops == pytest.approx({"teacher": f, "student": 3 * f + 3 * g})
+    shape = dataclasses.replace(PRESETS["cpu"].model, vocab_size=1024)
+    f, _, g = (estimate.forward_flops(s, 1, 256) for s in estimate.family(shape, PRESETS["cpu"].elastic))
+    assert (f / 3 + 3 * g) / (f + 3 * f) < 0.55
+
+
 ALONE = {"pretrain": ["pretrain"], "warmup": ["warmup"], "cpt": ["cpt"], "rlp": ["rlp"],
          "sft": ["sft"], "rlvr": ["rlvr"], "elastic": ["stage 1, search", "stage 1", "stage 2"]}  # fmt: skip
 

@@ -187,15 +187,16 @@ def elastic_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor
 
     budget_B: the index in elastic.budgets that each sequence trains, drawn uniformly in stage 1, by
     elastic.long_weights in stage 2 (eq. 18 and 19): `elastic.draws` of them, over and over, so that
-    every part of a batch has the same ones.
+    every part of a batch has the same ones. There is none where each trains all, elastic.together.
     """
     c = config.elastic
     is_long = step >= c.stage_1_steps()
     n_rows, seq_len = (c.long_rows(), c.long_len) if is_long else (c.batch, c.seq_len)
     batch = mixture(corpus, config, config.warmup.steps + step, n_rows, seq_len)
-    weights = c.long_weights if is_long else [1.0] * len(c.budgets)
+    if c.together:
+        return batch
     rng = random.Random(f"budget-{config.seed}-{step}")
-    drawn = rng.choices(range(len(c.budgets)), weights, k=c.draws)
+    drawn = rng.choices(range(len(c.budgets)), c.budget_weights(step), k=c.draws)
     return {**batch, "budget_B": torch.tensor(drawn).repeat(n_rows // c.draws)}
 
 

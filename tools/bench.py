@@ -395,7 +395,8 @@ def elastic_step_work(device: torch.device, B=8, T=256, V=1024, model=CPU_MODEL)
     masks = nested.hard_masks(network.config, router.choose(0.5))
 
     def step(hidden_BTD: Tensor, head_VD: Tensor, kl=settings.kl, self_kl=0.0) -> list[Tensor]:
-        teachers = [(kl, teacher), (self_kl, network)]
+        teachers = [(w, *elastic.told(t, batch))
+                    for w, t in ((kl, teacher), (self_kl, network)) if w]
         total, n_tokens = objective.task(hidden_BTD, head_VD, batch, teachers, settings.ce)
         loss = total / n_tokens
         return [loss.detach(), *torch.autograd.grad(
