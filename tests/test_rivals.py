@@ -1,7 +1,11 @@
 """RLP beside its rivals: the arms of the command, and the rows made of what they reached, by hand."""
 
 import json
+import os
+import subprocess
+import sys
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 from conftest import summary_of
@@ -11,6 +15,8 @@ import train
 from tools import report
 from tools import rivals as program_of_rivals
 from views import families, rivals
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("arm", program_of_rivals.ABLATIONS)
@@ -79,6 +85,19 @@ def test_arms_are_run_once_and_go_on_from_each_other(tmp_path, cache_dir, corpus
     assert program_of_rivals.main([*words, "--arms", "sft", "rlvr", "match"]) == 0
     assert capsys.readouterr().out == ""
     assert program_of_rivals.main([*words, "--arms", "nothing"]) == 2
+
+
+def test_the_quick_version_of_all_tables_runs(tmp_path, cache_dir):
+    """From another folder, in tiny form: one base for both processes, and what has ended is kept."""
+    settings = {"PRESET": "smoke", "OUT": str(tmp_path), "WORDS": f"--data.cache-dir {cache_dir}"}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run([ROOT / "runs" / "all.sh", "quick"], cwd=tmp_path, env={**os.environ, **settings, "PATH": path},
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    for arm in ("rlp", "cpt", "elastic"):
+        assert summary_of(tmp_path / f"{arm}-smoke-seed0")["seed"] == 0
+    assert summary_of(tmp_path / "elastic-smoke-seed0")["baselines"].keys() == {"separate", "minitron"}
+    assert (tmp_path / "rlp-smoke-seed0" / "controls.json").exists()
 
 
 def test_tried_rates_are_measured_on_validation_and_no_such_run_is_reported(

@@ -63,6 +63,7 @@ ELASTIC = {"elastic": "--mode elastic --elastic.baseline separate minitron"} | {
         "self": "--elastic.self-kl 1", "text": "--elastic.ce 1",
         "third": THIRD,
         **{name: f"{THIRD} {words}" for name, words in {
+            "together": "--elastic.together",
             "depth": "--elastic.depth-choices 6 5 4",
             "search": "--elastic.choose search",
             **{f"random{i}": f"--elastic.choose random --elastic.choose-seed {i}"
