@@ -15,7 +15,8 @@ FAMILIES = {f"elastic-{name}-cpu": told for name, told in {  # arms by their nam
     "self": "and taught by the full model", "text": "and by the text"}.items()}
 THIRDS = {f"elastic-{name}-cpu": told for name, told in {  # at a third of the steps
     "third": "the router", "together": "every sequence at all budgets",
-    "depth": "the router, layers may go too", "search": "the best of 50 random widths, untrained", "hand": "widths by hand",
+    "depth": "the router, layers may go too",
+    "search": "the best of 50 random widths, untrained", "hand": "widths by hand",
     "unturned": "by hand, stream not turned", "units": "by hand, units in random order",
     "order": "by hand, units and stream in random order"}.items()}
 RANDOM = [f"elastic-random{i}-cpu" for i in range(8)]
