@@ -310,7 +310,8 @@ ELASTIC = """## Elastic
 
 Held-out text and problems, weighted as in training. In the first tables a difference is the loss
 minus the family's of the same seed, with the interval over seeds; below, of a seed, it is paired by
-sequence. Sizes alone have the widths of the family's routers; their full size is the parent.
+sequence. Sizes alone have the widths of the family's routers; their full size is the parent. "won,
+lost" are problems that a size has right and its parent wrong, and the other way (McNemar's p).
 `python -m tools.rivals --what elastic` runs all.
 
 ![What each budget keeps, layer by layer](results/widths.png)

@@ -109,11 +109,11 @@ def accuracies(summary: dict, show: Callable[..., str]) -> dict[str, Callable[[d
         return {}
     families = [name for name in summary["teacher"]["accuracy"]["greedy"] if name != "all"]
     return {
-        "right, sampled thoughts": lambda e: show(e["accuracy"]["sampled"]["all"]),
-        "right, greedy thought": lambda e: show(e["accuracy"]["greedy"]["all"]),
+        "right, sampled": lambda e: show(e["accuracy"]["sampled"]["all"]),
+        "right, greedy": lambda e: show(e["accuracy"]["greedy"]["all"]),
         **{f"  {name}": lambda e, name=name: show(e["accuracy"]["greedy"][name])
            for name in families},
-        "  alone right, parent alone": lambda e: "{won}, {lost} (p {p:.2g})".format(**e["mcnemar"])}
+        "  won, lost (p)": lambda e: "{won}, {lost} ({p:.1g})".format(**e["mcnemar"])}
 
 
 def budget_rows(summary: dict, show: Callable[..., str] = cell) -> list[list[str]]:
@@ -146,7 +146,7 @@ def rival_rows(summary: dict, show: Callable[..., str] = cell) -> list[list[str]
     for name, family in summary["baselines"].items():
         rows.append([RIVALS.get(name, name), *(show(e["difference_nats"], "+.3f") for e in family)])
         if "accuracy" in family[0]:
-            rows.append(["  right, greedy thought",
+            rows.append(["  right, greedy",
                          *(show(e["accuracy"]["greedy"]["all"]) for e in family)])
     return rows
 
