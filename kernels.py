@@ -361,7 +361,13 @@ def mask_banned(logits: Tensor, banned: tuple[int, ...]) -> Tensor:
     """A copy of the logits with -inf at the banned ids (the same tensor where none is banned)."""
     if not banned:
         return logits
-    return logits.index_fill(-1, torch.tensor(banned, device=logits.device), float("-inf"))
+    return logits.index_fill(-1, _on(logits.device, banned), float("-inf"))
+
+
+@functools.cache
+def _on(device: torch.device, ids: tuple[int, ...]) -> Tensor:
+    """Ids on a device: copied there once, not with every token."""
+    return torch.tensor(ids, device=device)
 
 
 def token_logp(logits: Tensor, token: Tensor, banned: tuple[int, ...] = (),

@@ -133,28 +133,37 @@ def thought_logp(model: HybridLM, batch: dict, tokens_RL: Tensor, length_R: Tens
     G = R // len(batch["ids_BT"])
     cache = prefix.cache if prefix else model(batch["context_BT"], ids_BT=batch["ids_BT"])[1]
     # 1. Buckets. A single one is in order, and then the contexts are repeated, which is faster.
-    order = length_R.argsort()
-    if wanted_R is not None:
-        order = order[wanted_R[order]]
+    #    What is looked up where is planned by the host: a card is waited for once, for lengths.
+    length = (length_R if wanted_R is None else length_R * wanted_R).cpu()
+    order = length.argsort()
+    order = order[length[order] > 0]
     if n_buckets is None:
-        n_buckets = 1 if length_R[order].sum() > 0.8 * len(order) * length_R[order[-1]] else 3
+        n_buckets = 1 if length.sum() > 0.8 * len(order) * length[order[-1]] else 3
     hidden, places = [], []
-    for rows in [order.sort().values] if n_buckets == 1 else order.chunk(n_buckets):
+    for planned in [order.sort().values] if n_buckets == 1 else order.chunk(n_buckets):
         # 2. Run <think> and the thoughts without their last token.
-        n = int(length_R[rows].max())
+        n, rows = int(length[planned].max()), planned.to(tokens_RL.device)
         token_rl = tokens_RL[rows, :n]
         fed_rl = torch.cat([torch.full_like(token_rl[:, :1], think), token_rl[:, :-1]], dim=1)
         start = cache.fork(G) if len(rows) == R else cache.select(rows // G)
         hidden_rlD, _ = model(fed_rl, start)
-        place = torch.arange(n, device=rows.device)
-        inside = place < length_R[rows, None]
-        hidden.append(hidden_rlD[inside])
-        places.append((rows[:, None] * L + place)[inside])
+        r, u = (torch.arange(n) < length[planned, None]).nonzero(as_tuple=True)
+        hidden.append(hidden_rlD.flatten(0, 1).index_select(0, (r * n + u).to(rows.device)))
+        places.append(planned[r] * L + u)
     # 3. Logits only where a token follows.
-    place = torch.cat(places)
+    place = torch.cat(places).to(tokens_RL.device)
     logp = selected_logp(torch.cat(hidden), model.output_matrix, tokens_RL.flatten()[place],
                          (think,), temperature)
     return logp.new_zeros(R * L).index_copy(0, place, logp).view(R, L)
+
+
+def summed(value: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | int]:
+    """Sum and number of values; of (value_BG, kept_B) those of the rows that are kept. No card is
+    waited for."""
+    if isinstance(value, Tensor):
+        return value.sum(), value.numel()
+    value_BG, kept_B = value
+    return value_BG.where(kept_B[:, None], 0).sum(), kept_B.sum() * value_BG.shape[1]
 
 
 class RLP(Objective):
@@ -243,18 +252,19 @@ class RLP(Objective):
             off_RL = (torch.exp(old_logp_RL - thoughts.logp_RL) - 1).abs()
             metrics |= {"clipped": thought_mean(cut_RL, length_R),
                         "sampler_off": thought_mean(off_RL, length_R)}
-        return loss, len(loss_R), {k: (t.sum(), t.numel()) for k, t in metrics.items()}
+        return loss, len(loss_R), {name: summed(t) for name, t in metrics.items()}
 
-    def metrics(self, batch: dict) -> dict[str, Tensor]:
-        """What is logged of thoughts and rewards, as one value for each thought or each group."""
+    def metrics(self, batch: dict) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
+        """What is logged of thoughts and rewards, as one value for each thought or each group; or
+        of the contexts that a mask names."""
         t, kind_B, reward_BG = batch["thoughts"], batch["kind_B"], batch["reward_BG"]
         gain_BG = batch["gain_R"].view_as(reward_BG)
         own_BG = t.logp_target_R.view(gain_BG.shape) - t.logp_plain_B[:, None]
         return {
             "gain_ema_nats": gain_BG,
             "gain_own_nats": own_BG,  # above what the model itself predicts without a thought
-            **{f"gain_{kind}_nats": gain_BG[kind_B == i] for i, kind in enumerate(KINDS)},
-            "correct": batch["is_right_BG"][kind_B == 0],  # the likeliest token at answers
+            **{f"gain_{kind}_nats": (gain_BG, kind_B == i) for i, kind in enumerate(KINDS)},
+            "correct": (batch["is_right_BG"], kind_B == 0),  # the likeliest token at answers
             "reward_std_nats": reward_BG.std(dim=1),  # within each group
             "no_signal": ~batch["signal_B"],  # share of groups
             "floored": gain_BG < self.config.reward_floor,

@@ -41,8 +41,10 @@ class Thoughts:
     answer_plain_BX: Tensor  # likeliest tokens without a thought
 
 
-# A row samples; ended without a closing tag and is fed its last token; is fed the tag; is scored.
-THINKING, CUT, CLOSING, DONE = range(4)
+# Where a row stands: it samples; it ended without a closing tag, and is fed its last token; from 0
+# on it has been fed the tag and so many tokens of the target, and reads the next one.
+THINKING, CUT = -2, -1
+ASK_EVERY = {"cpu": 1}  # tokens after which rows that are done are dropped; a card has to be asked
 
 
 @torch.no_grad()
@@ -50,6 +52,10 @@ def sample_thoughts(model: HybridLM, batch: dict[str, Tensor], tokenizer: Tokeni
                     sampling: Sampling, generator: torch.Generator | None = None,
                     forced_Rl: Tensor | None = None, prefix: "Prefix | None" = None) -> Thoughts:
     """Sample G thoughts for each context and score the target after each of them.
+
+    Nothing in the loop hangs on a value but how many rows are done. A card is asked for that at
+    every eighth token alone, for it must be waited for; until then rows that are done are fed on,
+    and what they say counts for nothing. No other row's noise hangs on that.
 
     Args: batch: context_BT and ids_BT, padded on the left (ids -1), and target_BX, the observed
     next tokens (see `collate_contexts`); tokenizer: for its tags and end-of-text, which ends a
@@ -60,6 +66,9 @@ def sample_thoughts(model: HybridLM, batch: dict[str, Tensor], tokenizer: Tokeni
     target_BX, think, close = batch["target_BX"], tokenizer.think, tokenizer.close
     (B, X), device = target_BX.shape, target_BX.device
     R, ends = B * G, torch.tensor(tokenizer.ends, device=device)
+    target_RX, every = target_BX.repeat_interleave(G, dim=0), ASK_EVERY.get(device.type, 8)
+    # Where thoughts stand some tokens before the target, they are read there, in a pass of its own.
+    n_read = 0 if batch["back_B"].any() else X
 
     # 1. Prefill: run each context once, score its target without a thought, fork its cache.
     logp_plain_B, answer_plain_BX, prefix = score_context(model, batch, tokenizer.tags, prefix)
@@ -68,51 +77,54 @@ def sample_thoughts(model: HybridLM, batch: dict[str, Tensor], tokenizer: Tokeni
     logp_RL = logp_plain_B.new_zeros(R, L)
     length_R = torch.zeros(R, dtype=torch.long, device=device)
     closed_R = torch.zeros(R, dtype=torch.bool, device=device)
-    logp_target_R, answer_RX = logp_plain_B.new_zeros(R), answer_plain_BX.new_zeros(R, X)
+    hidden_RxD = prefix.hidden_BD.new_zeros(R, n_read, prefix.hidden_BD.shape[-1])
     # For each row in the batch: whose thought it is, what it is fed next, where it stands.
     rows = torch.arange(R, device=device)
     feed, phase = torch.full_like(rows, think), torch.full_like(rows, THINKING)
 
-    for step in range(L + 2):
-        # 2. Feed every row its next token.
+    for step in range(L + n_read + (n_read > 0)):
+        # 2. Feed every row its next token, and sample one. It counts where the row is thinking.
         hidden_r1D, cache = model(feed[:, None], cache)
         hidden_rD = hidden_r1D[:, 0]
-        # 3. Score the rows whose closing tag was just fed.
-        closing = phase == CLOSING
-        if closing.any():
-            at, live = rows[closing], closing.nonzero()[:, 0]
-            after = cache.select(live) if X > 1 else None
-            logp_target_R[at], answer_RX[at] = score_targets(
-                model, hidden_rD[live], after, target_BX[at // G], tokenizer.tags)
-            phase = phase.masked_fill(closing, DONE)
-        # 4. Drop the rows that are done. That copies the cache: it pays once a fifth of them is.
-        busy = phase < CLOSING
-        if not busy.any():
-            break
-        if busy.sum() <= 0.8 * len(rows):
-            live = busy.nonzero()[:, 0]
-            rows, hidden_rD, phase = rows[live], hidden_rD[live], phase[live]
-            cache = cache.select(live)
-        # 5. Sample a token for every row. It belongs to the thought where the row is thinking.
         logits_rV = model.logits(hidden_rD)
-        token, logp = sample(logits_rV, (think,), temperature, generator)
+        uniform_R1 = torch.rand(R, 1, generator=generator, device=device)  # whoever is still there
+        token, logp = sample(logits_rV, (think,), temperature, uniform_R1[rows])
         if forced_Rl is not None and step < forced_Rl.shape[1]:
             token = forced_Rl[rows, step]
             logp = token_logp(logits_rV, token, (think,), temperature or 1.0)
-        thinking = phase == THINKING
-        at, place = rows[thinking], min(step, L - 1)  # from step L on, `at` is empty
-        tokens_RL[at, place], logp_RL[at, place] = token[thinking], logp[thinking]
-        length_R[at] += 1
-        # 6. Who goes on: a thought ends with its closing tag, or is cut and gets one a step later.
+        thinking, u = phase == THINKING, min(step, L - 1)
+        tokens_RL[rows, u] = torch.where(thinking, token, tokens_RL[rows, u])
+        logp_RL[rows, u] = torch.where(thinking, logp, logp_RL[rows, u])
+        length_R[rows] += thinking
+        # 3. Keep the states from which the target is read.
+        x = phase.clamp(0, X - 1)
+        if n_read:
+            reading = (phase >= 0) & (phase < X)
+            hidden_RxD[rows, x] = torch.where(reading[:, None], hidden_rD, hidden_RxD[rows, x])
+        # 4. Who goes on: a thought ends with its closing tag, or is cut and gets one a step later.
         closed = thinking & (token == close)
-        closed_R[rows[closed]] = True
-        ended = thinking & (torch.isin(token, ends) | (step == L - 1))
-        phase = phase.masked_fill(ended, CUT).masked_fill(closed | (phase == CUT), CLOSING)
-        feed = token.masked_fill(phase == CLOSING, close)
+        closed_R[rows] |= closed
+        cut = torch.isin(token, ends) | (step == L - 1)
+        given = torch.where(phase == CUT, close, target_RX[rows, x].clamp(min=0))
+        feed = torch.where(thinking, token, given)
+        begun = torch.where(closed, 0, torch.where(cut, CUT, THINKING))
+        phase = torch.where(thinking, begun, phase + 1)
+        # 5. Drop the rows that are done. That copies the cache: it pays once a fifth of them is.
+        if (step + 1) % every == 0:
+            busy = phase < n_read if n_read else phase == THINKING
+            n_busy = int(busy.sum())
+            if n_busy == 0:
+                break
+            if n_busy <= 0.8 * len(rows):
+                live = busy.nonzero()[:, 0]
+                rows, feed, phase, cache = rows[live], feed[live], phase[live], cache.select(live)
 
-    # 7. Where thoughts stand some tokens before the target, they are read there.
+    # 6. Score the targets.
     longest = int(length_R.max())
-    if batch["back_B"].any():
+    if n_read:
+        logp_target_R, answer_RX = _read_targets(
+            mask_banned(model.logits(hidden_RxD), tokenizer.tags), target_RX)
+    else:
         logp_target_R, answer_RX = score_thoughts(
             model, batch, tokenizer, tokens_RL[:, :longest], prefix)
     return Thoughts(tokens_RL[:, :longest], logp_RL[:, :longest], length_R, closed_R,
@@ -210,19 +222,19 @@ def score_thoughts(model: HybridLM, batch: dict[str, Tensor], tokenizer: Tokeniz
     return tuple(torch.cat(parts)[order] for parts in list(zip(*found, strict=True))[1:])
 
 
-def sample(logits_RV: Tensor, banned: tuple[int, ...], temperature: float,
-           generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+def sample(logits_RV: Tensor, banned: tuple[int, ...], temperature: float, uniform_R1: Tensor
+           ) -> tuple[Tensor, Tensor]:
     """A token per row from softmax(logits / temperature) without the banned ids; its log p there.
     Temperature 0 takes the likeliest token, with its log p at temperature 1. Sampling inverts the
     cumulative distribution: the first id at which it reaches a uniform share, above 0, of its own
-    last value, however that was rounded. So no id of probability 0 is drawn. fp32 or wider."""
+    last value, however that was rounded. So no id of probability 0 is drawn. fp32 or wider.
+    Args: uniform_R1: random numbers in [0, 1)."""
     p_RV = torch.softmax(mask_banned(wide(logits_RV), banned) / (temperature or 1.0), dim=-1)
     if temperature == 0:
         token_R1 = p_RV.argmax(-1, keepdim=True)
     else:
         sum_RV = p_RV.cumsum(-1)
-        share_R1 = 1 - torch.rand(len(p_RV), 1, generator=generator, dtype=p_RV.dtype,
-                                  device=p_RV.device)  # in (0, 1]
+        share_R1 = 1 - uniform_R1.to(p_RV)  # in (0, 1]
         token_R1 = torch.searchsorted(sum_RV, share_R1 * sum_RV[:, -1:])
         token_R1.clamp_(max=p_RV.shape[1] - 1)  # where logits are not finite
     return token_R1[:, 0], p_RV.gather(-1, token_R1)[:, 0].log()

@@ -146,7 +146,7 @@ def update(model: HybridLM, objective: Objective, parts: list[dict], optimizers:
         loss.backward()
         parallel.reshard(model)
         metrics = {"loss": (loss.detach(), count), **metrics}
-        sums.append({name: (float(total), n) for name, (total, n) in metrics.items()})
+        sums.append(numbers(metrics))
     # 2. Over all processes: summed gradients over summed counts are the gradient of the mean.
     totals = add_up(parallel.everyone(add_up(sums)))
     total_count = totals["loss"][1]
@@ -165,6 +165,16 @@ def update(model: HybridLM, objective: Objective, parts: list[dict], optimizers:
         optimizer.zero_grad(set_to_none=True)
     means = {name: total / n for name, (total, n) in totals.items() if n}
     return {**means, "grad_norm": grad_norm, "lr": settings.lr * rate, "count": total_count}
+
+
+def numbers(metrics: dict[str, tuple]) -> dict[str, tuple[float, int]]:
+    """Sums and counts as Python's numbers: all tensors in one transfer, for each waits for a card.
+    """
+    tensors = [x.detach().double() for pair in metrics.values() for x in pair if torch.is_tensor(x)]
+    read = iter(torch.stack(tensors).tolist())
+    pairs = {k: [next(read) if torch.is_tensor(x) else x for x in pair]
+             for k, pair in metrics.items()}
+    return {name: (float(total), int(n)) for name, (total, n) in pairs.items()}
 
 
 def add_up(parts: list[dict[str, tuple[float, int]]]) -> dict[str, tuple[float, int]]:

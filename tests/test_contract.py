@@ -120,7 +120,7 @@ def logp_of(model, text, target):
 def test_rlp_samples_rewards_and_trains_a_model_of_another_make(model, contexts):
     """What comes from caches, forked and selected, equals one pass over each sequence; so do the gradients of the loss."""
     objective = rlp.RLP(RLPConfig(group_size=3, thought_len=6, horizon=2, kl=0.1, temperature=0.7), TOKENIZER)
-    prepared = objective.prepare(model, contexts, 0, torch.Generator().manual_seed(0))
+    prepared = objective.prepare(model, contexts, 0, torch.Generator().manual_seed(3))
     losses, closes = [], []
     for r, (thought, old_logp, closed) in enumerate(thoughts_of(prepared)):
         context, target = (contexts[name][r // 3] for name in ("context_BT", "target_BX"))

@@ -11,8 +11,10 @@ import torch
 from torch.testing import assert_close
 
 import generate
+import thoughts
 from system.config import RLPConfig
 from thoughts import Sampling, Thoughts, prefill, sample, sample_thoughts, score_thoughts
+from tools.gpu_check import Waits
 
 THINK, CLOSE, END = 9, 10, 11
 TAGS = (THINK, CLOSE)
@@ -64,10 +66,10 @@ def plain_logp(model, before, tokens, banned, temperature=1.0):
     return (logits_TV / temperature).log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0]
 
 
-def one_row(thoughts, r):
+def one_row(found, r):
     """All that is known of thought r of context r, cut to its length."""
-    n = int(thoughts.length_R[r])
-    return {name: t[r, :n] if name.endswith("L") else t[r] for name, t in vars(thoughts).items()}
+    n = int(found.length_R[r])
+    return {name: t[r, :n] if name.endswith("L") else t[r] for name, t in vars(found).items()}
 
 
 def greedy_thought(model, context):
@@ -352,6 +354,33 @@ def test_finished_rows_leave_the_batch(model, forced_Rl):
     assert n_rows[-1] == 1
 
 
+@pytest.mark.parametrize("horizon", [1, 3])
+@pytest.mark.parametrize("back", [[0, 0, 0], [3, 0, 3]])
+def test_thoughts_do_not_hang_on_how_often_finished_rows_are_looked_for(model, monkeypatch, horizon, back):
+    """Each row has noise of its own, whoever else is still there; rows that are done and fed on change nothing."""
+    found = []
+    for every in (1, 2, 8):
+        monkeypatch.setitem(thoughts.ASK_EVERY, "cpu", every)
+        batch = batch_of(CONTEXTS, TARGETS, horizon, back)
+        found.append(vars(sample_thoughts(model, batch, TOKENIZER, Sampling(G, N), torch.Generator().manual_seed(1))))
+    assert len(set(found[0]["length_R"].tolist())) > 2
+    for other in found[1:]:
+        assert_close(other, found[0], **NEAR)
+
+
+@pytest.mark.parametrize("horizon", [1, 3])
+def test_a_card_is_waited_for_once_in_eight_tokens(make_model, monkeypatch, horizon):
+    """Of 40 tokens: five times in the loop, and four around it: one tag each, thoughts' stand, longest, width."""
+    model = make_model(pattern="*-")
+    batch = batch_of(CONTEXTS, TARGETS, horizon)
+    monkeypatch.setitem(thoughts.ASK_EVERY, "cpu", 8)
+    forced_Rl = torch.full((3 * G, 40), 3)
+    with Waits() as counted:
+        found = sample_thoughts(model, batch, TOKENIZER, Sampling(G, 40), torch.Generator().manual_seed(0), forced_Rl)
+    assert found.length_R.tolist() == [40] * 3 * G
+    assert counted.n <= 40 // 8 + 4
+
+
 def test_a_thought_and_an_answer_end_with_any_of_the_tokens_that_end_a_text(model, monkeypatch):
     """Released models have several: here 5 too. Without it the thought would go on."""
     forced_Rl = torch.tensor([[3, 5, 3, 3, 3, 3]])
@@ -423,22 +452,25 @@ def test_the_program_thinks_with_the_model_of_each_budget(talked):
 # ----------------------------------------------------------------------------------------------------------- one token
 
 
+def uniform(n):
+    return torch.rand(n, 1, generator=torch.Generator().manual_seed(0))
+
+
 @pytest.mark.parametrize(("temperature", "banned"), list(itertools.product([1.0, 0.5, 2.0], [(), (1, 4)])))
 def test_frequencies_of_sampled_tokens_match_the_softmax(temperature, banned):
     """With 20000 draws the standard error of a frequency is at most 0.0036."""
     logits_V = torch.tensor([0.0, 2.0, 1.0, -1.0, 0.5, 1.5])
-    token_R, _ = sample(logits_V.expand(20000, 6), banned, temperature, torch.Generator().manual_seed(0))
+    token_R, _ = sample(logits_V.expand(20000, 6), banned, temperature, uniform(20000))
     kept_V = logits_V.index_fill(0, torch.tensor(banned, dtype=torch.long), -torch.inf)
     assert_close(token_R.bincount(minlength=6) / 20000, (kept_V / temperature).softmax(-1), rtol=0, atol=0.015)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1 - 2**-24])
-def test_a_token_of_probability_zero_is_never_drawn_from_150000(monkeypatch, share):
+def test_a_token_of_probability_zero_is_never_drawn_from_150000(share):
     """Whatever the uniform number, and however fp32 rounds the sum: 300 ids can be drawn, never first or last."""
     logits_V = torch.full((150_000,), -torch.inf)
     logits_V[500::499] = torch.randn(300, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, share))
-    token_R, logp_R = sample(logits_V.expand(3, -1), (0, 999), 1.0, None)
+    token_R, logp_R = sample(logits_V.expand(3, -1), (0, 999), 1.0, torch.full((3, 1), share))
     assert logp_R.isfinite().all()
     assert ((token_R - 500) % 499 == 0).all()
 
@@ -447,7 +479,7 @@ def test_a_token_of_probability_zero_is_never_drawn_from_150000(monkeypatch, sha
 def test_banned_tokens_are_never_drawn(temperature):
     logits_RV = torch.zeros(5000, 4)
     logits_RV[:, 2] = 50.0
-    token_R, logp_R = sample(logits_RV, (0, 2), temperature, torch.Generator().manual_seed(0))
+    token_R, logp_R = sample(logits_RV, (0, 2), temperature, uniform(5000))
     assert set(token_R.tolist()) <= {1, 3}
     assert logp_R.isfinite().all()
 
@@ -455,6 +487,6 @@ def test_banned_tokens_are_never_drawn(temperature):
 @pytest.mark.parametrize(("temperature", "of_logp"), [(1.0, 1.0), (0.5, 0.5), (0.0, 1.0)])
 def test_logp_of_a_sampled_token_is_at_its_temperature_and_for_greedy_at_one(temperature, of_logp):
     logits_RV = torch.randn(50, 7, generator=torch.Generator().manual_seed(0))
-    token_R, logp_R = sample(logits_RV, (3,), temperature, torch.Generator().manual_seed(0))
+    token_R, logp_R = sample(logits_RV, (3,), temperature, uniform(50))
     kept_RV = logits_RV.index_fill(1, torch.tensor([3]), -torch.inf) / of_logp
     assert_close(logp_R, kept_RV.log_softmax(-1)[torch.arange(50), token_R])

@@ -337,6 +337,17 @@ def test_means_weigh_the_parts_of_all_processes():
     assert {name: total / count for name, (total, count) in totals.items()} == {"loss": 2.0, "gain_text": 2.5}
 
 
+def test_sums_and_counts_are_read_as_numbers_whatever_holds_them():
+    metrics = {
+        "loss": (torch.tensor(1.5), 3),
+        "some": (torch.tensor(0.1, dtype=torch.float64), torch.tensor(4)),
+        "none": (0, 0),
+    }
+    found = loop.numbers(metrics)
+    assert found == {"loss": (1.5, 3), "some": (0.1, 4), "none": (0.0, 0)}
+    assert all(isinstance(total, float) and isinstance(n, int) for total, n in found.values())
+
+
 def test_parallel_settings_do_not_make_another_base_or_another_run():
     plain, other = Config(), Config(parallel=ParallelConfig(mode="fsdp", dtype="bf16", compile=True))
     assert plain.base_fingerprint() == other.base_fingerprint()

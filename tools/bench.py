@@ -599,7 +599,9 @@ def plain_rlp_step(network: HybridLM, objective: RLP, batch: dict[str, Tensor], 
         for i in range(L):
             hidden_R1D, cached = network(full_RS[:, T + i, None], cached)
             steps.append(network.logits(hidden_R1D[:, 0]))
-            sample(steps[-1], tags[:1], c.temperature, generator)
+            uniform_R1 = torch.rand(len(steps[-1]), 1, generator=generator,
+                                    device=context_RT.device)
+            sample(steps[-1], tags[:1], c.temperature, uniform_R1)
         old_logp_RL = logp_of_thoughts(torch.stack(steps, dim=1))
         # 2. once more in full, to score the target at the tag that closes the thought
         closing_R = T + length_R + (~thoughts.closed_R).long()
