@@ -34,6 +34,7 @@ LETTER = {"d_model": "D", "ffn": "F", "mamba_heads": "H", "mamba_channels": "P",
 SERVED_BYTES = 2  # of a weight and of a cached key or value, where memory is the cost: bf16
 FULL_VOTE = 10.0  # logit of the full width at the full budget
 DEAD_ZONE = 0.01  # relative distance from the budget that costs nothing
+MET = 0.02  # relative distance up to which a budget is met
 TABLES = {"-": "ffn", "*": "attention", "M": "mamba"}
 Choice = dict[str, list[int]]  # of each axis: the index of a width, for all its layers or for each
 
@@ -302,15 +303,23 @@ class Router(nn.Module):
         return x
 
     @torch.no_grad()
-    def choose(self, budget: float) -> Widths:
-        """The likeliest widths, repaired to meet a budget. Raises ValueError for one unknown."""
+    def choose(self, budget: float, or_none: bool = False) -> Widths | None:
+        """The likeliest widths, repaired to meet a budget. Raises ValueError for one unknown, and
+        for one that no widths come near, unless None will do."""
         self.one_hot(budget)
         if self.is_full(budget):
             return full_widths(self.space.config)
         logp = {a: v.log_softmax(-1) for a, v in self(budget).items()}
         choice = fit_to_budget(logp, self, budget)
+        if or_none and self.off(choice, budget) > MET:
+            return None
         self.check_met(choice, budget)
         return self.space.widths(choice, self.depth_order)
+
+    def off(self, choice: Choice, budget: float) -> float:
+        """How far the cost of a choice is from its budget, relative to that."""
+        share = self.costs.exact(choice, self.depth_order) / self.full_cost
+        return abs(share / self.fraction(budget) - 1)
 
     @torch.no_grad()
     def settle(self, choices: dict[float, Choice]) -> None:
@@ -328,7 +337,7 @@ class Router(nn.Module):
     def check_met(self, choice: Choice, budget: float) -> None:
         """Raises ValueError for a choice that costs something else than its budget says."""
         share = self.costs.exact(choice, self.depth_order) / self.full_cost
-        require(abs(share / self.fraction(budget) - 1) <= 0.02,
+        require(self.off(choice, budget) <= MET,
                 f"budget ({budget:g}) cannot be met within 2 %: the nearest choice has {share:.4f} "
                 f"of the full {self.settings.cost}; ask for that, or give finer elastic.*_choices")
 

@@ -14,6 +14,7 @@ How to read: `MODES`, then `run`. The training loop is `fit` in system/loop.py.
 To add a mode: a settings class, derived from FitConfig, its field in `Config`, an entry in `MODES`.
 """
 
+import itertools
 import json
 import sys
 import time
@@ -317,9 +318,11 @@ def figures_of_family(t: Trained) -> dict | None:
     """Train the rivals asked for, then measure family and rivals on the same held-out sequences."""
     config, c, router = t.config, t.config.elastic, t.objective.router
     parent = t.objective.teacher = parallel.whole(t.objective.teacher)
-    # 1. The models: of each family one for each budget.
+    # 1. The models: of each family one for each budget, and what lies between trained budgets.
     widths = {b: router.choose(b) for b in c.budgets}
     families = {"elastic": [nested.submodel(t.model, w) for w in widths.values()]}
+    midway = {(a + b) / 2: w for a, b in itertools.pairwise(c.budgets)
+              if (w := router.choose((a + b) / 2, or_none=True))}
     if stage1 := t.objective.networks.get("stage1"):
         families["stage1"] = [nested.submodel(stage1, w) for w in widths.values()]
     earlier = t.run_dir / "summary.json"  # a resumed run keeps the rivals that it had
@@ -334,14 +337,17 @@ def figures_of_family(t: Trained) -> dict | None:
     #    else with the family at its budget.
     sizes = [(name, b, m) for name, family in families.items()
              for b, m in zip(c.budgets, family, strict=True)]
-    references = [0, *(0 if name == "elastic" else 1 + c.budgets.index(b) for name, b, _ in sizes)]
+    sizes += [("between", b, nested.submodel(t.model, w)) for b, w in midway.items()]
+    references = [0, *(0 if name in ("elastic", "between") else 1 + c.budgets.index(b)
+                       for name, b, _ in sizes)]
     models = [parent, *(m for _, _, m in sizes)]
     losses = evals.evaluate_sizes(models, references, t.corpus, config)
     accuracies = evals.size_accuracies(models, t.corpus, config)
     teacher, *figures = (a | b for a, b in zip(losses, accuracies, strict=True))
     entries: dict[str, list[dict]] = {}
     for (name, b, size), found in zip(sizes, figures, strict=True):
-        own = widths[b] if name == "elastic" else nested.full_widths(size.config)
+        own = (widths | midway)[b] if name in ("elastic", "between") else nested.full_widths(
+            size.config)
         entries.setdefault(name, []).append({
             "budget": b, "fraction": router.fraction(b),
             "target": router.fraction(b) * router.full_cost,
@@ -355,7 +361,8 @@ def figures_of_family(t: Trained) -> dict | None:
     facts = {"pattern": parent.config.pattern, "widths": full, **evals.size_facts(parent, config)}
     return {
         "teacher": {**facts, **teacher}, "budgets": entries.pop("elastic"),
-        "stage1": entries.pop("stage1", []), "baselines": entries,
+        "stage1": entries.pop("stage1", []), "between": entries.pop("between", []),
+        "baselines": entries,
         "curves": {f"{b:g}": rundir.logged_curve(t.run_dir, f"loss_{b:g}") for b in c.budgets},
         "train_s": {"elastic": rundir.logged_seconds(t.run_dir), **seconds},
         "memory": evals.family_bytes(t.model, router, families["elastic"]),

@@ -932,6 +932,8 @@ def test_a_budget_that_no_choice_comes_near_is_refused_with_the_nearest():
         ValueError, match=rf"budget \(0.8\) cannot be met within 2 %: .* has (1.0000|{cost:.4f}) of the full"
     ):
         router.choose(0.8)
+    assert router.choose(0.8, or_none=True) is None
+    assert router.choose(cost, or_none=True).d_model == 4
     with pytest.raises(ValueError, match=r"budget \(0.8\) cannot be met"):
         make_router(tiny_model(), **COARSE, budgets=(1.0, 0.8), long_weights=(1, 1))
 

@@ -408,6 +408,19 @@ def test_summary_holds_every_budget_with_its_figures(finished):
     assert summary["teacher"]["mcnemar"] == {"won": 0, "lost": 0, "p": 1.0}
 
 
+def test_summary_holds_what_lies_between_trained_budgets(finished):
+    """Half-way between neighbours; compared with the parent, as those of trained budgets."""
+    summary = summary_of(finished)
+    model, router, *_ = elastic.load_family(finished)
+    assert [e["budget"] for e in summary["between"]] == [0.875, 0.625]
+    for entry in summary["between"]:
+        small = nested.submodel(model, router.choose(entry["budget"]))
+        assert entry["parameters"] == entry["cost"] == count_parameters(small) == pytest.approx(entry["target"], rel=0.02)
+        difference = entry["loss_nats"]["mean"] - summary["teacher"]["loss_nats"]["mean"]
+        assert entry["difference_nats"]["mean"] == pytest.approx(difference, abs=1e-5)
+        assert entry["accuracy"]["greedy"].keys() == {"all", *FAMILIES}
+
+
 @pytest.mark.parametrize("budget", ["1", "0.75", "0.5"])
 def test_the_slicer_without_this_project_gives_the_bits_of_extraction(finished, tmp_path, budget):
     """In an empty folder, where nothing of the project can be imported; family.json says what each size has and reached."""

@@ -150,6 +150,14 @@ def test_rows_of_both_stages_stand_below_each_other(made_up):
     assert second == ["long text, stage 2", "4.000", "4.100", "4.400"]
 
 
+def test_rows_of_what_lies_between_budgets(made_up):
+    assert tables.between_rows(made_up) == []
+    between = entry(0.625, [], 3.2) | {"accuracy": {"greedy": {"all": leaf(0.7)}}}
+    head, loss, right, cost = tables.between_rows(made_up | {"between": [between]}, tables.short)
+    assert head == ["never trained", "62.5 %"]
+    assert (loss[1], right[1], cost[1]) == ("3.200 ±0.010", "0.70 ±0.01", "100.5%")
+
+
 def test_rows_of_the_rivals_by_hand(made_up):
     less, more = "-0.100 (-0.110 to -0.090)", "+0.200 (+0.190 to +0.210)"
     assert tables.rival_rows(made_up) == [

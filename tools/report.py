@@ -379,7 +379,9 @@ def results(folder: Path) -> str:
         if rows[1:]:
             parts += [f"### {title}", view.markdown(rows)]
     for run in found["elastic-cpu"]:
+        between = view.between_rows(run)
         parts += [f"### Seed {run['seed']}", view.markdown(view.budget_rows(run)),
+                  *[view.markdown(between)] * bool(between),
                   *[view.markdown(view.rival_rows(run))] * bool(run["baselines"]),
                   f"Family: {run['train_s']['elastic']:.0f} s, commit {view.commit(run)}"]
     parts.append(SPEED)

@@ -140,6 +140,16 @@ def budget_rows(summary: dict, show: Callable[..., str] = cell) -> list[list[str
     return rows
 
 
+def between_rows(summary: dict, show: Callable[..., str] = cell) -> list[list[str]]:
+    """What budgets reach that lie half-way between trained ones."""
+    entries = summary.get("between", [])
+    rows = [["never trained", *(f"{100 * e['fraction']:.3g} %" for e in entries)],
+            ["loss, nats a token", *(show(e["loss_nats"], ".3f") for e in entries)],
+            ["right, greedy", *(show(e["accuracy"]["greedy"]["all"]) for e in entries)],
+            ["cost, of its target", *(f"{e['cost'] / e['target']:.1%}" for e in entries)]]
+    return rows if entries else []
+
+
 def rival_rows(summary: dict, show: Callable[..., str] = cell) -> list[list[str]]:
     """How far each rival's loss is from the family's, paired by sequence; and its right answers."""
     rows = [["nats minus elastic", *budget_heads(summary)]]
@@ -196,6 +206,8 @@ def print_summary(summary: dict, console: Console) -> None:
                   "interval\n")
     if summary["mode"] == "elastic":
         print_rows(budget_rows(summary, short), console)
+        if between := between_rows(summary, short):
+            print_rows(between, console)
         if summary["baselines"]:
             print_rows(rival_rows(summary, short), console)
     else:
