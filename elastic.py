@@ -24,10 +24,12 @@ multiplies by the likeliest choice's probability, since its logit is NaN-prone; 
 always the full model; keys and values have no elastic heads under grouped queries.
 """
 
+import itertools
 import json
 import math
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -40,11 +42,13 @@ import nested
 from kernels import selected_logp, wide
 from model import HybridLM, Inside
 from routers import (
+    FULL_VOTE,
     Choice,
     Router,
     at_random,
     budget_loss,
     by_hand,
+    fit_to_budget,
     mask_weighting,
     probabilities,
     unmeasured_router,
@@ -135,6 +139,20 @@ def told(teacher: nn.Module, batch: dict) -> tuple[Tensor, Tensor]:
     return teacher(batch["tokens_BT"], ids_BT=batch["ids_BT"])[0], teacher.output_matrix
 
 
+def sensitivities(router: Router, loss: Callable[[Choice], float]) -> dict[str, Tensor]:
+    """What a model loses by each choice alone, with all others at their full widths: by axis
+    [decisions, widths], 0 for the full one. The sum over the choices of a smaller model stands for
+    what it loses before it is trained."""
+    full = router.space.extreme()
+    least, found = loss(full), {}
+    for axis, widths in router.space.choices.items():
+        rows = found[axis] = torch.zeros(router.space.n_decisions(axis), len(widths))
+        for j, k in itertools.product(range(len(rows)), range(1, len(widths))):
+            one = [k if other == j else 0 for other in range(len(rows))]
+            rows[j, k] = loss({**full, axis: one}) - least
+    return found
+
+
 class Elastic(Distillation):
     """L = L_task(theta) + lambda L_router(psi) (eq. 17), each sequence at its own budget.
 
@@ -153,10 +171,13 @@ class Elastic(Distillation):
         self.settled: dict[float, Inside] = {}
 
     @torch.no_grad()
-    def settle(self, model: HybridLM, batches: list[dict[str, Tensor]]) -> None:
-        """Choose the widths of all budgets without gradients, as `elastic.choose` says; the batches
-        of all processes are what candidates of `search` are compared on."""
-        how, seed, router = self.c.choose, self.c.choose_seed, self.router
+    def begin(self, model: HybridLM, batches: list[dict[str, Tensor]]) -> None:
+        """Choose the widths of all budgets before the first step, as `elastic.choose` says, or let
+        the router begin with a vote for them; the batches of all processes are measured on."""
+        c, router = self.c, self.router
+        how = c.router_start if c.choose == "router" else c.choose
+        if how == "full":
+            return
 
         def loss(choice: Choice) -> float:
             widths, total = router.space.widths(choice, router.depth_order), 0.0
@@ -168,13 +189,17 @@ class Elastic(Distillation):
             return float(parallel.total(total))
 
         def chosen(budget: float) -> Choice:
+            if how == "sensitivity":
+                return fit_to_budget({a: -d for a, d in lost.items()}, router, budget)
             if how == "fixed":
                 return by_hand(router, budget)
             n = N_CANDIDATES if how == "search" else 1
-            candidates = [at_random(router, budget, seed * n + i) for i in range(n)]
+            candidates = [at_random(router, budget, c.choose_seed * n + i) for i in range(n)]
             return min(candidates, key=loss) if n > 1 else candidates[0]
 
-        router.settle({b: chosen(b) for b in self.c.budgets if not router.is_full(b)})
+        lost = sensitivities(router, loss) if how == "sensitivity" else {}
+        vote = c.router_vote if c.choose == "router" else FULL_VOTE
+        router.settle({b: chosen(b) for b in c.budgets if not router.is_full(b)}, vote)
 
     def prepare(self, model: HybridLM, batch: dict[str, Tensor], step: int,
                 generator: torch.Generator) -> dict:

@@ -322,17 +322,19 @@ class Router(nn.Module):
         return abs(share / self.fraction(budget) - 1)
 
     @torch.no_grad()
-    def settle(self, choices: dict[float, Choice]) -> None:
-        """From now on choose these, for trained budgets: each leads through a hidden unit of its
-        own to a strong vote. In between, votes mix as those of a router that has learned."""
+    def settle(self, choices: dict[float, Choice], vote: float = FULL_VOTE) -> None:
+        """From now on choose these, for trained budgets, until more is learned: each leads through
+        a hidden unit of its own to a vote, in logits. In between, votes mix as learned ones do."""
+        n_own = len(self.settings.budgets)
         for axis, (first, _, last) in self.mlps.items():
-            for p in (*first.parameters(), *last.parameters()):
+            first.weight[:n_own] = torch.eye(n_own)
+            first.bias[:n_own] = 0.0
+            for p in last.parameters():
                 p.zero_()
             votes = last.weight.view(self.space.n_decisions(axis), -1, last.in_features)
             for n, budget in enumerate(self.settings.budgets):
-                first.weight[n, n] = 1.0
                 for j, k in enumerate(choices[budget][axis] if budget in choices else ()):
-                    votes[j, k, n] = FULL_VOTE
+                    votes[j, k, n] = vote
 
     def check_met(self, choice: Choice, budget: float) -> None:
         """Raises ValueError for a choice that costs something else than its budget says."""

@@ -292,8 +292,8 @@ def make_elastic(model: HybridLM, corpus: Corpus, config: Config) -> elastic.Ela
     depth = None if config.resume else order_parent(model, pieces, config).depth
     torch.manual_seed(config.seed)
     made = elastic.Elastic(c, routers.build_router(model.config, c, depth, device), parent)
-    if c.choose != "router" and not config.resume:
-        made.settle(model, pieces)
+    if not config.resume:
+        made.begin(model, pieces)
     return made
 
 

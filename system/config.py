@@ -333,9 +333,13 @@ class ElasticConfig(FitConfig):
     # Axes on which each layer has its own choice; on the others all layers of a kind share one.
     heterogeneous: tuple[Literal["ffn", "mamba_heads", "mamba_channels", "attn_heads"], ...] = (
         "ffn", "mamba_heads", "mamba_channels", "attn_heads")
-    # Widths from the router; fixed: alike on all axes; random; or search: of 50 random ones those
-    # that cost least loss untrained (Minitron-SSM, arXiv 2504.11409).
-    choose: Literal["router", "fixed", "random", "search"] = "router"
+    # Widths from the router; or, before the first step, fixed: alike on all axes; random; search:
+    # of 50 random ones those that cost least loss untrained (Minitron-SSM, arXiv 2504.11409);
+    # sensitivity: those whose losses, each measured alone, have the least sum.
+    choose: Literal["router", "fixed", "random", "search", "sensitivity"] = "router"
+    # What a router begins with: a head start of the full widths, or a vote for sensitivity's.
+    router_start: Literal["full", "sensitivity"] = "full"
+    router_vote: Weight = 2.0  # That vote, in logits.
     choose_seed: Annotated[int, at_least(0)] = 0  # Which random ones.
     # A router's choice while it learns: the weighted sum of all masks (soft, the paper's mode 2),
     # the likeliest mask times its probability (top1, mode 1), or with the gradient of the sum.
@@ -391,10 +395,9 @@ class ElasticConfig(FitConfig):
         require(any(weights), f"elastic.long_weights {weights} must be 0 or more, and not all 0")
         require(self.kl + self.self_kl + self.ce > 0, "elastic.kl, elastic.self_kl and elastic.ce "
                 "are all 0: nothing would be learned; give one a weight")
-        require(self.choose == "router" or self.router_width >= len(budgets),
-                f"elastic.router_width ({self.router_width}) must be at least the number of "
-                f"elastic.budgets ({len(budgets)}) where elastic.choose is {self.choose!r}: a unit "
-                "keeps the choice of each")
+        require(self.router_width >= len(budgets), f"elastic.router_width ({self.router_width}) "
+                f"must be at least the number of elastic.budgets ({len(budgets)}): a unit keeps "
+                "what is chosen for each before the first step")
         require(self.self_kl == 0 or self.full_ce + self.ce + self.kl > 0, "elastic.self_kl needs "
                 "elastic.full_ce, elastic.ce or elastic.kl above 0, or nothing teaches the teacher")
         require(self.kl + self.ce > 0 or not set(self.baseline) & {"separate", "minitron"},

@@ -1109,7 +1109,7 @@ def test_search_takes_the_candidate_with_the_least_loss_untrained(monkeypatch):
     batch = {k: v for k, v in batch_of([0, 0], 0).items() if k.endswith("_BT")}
     for seed in (0, 1):
         objective = make_objective(model, 10, choose="search", choose_seed=seed)
-        objective.settle(model, [batch])
+        objective.begin(model, [batch])
         router = objective.router
         for b in (0.75, 0.5):
             losses = {}
