@@ -1102,6 +1102,39 @@ def test_random_widths_meet_their_budget_and_differ_by_seed():
         assert choices[0] == routers.at_random(router, budget, 0)
 
 
+def loss_of_slices(model, widths, batch):
+    logits_BTV = by_slices(model, widths, batch["tokens_BT"], batch["ids_BT"])
+    return F.cross_entropy(logits_BTV.flatten(0, 1), batch["targets_BT"].flatten(), reduction="sum")
+
+
+@pytest.mark.parametrize("changes", [{"choose": "sensitivity"}, {"router_start": "sensitivity"}], ids=str)
+def test_sensitivity_is_what_each_choice_costs_alone_and_the_least_sum_is_chosen(changes):
+    """A router begins there too, with a vote of two logits, and learns on."""
+    model = tiny_model()
+    batch = {k: v for k, v in batch_of([0, 0], 0).items() if k.endswith("_BT")}
+    objective = make_objective(model, 10, **changes)
+    router = objective.router
+    full, lost = router.space.extreme(), {}
+    for axis, widths in router.space.choices.items():
+        lost[axis] = torch.zeros(router.space.n_decisions(axis), len(widths))
+        for j in range(router.space.n_decisions(axis)):
+            for k in range(1, len(widths)):
+                one = copy.deepcopy(full)
+                one[axis][j] = k
+                losses = [loss_of_slices(model, router.space.widths(c, router.depth_order), batch) for c in (one, full)]
+                lost[axis][j, k] = losses[0] - losses[1]
+    assert max(rows.max() for rows in lost.values()) > 0.01
+    objective.begin(model, [batch])
+    for b in (0.75, 0.5):
+        choice = routers.fit_to_budget({a: -rows for a, rows in lost.items()}, router, b)
+        assert router.choose(b) == router.space.widths(choice, router.depth_order)
+    vote = 2.0 if "router_start" in changes else routers.FULL_VOTE
+    assert {float(logits.max()) for logits in router(0.5).values()} == {vote}
+    if "router_start" in changes:
+        loss_of(objective, model, batch_of([1, 2], 3), step=3)[0].backward()
+        assert all(mlp[-1].weight.grad.abs().max() > 0 for axis, mlp in router.mlps.items() if axis != "depth")
+
+
 def test_search_takes_the_candidate_with_the_least_loss_untrained(monkeypatch):
     """Of five candidates; and choose_seed 1 looks at the next five."""
     monkeypatch.setattr(elastic, "N_CANDIDATES", 5)
@@ -1115,8 +1148,7 @@ def test_search_takes_the_candidate_with_the_least_loss_untrained(monkeypatch):
             losses = {}
             for i in range(5 * seed, 5 * seed + 5):
                 widths = router.space.widths(routers.at_random(router, b, i), router.depth_order)
-                logits_BTV = by_slices(model, widths, batch["tokens_BT"], batch["ids_BT"])
-                losses[widths] = F.cross_entropy(logits_BTV.flatten(0, 1), batch["targets_BT"].flatten())
+                losses[widths] = loss_of_slices(model, widths, batch)
             assert router.choose(b) == min(losses, key=losses.get)
 
 
