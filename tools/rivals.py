@@ -57,7 +57,7 @@ UNITS = " ".join(f"--elastic.score-{axis} random" for axis in ("ffn", "mamba", "
 THIRD = "--elastic.steps 300 --eval.problems-per-family 75 --eval.samples 1"
 ELASTIC = {"elastic": "--mode elastic --elastic.baseline separate minitron"} | {
     f"elastic-{name}": f"--mode elastic {words}" for name, words in {
-        "searched": "--elastic.choose search",
+        "sensitivity": "--elastic.choose sensitivity", "searched": "--elastic.choose search",
         "fifth": "--elastic.steps 600", "twice": "--elastic.steps 1800",
         "alike": "--elastic.long-weights 1 1 1", "large": "--elastic.long-weights .5 .3 .2",
         "short": "--elastic.long-share 0", "long": "--elastic.long-share 1",

@@ -9,7 +9,7 @@ from views.rivals import Found, difference, spread
 from views.tables import RIVALS, budget_heads, figure
 
 FAMILIES = {f"elastic-{name}-cpu": told for name, told in {  # arms by their names in results/
-    "searched": "widths of the best of 50, untrained",
+    "sensitivity": "widths by sensitivity", "searched": "widths of the best of 50, untrained",
     "fifth": "two thirds of the steps", "twice": "twice the steps",
     "alike": "stage 2, budgets alike", "large": "stage 2, the full one most, as in the paper",
     "short": "short texts alone", "long": "long texts alone",
