@@ -132,7 +132,7 @@ def test_right_answers_of_sizes_are_shown_where_they_were_measured(made_up, tmp_
     assert rows["right, greedy"] == [f"{m:.2f} ({m - 0.01:.2f} to {m + 0.01:.2f})" for m in (0.8, 0.6, 0.4)]
     assert rows["  sum"] == rows["right, sampled"] == rows["right, greedy"]
     assert rows["  won, lost (p)"][1] == "3, 10 (0.09)"
-    assert "greedy thoughts, of the parent's | 75% (75% to 75%) | 50% (50% to 50%) |" in report.elastic_table([made_up] * 2)
+    assert "greedy accuracy, of the parent's | 75% (75% to 75%) | 50% (50% to 50%) |" in report.elastic_table([made_up] * 2)
     silent = json.loads(json.dumps(made_up))
     silent["teacher"]["accuracy"]["greedy"]["all"] = leaf(0.0)
     assert "greedy" not in report.elastic_table([made_up, silent])

@@ -60,20 +60,19 @@ def rlp_table(found: dict[str, list[dict]]) -> str:
 
 
 def elastic_table(runs: list[dict]) -> str:
-    """A family over its seeds, and how far the losses of its rivals are from it."""
+    """A family over its seeds, and how far the losses of sizes alone are from it."""
     sizes = [run["budgets"] for run in runs]
     rows = [[n_seeds(runs), *view.budget_heads(runs[0])],
             ["parameters, mean", *(f"{statistics.mean(e['parameters'] for e in size):,.0f}"
                                    for size in zip(*sizes, strict=True))],
             ["loss, of the parent's", *over_sizes(sizes, "loss_change", "+.1%")],
-            *([f"right answers, {how} thoughts, of the parent's", *(
+            *([f"{how} accuracy, of the parent's", *(
                 view.cell(view.over_seeds(size), ".0%") for size in shares)]
               for how in ("sampled", "greedy") if (shares := kept(runs, how)))]
-    for name in ("separate", "minitron"):
-        if rivals := [run["baselines"][name] for run in runs if name in run["baselines"]]:
-            fewer = f" ({n_seeds(rivals)})" if len(rivals) < len(runs) else ""
-            rows.append([f"{view.RIVALS[name]}: nats minus elastic{fewer}",
-                         *over_sizes(rivals, "difference_nats", "+.3f")])
+    if alone := [run["baselines"]["separate"] for run in runs if "separate" in run["baselines"]]:
+        fewer = f" ({n_seeds(alone)})" if len(alone) < len(runs) else ""
+        rows.append([f"{view.RIVALS['separate']}: nats minus elastic{fewer}",
+                     *over_sizes(alone, "difference_nats", "+.3f")])
     return view.markdown(rows)
 
 
@@ -381,7 +380,7 @@ def results(folder: Path) -> str:
     for run in found["elastic-cpu"]:
         between = view.between_rows(run)
         parts += [f"### Seed {run['seed']}", view.markdown(view.budget_rows(run)),
-                  *[view.markdown(between)] * bool(between),
+                  *([view.markdown(between)] if between else []),
                   *[view.markdown(view.rival_rows(run))] * bool(run["baselines"]),
                   f"Family: {run['train_s']['elastic']:.0f} s, commit {view.commit(run)}"]
     parts.append(SPEED)
