@@ -236,7 +236,8 @@ def claims(found: dict[str, list[dict]]) -> list[list[str]]:
             ("the larger budgets more often in stage 2", "elastic-large-cpu", "elastic-alike-cpu"),
             ("the router beats widths by hand", "elastic-third-cpu", "elastic-hand-cpu"),
             ("the router beats the best of 50 sets of widths", "elastic-third-cpu",
-             "elastic-search-cpu")):
+             "elastic-search-cpu"),
+            ("the router beats widths by sensitivity", "elastic-cpu", "elastic-sensitivity-cpu")):
         pairs = of_equal_seeds(found[ours], found[kind])
         losses = [[[e["loss_nats"] for e in size] for size in zip(
             *(run["budgets"][1:] for run in side), strict=True)] for side in pairs]
