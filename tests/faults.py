@@ -170,7 +170,7 @@ FAULTS = [
     Fault("together_all_alike", "elastic.py", "return rows, weights[n] / sum(weights)", "return rows, 1 / len(weights)",
           "elastic"),
     Fault("search_takes_the_worst", "elastic.py", "min(candidates, key=loss)", "max(candidates, key=loss)", "elastic"),
-    Fault("votes_of_another_budget", "routers.py", "votes[j, k, n] = FULL_VOTE", "votes[j, k, 0] = FULL_VOTE", "elastic"),
+    Fault("votes_of_another_budget", "routers.py", "votes[j, k, n] = vote", "votes[j, k, 0] = vote", "elastic"),
     Fault("random_widths_all_alike", "routers.py", "torch.Generator().manual_seed(seed)",
           "torch.Generator().manual_seed(0)", "elastic"),
     Fault("alone_for_all_of_the_flops", "train.py", "c.steps * family / n_alone / size", "c.steps * family / size",

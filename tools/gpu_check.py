@@ -370,7 +370,7 @@ PARTS = {
        for name in NUMBERS},
     "integers": Part(integers, 120, True), "repeats": Part(repeats, 60),
     "assemblers": Part(assemblers, 90, True), "speed": Part(speed, 60),
-    "decoding": Part(decoding, 60), "memory": Part(memory, 60), "rlp": Part(rlp_run, 150),
+    "decoding": Part(decoding, 120), "memory": Part(memory, 60), "rlp": Part(rlp_run, 150),
     "sharded": Part(sharded, 120)}
 
 

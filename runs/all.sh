@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# All of RESULTS.md but speed: every arm of RLP and Elastic and its seeds, two processes at a time;
+# then the tables. What has ended is kept, so it can be given again. A night on two cores.
+#   runs/all.sh quick    RLP, CPT and Elastic of seed 0 in half an hour; results/ stay as they are
+# PRESET=smoke: every part in minutes, nothing is learned. OUT: another folder. WORDS: of train.py.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=${OUT:-runs/rivals} preset=${PRESET:-cpu}
+
+# seeds "0 1 2" --what elastic ...: the same arms for each seed, two seeds at a time
+seeds() {
+    printf '%s\n' $1 | xargs -P 2 -I SEED python -m tools.rivals --seeds SEED \
+        --preset "$preset" --out "$out" --words="--threads 1 ${WORDS:-}" "${@:2}"
+}
+
+if [ "${1:-all}" = quick ]; then
+    seeds 0 --arms rlp cpt & thinking=$!
+    seeds 0 --what elastic --arms elastic
+    wait $thinking
+    exit
+fi
+seeds "0 1 2 3 4"
+seeds "0 1 2 3 4" --what elastic --arms elastic
+seeds "0 1 2" --what elastic
+seeds "0" --what rates
+seeds "0 1" --what ablations
+python -m tools.report "$out"/*-"$preset"-seed* "$out"/rates-"$preset".json
