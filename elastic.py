@@ -167,7 +167,7 @@ class Elastic(Distillation):
                                 f"{ours}; they must be the same")
         self.router, self.step = router, 0
         self.networks["router"] = router
-        self.n_search = round(c.search_share * c.steps) if c.choose == "router" else 0
+        self.n_search = c.search_steps()
         self.settled: dict[float, Inside] = {}
 
     @torch.no_grad()

@@ -338,16 +338,15 @@ def figures_of_family(t: Trained) -> dict | None:
     sizes = [(name, b, m) for name, family in families.items()
              for b, m in zip(c.budgets, family, strict=True)]
     sizes += [("between", b, nested.submodel(t.model, w)) for b, w in midway.items()]
-    references = [0, *(0 if name in ("elastic", "between") else 1 + c.budgets.index(b)
-                       for name, b, _ in sizes)]
+    chosen = ("elastic", "between")  # by the router, and compared with the parent
+    references = [0, *(0 if name in chosen else 1 + c.budgets.index(b) for name, b, _ in sizes)]
     models = [parent, *(m for _, _, m in sizes)]
     losses = evals.evaluate_sizes(models, references, t.corpus, config)
     accuracies = evals.size_accuracies(models, t.corpus, config)
     teacher, *figures = (a | b for a, b in zip(losses, accuracies, strict=True))
     entries: dict[str, list[dict]] = {}
     for (name, b, size), found in zip(sizes, figures, strict=True):
-        own = (widths | midway)[b] if name in ("elastic", "between") else nested.full_widths(
-            size.config)
+        own = (widths | midway)[b] if name in chosen else nested.full_widths(size.config)
         entries.setdefault(name, []).append({
             "budget": b, "fraction": router.fraction(b),
             "target": router.fraction(b) * router.full_cost,
@@ -387,7 +386,8 @@ def train_rival(name: str, t: Trained, widths: dict[float, nested.Widths],
     c, parent, router = t.config.elastic, t.objective.teacher, t.objective.router
     model, sizes = parallel.frozen_copy(parent), []
     n_alone = sum(not router.is_full(b) for b in widths)
-    order_parent(model, calibration(model, t.corpus, t.config), t.config)
+    if name != "scratch":
+        order_parent(model, calibration(model, t.corpus, t.config), t.config)
 
     def fit_alone(mode: str, size: HybridLM, folder: Path, config: Config,
                   objective: Objective | None = None) -> None:
@@ -398,17 +398,16 @@ def train_rival(name: str, t: Trained, widths: dict[float, nested.Widths],
         if router.is_full(b):
             sizes.append(parent)
             continue
-        size = parallel.frozen_copy(nested.submodel(model, w)).requires_grad_(True)
         folder = run_dir / f"{b:g}"
         if name == "scratch":
             torch.manual_seed(t.config.seed)
-            size = HybridLM(size.config).to(parallel.device_of(parent))
+            size = HybridLM(nested.shrink(parent.config, w)).to(parallel.device_of(parent))
             for phase in ("pretrain", "warmup"):
                 fit_alone(phase, size, folder / phase, t.config)
         else:
-            steps = c.steps
-            if name == "separate":
-                steps = equal_flops(t.config, parent.config, b, n_alone)
+            size = parallel.frozen_copy(nested.submodel(model, w)).requires_grad_(True)
+            steps = (equal_flops(t.config, parent.config, b, n_alone) if name == "separate"
+                     else c.steps)
             config = replace(t.config, elastic=replace(
                 c, steps=steps, budgets=(1.0,), long_weights=(1.0,), self_kl=0.0, choose="fixed"))
             fit_alone("elastic", size, folder, config,

@@ -423,6 +423,10 @@ class ElasticConfig(FitConfig):
         """How many steps have short sequences; the rest is stage 2."""
         return self.steps - round(self.long_share * self.steps)
 
+    def search_steps(self) -> int:
+        """How many steps run on masks while routers learn; none where nothing is left to them."""
+        return round(self.search_share * self.steps) if self.choose == "router" else 0
+
     def budget_weights(self, step: int) -> tuple[float, ...]:
         """How often each budget is drawn at a step, counted from 0 (eq. 18 and 19)."""
         return self.long_weights if step >= self.stage_1_steps() else (1.0,) * len(self.budgets)

@@ -52,6 +52,23 @@ settings.register_profile("repeatable", deadline=None, derandomize=True, max_exa
 settings.load_profile("repeatable")
 
 
+def bytes_kept(block, x_BTD, **autocast) -> float:
+    """Bytes a token that autograd keeps of a block's pass, weights and their casts to bf16 left out."""
+    masters, kept = {p.untyped_storage().data_ptr() for p in block.parameters()}, {}
+    casts = {s for p in block.parameters() if p.dim() == 2 for s in (p.shape, p.T.shape)}
+
+    def keep(t):
+        at = t.untyped_storage().data_ptr()
+        if at not in masters and not (t.dtype == torch.bfloat16 and t.shape in casts):
+            kept.setdefault(at, t)
+        return t
+
+    low = torch.autocast("cpu", torch.bfloat16, **autocast)
+    with low, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        _ = block(x_BTD, None, None)
+    return sum(t.untyped_storage().nbytes() for t in kept.values()) / x_BTD[..., 0].numel()
+
+
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory) -> Path:
     """Where the tokenizer, the corpus and trained bases are kept: made once for all tests."""

@@ -13,6 +13,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import bytes_kept
 from test_kernels import conv_inputs, conv_torch, run
 
 import kernels
@@ -422,22 +423,11 @@ def test_the_whole_step_of_decoding_takes_two_kernels(monkeypatch, make_model, t
 
 def test_a_mixer_in_bf16_keeps_what_the_estimate_says(make_model, triton_everywhere):
     """Within a twentieth, casts of weights left out."""
-    block, kept = make_model(pattern="M", d_model=64, mamba_heads=8, mamba_head_dim=16, d_state=16).float().layers[0], {}
+    block = make_model(pattern="M", d_model=64, mamba_heads=8, mamba_head_dim=16, d_state=16).float().layers[0]
     shape = ModelConfig(pattern="M", d_model=64, mamba_heads=8, mamba_head_dim=16, d_state=16,
                         mamba_groups=block.mixer.n_groups)  # fmt: skip
-    masters = {p.untyped_storage().data_ptr() for p in block.parameters()}
-    casts = {s for p in block.parameters() if p.dim() == 2 for s in (p.shape, p.T.shape)}
-
-    def keep(t):
-        if t.untyped_storage().data_ptr() not in masters and not (t.dtype == torch.bfloat16 and t.shape in casts):
-            kept.setdefault(t.untyped_storage().data_ptr(), t)
-        return t
-
     x_BTD = torch.randn(3, 2 * Q, 64, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        _ = block(x_BTD, None, None)
-    found = sum(t.untyped_storage().nbytes() for t in kept.values()) / (3 * 2 * Q)
-    assert estimate.kept_bytes("M", shape, low=True) == pytest.approx(found, rel=0.05)
+    assert estimate.kept_bytes("M", shape, low=True) == pytest.approx(bytes_kept(block, x_BTD), rel=0.05)
 
 
 class Counted:

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from conftest import bytes_kept
 from torch import nn
 from two_processes import TOKENIZER, make_batch
 
@@ -270,15 +271,7 @@ def test_activations_are_within_a_tenth_of_what_autograd_keeps(kind, changes, ra
         network = nn.Module()
         network.layers = nn.ModuleList([block])
         lora.adapt(network, LoRAConfig(rank=rank))
-    weights, kept = {p.untyped_storage().data_ptr() for p in block.parameters()}, {}
-
-    def keep(t):
-        kept.setdefault(t.untyped_storage().data_ptr(), t)
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        _ = block(x_BTD, None, None)
-    found = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights) / 128
+    found = bytes_kept(block, x_BTD, enabled=False)
     assert estimate.kept_bytes(kind, shape, rank, low=False) == pytest.approx(found, rel=0.1)
 
 
@@ -288,19 +281,8 @@ def test_activations_in_bf16_are_within_an_eighth_of_what_autograd_keeps(kind, c
     """Casts of weights left out, of which each is made once. Mamba-2 keeps what its kernels do: see interpreted.py."""
     shape = ModelConfig(pattern="M" + kind, vocab_size=10, d_model=64, d_ff=256, n_heads=8, n_kv_heads=2,
                         attn_head_dim=16, **changes)  # fmt: skip
-    block, x_BTD, kept = Block(kind, shape), torch.randn(2, 72, 64, requires_grad=True), {}
-    masters = {p.untyped_storage().data_ptr() for p in block.parameters()}
-    casts = {s for p in block.parameters() if p.dim() == 2 for s in (p.shape, p.T.shape)}
-
-    def keep(t):
-        if t.untyped_storage().data_ptr() not in masters and not (t.dtype == torch.bfloat16 and t.shape in casts):
-            kept.setdefault(t.untyped_storage().data_ptr(), t)
-        return t
-
-    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        _ = block(x_BTD, None, None)
-    found = sum(t.untyped_storage().nbytes() for t in kept.values()) / 144
-    assert estimate.kept_bytes(kind, shape, low=True) == pytest.approx(found, rel=0.125)
+    block, x_BTD = Block(kind, shape), torch.randn(2, 72, 64, requires_grad=True)
+    assert estimate.kept_bytes(kind, shape, low=True) == pytest.approx(bytes_kept(block, x_BTD), rel=0.125)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

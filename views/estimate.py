@@ -41,7 +41,6 @@ from system import costs
 from system.config import Config, ElasticConfig, ModelConfig
 
 STATE_BYTES = 4  # of a weight, a gradient, each of AdamW's two moments, an average, the stream
-SERVED_BYTES = 2  # of a weight that is kept to be used: bf16
 H100_FLOPS = 989e12  # a second, bf16, dense: the data sheet of the H100 SXM
 MFU = 0.4  # the share of it that counts as reached
 
@@ -166,11 +165,12 @@ def elastic_phases(config: Config) -> list[Phase]:
     """Nemotron Elastic: short sequences, then long ones, each first while routers search."""
     c, full = config.elastic, config.model
     sizes, found = family(full, c), []
-    n_short, n_search = c.stage_1_steps(), round(c.search_share * c.steps) * (c.choose == "router")
-    drawn = [w / sum(c.long_weights) for w in c.long_weights]
-    for stage, begin, end, n_rows, seq_len, weights in (
-            ("stage 1", 0, n_short, c.batch, c.seq_len, [1 / len(sizes)] * len(sizes)),
-            ("stage 2", n_short, c.steps, c.long_rows(), c.long_len, drawn)):
+    n_short, n_search = c.stage_1_steps(), c.search_steps()
+    for stage, begin, end, n_rows, seq_len in (
+            ("stage 1", 0, n_short, c.batch, c.seq_len),
+            ("stage 2", n_short, c.steps, c.long_rows(), c.long_len)):
+        drawn = c.budget_weights(begin)
+        weights = [w / sum(drawn) for w in drawn]
         whole = forward_flops(full, n_rows, seq_len)
         n_teachers = (c.kl > 0) + (c.self_kl > 0) * sum(
             w for w, b in zip(weights, c.budgets, strict=True) if b != 1)
@@ -214,7 +214,7 @@ def family_bytes(full: ModelConfig, c: ElasticConfig) -> dict[str, float]:
     n_router = costs.count_parameters(routers.unmeasured_router(full, c))
     counts = {"model": parameters(full), "router": n_router,
               "separate": sum(parameters(size) for size in family(full, c))}
-    return {name: SERVED_BYTES * n for name, n in counts.items()}
+    return {name: routers.SERVED_BYTES * n for name, n in counts.items()}
 
 
 def memory(config: Config, n_gpus: int = 1, recompute: bool = False) -> dict[str, float]:

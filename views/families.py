@@ -72,15 +72,14 @@ def family_rows(found: Found) -> list[list[str]]:
 
 def third_rows(found: Found) -> list[list[str]]:
     """At a third of the steps: the router, other ways to choose widths, other orders of units."""
-    names = dict(THIRDS)
-    kind = next(iter(names))
-    return arm_rows((names.pop(kind), found[kind]), {
-        told: arm(found[kind]) for kind, told in names.items()})
+    first, *others = THIRDS
+    return arm_rows((THIRDS[first], found[first]), {
+        THIRDS[kind]: arm(found[kind]) for kind in others})
 
 
 def router_rows(found: Found) -> list[list[str]]:
     """The router's rank among random sets of widths that were trained alike, 1 for the least loss;
-    and how far its widths are from those of other seeds, as a share of the full ones."""
+    and how much more they lose on the mean."""
     runs = [run for run in found["elastic-third-cpu"] if all(
         run["seed"] in {other["seed"] for other in found[kind]} for kind in RANDOM)]
     if not runs:
@@ -107,8 +106,9 @@ def curve_rows(found: Found) -> list[list[str]]:
     kinds = {THIRDS[kind]: found[kind] for kind in list(THIRDS)[-4:] if found[kind]}
     if not kinds:
         return [[]]
-    budgets = list(next(iter(kinds.values()))[0]["curves"])[1:]
-    stretches = [at["until"] for at in next(iter(kinds.values()))[0]["curves"][budgets[0]]]
+    curves = next(iter(kinds.values()))[0]["curves"]
+    budgets = list(curves)[1:]
+    stretches = [at["until"] for at in curves[budgets[0]]]
     rows = [["training loss, up to step", "seeds", *map(str, stretches)]]
     for name, runs in kinds.items():
         for budget in budgets:
