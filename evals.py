@@ -432,8 +432,9 @@ def evaluate_sizes(models: list[HybridLM], references: list[int], corpus: Corpus
     n_batches = math.ceil(config.eval.elastic_rows / len(shares) / n)
     kinds = {}
     for kind in shares:
-        alone = replace(config, data=replace(config.data, **{
-            f"{name}_share": float(name == kind) for name in ("text", "computed")}))
+        alone = replace(
+            config, data=replace(config.data, text_share=float(kind == "text")),
+            warmup=replace(config.warmup, computed_share=float(kind == "computed")))
         made = (mixture(corpus, alone, i, n, seq_len, config.eval.split)
                 for i in range(n_batches))
         kinds[kind] = [compare(models, to_device(batch, models[0])) for batch in made]

@@ -161,20 +161,13 @@ class DataConfig(Settings):
     tokenizer: str = "corpus"
     # Size of the vocabulary that "corpus" trains, special tokens included.
     vocab_size: Annotated[int, at_least(300, ": 256 bytes, 3 special tokens, merges")] = 1024
-    # Shares of training tokens that are ordinary text, and documents with results to be computed;
-    # the rest are problems.
+    # Share of training tokens that are ordinary text; the rest are problems.
     text_share: Share = 0.25
-    computed_share: Share = 0.0
     # "built-in" families; a .jsonl file of question, answer and, if there are, thought and family;
     # a .py file of your own functions; or "reasoning_gym:chain_sum,...": tasks of that package.
     problems: str = "built-in"
     held_out_percent: Annotated[int, within(1, 25)] = 5  # Per cent in each of the splits val, test.
     cache_dir: str = "runs/cache"  # Where the tokenizer, the tokens and trained bases are kept.
-
-    def check(self, group: str = "data") -> None:
-        """Raises ValueError for settings that cannot work."""
-        super().check(group)
-        _shares("data", self)
 
 
 @dataclass(frozen=True)
@@ -215,7 +208,7 @@ class PretrainConfig(FitConfig):
     # First share of the steps: problems of the first family alone. In-context look-up forms in 100
     # to 150 steps of the preset alone, and in 600 among the others.
     intro_share: Share = 0.08
-    think: Share = 0.85  # Share of problems, and of results in computed documents, with a thought.
+    think: Share = 0.85  # Share of problems with a thought.
     # Enough: on validation problems the likeliest thoughts of every family lead to so many right
     # answers. 2 is out of reach: all steps are taken.
     enough: Annotated[float, within(0, 2)] = 0.85
@@ -229,6 +222,9 @@ class WarmupConfig(FitConfig):
     """
 
     seq_len: Length = 256  # Tokens of a packed training sequence.
+    # Share of tokens in documents with results to be computed, here and in what reads the same
+    # mixture (cpt, elastic). Read any earlier, they keep the families from forming.
+    computed_share: Share = 0.0
     think: Share = 0.6  # Share of problems with a thought.
     worked: Share = 0.5  # Share of those worked out; the others stop half-way or are filler.
     # Tokens from a thought to the next, on average, in text and in computed documents.
@@ -278,7 +274,7 @@ class RLPConfig(FitConfig):
     def check(self, group: str = "rlp") -> None:
         """Raises ValueError for settings that cannot work."""
         super().check(group)
-        _shares("rlp", self)
+        _shares("rlp", self.text_share, "rlp", self.computed_share)
         require(self.back <= self.context_len, f"rlp.back ({self.back}) must be at most "
                 f"rlp.context_len ({self.context_len}): the thought stands inside the context")
 
@@ -536,6 +532,7 @@ class Config(Settings):
                 "the package tensorboard; run: pip install tensorboard, or leave --log out")
         for name, settings in self.groups().items():
             settings.check(name)
+        _shares("data", self.data.text_share, "warmup", self.warmup.computed_share)
         if self.lora.rank:
             said, first = f"lora.rank ({self.lora.rank})", self.mode in ("pretrain", "warmup")
             require(self.mode != "elastic", f"{said} must be 0 in mode elastic, which orders and "
@@ -597,10 +594,9 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-def _shares(group: str, settings: Settings) -> None:
+def _shares(texts: str, text: float, group: str, computed: float) -> None:
     """Raises ValueError if problems would have less than nothing."""
-    text, computed = settings.text_share, settings.computed_share
-    require(text + computed <= 1, f"{group}.text_share ({text}) and {group}.computed_share "
+    require(text + computed <= 1, f"{texts}.text_share ({text}) and {group}.computed_share "
             f"({computed}) must add up to 1 at most; the rest is problems")
 
 

@@ -64,6 +64,18 @@ PRESETS: dict[str, Config] = {
         eval=EvalConfig(problems_per_family=4, samples=2, text_positions=8, text_tokens=512,
                         elastic_rows=8)),
 }
+# Documents in which thinking pays at ordinary positions: the base of `cpu` learns in a longer warm-up
+# to think where a ledger, an interpreter's session or a program's trace has a result to be computed,
+# and RLP has three of five contexts there, at random positions, with no word of where results are.
+# Command:   python train.py --mode rlp --preset computed
+# Hardware:  two CPU cores, 1.5 GiB of memory.
+# Cost:      a minute more than `cpu`; the base's first phase is the same.
+# Expected:  see RESULTS.md, "Thoughts at random positions".
+# Source:    settings of this project; the paper's random positions, on documents made up for them.
+PRESETS["computed"] = replace(
+    PRESETS["cpu"], preset="computed",
+    warmup=replace(PRESETS["cpu"].warmup, steps=1500, computed_share=0.45),
+    rlp=replace(PRESETS["cpu"].rlp, text_share=0.15, computed_share=0.6))
 
 # Qwen3-1.7B-Base: 1,720,574,976 parameters.
 QWEN3_1_7B = ModelConfig(pattern="*-" * 28, vocab_size=151936, d_model=2048, d_ff=6144,

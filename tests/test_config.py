@@ -78,7 +78,7 @@ REFUSED = [  # setting, value, the rule that the message must give
             "warmup__think",
             "warmup__worked",
             "data__text_share",
-            "data__computed_share",
+            "warmup__computed_share",
             "rlp__computed_share",
         )
         for value in (-0.1, 1.5)
@@ -267,8 +267,8 @@ def test_the_kinds_of_layers_stand_in_one_table(monkeypatch):
             "elastic.baseline: separate and minitron learn by elastic.kl and elastic.ce, and both are 0",
         ),
         (
-            {"data__text_share": 0.75, "data__computed_share": 0.5},
-            "data.text_share (0.75) and data.computed_share (0.5) must add up to 1 at most",
+            {"data__text_share": 0.75, "warmup__computed_share": 0.5},
+            "data.text_share (0.75) and warmup.computed_share (0.5) must add up to 1 at most",
         ),
         (
             {"rlp__text_share": 0.75, "rlp__computed_share": 0.5},
@@ -297,7 +297,7 @@ def test_presets_are_accepted(preset):
         {"rlp__steps": 0},
         {"rlp__reward_floor": float("-inf")},
         {"rlp__thought_len": 1, "rlp__group_size": 2},
-        {"data__held_out_percent": 25, "data__text_share": 1.0, "data__computed_share": 0.0},
+        {"data__held_out_percent": 25, "data__text_share": 1.0, "warmup__computed_share": 0.0},
         {"rlp__text_share": 0.5, "rlp__computed_share": 0.5, "rlp__back": 96},
         {"pretrain__enough": 2.0},
         {"rlp__batch": 12, "rlp__accumulate": 4},
@@ -331,8 +331,8 @@ def empty_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--preset", "huge"], "preset ('huge') is unknown; choose one of cpu, smoke"),
-        (["--preset=huge"], "preset ('huge') is unknown; choose one of cpu, smoke"),
+        (["--preset", "huge"], "preset ('huge') is unknown; choose one of cpu, smoke, computed"),
+        (["--preset=huge"], "preset ('huge') is unknown; choose one of cpu, smoke, computed"),
         (["--mode", "dream"], "mode ('dream') is unknown; choose one of pretrain, warmup, rlp, cpt, sft, rlvr, elastic"),
         (["--rlp.group-size", "1"], "rlp.group_size (1) must be at least 2"),
         (["--rlp.lr", "nan"], "rlp.lr (nan) must be 0 or more"),
@@ -447,7 +447,7 @@ def test_run_folders_are_named_by_mode_preset_and_seed_unless_given():
 @pytest.mark.parametrize(
     "change",
     [{"seed": 1}, {"model__d_ff": 100}, {"data__text_share": 0.5}, {"data__path": "a.txt"}, {"pretrain__lr": 1.0},
-     {"data__computed_share": 0.1}, {"pretrain__enough": 0.5}, {"pretrain__enough_every": 9},
+     {"pretrain__enough": 0.5}, {"pretrain__enough_every": 9},
      {"model__widths": ((8, 32), (4,), (384,)) * 2}],
     ids=str,
 )  # fmt: skip
@@ -457,7 +457,11 @@ def test_the_key_of_the_base_changes_with_what_makes_its_weights(change):
         assert override(PRESETS["cpu"], **change).base_fingerprint(*more) != PRESETS["cpu"].base_fingerprint(*more)
 
 
-@pytest.mark.parametrize("change", [{"warmup__steps": 9}, {"warmup__worked": 0.4}, {"rlp__back": 3}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [{"warmup__steps": 9}, {"warmup__worked": 0.4}, {"warmup__computed_share": 0.1}, {"rlp__back": 3}],
+    ids=str,
+)
 def test_the_key_of_the_warmed_base_changes_with_what_makes_its_weights(change):
     """That of the base does not: it is trained once for all of them."""
     plain, other = PRESETS["cpu"], override(PRESETS["cpu"], **change)

@@ -784,9 +784,10 @@ def test_kl_and_loss_of_a_size_are_means_over_targets_by_hand(corpus, monkeypatc
 
 def test_kinds_are_measured_apart_and_weighted_as_in_training(corpus):
     """A quarter text, a fifth computed documents, the rest problems; and their losses differ."""
-    model, data = noisy_model(SMOKE, corpus), replace(SMOKE.data, text_share=0.25, computed_share=0.2)
+    model, data = noisy_model(SMOKE, corpus), replace(SMOKE.data, text_share=0.25)
     model.head.weight.data.mul_(20)
-    (found,) = evals.evaluate_sizes([model], [0], corpus, replace(SMOKE, data=data))
+    config = replace(SMOKE, data=data, warmup=replace(SMOKE.warmup, computed_share=0.2))
+    (found,) = evals.evaluate_sizes([model], [0], corpus, config)
     text, computed, problem = (found[f"{kind}_loss_nats"] for kind in ("text", "computed", "problem"))
     means = sorted(kind["mean"] for kind in (text, computed, problem))
     assert min(means[1] - means[0], means[2] - means[1]) > 0.02

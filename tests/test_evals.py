@@ -787,7 +787,8 @@ def test_how_many_are_measured_at_once_changes_no_figure(corpus, networks, monke
 SEQ_LEN, LONG_LEN, ROWS = 6, 14, 60
 SIZES = dataclasses.replace(
     SMOKE,
-    data=dataclasses.replace(SMOKE.data, text_share=0.25, computed_share=0.2),
+    data=dataclasses.replace(SMOKE.data, text_share=0.25),
+    warmup=dataclasses.replace(SMOKE.warmup, computed_share=0.2),
     elastic=dataclasses.replace(SMOKE.elastic, seq_len=SEQ_LEN, long_len=LONG_LEN),
     eval=dataclasses.replace(SMOKE.eval, elastic_rows=ROWS),
 )
@@ -819,7 +820,7 @@ def sizes():
     asked = []
 
     def mixture(_, config, step, n_rows, seq_len, split):
-        shares = (config.data.text_share, config.data.computed_share)
+        shares = (config.data.text_share, config.warmup.computed_share)
         asked.append((*shares, step, n_rows, seq_len, split))
         return packed_batch(shares, step, n_rows)
 
@@ -871,7 +872,7 @@ def weighted(text, computed, problem):
 
 def test_sizes_are_measured_on_each_kind_of_held_out_documents_alone(sizes):
     """60 rows: 20 of each kind, in batches of 16."""
-    assert (SIZES.data.text_share, SIZES.data.computed_share) == (0.25, 0.2)
+    assert (SIZES.data.text_share, SIZES.warmup.computed_share) == (0.25, 0.2)
     assert sizes.asked == [(*shares, step, 16, SEQ_LEN, "test") for shares in ALONE.values() for step in (0, 1)]
 
 

@@ -321,7 +321,7 @@ def test_a_corpus_of_shards_has_all_texts_each_in_one_split(program, tmp_path):
 
 def test_batches_are_functions_of_seed_and_step_and_ranks_take_rows_of_one_batch(program, tmp_path):
     """Two processes that open the shards anew make the same batch at any step, so each can keep its own rows of it."""
-    config = dataclasses.replace(PRESETS["smoke"], data=DataConfig(text_share=1.0, computed_share=0.0))
+    config = dataclasses.replace(PRESETS["smoke"], data=DataConfig(text_share=1.0))
     ranks = [load(program, tmp_path) for _ in range(2)]
     assert ranks[0].key == ranks[1].key
     for make in (pretrain_batch, rlp_batch):

@@ -95,13 +95,13 @@ def pack(n_rows: int, seq_len: int, shares: dict[str, float],
 
 
 def shares_of(config: Config) -> dict[str, float]:
-    """Of the tokens of a batch, by kind of document."""
-    text, computed = config.data.text_share, config.data.computed_share
+    """Of the tokens of the warm-up's mixture, by kind of document."""
+    text, computed = config.data.text_share, config.warmup.computed_share
     return {"text": text, "computed": computed, "problem": 1 - text - computed}
 
 
 def pretrain_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
-    """The first family alone, then documents of all kinds. Thoughts are worked. Questions are read,
+    """The first family alone, then all of them and text. Thoughts are worked. Questions are read,
     not predicted: nobody can foretell the names and numbers that they draw, and to try drowns what
     little there is to learn from the steps of a thought."""
     fit, tokenizer, percent = config.pretrain, corpus.tokenizer, corpus.held_out_percent
@@ -112,17 +112,13 @@ def pretrain_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tenso
     def draw(kind: str) -> Marked:
         if kind == "text":
             return [(t, True) for t in corpus.text_window(rng, "train", fit.seq_len).tolist()]
-        if kind == "computed":
-            found = draw_computed(rng, "train", percent)
-            document, worked = computed_tokens(tokenizer, found)
-            kept = {t: thought for t, thought in worked.items() if rng.random() < fit.think}
-            return place_thoughts(tokenizer, document, kept)
         family = families[0] if intro else rng.choice(families)
         problem = draw_problem(rng, "train", percent, corpus.families, family)
         thought = problem.thought if rng.random() < fit.think else None
         return problem_document(tokenizer, problem, thought, foretell=False)
 
-    shares = {"problem": 1.0} if intro else shares_of(config)
+    text = config.data.text_share
+    shares = {"problem": 1.0} if intro else {"text": text, "problem": 1 - text}
     return pack(fit.batch, fit.seq_len, shares, draw, tokenizer.begin)
 
 

@@ -179,10 +179,12 @@ def claims(found: dict[str, list[dict]]) -> list[list[str]]:
     add("RLP: thoughts gain over the EMA teacher, which does not think", "--mode rlp", rlp,
         [above(get("gain_nats/ema", rlp))], f"{text('gain_nats/ema', rlp)} nats at answers")
     for kind, name in view.POSITIONS.items():
-        runs = [run for run in rlp if kind in run["positions"]]
-        there = get(gain.format(kind), runs)
-        add(f"RLP: thoughts gain at random positions of {name}", "--mode rlp", runs,
-            [above(there)], f"{view.cell(view.over_seeds(there))} nats")
+        preset = "computed" if kind == "computed" else "cpu"  # where the base has read such
+        runs = [run for run in found[f"rlp-{preset}"] if kind in run["positions"]]
+        before, there = (get(gain.format(kind), runs, who) for who in ("base", "rlp"))
+        add(f"RLP: thoughts gain at random positions of {name}",
+            f"--mode rlp --preset {preset}", runs, [above(there), above(there, before)],
+            f"{view.cell(view.over_seeds(before))} → {view.cell(view.over_seeds(there))} nats")
     add("RLP: better than continued pretraining at equal compute", "--mode cpt", cpt,
         [above(get(path, ours), get(path, cpt, "cpt")) for path in (sampled, greedy)],
         f"accuracy {text(sampled, ours)} against {text(sampled, cpt, 'cpt')}; with a greedy "
@@ -350,6 +352,8 @@ def results(folder: Path) -> str:
     for title, rows in (
             ("Arms, from one base a seed", rivals.arm_rows(found)),
             ("How far RLP is ahead", rivals.lead_rows(found)),
+            ("Thoughts at random positions of documents with results to be computed",
+             rivals.position_rows(found)),
             ("By level", rivals.level_rows(found)), ("", rivals.hard_rows(found)),
             ("Sharpening or more", rivals.pass_rows(found)),
             ("What is left of a thought", rivals.remains_rows(found)),

@@ -106,6 +106,27 @@ def lead_rows(found: Found) -> list[list[str]]:
     return rows
 
 
+def position_rows(found: Found) -> list[list[str]]:
+    """Preset `computed`: thoughts at random positions, where no one says which tokens need them."""
+    runs = found["rlp-computed"]
+    rows = [["random positions, preset computed", "base", "RLP", "RLP - base"]]
+    there, text = "positions/computed/WHO", "positions/text/WHO"
+    kinds = list(runs[0]["positions"]["computed"]["base"]["gain_nats_by_kind"]) if runs else []
+    paths = {"gain over the frozen base, nats": f"{there}/gain_nats/frozen_base",
+             **{f"  {kind}": f"{there}/gain_nats_by_kind/{kind}" for kind in kinds[1:]},
+             "gain over an empty thought, nats": f"{there}/gain_nats/empty_thought",
+             "gain over another's thought, nats": f"{there}/gain_nats/swapped_thought",
+             "thoughts not empty": f"{there}/share_not_empty/all",
+             "gain at ordinary text, nats": f"{text}/gain_nats/frozen_base",
+             "loss on text, no thought, nats": "loss_nats/no_think_text/WHO",
+             "problems right, sampled": SAMPLED, "problems right, greedy": GREEDY}
+    for name, path in paths.items() if runs else ():
+        base, ours = means(runs, path, "base"), means(runs, path)
+        rows.append([name, *(spread(list(m.values())) for m in (base, ours)),
+                     spread(difference(ours, base), "+.3f")])
+    return rows
+
+
 def _controls(found: Found) -> Callable[[str, str, str], dict[int, float]]:
     return lambda kind, path, who="": means(found[f"controls-{kind}"], path, who)
 
