@@ -195,6 +195,14 @@ def score_thoughts(model: HybridLM, batch: dict[str, Tensor], tokenizer: Tokeniz
     closing tags, and one that does not close itself is closed. The empty thought is a closing tag
     alone. prefix: that of `prefill`, if it was run. Returns logp_R and answer_RX.
     """
+    hidden_RXD = states_after(model, batch, tokenizer, tokens_RL, prefix)
+    target_RX = batch["target_BX"].repeat_interleave(len(tokens_RL) // len(batch["ids_BT"]), dim=0)
+    return _read_targets(mask_banned(model.logits(hidden_RXD), tokenizer.tags), target_RX)
+
+
+def states_after(model: HybridLM, batch: dict[str, Tensor], tokenizer: Tokenizer, tokens_RL: Tensor,
+                 prefix: Prefix | None = None) -> Tensor:
+    """hidden_RXD, from which `score_thoughts` reads each token of the target after each thought."""
     (B, X), T, close = batch["target_BX"].shape, batch["context_BT"].shape[1], tokenizer.close
     G, (_, cache, early) = len(tokens_RL) // B, prefix or prefill(model, batch)
     found = []
@@ -215,11 +223,10 @@ def score_thoughts(model: HybridLM, batch: dict[str, Tensor], tokenizer: Tokeniz
         begin = (early if back else cache).select(of_r)
         hidden_rtD, _ = model(fed_rT[:, : int(at_rZ.max()) + 1], begin)
         read_rX = at_rZ[:, back:]
-        hidden_rXD = hidden_rtD.gather(1, read_rX[..., None].expand(-1, -1, hidden_rtD.shape[-1]))
-        logits_rXV = mask_banned(model.logits(hidden_rXD), tokenizer.tags)
-        found.append((rows, *_read_targets(logits_rXV, target_rX)))
-    order = torch.cat([rows for rows, _, _ in found]).argsort()
-    return tuple(torch.cat(parts)[order] for parts in list(zip(*found, strict=True))[1:])
+        index_rXD = read_rX[..., None].expand(-1, -1, hidden_rtD.shape[-1])
+        found.append((rows, hidden_rtD.gather(1, index_rXD)))
+    rows, hidden = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return hidden[rows.argsort()]
 
 
 def sample(logits_RV: Tensor, banned: tuple[int, ...], temperature: float, uniform_R1: Tensor

@@ -64,9 +64,10 @@ PRESETS: dict[str, Config] = {
         eval=EvalConfig(problems_per_family=4, samples=2, text_positions=8, text_tokens=512,
                         elastic_rows=8)),
 }
-# Documents in which thinking pays at ordinary positions: the base of `cpu` learns in a longer warm-up
-# to think where a ledger, an interpreter's session or a program's trace has a result to be computed,
-# and RLP has three of five contexts there, at random positions, with no word of where results are.
+# Documents in which thinking pays at ordinary positions: the base of `cpu` learns in a longer
+# warm-up to think where a ledger, an interpreter's session or a program's trace has a result to be
+# computed; RLP has three of five contexts there, at random positions, and nobody says where results
+# are.
 # Command:   python train.py --mode rlp --preset computed
 # Hardware:  two CPU cores, 1.5 GiB of memory.
 # Cost:      a minute more than `cpu`; the base's first phase is the same.

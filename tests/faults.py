@@ -106,8 +106,7 @@ FAULTS = [
           "cut = context_BT.shape[1] + 1 - int", "generate"),
     Fault("sampled_thoughts_stay_at_the_end", "thoughts.py",
           "n_read = 0 if batch[\"back_B\"].any() else X", "n_read = X", "generate"),
-    Fault("rows_in_the_order_of_back", "thoughts.py", "for rows, _, _ in found]).argsort()",
-          "for rows, _, _ in found]).argsort().sort().values", "generate"),
+    Fault("rows_in_the_order_of_back", "thoughts.py", "hidden[rows.argsort()]", "hidden", "generate"),
     Fault("share_of_one", "thoughts.py", "share_R1 * sum_RV[:, -1:]", "share_R1", "generate"),
     Fault("share_may_be_zero", "thoughts.py", "share_R1 = 1 - uniform_R1", "share_R1 = uniform_R1", "generate"),
     # the program that talks

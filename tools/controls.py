@@ -11,6 +11,8 @@ Writes controls.json into each run's folder, of the base that it began with and 
     changed   share of positions where the likeliest token after a thought is not the base's without
               one; its rank there; how often each is right
     text      loss at random positions of held-out text, with a thought and without, in nats
+    gate      gain over the frozen base at random positions of text and of computed documents: after
+              a thought, without one, and of a mixture of both by a learned gate; and its weight
 """
 
 import json
@@ -20,8 +22,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import tyro
-from torch import Tensor
+from torch import Tensor, nn
 
 import evals
 from evals import Leaf, Positions
@@ -33,7 +36,7 @@ from system.files import read_json
 from system.rundir import load_model, load_run
 from text.corpus import Corpus
 from text.problems import LEVELS
-from thoughts import Sampling, sample_thoughts, score_context
+from thoughts import Sampling, prefill, sample_thoughts, score_context, score_thoughts, states_after
 
 K = (1, 2, 4, 8, 16, 32)  # of pass@k; the largest is how many thoughts are sampled
 
@@ -57,7 +60,7 @@ def controls(run: Path) -> dict:
             "thoughts": remains(model, base, problems),
             "changed": {name: changed(model, base, positions)
                         for name, positions in (("problems", problems), ("text", text))},
-            "text": text_losses(model, base, text)}
+            "text": text_losses(model, base, text), "gate": gated(model, base, corpus, config)}
 
 
 def levels(model: HybridLM, corpus: Corpus, config: Config) -> dict[str, dict[str, Leaf]]:
@@ -142,6 +145,71 @@ def text_losses(model: HybridLM, base: HybridLM, positions: Positions) -> dict[s
     logp = {"base": evals.plain_logp(base, positions), "no thought": own["logp_plain"],
             "thought": own["logp"]}
     return {name: positions.leaf(-values) for name, values in logp.items()}
+
+
+def gated(model: HybridLM, base: HybridLM, corpus: Corpus, config: Config
+          ) -> dict[str, dict[str, Leaf]]:
+    """A gate between the prediction without a thought, p_0, and after it, p_c, as Quiet-STaR's
+    mixing head (arXiv 2403.09629), for a trained model that stays as it is:
+
+        p = (1 - w) p_0 + w p_c,        w = sigmoid(a . [h_0, h_c] + b)
+
+    h_0, h_c: the states that both are read from. a and b minimise -log p at random positions of
+    training documents, of text and of computed ones alike; figures are of held-out ones."""
+    kinds = {"text": evals.text_positions, "computed": evals.computed_positions}
+    trained_on = replace(config, eval=replace(config.eval, split="train"))
+    seen = [both_ways(model, make(corpus, trained_on)) for make in kinds.values()]
+    gate = fit_gate(*(torch.cat(parts) for parts in zip(*seen, strict=True)))
+    found = {}
+    for kind, make in kinds.items():
+        positions = make(corpus, config)
+        state_RE, plain_R, thought_R = both_ways(model, positions)
+        with torch.no_grad():
+            logit_R = gate(state_RE)[:, 0]
+        gain = {"thought": thought_R, "no thought": plain_R,
+                "gated": mixed(logit_R, plain_R, thought_R), "weight": logit_R.sigmoid()}
+        base_B = evals.plain_logp(base, positions)
+        means = {name: values.view(len(base_B), -1).mean(1) for name, values in gain.items()}
+        found[kind] = {name: positions.leaf(values - base_B * (name != "weight"))
+                       for name, values in means.items()}
+    return found
+
+
+@torch.no_grad()
+def both_ways(model: HybridLM, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
+    """Of R sampled thoughts: the states without and after it, in a row, and log p of the target."""
+    c, tokenizer, n, found = positions.config, positions.tokenizer, 32, []
+    thought_BGL = evals.measure_thoughts(
+        model, positions, c.rlp.temperature, c.eval.samples)["thought_BGL"]
+    for i, batch in enumerate(positions.batches(model, n)):
+        tokens_RL = thought_BGL[i * n : (i + 1) * n].flatten(0, 1).to(batch["ids_BT"].device)
+        prefix = prefill(model, batch)
+        plain_B, _, _ = score_context(model, batch, tokenizer.tags, prefix)
+        thought_R, _ = score_thoughts(model, batch, tokenizer, tokens_RL, prefix)
+        plain, h_0 = (t.repeat_interleave(c.eval.samples, dim=0)
+                      for t in (plain_B, prefix.hidden_BD))
+        h_c = states_after(model, batch, tokenizer, tokens_RL, prefix)[:, 0]
+        found.append([t.cpu() for t in (torch.cat([h_0, h_c], dim=-1), plain, thought_R)])
+    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+
+
+def mixed(logit_R: Tensor, plain_R: Tensor, thought_R: Tensor) -> Tensor:
+    """log((1 - w) p_0 + w p_c), w = sigmoid(logit)."""
+    return torch.logaddexp(F.logsigmoid(-logit_R) + plain_R, F.logsigmoid(logit_R) + thought_R)
+
+
+def fit_gate(state_RE: Tensor, plain_R: Tensor, thought_R: Tensor) -> nn.Linear:
+    """a and b, from w = 1/2 everywhere."""
+    gate = nn.Linear(state_RE.shape[1], 1)
+    nn.init.zeros_(gate.weight)
+    nn.init.zeros_(gate.bias)
+    optimizer = torch.optim.AdamW(gate.parameters(), lr=3e-3, weight_decay=0.1)
+    for _ in range(300):
+        loss = -mixed(gate(state_RE)[:, 0], plain_R, thought_R).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return gate
 
 
 def write(runs: tyro.conf.Positional[tuple[Path, ...]]) -> None:
