@@ -109,6 +109,42 @@ def test_changed_positions_by_plain_passes(make_model):
     assert found["median_rank_where_changed"] == ranks[(len(ranks) - 1) // 2]
 
 
+def test_a_gate_mixes_probabilities():
+    """By hand: a quarter of .5 and three quarters of .1, for odds of 3."""
+    found = controls.mixed(*(torch.tensor([x]).log() for x in (3.0, 0.5, 0.1)))
+    assert found.exp().item() == pytest.approx(0.25 * 0.5 + 0.75 * 0.1)
+
+
+def test_a_gate_learns_from_the_states_when_a_thought_helps():
+    """Thoughts help where the first channel is 1 and hurt where it is -1; the other three are noise."""
+    torch.manual_seed(0)
+    state_RE = torch.randn(400, 4)
+    state_RE[:, 0] = state_RE[:, 0].sign()
+    plain_R = torch.full((400,), -1.0)
+    thought_R = plain_R + 2 * state_RE[:, 0]
+    weight_R = controls.fit_gate(state_RE, plain_R, thought_R)(state_RE)[:, 0].sigmoid()
+    assert weight_R[state_RE[:, 0] > 0].min() > 0.9
+    assert weight_R[state_RE[:, 0] < 0].max() < 0.1
+
+
+def test_states_with_and_without_a_thought_are_those_that_predictions_are_read_from(make_model):
+    """Two thoughts at each of three positions, of which one stands two tokens back."""
+    model = make_model()
+    positions = positions_of([[1, 2, 3, 4], [4, 5], [6, 7]], [2, 3, 4])
+    positions.places[0] = positions.places[0]._replace(back=2)
+    positions = positions._replace(config=dataclasses.replace(
+        positions.config, eval=dataclasses.replace(positions.config.eval, samples=2)))  # fmt: skip
+    state_RE, plain_R, thought_R = controls.both_ways(model, positions)
+    target_R = torch.tensor([2, 3, 4]).repeat_interleave(2)
+    for state_RD, logp_R in zip(state_RE.chunk(2, dim=1), (plain_R, thought_R), strict=True):
+        logits_RV = model.logits(state_RD).index_fill(1, torch.tensor([THINK, CLOSE]), -torch.inf)
+        expected = logits_RV.log_softmax(-1).gather(1, target_R[:, None])[:, 0]
+        assert logp_R.tolist() == pytest.approx(expected.tolist(), abs=1e-6)
+    own = evals.measure_thoughts(model, positions, positions.config.rlp.temperature, 2)
+    assert thought_R.view(3, 2).mean(1).tolist() == pytest.approx(own["logp"].tolist(), abs=1e-5)
+    assert plain_R[::2].tolist() == pytest.approx(own["logp_plain"].tolist(), abs=1e-5)
+
+
 @pytest.mark.parametrize("mode", ["rlvr", "sft"])
 def test_controls_of_a_whole_run_and_of_the_rivals(program, tmp_path, mode, capsys):
     """Every figure has an interval; the losses are those at the run's own text positions."""
@@ -123,6 +159,13 @@ def test_controls_of_a_whole_run_and_of_the_rivals(program, tmp_path, mode, caps
     assert found["thoughts"]["own"] == pytest.approx(summary["gain_nats"]["frozen_base"], abs=1e-5)
     gain = found["text"]["base"]["mean"] - found["text"]["thought"]["mean"]
     assert gain == pytest.approx(summary["positions"]["text"][mode]["gain_nats"]["frozen_base"]["mean"], abs=1e-5)
+    for kind, gate in found["gate"].items():
+        own = summary["positions"][kind][mode]["gain_nats"]["frozen_base"]["mean"]
+        assert gate["thought"]["mean"] == pytest.approx(own, abs=1e-5)
+        without = own - summary["positions"][kind][mode]["gain_nats"]["own_no_think"]["mean"]
+        assert gate["no thought"]["mean"] == pytest.approx(without, abs=1e-5)
+        assert 0 < gate["weight"]["mean"] < 1
+    assert found["gate"].keys() == {"text", "computed"}
 
 
 @pytest.mark.parametrize("content", [None, '{"mode": "pretrain"}'])

@@ -100,7 +100,7 @@ def rivals(seeds: tuple[int, ...] = (0, 1, 2, 3, 4), preset: str = "cpu",
         seeds: Seeds of bases and runs.
         preset: Settings that arms change.
         out: Folder for the runs.
-        what: Arms to run; rates tries those of RATES, on validation documents, and writes
+        what: Arms to run; rates tries the rates of RATES, on validation documents, and writes
             OUT/rates-PRESET.json.
         arms: Only these, in an order in which each finds what it begins with.
         words: More words for every run, such as --words="--threads 1".
@@ -108,11 +108,13 @@ def rivals(seeds: tuple[int, ...] = (0, 1, 2, 3, 4), preset: str = "cpu",
     known = ARMS | ABLATIONS | ELASTIC
     for name in arms:
         require(name in known, f"arms ({name}) is unknown; choose from {', '.join(known)}")
+        require(what != "rates" or name in RATES, f"arms ({name}) has no rates to try; choose from "
+                f"{', '.join(RATES)}")
     common = ["--preset", preset, *shlex.split(words)]
     if what == "rates":
         few = max(2, PRESETS[preset].eval.problems_per_family // 2)
         try_rates([*common, "--eval.split", "val", "--eval.problems-per-family", str(few)],
-                  seeds, out, preset)
+                  arms or tuple(RATES), seeds, out, preset)
         return
     for seed in seeds:
         for name in arms or SETS[what]:
@@ -126,11 +128,16 @@ def rivals(seeds: tuple[int, ...] = (0, 1, 2, 3, 4), preset: str = "cpu",
                 controls.write((folder,))
 
 
-def try_rates(common: list[str], seeds: tuple[int, ...], out: Path, preset: str) -> None:
-    """Every rate of every arm, and what it gave on validation problems: OUT/rates-PRESET.json."""
-    found = []
-    for name, (setting, values) in RATES.items():
-        for rate in values:
+def try_rates(common: list[str], arms: tuple[str, ...], seeds: tuple[int, ...], out: Path,
+              preset: str) -> None:
+    """Every rate of these arms, and what it gave on validation problems: OUT/rates-PRESET.json, in
+    which those of other arms stay."""
+    file = out / f"rates-{preset}.json"
+    before = read_json(file)["tries"] if file.exists() else []
+    found = [tried for tried in before if tried["arm"] not in arms]
+    for name in arms:
+        setting, rates = RATES[name]
+        for rate in rates:
             for seed in seeds:
                 folder = out / "rates" / f"{name}-{rate:g}-{preset}-seed{seed}"
                 own = [*ARMS[name].split(), setting, str(rate)]
@@ -139,7 +146,7 @@ def try_rates(common: list[str], seeds: tuple[int, ...], out: Path, preset: str)
                 found.append({"arm": name, "setting": setting, "rate": rate, "seed": seed, **{
                     how: summary["accuracy"][how]["all"][summary["mode"]]["mean"]
                     for how in ("sampled", "greedy")}})
-    (out / f"rates-{preset}.json").write_text(json.dumps({"tries": found}, indent=1) + "\n")
+    file.write_text(json.dumps({"tries": found}, indent=1) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:
