@@ -8,7 +8,7 @@ Nemotron-H has no positional embedding at all (the Mamba layers tell the order),
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,70 @@ from torch import Tensor, nn
 from system.config import ModelConfig, RopeScaling
 
 UNSCALED = RopeScaling()
+
+
+class KeyValues(NamedTuple):
+    """Keys and values of a row's earlier tokens, [B, K, S, P] each."""
+
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def n_tokens(self) -> int:
+        """S."""
+        return self.keys.shape[2]
+
+    def select(self, rows: Tensor) -> "KeyValues":
+        """The named rows."""
+        return KeyValues(*(t.index_select(0, rows) for t in self))
+
+    def fork(self, n: int) -> "Forked":
+        """Each row n times in a row: what is there so far stays as it is, and all n read it."""
+        rows = torch.arange(len(self.keys) * n, device=self.keys.device)
+        return Forked(self, KeyValues(*(t.new_empty(len(rows), t.shape[1], 0, t.shape[3])
+                                        for t in self)), rows, n)
+
+    def append(self, new: "KeyValues") -> "KeyValues":
+        """With those of the next tokens behind them."""
+        return KeyValues(*map(append, self, new))
+
+
+class Forked(NamedTuple):
+    """Keys and values of R rows, the forks of B contexts: what forks share is kept once."""
+
+    shared: KeyValues  # of the contexts, [B, K, S, P]
+    own: KeyValues  # of what came after the fork, [R, K, U, P]
+    place_R: Tensor  # row r is fork number place % n of context place // n; no two are alike
+    n: int
+
+    @property
+    def n_tokens(self) -> int:
+        """S + U."""
+        return self.shared.n_tokens + self.own.n_tokens
+
+    def select(self, rows: Tensor) -> "KeyValues | Forked":
+        """The named rows. Contexts without a fork are dropped."""
+        if len(rows.unique()) < len(rows):
+            return self.whole().select(rows)
+        place_R = self.place_R.index_select(0, rows)
+        left, of_R = (place_R // self.n).unique(return_inverse=True)
+        return Forked(self.shared.select(left), self.own.select(rows),
+                      of_R * self.n + place_R % self.n, self.n)
+
+    def fork(self, n: int) -> "Forked":
+        """Each row n times in a row, of a copy of all that it reads."""
+        return self.whole().fork(n)
+
+    def whole(self) -> KeyValues:
+        """A copy for each row of all that it reads."""
+        (B, *_), place_R = self.shared.keys.shape, self.place_R
+        shared = (t.repeat_interleave(self.n, dim=0) if len(place_R) == B * self.n else
+                  t.index_select(0, place_R // self.n) for t in self.shared)
+        return KeyValues(*(torch.cat(pair, dim=2) for pair in zip(shared, self.own, strict=True)))
+
+    def append(self, new: KeyValues) -> "Forked":
+        """With those of the next tokens behind them."""
+        return self._replace(own=self.own.append(new))
 
 
 class Attention(nn.Module):
@@ -35,27 +99,60 @@ class Attention(nn.Module):
         norm = HeadNorm if config.qk_norm else nn.Identity  # which takes any arguments
         self.q_norm, self.k_norm = (norm(self.head_dim, eps=config.norm_eps) for _ in "qk")
 
-    def forward(self, x_BTD: Tensor, cached: tuple[Tensor, Tensor] | None, mask: Tensor | None
-                ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """cached: keys and values of earlier tokens, [B, K, U, P] each, or None; mask: that of
-        `attention_mask`. Returns y_BTD, and the keys and values of the earlier and these tokens."""
+    def forward(self, x_BTD: Tensor, cached: KeyValues | Forked | None, mask: Tensor | None
+                ) -> tuple[Tensor, KeyValues | Forked]:
+        """cached: keys and values of earlier tokens, or None; mask: that of `attention_mask`.
+        Returns y_BTD, and the keys and values of the earlier and these tokens."""
         # 1. Queries, keys and values of the new tokens; the keys and values of all behind them.
         heads = "b t (h p) -> b h t p"
         q_BHTP = self.q_norm(rearrange(self.q_proj(x_BTD), heads, p=self.head_dim))
         k_BKTP = self.k_norm(rearrange(self.k_proj(x_BTD), heads, p=self.head_dim))
         v_BKTP = rearrange(self.v_proj(x_BTD), heads, p=self.head_dim)
         if self.rope[0]:
-            start = 0 if cached is None else cached[0].shape[2]
+            start = 0 if cached is None else cached.n_tokens
             q_BHTP, k_BKTP = (rope(t, start, *self.rope) for t in (q_BHTP, k_BKTP))
-        k_BKSP, v_BKSP = (k_BKTP, v_BKTP) if cached is None else (
-            append(past, new) for past, new in zip(cached, (k_BKTP, v_BKTP), strict=True))
-        # 2. Attend.
-        y_BHTP = attend(q_BHTP, k_BKSP, v_BKSP, mask)
-        return self.o_proj(rearrange(y_BHTP, "b h t p -> b t (h p)")), (k_BKSP, v_BKSP)
+        new = KeyValues(k_BKTP, v_BKTP)
+        left = new if cached is None else cached.append(new)
+        # 2. Attend. One new token a fork reads the context in place; more of them read a copy.
+        if isinstance(left, KeyValues):
+            y_BHTP = attend(q_BHTP, left, mask)
+        elif x_BTD.shape[1] > 1 or torch.is_grad_enabled():
+            y_BHTP = attend(q_BHTP, left.whole(), mask)
+        else:
+            y_BHTP = attend_forked(q_BHTP, left, mask)
+        return self.o_proj(rearrange(y_BHTP, "b h t p -> b t (h p)")), left
 
 
-def attend(q_BHTP: Tensor, k_BKSP: Tensor, v_BKSP: Tensor, mask: Tensor | None) -> Tensor:
+def attend_forked(q_RH1P: Tensor, left: Forked, mask: Tensor | None) -> Tensor:
+    """`attend` of one query in each fork: the queries of a context's n forks are a matrix, so its
+    keys are read once for all. A place whose fork is gone has zeros."""
+    (B, K, S, P), n, place_R = left.shared.keys.shape, left.n, left.place_R
+    q_RKJP = q_RH1P.view(len(place_R), K, -1, P) * P**-0.5
+
+    def side_by_side(rows_RKJX: Tensor) -> Tensor:
+        """[R, K, J, X] to [B, K, n J, X]."""
+        if len(place_R) < B * n:
+            full = rows_RKJX.new_zeros(B * n, *rows_RKJX.shape[1:])
+            rows_RKJX = full.index_copy(0, place_R, rows_RKJX)
+        return rearrange(rows_RKJX, "(b n) k j x -> b k (n j) x", n=n)
+
+    def apart(found: Tensor) -> Tensor:
+        """And back."""
+        found = rearrange(found, "b k (n j) x -> (b n) k j x", n=n)
+        return found.index_select(0, place_R) if len(place_R) < B * n else found
+
+    score_RKJS = torch.cat([apart(side_by_side(q_RKJP) @ left.shared.keys.mT),
+                            q_RKJP @ left.own.keys.mT], dim=-1)
+    if mask is not None:
+        score_RKJS = score_RKJS.masked_fill(~mask, float("-inf"))
+    p_RKJS = score_RKJS.softmax(-1)
+    y_RKJP = apart(side_by_side(p_RKJS[..., :S]) @ left.shared.values)
+    return (y_RKJP + p_RKJS[..., S:] @ left.own.values).reshape(q_RH1P.shape)
+
+
+def attend(q_BHTP: Tensor, left: KeyValues, mask: Tensor | None) -> Tensor:
     """Every query over the keys that the mask lets it see: y_BHTP."""
+    k_BKSP, v_BKSP = left
     (_, H, T, P), K = q_BHTP.shape, k_BKSP.shape[1]
     if T == 1 and not q_BHTP.is_cuda:  # flash attention on a CPU is for many queries
         q_BKJP = q_BHTP.view(-1, K, H // K, P) * P**-0.5

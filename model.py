@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from attention import Attention, attention_mask
+from attention import Attention, Forked, KeyValues, attention_mask
 from mamba import Mamba2
 from system import lora
 from system.config import ModelConfig
@@ -94,8 +94,8 @@ MIXERS = {"M": Mamba2, "*": Attention, "-": FeedForward}
 @dataclass
 class Cache:
     """The `LanguageCache` of a `HybridLM`.
-    layers: a tuple per layer. `*`: keys and values, [B, K, S, P] each; `M`: the convolution's tail
-    [B, W-1, E] and the state [B, H, P, N]; `-`: nothing. ids_BS: None if none is padded."""
+    layers: a tuple per layer. `*`: attention's `KeyValues`, or `Forked`; `M`: the convolution's
+    tail [B, W-1, E] and the state [B, H, P, N]; `-`: nothing. ids_BS: None if none is padded."""
 
     layers: list[tuple[Tensor, ...]]
     n_tokens: int
@@ -103,13 +103,15 @@ class Cache:
 
     def select(self, rows: Tensor) -> "Cache":
         """The named rows, in that order. Gradients add up over repeated rows."""
-        layers = [tuple(t.index_select(0, rows) for t in layer) for layer in self.layers]
+        layers = [layer.select(rows) if isinstance(layer, KeyValues | Forked) else
+                  tuple(t.index_select(0, rows) for t in layer) for layer in self.layers]
         ids_BS = None if self.ids_BS is None else self.ids_BS.index_select(0, rows)
         return Cache(layers, self.n_tokens, ids_BS)
 
     def fork(self, n: int) -> "Cache":
-        """Each row n times in a row."""
-        layers = [tuple(t.repeat_interleave(n, dim=0) for t in layer) for layer in self.layers]
+        """Each row n times in a row. The keys and values of the forks' past are kept once."""
+        layers = [layer.fork(n) if isinstance(layer, KeyValues | Forked) else
+                  tuple(t.repeat_interleave(n, dim=0) for t in layer) for layer in self.layers]
         ids_BS = None if self.ids_BS is None else self.ids_BS.repeat_interleave(n, dim=0)
         return Cache(layers, self.n_tokens, ids_BS)
 

@@ -207,8 +207,9 @@ def states_after(model: HybridLM, batch: dict[str, Tensor], tokenizer: Tokenizer
     G, (_, cache, early) = len(tokens_RL) // B, prefix or prefill(model, batch)
     found = []
     for back in batch["back_B"].unique().tolist():
-        rows = (batch["back_B"] == back).repeat_interleave(G).nonzero()[:, 0]
-        of_r = rows // G
+        is_here_B = batch["back_B"] == back
+        rows, contexts = is_here_B.repeat_interleave(G).nonzero()[:, 0], is_here_B.nonzero()[:, 0]
+        of_r = contexts.repeat_interleave(G)
         # 1. <think>, the thought, </think>, the text from where it stands to the target's last
         #    token but one. What is behind is not read.
         target_rX = batch["target_BX"][of_r]
@@ -220,7 +221,7 @@ def states_after(model: HybridLM, batch: dict[str, Tensor], tokenizer: Tokenizer
         at_rZ = closed_r1 + torch.arange(back + X, device=rows.device)
         fed_rT.scatter_(1, at_rZ[:, 1:], after_rY)
         # 2. From the cache; each token of the target is read from the place before it.
-        begin = (early if back else cache).select(of_r)
+        begin = (early if back else cache).select(contexts).fork(G)
         hidden_rtD, _ = model(fed_rT[:, : int(at_rZ.max()) + 1], begin)
         read_rX = at_rZ[:, back:]
         index_rXD = read_rX[..., None].expand(-1, -1, hidden_rtD.shape[-1])

@@ -226,7 +226,8 @@ class WarmupConfig(FitConfig):
     # mixture (cpt, elastic). Read any earlier, they keep the families from forming.
     computed_share: Share = 0.0
     think: Share = 0.6  # Share of problems with a thought.
-    worked: Share = 0.5  # Share of those worked out; the others stop half-way or are filler.
+    # Share of those, and of results' thoughts, worked out; the others stop half-way or are filler.
+    worked: Share = 0.5
     # Tokens from a thought to the next, on average, in text and in computed documents.
     gap: Annotated[int, at_least(2)] = 12
 

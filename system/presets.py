@@ -75,8 +75,8 @@ PRESETS: dict[str, Config] = {
 # Source:    settings of this project; the paper's random positions, on documents made up for them.
 PRESETS["computed"] = replace(
     PRESETS["cpu"], preset="computed",
-    warmup=replace(PRESETS["cpu"].warmup, steps=2000, computed_share=0.5),
-    rlp=replace(PRESETS["cpu"].rlp, text_share=0.15, computed_share=0.6))
+    warmup=replace(PRESETS["cpu"].warmup, steps=2500, computed_share=0.45, decay=0.6),
+    rlp=replace(PRESETS["cpu"].rlp, steps=300, text_share=0.15, computed_share=0.6))
 
 # Qwen3-1.7B-Base: 1,720,574,976 parameters.
 QWEN3_1_7B = ModelConfig(pattern="*-" * 28, vocab_size=151936, d_model=2048, d_ff=6144,

@@ -458,9 +458,7 @@ def test_the_key_of_the_base_changes_with_what_makes_its_weights(change):
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"warmup__steps": 9}, {"warmup__worked": 0.4}, {"warmup__computed_share": 0.1}, {"rlp__back": 3}],
-    ids=str,
+    "change", [{"warmup__steps": 9}, {"warmup__worked": 0.4}, {"warmup__computed_share": 0.1}, {"rlp__back": 3}], ids=str
 )
 def test_the_key_of_the_warmed_base_changes_with_what_makes_its_weights(change):
     """That of the base does not: it is trained once for all of them."""

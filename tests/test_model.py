@@ -154,6 +154,46 @@ def test_continuing_a_forked_cache_equals_each_full_sequence(model, n_list):
     assert_close(gradients(model, forked_RTD), gradients(model, full_RTD[:, 6:]), **EXACT)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("n_list", [[0, 0, 0], [0, 2, 1]], ids=["plain", "left padded"])
+@pytest.mark.parametrize("T", [1, 2])
+def test_forks_that_are_dropped_one_after_the_other_equal_each_full_sequence(model, n_list, T):
+    """Four forks of each of three contexts go on for six tokens, one at a time or two. Rows are dropped and change
+    places after two and after four: of the second context none is left, then of the third one alone; a row is repeated.
+    """
+    (context_BT, ids_BT), rest_RT = left_padded(random_tokens(3, 6), n_list), random_tokens(12, 6, seed=1)
+    full_RT = torch.cat([context_BT.repeat_interleave(4, dim=0), rest_RT], dim=1)
+    full_ids_RT = torch.cat([ids_BT.repeat_interleave(4, dim=0), torch.zeros_like(rest_RT)], dim=1)
+    full_RTD, _ = model(full_RT, ids_BT=full_ids_RT)
+    _, cache = model(context_BT, ids_BT=ids_BT)
+    cache, rows = cache.fork(4), torch.arange(12)
+    for t in range(0, 6, T):
+        kept = {2: [11, 0, 3, 2, 8], 4: [0, 4, 4]}.get(t)
+        if kept:
+            rows, cache = rows[kept], cache.select(torch.tensor(kept))
+        found_RTD, cache = model(rest_RT[rows, t : t + T], cache)
+        assert_close(found_RTD, full_RTD[rows, 6 + t : 6 + t + T], **EXACT)
+
+
+@torch.no_grad()
+def test_forks_share_the_keys_of_their_context(make_model):
+    """They are the context's own, until a row is dropped; contexts without rows are then dropped too."""
+    model = make_model(pattern="M*")
+    _, cache = model(random_tokens(3, 6))
+    shared = cache.layers[1].keys.data_ptr()
+    _, cache = model(random_tokens(12, 1), cache.fork(4))
+    assert cache.layers[1].shared.keys.data_ptr() == shared
+    assert cache.layers[1].own.keys.shape[2] == 1
+    assert len(cache.select(torch.tensor([1, 2, 9])).layers[1].shared.keys) == 2
+
+
+def test_a_fork_of_forks_equals_a_fork_of_as_many(model):
+    context_BT, rest_RT = random_tokens(2, 6), random_tokens(12, 3, seed=1)
+    _, cache = model(context_BT)
+    expected_RTD, _ = model(rest_RT, cache.fork(6))
+    assert_close(model(rest_RT, cache.fork(2).fork(3))[0], expected_RTD, **EXACT)
+
+
 def test_selected_rows_of_a_cache_go_on_in_the_order_named(model):
     tokens_BT, rows = random_tokens(3, 9), torch.tensor([2, 0, 2])
     _, cache = model(tokens_BT[:, :5])

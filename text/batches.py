@@ -133,11 +133,18 @@ def mixture(corpus: Corpus, config: Config, step: int, n_rows: int, seq_len: int
 
     Thoughts of problems are worked, stop half-way or are filler. In half of the other documents
     they stand before the token that they are for, to learn what to think; in the others
-    `rlp.back` tokens before it, to learn to go on after them. Those for a result are worked;
-    elsewhere they are empty or filler.
+    `rlp.back` tokens before it, to learn to go on after them. Those for a result are of the same
+    kinds as those of problems; elsewhere they are empty or filler.
     """
     fit, tokenizer, percent = config.warmup, corpus.tokenizer, corpus.held_out_percent
     rng = random.Random(f"warmup-{config.seed}-{step}" + f"-{split}" * (split != "train"))
+
+    def some_of(thought: list[int]) -> list[int]:
+        if rng.random() < fit.worked:
+            return thought
+        if rng.random() < 0.5:
+            return thought[: rng.randrange(1, len(thought))]
+        return tokenizer.encode(filler(rng))
 
     def draw(kind: str) -> Marked:
         if kind == "problem":
@@ -149,12 +156,12 @@ def mixture(corpus: Corpus, config: Config, step: int, n_rows: int, seq_len: int
             document, worked = corpus.text_window(rng, split, seq_len).tolist(), {}
         else:
             document, worked = computed_tokens(tokenizer, draw_computed(rng, split, percent))
-        # Places about `gap` tokens apart, and half of the results.
+        # Places about `gap` tokens apart, and three of four results.
         thoughts, t = {}, rng.randrange(2 * fit.gap)
         while t < len(document):
             thoughts[t] = [] if rng.random() < 0.85 else tokenizer.encode(filler(rng))
             t += rng.randrange(1, 2 * fit.gap)
-        thoughts |= {t: thought for t, thought in worked.items() if rng.random() < 0.5}
+        thoughts |= {t: some_of(thought) for t, thought in worked.items() if rng.random() < 0.75}
         return place_thoughts(tokenizer, document, thoughts, rng.choice((0, config.rlp.back)))
 
     return pack(n_rows, seq_len, shares_of(config), draw, tokenizer.begin)
