@@ -117,7 +117,7 @@ PAPERS: dict[str, Config] = {
     #            python train.py --preset nemotron-12b-rlp
     # Hardware:  32 H100-80GB.
     # Cost:      1.7 EFLOP a step, 408 EFLOP in all: 287 GPU hours.
-    # Memory:    66 GB a GPU with layers recomputed, 61 while thoughts are sampled; 389 GB without.
+    # Memory:    66 GB a GPU with layers recomputed, 60 while thoughts are sampled; 389 GB without.
     #            The last figures need model, teacher and base whole in fp32, 148 GB, more than an
     #            H100 has. They come after the last step is saved, which can be exported first.
     # Expected:  the paper's average over its benchmarks goes from 42.81 to 61.32 %.

@@ -245,11 +245,13 @@ def memory(config: Config, n_gpus: int = 1, recompute: bool = False) -> dict[str
     # 3. What the modes add: frozen networks, rollouts on whole weights, a parent's own layers.
     if thinks(config):
         states |= {"EMA teacher": share, "starting weights": (c.kl > 0) * share}
-        n_caches = sequences[0][0] * c.group_size
+        n_contexts = sequences[0][0]
+        n_caches = n_contexts * c.group_size
         head = 0 if shape.tie_embeddings else shape.vocab_size * shape.d_model
         n_cast = thin + head if rank else n
         rollouts = {"whole weights": (low or n_shares > 1) * product * (2 + (c.kl > 0)) * n_cast,
-                    "caches": n_caches * cache_bytes(shape, c.context_len + c.thought_len, low)}
+                    "caches": n_contexts * cache_bytes(shape, c.context_len, low)
+                    + n_caches * cache_bytes(shape, c.thought_len, low)}
         # a thought's backward pass keeps what it has read of its context
         update["forked contexts"] = n_caches * cache_bytes(shape, c.context_len, low)
     elif config.mode == "elastic":  # the parent is teacher, and reference of the figures
