@@ -40,7 +40,7 @@ PRESETS: dict[str, Config] = {
         warmup=WarmupConfig(steps=1100, batch=8, lr=3e-3, muon_lr=0.02, warmup=0, decay=1.0),
         rlp=RLPConfig(steps=150, batch=32, lr=2e-4, decay=0.5, predictor=0.1),
         cpt=CPTConfig(steps=1000, batch=8, lr=7.5e-4, muon_lr=0.01, decay=1.0),
-        sft=SFTConfig(steps=200, batch=8, lr=1e-3, muon_lr=0.005, decay=1.0),
+        sft=SFTConfig(steps=200, batch=8, lr=2e-3, muon_lr=0.005, decay=1.0),
         rlvr=RLVRConfig(steps=150, batch=32, lr=2e-4, decay=0.5),
         elastic=ElasticConfig(steps=900, batch=8, lr=3e-3, muon_lr=0.02, decay=1.0,
                               router_width=64, long_weights=(0.2, 0.3, 0.5))),

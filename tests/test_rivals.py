@@ -171,6 +171,37 @@ def test_rows_of_controls(base, n_hard):
     assert rivals.changed_rows(found)[-1][1] == "3.600 ±0.000"
 
 
+def test_rows_of_random_positions_pair_the_base_and_rlp():
+    """Two seeds: at computed documents .2 to .5 and .4 to .6, so +.3 and +.2; another's thought 3 nats less."""
+
+    def run(seed, before, after):
+        made = thinking(seed)
+        there = {who: {"gain_nats": {"frozen_base": leaf(x), "empty_thought": leaf(x), "swapped_thought": leaf(x + 3)},
+                       "gain_nats_by_kind": {"all": leaf(x), "ledger": leaf(2 * x)},
+                       "share_not_empty": {"all": leaf(x / 2)}}
+                 for who, x in (("base", before), ("rlp", after))}  # fmt: skip
+        return made | {"positions": made["positions"] | {"computed": there}}
+
+    rows = rivals.position_rows(found_of(rlp__computed=[run(0, 0.2, 0.5), run(1, 0.4, 0.6)]))
+    by_name = {row[0]: row[1:] for row in rows[1:]}
+    assert by_name["gain over the frozen base, nats"] == ["0.30 ±1.27", "0.55 ±0.64", "+0.250 ±0.636"]
+    assert by_name["  ledger"][:2] == ["0.60 ±2.54", "1.10 ±1.27"]
+    assert by_name["gain over another's thought, nats"][1] == "3.55 ±0.64"
+    assert by_name["thoughts not empty"][1] == "0.28 ±0.32"
+    assert by_name["gain at ordinary text, nats"] == ["-3.00 ±0.00", "-2.00 ±0.00", "+1.000 ±0.000"]
+    assert by_name["problems right, greedy"] == ["0.50 ±0.00", "0.90 ±0.00", "+0.400 ±0.000"]
+    assert len(rivals.position_rows(found_of())) == 1
+
+
+def test_rows_of_the_gate():
+    gate = {kind: {name: leaf(x + i) for i, name in enumerate(("thought", "no thought", "gated", "weight"))}
+            for kind, x in (("text", 0.1), ("computed", 0.2))}  # fmt: skip
+    found = found_of(controls__rlp__computed=[behind(0, "rlp", 0.1, 0.2) | {"gate": gate}])
+    assert rivals.gate_rows(found)[1:] == [["ordinary text", "0.10", "1.10", "2.10", "3.10"],
+                                           ["computed documents", "0.20", "1.20", "2.20", "3.20"]]  # fmt: skip
+    assert len(rivals.gate_rows(found_of())) == 1
+
+
 def test_rows_of_rates():
     tries = [{"arm": "cpt", "rate": 0.01, "seed": s, "sampled": 0.5, "greedy": 0.6} for s in (0, 1)]
     assert rivals.rate_rows(tries)[1:] == [["CPT, FLOPs of RLP", "0.01", "2", "0.50 ±0.00", "0.60 ±0.00"]]

@@ -182,9 +182,10 @@ def claims(found: dict[str, list[dict]]) -> list[list[str]]:
         preset = "computed" if kind == "computed" else "cpu"  # where the base has read such
         runs = [run for run in found[f"rlp-{preset}"] if kind in run["positions"]]
         before, there = (get(gain.format(kind), runs, who) for who in ("base", "rlp"))
-        add(f"RLP: thoughts gain at random positions of {name}",
-            f"--mode rlp --preset {preset}", runs, [above(there), above(there, before)],
-            f"{view.cell(view.over_seeds(before))} → {view.cell(view.over_seeds(there))} nats")
+        for claim, sides in (("thoughts gain at random positions of", [there]),
+                             ("it raises what thoughts gain in", [there, before])):
+            add(f"RLP: {claim} {name}", f"--mode rlp --preset {preset}", runs, [above(*sides)],
+                " against ".join(view.cell(view.over_seeds(side)) for side in sides) + " nats")
     add("RLP: better than continued pretraining at equal compute", "--mode cpt", cpt,
         [above(get(path, ours), get(path, cpt, "cpt")) for path in (sampled, greedy)],
         f"accuracy {text(sampled, ours)} against {text(sampled, cpt, 'cpt')}; with a greedy "
@@ -353,7 +354,7 @@ def results(folder: Path) -> str:
             ("Arms, from one base a seed", rivals.arm_rows(found)),
             ("How far RLP is ahead", rivals.lead_rows(found)),
             ("Thoughts at random positions of documents with results to be computed",
-             rivals.position_rows(found)),
+             rivals.position_rows(found)), ("", rivals.gate_rows(found)),
             ("By level", rivals.level_rows(found)), ("", rivals.hard_rows(found)),
             ("Sharpening or more", rivals.pass_rows(found)),
             ("What is left of a thought", rivals.remains_rows(found)),

@@ -6,7 +6,7 @@ Made from what `tools.rivals` and `tools.controls` measure. A difference is pair
 import statistics
 from collections.abc import Callable
 
-from views.tables import figure
+from views.tables import POSITIONS, figure
 
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # of a 95 % interval from so many seeds, Student's t
 
@@ -124,6 +124,18 @@ def position_rows(found: Found) -> list[list[str]]:
         base, ours = means(runs, path, "base"), means(runs, path)
         rows.append([name, *(spread(list(m.values())) for m in (base, ours)),
                      spread(difference(ours, base), "+.3f")])
+    return rows
+
+
+def gate_rows(found: Found) -> list[list[str]]:
+    """Preset `computed`: a learned gate between the prediction without a thought and after it."""
+    runs = [run for run in found["controls-rlp-computed"] if "gate" in run]
+    columns = {"thought": "after a thought", "no thought": "without one",
+               "gated": "through the gate", "weight": "weight of the thought"}
+    rows = [["gain over the frozen base, nats", *columns.values()]]
+    for kind, name in POSITIONS.items() if runs else ():
+        rows.append([name, *(spread(list(means(runs, f"gate/{kind}/{key}").values()))
+                             for key in columns)])
     return rows
 
 
