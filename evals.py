@@ -21,7 +21,7 @@ import itertools
 import math
 import random
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -34,8 +34,9 @@ from torch import Tensor
 
 from kernels import selected_logp, token_logp, wide
 from model import HybridLM
+from nested import Widths, hand_over
 from system import parallel
-from system.config import Config
+from system.config import Config, ModelConfig
 from system.costs import count_parameters, part_cache_bytes, part_flops, sum_of_parts
 from text.batches import (
     Position,
@@ -529,6 +530,41 @@ def long_losses(model: HybridLM, corpus: Corpus, config: Config) -> tuple[Tensor
         logp_BT = selected_logp(hidden_BTD, model.output_matrix, tokens_BT[:, c.seq_len :])
         losses.append(-logp_BT.mean(1).cpu())
     return torch.cat(losses) if losses else torch.empty(0), torch.tensor([i for i, _ in texts])
+
+
+@torch.no_grad()
+def handed_over(models: list[HybridLM], widths: list[Widths], family: ModelConfig, corpus: Corpus,
+                config: Config) -> list[dict]:
+    """The loss of each size on the second halves of held-out long texts, of which another size read
+    the first half (nested.hand_over), for all pairs that keep the same layers.
+
+    Returns for each the budgets of both, `read` and `goes_on`; own_nats, the loss if the size has
+    read all itself; more_nats, how much more it is so, paired by text; unread_nats, how much more
+    if nobody had read the first half."""
+    c, device, n = config.elastic, parallel.device_of(models[0]), config.eval.elastic_rows // 4
+    rng, half = random.Random(f"handed-{config.eval.split}-{config.seed}"), c.long_len // 2
+    texts = text_windows(corpus.documents[config.eval.split], n, c.long_len, rng, c.long_len + 1)
+    kept = [[bool(w) for w in own.layers] for own in widths]
+    pairs = [(a, b) for a in range(len(models)) for b in range(len(models))
+             if a != b and kept[a] == kept[b]] if texts else []
+    losses: dict[tuple[int | None, int], list[Tensor]] = defaultdict(list)
+    for i in range(0, len(texts), 16):
+        window = np.stack([tokens for _, tokens in texts[i : i + 16]])
+        tokens_BT = torch.from_numpy(window).long().to(device)
+        caches = [model(tokens_BT[:, :half])[1] for model in models]
+        for a, b in {*pairs, *((b, b) for _, b in pairs), *((None, b) for _, b in pairs)}:
+            cache = None if a is None else hand_over(caches[a], family, widths[a], widths[b])
+            hidden_BTD, _ = models[b](tokens_BT[:, half:-1], cache)
+            logp_BT = selected_logp(hidden_BTD, models[b].output_matrix, tokens_BT[:, half + 1 :])
+            losses[a, b].append(-logp_BT.mean(1).cpu())
+    found, documents = [], torch.tensor([i for i, _ in texts])
+    for a, b in pairs:
+        own, handed, unread = (torch.cat(losses[reader, b]) for reader in (b, a, None))
+        found.append({"read": c.budgets[a], "goes_on": c.budgets[b],
+                      **{name: over_documents(nats, documents) for name, nats in (
+                          ("own_nats", own), ("more_nats", handed - own),
+                          ("unread_nats", unread - own))}})
+    return found
 
 
 def size_facts(model: HybridLM, config: Config) -> dict[str, float]:

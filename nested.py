@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from model import HybridLM, Inside, Part
+from model import Cache, HybridLM, Inside, Part
 from system.checkpoint import check_shapes
 from system.config import WIDTH_FIELDS, ModelConfig
 from system.costs import WEIGHTS, axis_sizes, in_proj_rows, weights_of
@@ -149,6 +149,34 @@ def cut_one(t: Tensor, picked: dict[int, Tensor]) -> Tensor:
         t = (t.narrow(dim, 0, len(index)) if torch.equal(index, torch.arange(len(index)))
              else t.index_select(dim, index.to(t.device)))
     return t
+
+
+def hand_over(cache: Cache, config: ModelConfig, old: Widths, new: Widths) -> Cache:
+    """What the size `old` of a model has read, for the size `new` to go on from: switched in the
+    middle of a text, at no cost. Of Mamba-2 the states of units that both have, zeros for what only
+    the new one has; keys and values serve every size. It is an approximation, for the new size
+    would have made states of its own. Raises ValueError where one has layers that the other lacks.
+    """
+    require(list(map(bool, old.layers)) == list(map(bool, new.layers)), "these sizes keep different"
+            " layers, and nobody has the states of a layer that was left out; read the text again "
+            "with the new size")
+    sides = [(along_all(config, units), units.layers)
+             for units in (kept_units(config, widths) for widths in (old, new))]
+
+    def moved(t: Tensor, i: int, axes: str) -> Tensor:
+        for dim, axis in enumerate(axes, 1):
+            of_old, of_new = ((inside[i] | units[i])[axis].to(t.device) for inside, units in sides)
+            n = axis_sizes(config.pattern[i], config)[axis]
+            full = t.new_zeros(*t.shape[:dim], n, *t.shape[dim + 1 :])
+            t = full.index_copy(dim, of_old, t).index_select(dim, of_new)
+        return t
+
+    layers = list(cache.layers)
+    for place, i in enumerate(i for i, w in enumerate(old.layers) if w):
+        if config.pattern[i] == "M":
+            tail_BYE, state_BHPN = layers[place]
+            layers[place] = moved(tail_BYE.mT, i, "E").mT, moved(state_BHPN, i, "HP")
+    return Cache(layers, cache.n_tokens, cache.ids_BS)
 
 
 def cuts(config: ModelConfig, widths: Widths) -> dict[str, dict]:

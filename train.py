@@ -364,6 +364,8 @@ def figures_of_family(t: Trained) -> dict | None:
         "baselines": entries,
         "curves": {f"{b:g}": rundir.logged_curve(t.run_dir, f"loss_{b:g}") for b in c.budgets},
         "train_s": {"elastic": rundir.logged_seconds(t.run_dir), **seconds},
+        "hand_over": evals.handed_over(families["elastic"], list(widths.values()), t.model.config,
+                                       t.corpus, config),
         "memory": evals.family_bytes(t.model, router, families["elastic"]),
         "n_tokens": c.n_tokens()}
 

@@ -505,6 +505,44 @@ def test_a_submodel_goes_on_from_its_cache_as_in_one_pass(size, pieces):
     assert_close(torch.cat(hidden, dim=1), small(TOKENS_BT)[0], **EXACT)
 
 
+FULL, HALF = Widths(8, ((4, 3),)), Widths(8, ((2, 2),))  # of a single Mamba layer
+
+
+@torch.no_grad()
+def test_a_smaller_size_goes_on_from_states_that_are_handed_over(make_model):
+    """A first Mamba layer reads what both sizes read, so the full one's states hold the smaller one's: nothing is lost.
+    The other way the smaller one's lack the rest, which is zero; and back again they are as they were."""
+    model = make_model(pattern="M")
+    assert nested.full_widths(model.config) == FULL
+    small = nested.submodel(model, HALF)
+    _, cache = model(TOKENS_BT[:, :6])
+    handed = nested.hand_over(cache, model.config, FULL, HALF)
+    whole_BTD, own = small(TOKENS_BT)
+    assert_close(small(TOKENS_BT[:, 6:], handed)[0], whole_BTD[:, 6:], **EXACT)
+    back = nested.hand_over(own, model.config, HALF, FULL)
+    assert back.layers[0][1].shape == cache.layers[0][1].shape
+    assert (back.layers[0][1] == 0).double().mean() == pytest.approx(1 - 2 / 4 * 2 / 3)
+    assert_close(nested.hand_over(back, model.config, FULL, HALF).layers, own.layers, rtol=0, atol=0)
+
+
+@examples(max_examples=15)
+@given(sizes())
+@torch.no_grad()
+def test_a_cache_handed_over_to_any_size_has_that_sizes_shapes(size):
+    full = nested.full_widths(size.model.config)
+    small = nested.submodel(size.model, size.widths)
+    _, cache = size.model(TOKENS_BT[:, :6])
+    if not all(size.widths.layers):
+        with pytest.raises(ValueError, match="these sizes keep different layers"):
+            nested.hand_over(cache, size.model.config, full, size.widths)
+        return
+    handed = nested.hand_over(cache, size.model.config, full, size.widths)
+    own = small(TOKENS_BT[:, :6])[1]
+    assert [[t.shape for t in layer] for layer in handed.layers] == [[t.shape for t in layer] for layer in own.layers]
+    same = nested.hand_over(own, size.model.config, size.widths, size.widths)
+    assert_close(small(TOKENS_BT[:, 6:], same)[0], small(TOKENS_BT)[0][:, 6:], **EXACT)
+
+
 @pytest.mark.parametrize(
     "widths",
     [Widths(5, ((2, 3), (12,), (4, 3), (4,), (12,))), Widths(8, ((2, 1), (), (), (), (5,)))],

@@ -380,7 +380,9 @@ def results(folder: Path) -> str:
     for title, rows in (("Elastic beside its rivals and variants", families.family_rows(found)),
                         ("Widths and order, at a third of the steps", families.third_rows(found)),
                         ("The router among random widths, at a third", families.router_rows(found)),
-                        ("The order of units, while budgets train", families.curve_rows(found))):
+                        ("The order of units, while budgets train", families.curve_rows(found)),
+                        ("Sizes switched in the middle of a text",
+                         families.hand_over_rows(found))):
         if rows[1:]:
             parts += [f"### {title}", view.markdown(rows)]
     for run in found["elastic-cpu"]:

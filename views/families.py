@@ -117,3 +117,18 @@ def curve_rows(found: Found) -> list[list[str]]:
                 spread([run[until] for run in by_stretch if until in run], ".3f")
                 for until in stretches)])
     return rows
+
+
+def hand_over_rows(found: Found) -> list[list[str]]:
+    """What it costs to switch sizes in the middle of a text, without reading it again."""
+    runs = [run for run in found["elastic-cpu"] if run.get("hand_over")]
+    if not runs:
+        return [[]]
+    rows = [["long texts, their second half", "seeds", "loss, read by itself", "handed over, more",
+             "first half unread, more"]]
+    for i, pair in enumerate(runs[0]["hand_over"]):
+        told = " → ".join(f"{100 * pair[side]:.0f} %" for side in ("read", "goes_on"))
+        rows.append([told, str(len(runs)), *(
+            spread([run["hand_over"][i][name]["mean"] for run in runs], form) for name, form in (
+                ("own_nats", ".3f"), ("more_nats", "+.3f"), ("unread_nats", "+.3f")))])
+    return rows
