@@ -296,7 +296,7 @@ def test_results_of_a_kind_come_in_the_order_of_their_seeds(tmp_path):
 
 def test_tables_of_readme_have_at_most_eight_rows():
     made = report.tables(ROOT / "results")
-    assert set(made) == {"rlp", "elastic", "speed", "samples", "rivals"}
+    assert set(made) == {"rlp", "elastic", "speed", "samples", "rivals", "positions"}
     assert all(made[name].count("\n") - 1 <= 8 for name in ("rlp", "elastic", "speed", "rivals"))
     assert "gain at ordinary text" in made["rlp"]
 
@@ -334,10 +334,11 @@ def test_a_table_that_nobody_makes_is_refused():
 def test_a_run_is_collected_and_both_files_are_written(tmp_path):
     """From a run's folder to tables: README's part, RESULTS.md as a whole, and the plot."""
     run = write(tmp_path / "rlp-cpu-seed0", summary=thinking() | {"base_dir": "a/path of one machine"})
-    (run / "samples.txt").write_text("[sum] 1 + 1?\n  rlp: 2\n")
+    changed = "[sum] 1 + 1?\n base: <think> 1</think> 1\n  rlp: <think> 2</think> 2\n"
+    (run / "samples.txt").write_text(changed + "[word] x?\n base: <think> y</think> y\n  rlp: <think> y</think> y\n")
     (tmp_path / "README.md").write_text("before\n<!-- table samples -->\n<!-- end -->\nafter\n")
     report.report([str(run)], tmp_path)
-    assert "before\n<!-- table samples -->\n```text\n[sum] 1 + 1?" in (tmp_path / "README.md").read_text()
+    assert f"before\n<!-- table samples -->\n```text\n{changed}```\n<!-- end -->" in (tmp_path / "README.md").read_text()
     assert "| 7 problems | base | RLP |" in (tmp_path / "RESULTS.md").read_text()
     assert "base_dir" not in json.loads((tmp_path / "results" / "rlp-cpu-seed0.json").read_text())
     assert {f.name for f in (tmp_path / "results").iterdir()} == {"rlp-cpu-seed0.json", "rlp-cpu-seed0.txt", "accuracy.png"}

@@ -43,6 +43,7 @@ def tables(folder: Path) -> dict[str, str]:
     found, shown = load(folder), folder / "rlp-cpu-seed0.txt"
     made = {"rlp": found["rlp-cpu"] and rlp_table(found),
             "elastic": found["elastic-cpu"] and elastic_table(found["elastic-cpu"]),
+            "positions": rivals.position_rows(found)[1:] and position_table(found),
             "rivals": (rows := rivals.lead_rows(found))[1:] and view.markdown(rows),
             "speed": speed_table(found["bench-cpu"]), "samples": shown.exists() and samples(shown)}
     return {name: text or "Not run." for name, text in made.items()}
@@ -57,6 +58,15 @@ def rlp_table(found: dict[str, list[dict]]) -> str:
     return view.markdown(view.thought_rows(columns, [
         "gain over the frozen base, nats", "accuracy, sampled thoughts", "accuracy, greedy thought",
         "loss on text, no thought, nats", "gain at ordinary text, nats"]))
+
+
+def position_table(found: dict[str, list[dict]]) -> str:
+    """What thoughts gain at random positions of documents with results to be computed."""
+    head, *rows = rivals.position_rows(found)
+    shown = ("gain over the frozen base, nats", "gain over another's thought, nats",
+             "thoughts not empty", "gain at ordinary text, nats", "problems right, sampled")
+    head[0] += f", {n_seeds(found['rlp-computed'])}"
+    return view.markdown([head, *(row for row in rows if row[0] in shown)])
 
 
 def elastic_table(runs: list[dict]) -> str:
@@ -115,10 +125,13 @@ def speed_table(found: list[dict]) -> str:
 
 
 def samples(file: Path) -> str:
-    """The first problem of each family in a run's samples.txt, with a thought before and after."""
+    """The first problem of each family in a run's samples.txt, with a thought before and after;
+    without those at which the thought stayed as it was."""
     blocks = re.split(r"(?m)^(?=\[)", file.read_text())
     first = {block.split("]")[0]: block for block in reversed(blocks) if block.startswith("[")}
-    return "```text\n" + "".join(first[name] for name in sorted(first)) + "```"
+    changed = [first[name] for name in sorted(first) if len(set(
+        line.split(": ", 1)[1] for line in first[name].splitlines() if "<think>" in line)) > 1]
+    return "```text\n" + "".join(changed) + "```"
 
 
 def n_seeds(runs: list) -> str:
