@@ -131,10 +131,11 @@ def attend_forked(q_RH1P: Tensor, left: Forked, mask: Tensor | None) -> Tensor:
 
     def side_by_side(rows_RKJX: Tensor) -> Tensor:
         """[R, K, J, X] to [B, K, n J, X]."""
+        all_rows = rows_RKJX
         if len(place_R) < B * n:
-            full = rows_RKJX.new_zeros(B * n, *rows_RKJX.shape[1:])
-            rows_RKJX = full.index_copy(0, place_R, rows_RKJX)
-        return rearrange(rows_RKJX, "(b n) k j x -> b k (n j) x", n=n)
+            all_rows = rows_RKJX.new_zeros(B * n, *rows_RKJX.shape[1:])
+            all_rows = all_rows.index_copy(0, place_R, rows_RKJX)
+        return rearrange(all_rows, "(b n) k j x -> b k (n j) x", n=n)
 
     def apart(found: Tensor) -> Tensor:
         """And back."""
