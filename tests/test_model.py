@@ -159,8 +159,7 @@ def test_continuing_a_forked_cache_equals_each_full_sequence(model, n_list):
 @pytest.mark.parametrize("T", [1, 2])
 def test_forks_that_are_dropped_one_after_the_other_equal_each_full_sequence(model, n_list, T):
     """Four forks of each of three contexts go on for six tokens, one at a time or two. Rows are dropped and change
-    places after two and after four: of the second context none is left, then of the third one alone; a row is repeated.
-    """
+    places after two and after four: of the second context none is left, then only of the first one."""
     (context_BT, ids_BT), rest_RT = left_padded(random_tokens(3, 6), n_list), random_tokens(12, 6, seed=1)
     full_RT = torch.cat([context_BT.repeat_interleave(4, dim=0), rest_RT], dim=1)
     full_ids_RT = torch.cat([ids_BT.repeat_interleave(4, dim=0), torch.zeros_like(rest_RT)], dim=1)
@@ -168,11 +167,21 @@ def test_forks_that_are_dropped_one_after_the_other_equal_each_full_sequence(mod
     _, cache = model(context_BT, ids_BT=ids_BT)
     cache, rows = cache.fork(4), torch.arange(12)
     for t in range(0, 6, T):
-        kept = {2: [11, 0, 3, 2, 8], 4: [0, 4, 4]}.get(t)
+        kept = {2: [11, 0, 3, 2, 8], 4: [2, 1]}.get(t)
         if kept:
             rows, cache = rows[kept], cache.select(torch.tensor(kept))
         found_RTD, cache = model(rest_RT[rows, t : t + T], cache)
         assert_close(found_RTD, full_RTD[rows, 6 + t : 6 + t + T], **EXACT)
+
+
+@torch.no_grad()
+def test_a_fork_that_is_selected_twice_goes_on_in_two_ways(model):
+    context_BT, first_RT, rest_RT = random_tokens(1, 6), random_tokens(3, 1, seed=1), random_tokens(4, 1, seed=2)
+    _, cache = model(context_BT)
+    _, cache = model(first_RT, cache.fork(3))
+    rows = torch.tensor([1, 1, 0, 1])
+    whole_RT = torch.cat([context_BT.expand(4, -1), first_RT[rows], rest_RT], dim=1)
+    assert_close(model(rest_RT, cache.select(rows))[0], model(whole_RT)[0][:, -1:], **EXACT)
 
 
 @torch.no_grad()

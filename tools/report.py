@@ -129,8 +129,8 @@ def samples(file: Path) -> str:
     without those at which the thought stayed as it was."""
     blocks = re.split(r"(?m)^(?=\[)", file.read_text())
     first = {block.split("]")[0]: block for block in reversed(blocks) if block.startswith("[")}
-    changed = [first[name] for name in sorted(first) if len(set(
-        line.split(": ", 1)[1] for line in first[name].splitlines() if "<think>" in line)) > 1]
+    changed = [first[name] for name in sorted(first) if len({
+        line.split(": ", 1)[1] for line in first[name].splitlines() if "<think>" in line}) > 1]
     return "```text\n" + "".join(changed) + "```"
 
 
