@@ -107,9 +107,11 @@ def lead_rows(found: Found) -> list[list[str]]:
 
 
 def position_rows(found: Found) -> list[list[str]]:
-    """Preset `computed`: thoughts at random positions, where no one says which tokens need them."""
-    runs = found["rlp-computed"]
+    """Preset `computed`: thoughts at random positions, where no one says which tokens need them;
+    and after CPT of the same base, where that was run."""
+    runs, cpt = found["rlp-computed"], found["cpt-computed"]
     rows = [["random positions, preset computed", "base", "RLP", "RLP - base"]]
+    rows[0] += ["CPT, equal FLOPs", "RLP - CPT"] * bool(cpt)
     there, text = "positions/computed/WHO", "positions/text/WHO"
     kinds = list(runs[0]["positions"]["computed"]["base"]["gain_nats_by_kind"]) if runs else []
     paths = {"gain over the frozen base, nats": f"{there}/gain_nats/frozen_base",
@@ -124,6 +126,9 @@ def position_rows(found: Found) -> list[list[str]]:
         base, ours = means(runs, path, "base"), means(runs, path)
         rows.append([name, *(spread(list(m.values())) for m in (base, ours)),
                      spread(difference(ours, base), "+.3f")])
+        if cpt:
+            theirs = means(cpt, path)
+            rows[-1] += [spread(list(theirs.values())), spread(difference(ours, theirs), "+.3f")]
     return rows
 
 
@@ -161,17 +166,22 @@ def level_rows(found: Found) -> list[list[str]]:
 
 
 def hard_rows(found: Found, low: float = 0.3, high: float = 0.8) -> list[list[str]]:
-    """Levels of single families at which the base's mean is neither near 0 nor near 1."""
-    at, runs = _controls(found), found["controls-rlp-cpu"]
+    """Levels of single families at which the base's mean is neither near 0 nor near 1, of the
+    default preset and of `computed`, which trains twice as long."""
+    at = _controls(found)
     rows = [[f"greedy, base between {low} and {high}", "base", *COMPARED.values(), "RLP - base"]]
-    for level, families in runs[0]["levels"].items() if runs else ():
-        for family in families:
-            path = f"levels/{level}/{family}/WHO"
-            base, ours = at("rlp-cpu", path, "base"), at("rlp-cpu", path)
-            if family != "all" and low <= statistics.mean(base.values()) <= high:
-                rows.append([f"{level}, {family}", spread(list(base.values())),
-                             *(spread(list(at(kind, path).values())) for kind in COMPARED),
-                             spread(difference(ours, base), "+.3f")])
+    for kind, told in (("rlp-cpu", ""), ("rlp-computed", "preset computed: ")):
+        runs = found[f"controls-{kind}"]
+        for level, families in runs[0]["levels"].items() if runs else ():
+            for family in families:
+                path = f"levels/{level}/{family}/WHO"
+                base, ours = at(kind, path, "base"), at(kind, path)
+                if family != "all" and low <= statistics.mean(base.values()) <= high:
+                    others = [at(other if told == "" else other.replace("cpu", "computed"), path)
+                              for other in list(COMPARED)[1:]]
+                    rows.append([f"{told}{level}, {family}", *(
+                        spread(list(side.values())) for side in (base, ours, *others)),
+                        spread(difference(ours, base), "+.3f")])
     return rows
 
 
