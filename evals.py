@@ -51,7 +51,7 @@ from text.corpus import Corpus
 from text.documents import Documents
 from text.problems import Problem, held_out_problems
 from text.tokenizer import Tokenizer
-from thoughts import Sampling, sample_thoughts, score_context, score_thoughts
+from thoughts import Sampling, prefill, sample_thoughts, score_context, score_thoughts
 
 # How much is worked on together: tokens in caches, numbers in a tensor of logits.
 TOKENS_AT_ONCE, LOGITS_AT_ONCE = 2**17, 2**28
@@ -535,35 +535,34 @@ def long_losses(model: HybridLM, corpus: Corpus, config: Config) -> tuple[Tensor
 @torch.no_grad()
 def handed_over(models: list[HybridLM], widths: list[Widths], family: ModelConfig, corpus: Corpus,
                 config: Config) -> list[dict]:
-    """The loss of each size on the second halves of held-out long texts, of which another size read
-    the first half (nested.hand_over), for all pairs that keep the same layers.
+    """Held-out problems that one size has read and another thinks about and answers, from states
+    that were handed over (nested.hand_over), for all pairs of sizes that keep the same layers.
 
-    Returns for each the budgets of both, `read` and `goes_on`; own_nats, the loss if the size has
-    read all itself; more_nats, how much more it is so, paired by text; unread_nats, how much more
-    if nobody had read the first half."""
-    c, device, n = config.elastic, parallel.device_of(models[0]), config.eval.elastic_rows // 4
-    rng, half = random.Random(f"handed-{config.eval.split}-{config.seed}"), c.long_len // 2
-    texts = text_windows(corpus.documents[config.eval.split], n, c.long_len, rng, c.long_len + 1)
+    Returns for each the budgets of both, `read` and `goes_on`; own and handed, the accuracies of
+    the likeliest thought if the size has read the problem itself, and if not; more_nats, how much
+    more -log p of the answer is then, paired by problem."""
+    positions, L = problem_positions(corpus, config), config.rlp.thought_len
+    n = together(64, config.rlp.context_len + L, TOKENS_AT_ONCE)
     kept = [[bool(w) for w in own.layers] for own in widths]
-    pairs = [(a, b) for a in range(len(models)) for b in range(len(models))
-             if a != b and kept[a] == kept[b]] if texts else []
-    losses: dict[tuple[int | None, int], list[Tensor]] = defaultdict(list)
-    for i in range(0, len(texts), 16):
-        window = np.stack([tokens for _, tokens in texts[i : i + 16]])
-        tokens_BT = torch.from_numpy(window).long().to(device)
-        caches = [model(tokens_BT[:, :half])[1] for model in models]
-        for a, b in {*pairs, *((b, b) for _, b in pairs), *((None, b) for _, b in pairs)}:
-            cache = None if a is None else hand_over(caches[a], family, widths[a], widths[b])
-            hidden_BTD, _ = models[b](tokens_BT[:, half:-1], cache)
-            logp_BT = selected_logp(hidden_BTD, models[b].output_matrix, tokens_BT[:, half + 1 :])
-            losses[a, b].append(-logp_BT.mean(1).cpu())
-    found, documents = [], torch.tensor([i for i, _ in texts])
+    pairs = [(a, b) for a in range(len(models)) for b in range(len(models)) if kept[a] == kept[b]]
+    right, logp = defaultdict(list), defaultdict(list)
+    for i, batch in enumerate(positions.batches(models[0], n)):
+        read = [prefill(model, batch) for model in models]
+        for a, b in pairs:
+            cache = hand_over(read[a].cache, family, widths[a], widths[b])
+            prefix = read[b]._replace(cache=cache, early=cache)
+            t = sample_thoughts(models[b], batch, corpus.tokenizer, Sampling(1, L, 0.0),
+                                prefix=prefix)
+            right[a, b].append(positions.right(t.answer_RX, batch["target_BX"], i * n).cpu())
+            logp[a, b].append(t.logp_target_R.cpu())
+    found = []
     for a, b in pairs:
-        own, handed, unread = (torch.cat(losses[reader, b]) for reader in (b, a, None))
-        found.append({"read": c.budgets[a], "goes_on": c.budgets[b],
-                      **{name: over_documents(nats, documents) for name, nats in (
-                          ("own_nats", own), ("more_nats", handed - own),
-                          ("unread_nats", unread - own))}})
+        own, handed = (torch.cat(right[reader, b]) for reader in (b, a))
+        less = torch.cat(logp[b, b]) - torch.cat(logp[a, b])
+        budgets = config.elastic.budgets
+        found += [{"read": budgets[a], "goes_on": budgets[b], "own": positions.leaf(own, 1),
+                   "handed": positions.leaf(handed, 1), "more_nats": positions.leaf(less)}
+                  ] * (a != b)
     return found
 
 

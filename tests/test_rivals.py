@@ -282,10 +282,10 @@ def test_rows_of_curves_have_a_stretch_a_column():
 
 
 def test_rows_of_hand_overs():
-    pairs = [{"read": 1.0, "goes_on": 0.5, "own_nats": leaf(3.0), "more_nats": leaf(0.25), "unread_nats": leaf(1.0)}]
+    pairs = [{"read": 1.0, "goes_on": 0.5, "own": leaf(0.75), "handed": leaf(0.5), "more_nats": leaf(1.0)}]
     found = found_of(elastic__cpu=[family(seed, (1.0, 1.1, 1.2), hand_over=pairs) for seed in (0, 1)])
     _, row = families.hand_over_rows(found)
-    assert row == ["100 % → 50 %", "2", "3.000 ±0.000", "+0.250 ±0.000", "+1.000 ±0.000"]
+    assert row == ["100 % → 50 %", "2", "0.75 ±0.00", "0.50 ±0.00", "+1.000 ±0.000"]
     assert families.hand_over_rows(found_of(elastic__cpu=[family(0, (1.0, 1.1, 1.2))])) == [[]]
 
 

@@ -394,7 +394,7 @@ def results(folder: Path) -> str:
                         ("Widths and order, at a third of the steps", families.third_rows(found)),
                         ("The router among random widths, at a third", families.router_rows(found)),
                         ("The order of units, while budgets train", families.curve_rows(found)),
-                        ("Sizes switched in the middle of a text",
+                        ("Read by one size, answered by another",
                          families.hand_over_rows(found))):
         if rows[1:]:
             parts += [f"### {title}", view.markdown(rows)]

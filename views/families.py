@@ -120,15 +120,15 @@ def curve_rows(found: Found) -> list[list[str]]:
 
 
 def hand_over_rows(found: Found) -> list[list[str]]:
-    """What it costs to switch sizes in the middle of a text, without reading it again."""
+    """What it costs to read a problem with one size and to go on with another."""
     runs = [run for run in found["elastic-cpu"] if run.get("hand_over")]
     if not runs:
         return [[]]
-    rows = [["long texts, their second half", "seeds", "loss, read by itself", "handed over, more",
-             "first half unread, more"]]
+    rows = [["right, greedy", "seeds", "read by itself", "handed over",
+             "-log p of the answer, nats more"]]
     for i, pair in enumerate(runs[0]["hand_over"]):
         told = " → ".join(f"{100 * pair[side]:.0f} %" for side in ("read", "goes_on"))
         rows.append([told, str(len(runs)), *(
             spread([run["hand_over"][i][name]["mean"] for run in runs], form) for name, form in (
-                ("own_nats", ".3f"), ("more_nats", "+.3f"), ("unread_nats", "+.3f")))])
+                ("own", ".2f"), ("handed", ".2f"), ("more_nats", "+.3f")))])
     return rows
