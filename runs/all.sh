@@ -20,8 +20,13 @@ if [ "${1:-all}" = quick ]; then
     exit
 fi
 seeds "0 1 2 3 4"
+if [ "$preset" = cpu ]; then  # random positions, where thinking pays
+    preset=computed seeds "0 1 2 3 4" --arms rlp
+    preset=computed seeds "0 1 2" --arms cpt
+fi
 seeds "0 1 2 3 4" --what elastic --arms elastic
 seeds "0 1 2" --what elastic
 seeds "0" --what rates
 seeds "0 1" --what ablations
-python -m tools.report "$out"/*-"$preset"-seed* "$out"/rates-"$preset".json
+shopt -s nullglob
+python -m tools.report "$out"/*-{"$preset",computed}-seed* "$out"/rates-"$preset".json
