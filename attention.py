@@ -146,7 +146,8 @@ def attend_forked(q_RH1P: Tensor, left: Forked, mask: Tensor | None) -> Tensor:
                             q_RKJP @ left.own.keys.mT], dim=-1)
     if mask is not None:
         score_RKJS = score_RKJS.masked_fill(~mask, float("-inf"))
-    p_RKJS = score_RKJS.softmax(-1)
+    wide = torch.promote_types(score_RKJS.dtype, torch.float32)
+    p_RKJS = score_RKJS.softmax(-1, dtype=wide).to(score_RKJS.dtype)
     y_RKJP = apart(side_by_side(p_RKJS[..., :S]) @ left.shared.values)
     return (y_RKJP + p_RKJS[..., S:] @ left.own.values).reshape(q_RH1P.shape)
 
