@@ -555,14 +555,13 @@ def handed_over(models: list[HybridLM], widths: list[Widths], family: ModelConfi
                                 prefix=prefix)
             right[a, b].append(positions.right(t.answer_RX, batch["target_BX"], i * n).cpu())
             logp[a, b].append(t.logp_target_R.cpu())
-    found = []
+    found, budgets = [], config.elastic.budgets
     for a, b in pairs:
         own, handed = (torch.cat(right[reader, b]) for reader in (b, a))
         less = torch.cat(logp[b, b]) - torch.cat(logp[a, b])
-        budgets = config.elastic.budgets
-        found += [{"read": budgets[a], "goes_on": budgets[b], "own": positions.leaf(own, 1),
-                   "handed": positions.leaf(handed, 1), "more_nats": positions.leaf(less)}
-                  ] * (a != b)
+        if a != b:
+            found.append({"read": budgets[a], "goes_on": budgets[b], "own": positions.leaf(own, 1),
+                          "handed": positions.leaf(handed, 1), "more_nats": positions.leaf(less)})
     return found
 
 

@@ -122,8 +122,7 @@ def sample_thoughts(model: HybridLM, batch: dict[str, Tensor], tokenizer: Tokeni
     # 6. Score the targets.
     longest = int(length_R.max())
     if n_read:
-        logp_target_R, answer_RX = _read_targets(
-            mask_banned(model.logits(hidden_RxD), tokenizer.tags), target_RX)
+        logp_target_R, answer_RX = read_targets(model, hidden_RxD, target_RX, tokenizer.tags)
     else:
         logp_target_R, answer_RX = score_thoughts(
             model, batch, tokenizer, tokens_RL[:, :longest], prefix)
@@ -172,11 +171,14 @@ def score_targets(model: HybridLM, hidden_BD: Tensor, cache: Cache | None, targe
     if target_BX.shape[1] > 1:
         rest, _ = model(target_BX[:, :-1].clamp(min=0), cache)
         hidden_BXD = torch.cat([hidden_BXD, rest], dim=1)
-    return _read_targets(mask_banned(model.logits(hidden_BXD), tags), target_BX)
+    return read_targets(model, hidden_BXD, target_BX, tags)
 
 
-def _read_targets(logits_BXV: Tensor, target_BX: Tensor) -> tuple[Tensor, Tensor]:
-    """log p(target) and the likeliest tokens. Places filled up (-100) add nothing and are right."""
+def read_targets(model: HybridLM, hidden_BXD: Tensor, target_BX: Tensor, tags: tuple[int, int]
+                 ) -> tuple[Tensor, Tensor]:
+    """log p(target) and the likeliest tokens, each from its state, think tags left out. Places
+    filled up (-100) add nothing and are right."""
+    logits_BXV = mask_banned(model.logits(hidden_BXD), tags)
     is_filled_BX = target_BX < 0
     logp_BX = token_logp(logits_BXV, target_BX.clamp(min=0)).masked_fill(is_filled_BX, 0)
     return logp_BX.sum(-1), torch.where(is_filled_BX, target_BX, logits_BXV.argmax(-1))
@@ -197,7 +199,7 @@ def score_thoughts(model: HybridLM, batch: dict[str, Tensor], tokenizer: Tokeniz
     """
     hidden_RXD = states_after(model, batch, tokenizer, tokens_RL, prefix)
     target_RX = batch["target_BX"].repeat_interleave(len(tokens_RL) // len(batch["ids_BT"]), dim=0)
-    return _read_targets(mask_banned(model.logits(hidden_RXD), tokenizer.tags), target_RX)
+    return read_targets(model, hidden_RXD, target_RX, tokenizer.tags)
 
 
 def states_after(model: HybridLM, batch: dict[str, Tensor], tokenizer: Tokenizer, tokens_RL: Tensor,

@@ -20,7 +20,7 @@ from torch import Tensor
 from system.config import Config, RLPConfig
 from text.computed import Computed, draw_computed
 from text.corpus import Corpus
-from text.problems import Problem, draw_problem, filler, thought_for
+from text.problems import Problem, draw_problem, filler, some_of, thought_for
 from text.tokenizer import Tokenizer
 
 # ------------------------------------------------------------------------------ documents to read
@@ -139,13 +139,6 @@ def mixture(corpus: Corpus, config: Config, step: int, n_rows: int, seq_len: int
     fit, tokenizer, percent = config.warmup, corpus.tokenizer, corpus.held_out_percent
     rng = random.Random(f"warmup-{config.seed}-{step}" + f"-{split}" * (split != "train"))
 
-    def some_of(thought: list[int]) -> list[int]:
-        if rng.random() < fit.worked:
-            return thought
-        if rng.random() < 0.5:
-            return thought[: rng.randrange(1, len(thought))]
-        return tokenizer.encode(filler(rng))
-
     def draw(kind: str) -> Marked:
         if kind == "problem":
             problem = draw_problem(rng, split, percent, corpus.families)
@@ -161,7 +154,10 @@ def mixture(corpus: Corpus, config: Config, step: int, n_rows: int, seq_len: int
         while t < len(document):
             thoughts[t] = [] if rng.random() < 0.85 else tokenizer.encode(filler(rng))
             t += rng.randrange(1, 2 * fit.gap)
-        thoughts |= {t: some_of(thought) for t, thought in worked.items() if rng.random() < 0.75}
+        for t, thought in worked.items():
+            if rng.random() < 0.75:
+                some = some_of(thought, rng, fit.worked)
+                thoughts[t] = tokenizer.encode(filler(rng)) if some is None else some
         return place_thoughts(tokenizer, document, thoughts, rng.choice((0, config.rlp.back)))
 
     return pack(n_rows, seq_len, shares_of(config), draw, tokenizer.begin)

@@ -21,7 +21,7 @@ import functools
 import itertools
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from system.errors import require
@@ -210,11 +210,15 @@ def thought_for(problem: Problem, rng: random.Random, worked: float) -> str:
     Where nobody wrote a thought, filler."""
     if not problem.thought:
         return filler(rng)
+    steps = some_of(problem.steps, rng, worked)
+    return filler(rng) if steps is None else "".join(steps)
+
+
+def some_of(steps: Sequence, rng: random.Random, worked: float) -> Sequence | None:
+    """All steps with probability `worked`; else, evenly, the first ones, or None, for filler."""
     if rng.random() < worked:
-        return problem.thought
-    if rng.random() < 0.5:
-        return "".join(problem.steps[: rng.randint(1, len(problem.steps) - 1)])
-    return filler(rng)
+        return steps
+    return steps[: rng.randint(1, len(steps) - 1)] if rng.random() < 0.5 else None
 
 
 def filler(rng: random.Random) -> str:

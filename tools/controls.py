@@ -36,7 +36,7 @@ from system.files import read_json
 from system.rundir import load_model, load_run
 from text.corpus import Corpus
 from text.problems import LEVELS
-from thoughts import Sampling, prefill, sample_thoughts, score_context, score_thoughts, states_after
+from thoughts import Sampling, prefill, read_targets, sample_thoughts, score_context, states_after
 
 K = (1, 2, 4, 8, 16, 32)  # of pass@k; the largest is how many thoughts are sampled
 
@@ -180,18 +180,18 @@ def gated(model: HybridLM, base: HybridLM, corpus: Corpus, config: Config
 def both_ways(model: HybridLM, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
     """Of R sampled thoughts: the states without and after it, in a row, and log p of the target."""
     c, tokenizer, n, found = positions.config, positions.tokenizer, 32, []
-    thought_BGL = evals.measure_thoughts(
-        model, positions, c.rlp.temperature, c.eval.samples)["thought_BGL"]
+    G = c.eval.samples
+    own = evals.measure_thoughts(model, positions, c.rlp.temperature, G)
     for i, batch in enumerate(positions.batches(model, n)):
-        tokens_RL = thought_BGL[i * n : (i + 1) * n].flatten(0, 1).to(batch["ids_BT"].device)
+        tokens_RL = own["thought_BGL"][i * n : (i + 1) * n].flatten(0, 1).to(batch["ids_BT"].device)
         prefix = prefill(model, batch)
-        plain_B, _, _ = score_context(model, batch, tokenizer.tags, prefix)
-        thought_R, _ = score_thoughts(model, batch, tokenizer, tokens_RL, prefix)
-        plain, h_0 = (t.repeat_interleave(c.eval.samples, dim=0)
-                      for t in (plain_B, prefix.hidden_BD))
-        h_c = states_after(model, batch, tokenizer, tokens_RL, prefix)[:, 0]
-        found.append([t.cpu() for t in (torch.cat([h_0, h_c], dim=-1), plain, thought_R)])
-    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+        hidden_RXD = states_after(model, batch, tokenizer, tokens_RL, prefix)
+        target_RX = batch["target_BX"].repeat_interleave(G, dim=0)
+        thought_R, _ = read_targets(model, hidden_RXD, target_RX, tokenizer.tags)
+        h_0 = prefix.hidden_BD.repeat_interleave(G, dim=0)
+        found.append([t.cpu() for t in (torch.cat([h_0, hidden_RXD[:, 0]], dim=-1), thought_R)])
+    state_RE, thought_R = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return state_RE, own["logp_plain"].repeat_interleave(G), thought_R
 
 
 def mixed(logit_R: Tensor, plain_R: Tensor, thought_R: Tensor) -> Tensor:

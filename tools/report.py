@@ -43,7 +43,7 @@ def tables(folder: Path) -> dict[str, str]:
     found, shown = load(folder), folder / "rlp-cpu-seed0.txt"
     made = {"rlp": found["rlp-cpu"] and rlp_table(found),
             "elastic": found["elastic-cpu"] and elastic_table(found["elastic-cpu"]),
-            "positions": rivals.position_rows(found)[1:] and position_table(found),
+            "positions": found["rlp-computed"] and position_table(found),
             "rivals": (rows := rivals.lead_rows(found))[1:] and view.markdown(rows),
             "speed": speed_table(found["bench-cpu"]), "samples": shown.exists() and samples(shown)}
     return {name: text or "Not run." for name, text in made.items()}

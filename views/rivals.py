@@ -170,18 +170,16 @@ def hard_rows(found: Found, low: float = 0.3, high: float = 0.8) -> list[list[st
     default preset and of `computed`, which trains twice as long."""
     at = _controls(found)
     rows = [[f"greedy, base between {low} and {high}", "base", *COMPARED.values(), "RLP - base"]]
-    for kind, told in (("rlp-cpu", ""), ("rlp-computed", "preset computed: ")):
-        runs = found[f"controls-{kind}"]
-        for level, families in runs[0]["levels"].items() if runs else ():
-            for family in families:
-                path = f"levels/{level}/{family}/WHO"
-                base, ours = at(kind, path, "base"), at(kind, path)
-                if family != "all" and low <= statistics.mean(base.values()) <= high:
-                    others = [at(other if told == "" else other.replace("cpu", "computed"), path)
-                              for other in list(COMPARED)[1:]]
-                    rows.append([f"{told}{level}, {family}", *(
-                        spread(list(side.values())) for side in (base, ours, *others)),
-                        spread(difference(ours, base), "+.3f")])
+    for preset, told in (("cpu", ""), ("computed", "preset computed: ")):
+        kinds = [kind.replace("cpu", preset) for kind in COMPARED]
+        levels = next((run["levels"] for run in found[f"controls-{kinds[0]}"]), {})
+        for level, family in [(n, f) for n in levels for f in levels[n] if f != "all"]:
+            path = f"levels/{level}/{family}/WHO"
+            base, *sides = at(kinds[0], path, "base"), *(at(kind, path) for kind in kinds)
+            if low <= statistics.mean(base.values()) <= high:
+                rows.append([f"{told}{level}, {family}", *(
+                    spread(list(side.values())) for side in (base, *sides)),
+                    spread(difference(sides[0], base), "+.3f")])
     return rows
 
 
