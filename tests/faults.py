@@ -62,8 +62,6 @@ FAULTS = [
     Fault("thoughts_never_back", "text/batches.py", "rng.choice((0, config.rlp.back))", "0", "data"),
     Fault("all_results_have_thoughts", "text/batches.py", "if rng.random() < 0.75:", "if True:", "data"),
     Fault("thoughts_of_results_all_worked", "text/batches.py", "some_of(thought, rng, fit.worked)", "thought", "data"),
-    Fault("computed_documents_from_the_start", "text/batches.py", 'else {"text": text, "problem": 1 - text}',
-          "else shares_of(config)", "data"),
     Fault("questions_foretold", "text/batches.py", "tokenizer, problem, thought, foretell=False)",
           "tokenizer, problem, thought)", "data"),
     Fault("target_of_the_next_document", "text/batches.py", "(ids_BT[:, 1:] != ids_BT[:, :-1]) | ~wanted",
