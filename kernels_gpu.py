@@ -18,10 +18,12 @@ as torch's own (torch.set_float32_matmul_precision); states between chunks are i
 from __future__ import annotations  # `tl.constexpr` is no name where triton is missing
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from system.errors import require
 
@@ -107,10 +109,26 @@ def _card(t: Tensor) -> int:
 
 
 def _launch(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
-    """Starts a kernel on the card that holds its tensors; nothing where the grid is empty."""
-    if 0 not in grid:
+    """Starts a kernel on the card that holds its tensors; nothing where the grid is empty, or where
+    a compiler only asks for shapes."""
+    if not isinstance(arguments[0], FakeTensor) and 0 not in grid:
         with torch.cuda.device_of(arguments[0]):
             kernel[grid](*arguments, **constants)
+
+
+def constant(look: Callable) -> Callable:
+    """Compilers call this function instead of following it, and take what it returns for good. It
+    is `torch.compiler.assume_constant_result`, without the second that importing that takes."""
+    look._dynamo_marked_constant = True
+    return look
+
+
+def _operation(run: Callable) -> torch.library.CustomOpDef:
+    """`run` as an operation of PyTorch, which compilers do not look into. Where they ask what it
+    returns, the same code runs and launches nothing: shapes, strides and types come out right."""
+    operation = torch.library.custom_op(f"mamba2::{run.__name__}", run, mutates_args=())
+    operation.register_fake(run)
+    return operation
 
 
 def passed_file(device: torch.device, *case) -> tuple[Path, str]:
@@ -134,6 +152,7 @@ def _require_size(P: int, T: int) -> None:
                              f"these are {T}; pass them in parts, each with the state so far")
 
 
+@constant
 def precision() -> str:
     """Of products of fp32 numbers: three tf32 products are as good as fp32."""
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
@@ -331,69 +350,93 @@ def ssd_dbc_kernel(x, dt, a, b, c, ids, dy, states, dstates, db, dc, dda, stride
     _store(dc + (row * K + group) * N, q * (K * N), n, dc_QN, inside_Q, n < N)
 
 
-class TritonSSD(torch.autograd.Function):
-    """`states` walks along the chunks, `scan` does all at once; back: the mirror, `dx`, `dbc`."""
-
-    @staticmethod
-    def forward(ctx, x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN, d_H, state_BHPN, ids_BT):
-        """dt, a, d and the state in fp32, b and c in the dtype of x."""
-        (B, T, H, P), (K, N) = x_BTHP.shape, b_BTKN.shape[2:]
-        (x_BTHP, at_x), (b_BTKN, at_b), (c_BTKN, at_c) = _rows(x_BTHP), _rows(b_BTKN), _rows(c_BTKN)
-        ctx.sizes = {"H": H, "J": H // K, "P": P, "N": N, "Q": TILE, "PRECISION": precision()}
-        product = ctx.sizes["PRECISION"] if x_BTHP.dtype == torch.float32 else "half"
-        ctx.tiles = TILES[_card(x_BTHP), product]
-        ctx.strides = at_x, at_b, at_c, T
-        states_BCHPN, last_BHPN = _walk(
-            x_BTHP, dt_BTH, a_H, b_BTKN, ids_BT, state_BHPN, at_x, at_b, ctx, False)
-        y_BTHP = x_BTHP.new_empty(B, T, H, P)
-        _launch(
-            ssd_scan_kernel, (B * H, states_BCHPN.shape[1]), x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN,
-            d_H, ids_BT, states_BCHPN, y_BTHP, *ctx.strides, **ctx.sizes, P2=_tile(P),
-            N2=min(ctx.tiles[0], _tile(N)), num_warps=4, num_stages=1)
-        ctx.save_for_backward(x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN, d_H, ids_BT, states_BCHPN)
-        ctx.set_materialize_grads(False)
-        return y_BTHP, last_BHPN
-
-    @staticmethod
-    def backward(ctx, dy_BTHP, dlast_BHPN):
-        """Gradients of the first seven inputs. PyTorch adds up the parts that programs leave."""
-        x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN, d_H, ids_BT, states_BCHPN = ctx.saved_tensors
-        (B, C, H, P, N), (T, K), at_c = states_BCHPN.shape, b_BTKN.shape[1:3], ctx.strides[2]
-        dy_BTHP = x_BTHP.new_zeros(B, T, H, P) if dy_BTHP is None else dy_BTHP.contiguous()
-        dstates_BCHPN, dstate_BHPN = _walk(
-            dy_BTHP, dt_BTH, a_H, c_BTKN, ids_BT, dlast_BHPN, H * P, at_c, ctx, True)
-        dx_BTHP, ddt_BTH = torch.empty_like(dy_BTHP), torch.empty_like(dt_BTH)
-        dd_BCH = dt_BTH.new_empty(B, C, H)
-        _launch(
-            ssd_dx_kernel, (B * H, C), x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN, d_H, ids_BT, dy_BTHP,
-            dstates_BCHPN, dx_BTHP, ddt_BTH, dd_BCH, *ctx.strides, **ctx.sizes, P2=_tile(P),
-            N2=min(ctx.tiles[0], _tile(N)), num_warps=4 if P <= 64 else 8, num_stages=1)
-        P2, N2 = min(ctx.tiles[2], _tile(P)), min(ctx.tiles[3], _tile(N))
-        db_BTKN, dc_BTKN = x_BTHP.new_empty(2, B, T, K, N)
-        dda = dt_BTH.new_empty(triton.cdiv(N, N2), triton.cdiv(P, P2), B, T, H)
-        _launch(
-            ssd_dbc_kernel, (B * K, C, len(dda)), x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN, ids_BT,
-            dy_BTHP, states_BCHPN, dstates_BCHPN, db_BTKN, dc_BTKN, dda, *ctx.strides, **ctx.sizes,
-            P2=P2, N2=N2, num_warps=8, num_stages=1)
-        dda_BTH = dda.sum((0, 1))
-        ddt_BTH += dda_BTH * a_H
-        da_H, dd_H = (dda_BTH * dt_BTH).sum((0, 1)), dd_BCH.sum((0, 1))
-        return (dx_BTHP, ddt_BTH, da_H, db_BTKN, dc_BTKN, dd_H,
-                dstate_BHPN if ctx.needs_input_grad[6] else None, None)
+def _scan_sizes(x_BTHP: Tensor, b_BTKN: Tensor) -> tuple[dict, tuple[int, int, int, int]]:
+    """The constants of every kernel of a scan, and its row of TILES."""
+    (H, P), (K, N) = x_BTHP.shape[2:], b_BTKN.shape[2:]
+    product = precision() if x_BTHP.dtype == torch.float32 else "half"
+    sizes = {"H": H, "J": H // K, "P": P, "N": N, "Q": TILE, "PRECISION": precision()}
+    return sizes, TILES[_card(x_BTHP), product]
 
 
-def _walk(x_BTHP, dt_BTH, a_H, b_BTKN, ids_BT, first_BHPN, at_x, at_b, ctx, backward):
+def _walk(x_BTHP, dt_BTH, a_H, b_BTKN, ids_BT, first_BHPN, at_x, at_b, backward, sizes, tile):
     """States before the chunks in the dtype of x, the last one in fp32; or their gradients."""
     (B, T, H, P), N = x_BTHP.shape, b_BTKN.shape[-1]
     states_BCHPN = x_BTHP.new_empty(B, triton.cdiv(T, TILE), H, P, N)
     last_BHPN = dt_BTH.new_empty(B, H, P, N)
     first_BHPN = None if first_BHPN is None else first_BHPN.contiguous()
-    P2, N2 = (min(ctx.tiles[1], _tile(n)) for n in (P, N))
+    P2, N2 = (min(tile, _tile(n)) for n in (P, N))
     _launch(
         ssd_states_kernel, (B * H, triton.cdiv(P, P2), triton.cdiv(N, N2)), x_BTHP, dt_BTH, a_H,
-        b_BTKN, ids_BT, first_BHPN, states_BCHPN, last_BHPN, at_x, at_b, T, backward, **ctx.sizes,
+        b_BTKN, ids_BT, first_BHPN, states_BCHPN, last_BHPN, at_x, at_b, T, backward, **sizes,
         P2=P2, N2=N2, num_warps=4, num_stages=2)
     return states_BCHPN, last_BHPN
+
+
+@_operation
+def ssd_scan(x_BTHP: Tensor, dt_BTH: Tensor, a_H: Tensor, b_BTKN: Tensor, c_BTKN: Tensor,
+             d_H: Tensor, state_BHPN: Tensor | None, ids_BT: Tensor | None
+             ) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the last state, and the states before the chunks: `states` walks along these, `scan` does
+    all at once. dt, a, d and the state in fp32, b and c in the dtype of x."""
+    (x_BTHP, at_x), (b_BTKN, at_b), (c_BTKN, at_c) = _rows(x_BTHP), _rows(b_BTKN), _rows(c_BTKN)
+    (B, T, H, P), N = x_BTHP.shape, b_BTKN.shape[-1]
+    sizes, tiles = _scan_sizes(x_BTHP, b_BTKN)
+    states_BCHPN, last_BHPN = _walk(x_BTHP, dt_BTH, a_H, b_BTKN, ids_BT, state_BHPN, at_x, at_b,
+                                    False, sizes, tiles[1])
+    y_BTHP = x_BTHP.new_empty(B, T, H, P)
+    _launch(
+        ssd_scan_kernel, (B * H, states_BCHPN.shape[1]), x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN, d_H,
+        ids_BT, states_BCHPN, y_BTHP, at_x, at_b, at_c, T, **sizes, P2=_tile(P),
+        N2=min(tiles[0], _tile(N)), num_warps=4, num_stages=1)
+    return y_BTHP, last_BHPN, states_BCHPN
+
+
+@_operation
+def ssd_scan_gradients(x_BTHP: Tensor, dt_BTH: Tensor, a_H: Tensor, b_BTKN: Tensor, c_BTKN: Tensor,
+                       d_H: Tensor, ids_BT: Tensor | None, states_BCHPN: Tensor, dy_BTHP: Tensor,
+                       dlast_BHPN: Tensor | None
+                       ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of x, dt, a, b, c, d and the first state: the mirror of `states`, `dx`, `dbc`. PyTorch adds
+    up the parts that programs leave."""
+    (x_BTHP, at_x), (b_BTKN, at_b), (c_BTKN, at_c) = _rows(x_BTHP), _rows(b_BTKN), _rows(c_BTKN)
+    (B, C, H, P, N), (T, K) = states_BCHPN.shape, b_BTKN.shape[1:3]
+    sizes, tiles = _scan_sizes(x_BTHP, b_BTKN)
+    strides, dy_BTHP = (at_x, at_b, at_c, T), dy_BTHP.contiguous()
+    dstates_BCHPN, dstate_BHPN = _walk(dy_BTHP, dt_BTH, a_H, c_BTKN, ids_BT, dlast_BHPN, H * P,
+                                       at_c, True, sizes, tiles[1])
+    dx_BTHP, ddt_BTH = torch.empty_like(dy_BTHP), torch.empty_like(dt_BTH)
+    dd_BCH = dt_BTH.new_empty(B, C, H)
+    _launch(
+        ssd_dx_kernel, (B * H, C), x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN, d_H, ids_BT, dy_BTHP,
+        dstates_BCHPN, dx_BTHP, ddt_BTH, dd_BCH, *strides, **sizes, P2=_tile(P),
+        N2=min(tiles[0], _tile(N)), num_warps=4 if P <= 64 else 8, num_stages=1)
+    P2, N2 = min(tiles[2], _tile(P)), min(tiles[3], _tile(N))
+    db_BTKN, dc_BTKN = (x_BTHP.new_empty(B, T, K, N) for _ in "bc")
+    dda = dt_BTH.new_empty(triton.cdiv(N, N2), triton.cdiv(P, P2), B, T, H)
+    _launch(
+        ssd_dbc_kernel, (B * K, C, len(dda)), x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN, ids_BT, dy_BTHP,
+        states_BCHPN, dstates_BCHPN, db_BTKN, dc_BTKN, dda, *strides, **sizes, P2=P2, N2=N2,
+        num_warps=8, num_stages=1)
+    dda_BTH = dda.sum((0, 1))
+    ddt_BTH += dda_BTH * a_H
+    return (dx_BTHP, ddt_BTH, (dda_BTH * dt_BTH).sum((0, 1)), db_BTKN, dc_BTKN, dd_BCH.sum((0, 1)),
+            dstate_BHPN)
+
+
+def _save_scan(ctx, inputs, output) -> None:
+    *tensors, _, ids_BT = inputs
+    ctx.save_for_backward(*tensors, ids_BT, output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _scan_backward(ctx, dy_BTHP, dlast_BHPN, _):
+    x_BTHP = ctx.saved_tensors[0]
+    dy_BTHP = torch.zeros_like(x_BTHP) if dy_BTHP is None else dy_BTHP
+    *found, dstate_BHPN = ssd_scan_gradients(*ctx.saved_tensors, dy_BTHP, dlast_BHPN)
+    return (*found, dstate_BHPN if ctx.needs_input_grad[6] else None, None)
+
+
+ssd_scan.register_autograd(_scan_backward, setup_context=_save_scan)
 
 
 def ssd_triton(x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN, d_H, state_BHPN=None, ids_BT=None, chunk=64):
@@ -404,8 +447,8 @@ def ssd_triton(x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN, d_H, state_BHPN=None, ids_BT
     ids_BT = None if ids_BT is None else ids_BT.contiguous()
     b_BTKN, c_BTKN = b_BTKN.to(x_BTHP.dtype), c_BTKN.to(x_BTHP.dtype)
     a_H, d_H = a_H.float().contiguous(), d_H.float().contiguous()
-    return TritonSSD.apply(
-        x_BTHP, dt_BTH.contiguous(), a_H, b_BTKN, c_BTKN, d_H, state_BHPN, ids_BT)
+    return ssd_scan(
+        x_BTHP, dt_BTH.contiguous(), a_H, b_BTKN, c_BTKN, d_H, state_BHPN, ids_BT)[:2]
 
 
 @jit
@@ -427,13 +470,10 @@ def ssd_step_kernel(x, dt, a, b, c, d, first, last, y, stride_x, stride_b, strid
     tl.store(y + _program(0) * P + p, y_P.to(y.dtype.element_ty), mask=p < P)
 
 
-def ssd_step_triton(x_BHP, dt_BH, a_H, b_BKN, c_BKN, d_H, state_BHPN):
-    """`kernels.ssd_step_reference` in one kernel; with gradients it is a scan of one token."""
-    inputs = x_BHP, dt_BH, a_H, b_BKN, c_BKN, d_H, state_BHPN
-    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-        y_BTHP, state_BHPN = ssd_triton(
-            x_BHP[:, None], dt_BH[:, None], a_H, b_BKN[:, None], c_BKN[:, None], d_H, state_BHPN)
-        return y_BTHP[:, 0], state_BHPN
+@_operation
+def ssd_one_step(x_BHP: Tensor, dt_BH: Tensor, a_H: Tensor, b_BKN: Tensor, c_BKN: Tensor,
+                 d_H: Tensor, state_BHPN: Tensor) -> tuple[Tensor, Tensor]:
+    """y and the state after one token."""
     (B, H, P), (K, N) = x_BHP.shape, b_BKN.shape[1:]
     (x, at_x), (b, at_b), (c, at_c) = (_rows(t[:, None]) for t in (x_BHP, b_BKN, c_BKN))
     y_BHP, last_BHPN = x_BHP.new_empty(B, H, P), x_BHP.new_empty(B, H, P, N, dtype=torch.float32)
@@ -444,6 +484,16 @@ def ssd_step_triton(x_BHP, dt_BH, a_H, b_BKN, c_BKN, d_H, state_BHPN):
         last_BHPN, y_BHP, at_x, at_b, at_c, H=H, J=H // K, P=P, N=N, P2=16, N2=_tile(N),
         num_warps=4)
     return y_BHP, last_BHPN
+
+
+def ssd_step_triton(x_BHP, dt_BH, a_H, b_BKN, c_BKN, d_H, state_BHPN):
+    """`kernels.ssd_step_reference` in one kernel; with gradients it is a scan of one token."""
+    inputs = x_BHP, dt_BH, a_H, b_BKN, c_BKN, d_H, state_BHPN
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
+        return ssd_one_step(*inputs)
+    y_BTHP, state_BHPN = ssd_triton(
+        x_BHP[:, None], dt_BH[:, None], a_H, b_BKN[:, None], c_BKN[:, None], d_H, state_BHPN)
+    return y_BTHP[:, 0], state_BHPN
 
 
 # -------------------------------------------------------------------------------------- convolution
@@ -516,42 +566,55 @@ def conv_grad_kernel(x, weight, tail, ids, dy, dleft, dx, dw, stride_x, T, E, W:
     _store(dx + (batch * (T + W - 1) + z) * E, i * E, e, dx_ZE, z + i < T + W - 1, e < E)
 
 
-class TritonConv(torch.autograd.Function):
-    """The convolution and the inputs it leaves behind."""
+@_operation
+def convolution(x_BTE: Tensor, weight_EW: Tensor, bias_E: Tensor, tail_BYE: Tensor | None,
+                ids_BT: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The convolution and the inputs it leaves behind. Of one token too: the step of decoding."""
+    (B, T, E), W = x_BTE.shape, weight_EW.shape[1]
+    x_BTE, at_x = _rows(x_BTE)
+    y_BTE, left_BYE = x_BTE.new_empty(B, T, E), x_BTE.new_empty(B, W - 1, E)
+    T2 = min(CONV_TILE[0], triton.next_power_of_2(T))
+    _launch(
+        conv_kernel, (B * triton.cdiv(E, CONV_TILE[1]), triton.cdiv(T, T2)), x_BTE, weight_EW,
+        bias_E, tail_BYE, ids_BT, y_BTE, left_BYE, at_x, T, E, W=W, Y2=triton.next_power_of_2(W),
+        T2=T2, E2=CONV_TILE[1], num_warps=8)
+    return y_BTE, left_BYE
 
-    @staticmethod
-    def forward(ctx, x_BTE, weight_EW, bias_E, tail_BYE, ids_BT):
-        """Of one token too: then it is the step of decoding."""
-        (B, T, E), W = x_BTE.shape, weight_EW.shape[1]
-        x_BTE, at_x = _rows(x_BTE)
-        y_BTE, left_BYE = x_BTE.new_empty(B, T, E), x_BTE.new_empty(B, W - 1, E)
-        T2 = min(CONV_TILE[0], triton.next_power_of_2(T))
-        _launch(
-            conv_kernel, (B * triton.cdiv(E, CONV_TILE[1]), triton.cdiv(T, T2)), x_BTE, weight_EW,
-            bias_E, tail_BYE, ids_BT, y_BTE, left_BYE, at_x, T, E, W=W,
-            Y2=triton.next_power_of_2(W), T2=T2, E2=CONV_TILE[1], num_warps=8)
-        ctx.save_for_backward(x_BTE, weight_EW, tail_BYE, ids_BT)
-        ctx.at_x = at_x
-        ctx.set_materialize_grads(False)
-        return y_BTE, left_BYE
 
-    @staticmethod
-    def backward(ctx, dy_BTE, dleft_BYE):
-        """Gradients of the inputs, the weights, the bias and the tail."""
-        x_BTE, weight_EW, tail_BYE, ids_BT = ctx.saved_tensors
-        (B, T, E), W = x_BTE.shape, weight_EW.shape[1]
-        dy_BTE = x_BTE.new_zeros(B, T, E) if dy_BTE is None else dy_BTE.contiguous()
-        dleft_BYE = None if dleft_BYE is None else dleft_BYE.contiguous()
-        dx_BZE = x_BTE.new_empty(B, T + W - 1, E)
-        n_tiles = triton.cdiv(T + W - 1, CONV_TILE[0])
-        dw = x_BTE.new_empty(B * n_tiles, W + 1, E, dtype=torch.float32)
-        _launch(
-            conv_grad_kernel, (B * triton.cdiv(E, CONV_TILE[1]), n_tiles), x_BTE, weight_EW,
-            tail_BYE, ids_BT, dy_BTE, dleft_BYE, dx_BZE, dw, ctx.at_x, T, E, W=W, T2=CONV_TILE[0],
-            E2=CONV_TILE[1], num_warps=8)
-        dw = dw.sum(0).to(weight_EW.dtype)
-        return (dx_BZE[:, W - 1 :], dw[:W].t(), dw[W],
-                None if tail_BYE is None else dx_BZE[:, : W - 1], None)
+@_operation
+def convolution_gradients(x_BTE: Tensor, weight_EW: Tensor, tail_BYE: Tensor | None,
+                          ids_BT: Tensor | None, dy_BTE: Tensor, dleft_BYE: Tensor | None
+                          ) -> tuple[Tensor, Tensor]:
+    """Of the tail and x, one behind the other; of the weights and the bias, [W + 1, E] in fp32."""
+    (B, T, E), W = x_BTE.shape, weight_EW.shape[1]
+    (x_BTE, at_x), dy_BTE = _rows(x_BTE), dy_BTE.contiguous()
+    dleft_BYE = None if dleft_BYE is None else dleft_BYE.contiguous()
+    dx_BZE = x_BTE.new_empty(B, T + W - 1, E)
+    n_tiles = triton.cdiv(T + W - 1, CONV_TILE[0])
+    dw = x_BTE.new_empty(B * n_tiles, W + 1, E, dtype=torch.float32)
+    _launch(
+        conv_grad_kernel, (B * triton.cdiv(E, CONV_TILE[1]), n_tiles), x_BTE, weight_EW, tail_BYE,
+        ids_BT, dy_BTE, dleft_BYE, dx_BZE, dw, at_x, T, E, W=W, T2=CONV_TILE[0], E2=CONV_TILE[1],
+        num_warps=8)
+    return dx_BZE, dw.sum(0)
+
+
+def _save_convolution(ctx, inputs, output) -> None:
+    x_BTE, weight_EW, _, tail_BYE, ids_BT = inputs
+    ctx.save_for_backward(x_BTE, weight_EW, tail_BYE, ids_BT)
+    ctx.set_materialize_grads(False)
+
+
+def _convolution_backward(ctx, dy_BTE, dleft_BYE):
+    x_BTE, weight_EW, tail_BYE, _ = ctx.saved_tensors
+    dy_BTE, W = torch.zeros_like(x_BTE) if dy_BTE is None else dy_BTE, weight_EW.shape[1]
+    dx_BZE, dw = convolution_gradients(*ctx.saved_tensors, dy_BTE, dleft_BYE)
+    dw = dw.to(weight_EW.dtype)
+    return (dx_BZE[:, W - 1 :], dw[:W].t(), dw[W],
+            None if tail_BYE is None else dx_BZE[:, : W - 1], None)
+
+
+convolution.register_autograd(_convolution_backward, setup_context=_save_convolution)
 
 
 def causal_conv_triton(x_BTE, weight_EW, bias_E, tail_BYE=None, ids_BT=None):
@@ -563,7 +626,7 @@ def causal_conv_triton(x_BTE, weight_EW, bias_E, tail_BYE=None, ids_BT=None):
         return x_BTE, zeros_BYE if tail_BYE is None else tail_BYE
     ids_BT = None if ids_BT is None else ids_BT.contiguous()
     weight_EW, bias_E = weight_EW.contiguous(), bias_E.contiguous()
-    return TritonConv.apply(x_BTE, weight_EW, bias_E, tail_BYE, ids_BT)
+    return convolution(x_BTE, weight_EW, bias_E, tail_BYE, ids_BT)
 
 
 # ---------------------------------------------------------------- gated norm, passes over logits
@@ -613,40 +676,49 @@ def norm_grad_kernel(y, z, weight, dout, dy, dz, dw, stride_y, stride_z, n_rows,
     tl.store(dw + _program(0) * I + group * GROUP + i, dw_I, mask=i < GROUP)
 
 
-class TritonNorm(torch.autograd.Function):
-    """The gate and the grouped norm. The backward pass computes the statistics again."""
+@_operation
+def norm(y_BTI: Tensor, z_BTI: Tensor, weight_I: Tensor, n_groups: int, eps: float) -> Tensor:
+    """The gate and the grouped norm: a program for each token and group."""
+    B, T, I = y_BTI.shape
+    (y_BTI, at_y), (z_BTI, at_z), size = _rows(y_BTI), _rows(z_BTI), I // n_groups
+    out_BTI = y_BTI.new_empty(B, T, I)
+    _launch(
+        norm_kernel, (B * T, n_groups), y_BTI, z_BTI, weight_I, out_BTI, at_y, at_z, I, eps,
+        GROUP=size, I2=triton.next_power_of_2(size), num_warps=4 if size <= 2048 else 8)
+    return out_BTI
 
-    @staticmethod
-    def forward(ctx, y_BTI, z_BTI, weight_I, n_groups, eps):
-        """A program for each token and group."""
-        B, T, I = y_BTI.shape
-        (y_BTI, at_y), (z_BTI, at_z) = _rows(y_BTI), _rows(z_BTI)
-        size, I2 = I // n_groups, triton.next_power_of_2(I // n_groups)
-        ctx.sizes = {"GROUP": size, "I2": I2, "num_warps": 4 if size <= 2048 else 8}
-        ctx.rest = at_y, at_z, n_groups, eps
-        ctx.save_for_backward(y_BTI, z_BTI, weight_I)
-        out_BTI = y_BTI.new_empty(B, T, I)
-        _launch(norm_kernel, (B * T, n_groups), y_BTI, z_BTI, weight_I, out_BTI, at_y, at_z, I,
-                eps, **ctx.sizes)
-        return out_BTI
 
-    @staticmethod
-    def backward(ctx, dout_BTI):
-        """Gradients of y, z and the weights."""
-        y_BTI, z_BTI, weight_I = ctx.saved_tensors
-        (B, T, I), (at_y, at_z, n_groups, eps) = y_BTI.shape, ctx.rest
-        dy_BTI, dz_BTI = y_BTI.new_empty(B, T, I), z_BTI.new_empty(B, T, I)
-        n_tiles = triton.cdiv(B * T, NORM_ROWS)
-        dw = y_BTI.new_empty(n_tiles, I, dtype=torch.float32)
-        _launch(
-            norm_grad_kernel, (n_tiles, n_groups), y_BTI, z_BTI, weight_I, dout_BTI.contiguous(),
-            dy_BTI, dz_BTI, dw, at_y, at_z, B * T, I, eps, T2=NORM_ROWS, **ctx.sizes)
-        return dy_BTI, dz_BTI, dw.sum(0).to(weight_I.dtype), None, None
+@_operation
+def norm_gradients(y_BTI: Tensor, z_BTI: Tensor, weight_I: Tensor, n_groups: int, eps: float,
+                   dout_BTI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of y, z and the weights, with the statistics computed again."""
+    B, T, I = y_BTI.shape
+    (y_BTI, at_y), (z_BTI, at_z), size = _rows(y_BTI), _rows(z_BTI), I // n_groups
+    dy_BTI, dz_BTI = y_BTI.new_empty(B, T, I), z_BTI.new_empty(B, T, I)
+    n_tiles = triton.cdiv(B * T, NORM_ROWS)
+    dw = y_BTI.new_empty(n_tiles, I, dtype=torch.float32)
+    _launch(
+        norm_grad_kernel, (n_tiles, n_groups), y_BTI, z_BTI, weight_I, dout_BTI.contiguous(),
+        dy_BTI, dz_BTI, dw, at_y, at_z, B * T, I, eps, T2=NORM_ROWS, GROUP=size,
+        I2=triton.next_power_of_2(size), num_warps=4 if size <= 2048 else 8)
+    return dy_BTI, dz_BTI, dw.sum(0).to(weight_I.dtype)
+
+
+def _save_norm(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.rest = inputs[3:]
+
+
+def _norm_backward(ctx, dout_BTI):
+    return (*norm_gradients(*ctx.saved_tensors, *ctx.rest, dout_BTI), None, None)
+
+
+norm.register_autograd(_norm_backward, setup_context=_save_norm)
 
 
 def gated_norm_triton(y_BTI, z_BTI, weight_I, n_groups, eps):
     """`kernels.gated_norm_reference` from Triton kernels."""
-    return TritonNorm.apply(y_BTI, z_BTI, weight_I.contiguous(), n_groups, eps)
+    return norm(y_BTI, z_BTI, weight_I.contiguous(), n_groups, eps)
 
 
 @jit

@@ -18,6 +18,7 @@ from test_kernels import conv_inputs, conv_torch, run
 
 import kernels
 import kernels_gpu
+from model import attention_mask
 from system.config import ModelConfig
 from views import estimate
 
@@ -341,6 +342,73 @@ def test_a_banned_token_has_log_probability_minus_infinity_and_no_gradient_of_it
     assert logp_T[1].isfinite()
     assert (weight_VD.grad[3] == 0).all()
     assert weight_VD.grad.isfinite().all()
+
+
+# --------------------------------------------------------------------------------------------------- compilers
+
+OPERATIONS = [name for name, value in vars(kernels_gpu).items() if isinstance(value, torch.library.CustomOpDef)]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_operations_keep_what_compilers_rely_on(packed, monkeypatch):
+    """PyTorch's own check of each: its schema, shapes and strides without data, gradients, and sizes that vary."""
+    calls = []
+    for name in OPERATIONS:
+        operation = getattr(kernels_gpu, name)
+
+        def recorded(*args, operation=operation):
+            calls.append((operation, args))
+            return operation(*args)
+
+        monkeypatch.setattr(kernels_gpu, name, recorded)
+    options = {"ids_BT": torch.tensor([[-1] * 3 + [0] * 40 + [1] * 24, [0] * 67])} if packed else {}
+    norm = as_pair(functools.partial(kernels.gated_norm_triton, n_groups=2, eps=0.1))
+    for route, inputs, given in (
+        (kernels.ssd_triton, ssd_inputs(67, with_state=packed), options),
+        (kernels.causal_conv_triton, conv_inputs(67, 4, packed), options),
+        (norm, norm_inputs(), {}),
+    ):
+        run(route, {name: t.float() for name, t in inputs.items()}, **given)
+    token = {k.replace("T", ""): t[:, 0] if "T" in k else t for k, t in ssd_inputs(1).items()}
+    with torch.no_grad():
+        kernels.ssd_step_triton(**{name: t.float() for name, t in token.items()})
+    monkeypatch.undo()
+    assert {operation._name for operation, _ in calls} == set(OPERATIONS)
+    for operation, args in calls:
+        grad = not operation._name.endswith("_gradients")
+        copies = [t.detach().clone().requires_grad_(grad and t.requires_grad) if isinstance(t, torch.Tensor) else t
+                  for t in args]  # fmt: skip
+        torch.library.opcheck(operation, copies)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", ["M", "*", "-"])
+def test_a_step_of_a_block_is_one_graph(kind, packed, make_model, triton_everywhere):
+    """`fullgraph` raises at the first break. Values and gradients are those of the block as it is."""
+    block = make_model(pattern="M" + kind).float().layers[1]
+    x_BTD, ids_BT = torch.randn(2, 9, 8), torch.tensor([[-1] * 2 + [0] * 7, [0] * 4 + [1] * 5])
+    mask = attention_mask(ids_BT, 9, 0, ids_BT.device)
+    context = None if not packed else mask if kind == "*" else ids_BT
+
+    def step(forward):
+        x = x_BTD.clone().requires_grad_()
+        y_BTD, left = forward(x, None, context)
+        loss = y_BTD.square().sum() + sum(t.float().sum() for t in left)
+        return y_BTD, *torch.autograd.grad(loss, [x, *block.parameters()])
+
+    compiled = torch.compile(block.run, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(step(compiled), step(block.run), rtol=1e-5, atol=1e-6)
+
+
+def test_the_check_of_a_card_breaks_no_graph(tmp_path, monkeypatch):
+    """It is made while the compiler follows the call, and what it found is a constant of the graph."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernels._scan_fault.cache_clear()
+    inputs = {name: t.float() for name, t in ssd_inputs(9).items()}
+    compiled = torch.compile(lambda **inputs: (inputs["d_H"] + 1, kernels.ssd_fault(**inputs)), fullgraph=True,
+                             backend="eager")  # fmt: skip
+    assert compiled(**inputs)[1] == ""
+    assert len(list(tmp_path.glob("passed-*"))) == 1
 
 
 # ---------------------------------------------------------------------------------------------------- together

@@ -66,6 +66,9 @@ def twice_problem(rng):
 
 def no_problem_at_all(rng):
     return None
+
+def _worked_problem(question, answer):
+    return None
 """
 
 

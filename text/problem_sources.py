@@ -94,7 +94,7 @@ def _one_of(problems: list[Problem], rng: random.Random) -> Problem:
 
 
 def _of_functions(file: Path) -> Families:
-    """Every function NAME_problem in a Python file is the family NAME.
+    """Every function NAME_problem in a Python file is the family NAME; _NAME_problem is a helper.
 
     It takes a random.Random, draws from that alone, and returns a `text.problems.Problem`, as those
     of problems.py do. Family: NAME, whatever the problem says. Answer and steps begin with a space.
@@ -107,7 +107,7 @@ def _of_functions(file: Path) -> Families:
     _run(file, lambda: spec.loader.exec_module(module))
     return {name.removesuffix("_problem"): functools.partial(_made_by, file, name, function)
             for name, function in vars(module).items()
-            if name.endswith("_problem") and callable(function)}
+            if name.endswith("_problem") and not name.startswith("_") and callable(function)}
 
 
 def _made_by(file: Path, name: str, function: Callable[[random.Random], Problem],
