@@ -46,11 +46,33 @@ class KeyValues(NamedTuple):
         return KeyValues(*map(append, self, new))
 
 
+class Fixed(NamedTuple):
+    """Keys and values, [B, K, U, P] each, in memory that stays where it is: there is room for U
+    tokens, and the next one is written in place. No size hangs on how many there are, nor does the
+    processor know that, so a card can replay the step (`thoughts.Decoder`)."""
+
+    keys: Tensor
+    values: Tensor
+    first: int  # place in the sequence of what is first here
+    next_1: Tensor  # that of the next token: all layers read this one
+
+    @property
+    def n_tokens(self) -> Tensor:
+        """How many there are."""
+        return self.next_1 - self.first
+
+    def append(self, new: KeyValues) -> "Fixed":
+        """This, with those of the next token behind the others."""
+        for room, t in zip((self.keys, self.values), new, strict=True):
+            room.index_copy_(2, self.n_tokens, t)
+        return self
+
+
 class Forked(NamedTuple):
     """Keys and values of R rows, the forks of B contexts: what forks share is kept once."""
 
     shared: KeyValues  # of the contexts, [B, K, S, P]
-    own: KeyValues  # of what came after the fork, [R, K, U, P]
+    own: KeyValues | Fixed  # of what came after the fork, [R, K, U, P]
     place_R: Tensor  # row r is fork number place % n of context place // n; no two are alike
     n: int
 
@@ -82,6 +104,11 @@ class Forked(NamedTuple):
     def append(self, new: KeyValues) -> "Forked":
         """With those of the next tokens behind them."""
         return self._replace(own=self.own.append(new))
+
+    def with_room(self, n: int, next_1: Tensor) -> "Forked":
+        """Right after the fork: with room for the next n tokens."""
+        keys, values = (t.new_zeros(*t.shape[:2], n, t.shape[3]) for t in self.own)
+        return self._replace(own=Fixed(keys, values, self.shared.n_tokens, next_1))
 
 
 class Attention(nn.Module):
@@ -199,12 +226,16 @@ def append(past_BKUP: Tensor, new_BKTP: Tensor) -> Tensor:
     return all_BKSP
 
 
-def attention_mask(ids_BS: Tensor | None, n_tokens: int, n_cached: int,
+def attention_mask(ids_BS: Tensor | None, n_tokens: int, n_cached: int | Tensor,
                    device: torch.device) -> Tensor | None:
     """True where query t may read position s: of the same document, and not later.
     ids_BS: document ids of the cached positions and the new tokens (-1 padding), None for one
-    document without padding. Returns [B or 1, 1, T, S], or None where plain causality says it all.
-    A padded query sees padding only, so that its row is finite."""
+    document without padding. n_cached: as a tensor [1], where there is room for later tokens and
+    each is of the last document. Returns [B or 1, 1, T, S], or None where plain causality says it
+    all. A padded query sees padding only, so that its row is finite."""
+    if isinstance(n_cached, Tensor):
+        is_there_S = torch.arange(ids_BS.shape[1], device=device) <= n_cached
+        return ((ids_BS == ids_BS[:, -1:]) & is_there_S)[:, None, None]
     if ids_BS is None and (n_cached == 0 or n_tokens == 1):
         return None
     size = n_tokens, n_cached + n_tokens
@@ -214,22 +245,25 @@ def attention_mask(ids_BS: Tensor | None, n_tokens: int, n_cached: int,
     return mask[:, None]
 
 
-def rope(x_BHTP: Tensor, start: int, theta: float, scaling: RopeScaling = UNSCALED) -> Tensor:
+def rope(x_BHTP: Tensor, start: int | Tensor, theta: float, scaling: RopeScaling = UNSCALED
+         ) -> Tensor:
     """Rotate channel pairs (i, i + P/2) of token t by (start + t) f_i, f of `frequencies` (arXiv
     2104.09864, eq. 34), times the scaling's amplitude. Scores depend on differences of positions
     only: left padding and packing need no own positions."""
     T, P = x_BHTP.shape[-2:]
-    cos_TP, sin_TP = rope_tables(start, T, P, theta, scaling, x_BHTP.dtype, x_BHTP.device)
+    tables = rope_tables.__wrapped__ if isinstance(start, Tensor) else rope_tables
+    cos_TP, sin_TP = tables(start, T, P, theta, scaling, x_BHTP.dtype, x_BHTP.device)
     left, right = x_BHTP.chunk(2, dim=-1)
     return x_BHTP * cos_TP + torch.cat([-right, left], dim=-1) * sin_TP
 
 
 @functools.lru_cache(maxsize=2)
-def rope_tables(start: int, T: int, P: int, theta: float, scaling: RopeScaling, dtype: torch.dtype,
-                device: torch.device) -> tuple[Tensor, Tensor]:
+def rope_tables(start: int | Tensor, T: int, P: int, theta: float, scaling: RopeScaling,
+                dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines of `rope`, made once for all layers of a pass."""
     like = {"device": device, "dtype": torch.promote_types(dtype, torch.float32)}
-    angle = torch.arange(start, start + T, **like)[:, None] * frequencies(P, theta, scaling, **like)
+    place_T = start + torch.arange(T, **like)
+    angle = place_T[:, None] * frequencies(P, theta, scaling, **like)
     cos_TP, sin_TP = (torch.cat([t * scaling.amplitude] * 2, dim=-1).to(dtype)
                       for t in (angle.cos(), angle.sin()))
     return cos_TP, sin_TP

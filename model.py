@@ -95,10 +95,11 @@ MIXERS = {"M": Mamba2, "*": Attention, "-": FeedForward}
 class Cache:
     """The `LanguageCache` of a `HybridLM`.
     layers: a tuple per layer. `*`: attention's `KeyValues`, or `Forked`; `M`: the convolution's
-    tail [B, W-1, E] and the state [B, H, P, N]; `-`: nothing. ids_BS: None if none is padded."""
+    tail [B, W-1, E] and the state [B, H, P, N]; `-`: nothing. ids_BS: None if none is padded.
+    With room for tokens to come, n_tokens is a tensor [1] and ids_BS has their places too."""
 
     layers: list[tuple[Tensor, ...]]
-    n_tokens: int
+    n_tokens: int | Tensor
     ids_BS: Tensor | None = None
 
     def select(self, rows: Tensor) -> "Cache":
@@ -114,6 +115,26 @@ class Cache:
                   tuple(t.repeat_interleave(n, dim=0) for t in layer) for layer in self.layers]
         ids_BS = None if self.ids_BS is None else self.ids_BS.repeat_interleave(n, dim=0)
         return Cache(layers, self.n_tokens, ids_BS)
+
+    def with_room(self, feed_R: Tensor, n: int) -> "Cache":
+        """Of a cache that was just forked: one of its own memory, for n tokens more (feed_R and so
+        on), one at a time and without gradients. `overwrite` it with what follows each."""
+        next_1 = torch.full((1,), self.n_tokens, device=feed_R.device)
+        layers = [layer.with_room(n, next_1) if isinstance(layer, Forked) else
+                  tuple(t.clone() for t in layer) for layer in self.layers]
+        old = self.ids_BS
+        if old is None:
+            old = feed_R.new_zeros(len(feed_R), self.n_tokens)
+        more = old[:, -1:].clamp(min=0).expand(-1, n)
+        return Cache(layers, next_1, torch.cat([old, more], dim=1))
+
+    def overwrite(self, left: "Cache") -> None:
+        """Go on to the cache after the next token, in this one's memory."""
+        for layer, new in zip(self.layers, left.layers, strict=True):
+            if not isinstance(layer, Forked):  # these have written in place
+                for t, t_new in zip(layer, new, strict=True):
+                    t.copy_(t_new)
+        self.n_tokens += 1
 
 
 Part = Callable[..., Any]  # runs in place of a module: given that, and what that would be given
@@ -213,6 +234,8 @@ def _join_ids(ids_BT: Tensor | None, cache: Cache | None, tokens_BT: Tensor) -> 
     old = None if cache is None else cache.ids_BS
     if cache is None or (ids_BT is None and old is None):
         return ids_BT
+    if isinstance(cache.n_tokens, Tensor):
+        return old
     if ids_BT is None:
         ids_BT = old[:, -1:].clamp(min=0).expand(tokens_BT.shape)
     old = ids_BT.new_zeros(len(tokens_BT), cache.n_tokens) if old is None else old

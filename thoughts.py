@@ -5,6 +5,7 @@ tokens for each of G thoughts, closes them, and reads log p(x_t | x_<t, c) from 
 closing tag: scoring costs no forward pass of its own. Rows that are done leave the batch.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from kernels import mask_banned, token_logp, wide
 from model import Cache, HybridLM
 from system import parallel
 from system.config import RLPConfig
+from system.errors import require
 from text.tokenizer import Tokenizer
 
 
@@ -81,11 +83,12 @@ def sample_thoughts(model: HybridLM, batch: dict[str, Tensor], tokenizer: Tokeni
     # For each row in the batch: whose thought it is, what it is fed next, where it stands.
     rows = torch.arange(R, device=device)
     feed, phase = torch.full_like(rows, think), torch.full_like(rows, THINKING)
+    n_steps, graphs = L + n_read + (n_read > 0), parallel.team.settings.cuda_graphs
+    decode = Replayed(model, cache, feed, n_steps) if graphs else Growing(model, cache)
 
-    for step in range(L + n_read + (n_read > 0)):
+    for step in range(n_steps):
         # 2. Feed every row its next token, and sample one. It counts where the row is thinking.
-        hidden_r1D, cache = model(feed[:, None], cache)
-        hidden_rD = hidden_r1D[:, 0]
+        hidden_rD = decode(feed)
         logits_rV = model.logits(hidden_rD)
         uniform_R1 = torch.rand(R, 1, generator=generator, device=device)  # whoever is still there
         token, logp = sample(logits_rV, (think,), temperature, uniform_R1[rows])
@@ -115,9 +118,10 @@ def sample_thoughts(model: HybridLM, batch: dict[str, Tensor], tokenizer: Tokeni
             n_busy = int(busy.sum())
             if n_busy == 0:
                 break
-            if n_busy <= 0.8 * len(rows):
+            if n_busy <= 0.8 * len(rows) and not graphs:
                 live = busy.nonzero()[:, 0]
-                rows, feed, phase, cache = rows[live], feed[live], phase[live], cache.select(live)
+                rows, feed, phase = rows[live], feed[live], phase[live]
+                decode.cache = decode.cache.select(live)
 
     # 6. Score the targets.
     longest = int(length_R.max())
@@ -128,6 +132,58 @@ def sample_thoughts(model: HybridLM, batch: dict[str, Tensor], tokenizer: Tokeni
             model, batch, tokenizer, tokens_RL[:, :longest], prefix)
     return Thoughts(tokens_RL[:, :longest], logp_RL[:, :longest], length_R, closed_R,
                     logp_target_R, answer_RX, logp_plain_B, answer_plain_BX)
+
+
+@dataclass
+class Growing:
+    """One more token for each row, hidden_RD = decode(feed_R), behind a cache that grows."""
+
+    model: HybridLM
+    cache: Cache
+
+    def __call__(self, feed_R: Tensor) -> Tensor:
+        """The states after these tokens."""
+        hidden_R1D, self.cache = self.model(feed_R[:, None], self.cache)
+        return hidden_R1D[:, 0]
+
+
+class Replayed:
+    """The same in memory that stays where it is: the first token runs as it is, the second is
+    recorded as a CUDA graph, and every token from there on is one launch of that. So rows cannot be
+    dropped, and what a call returned is overwritten by the next."""
+
+    def __init__(self, model: HybridLM, cache: Cache, feed_R: Tensor, n_tokens: int):
+        require(isinstance(cache, Cache), "parallel.cuda_graphs replays a HybridLM, and this model "
+                                          f"is a {type(model).__name__}; leave it out")
+        self.model, self.cache = model, cache.with_room(feed_R, n_tokens)
+        self.feed_R, self.run, self.n_calls = feed_R.clone(), self.step, 0
+
+    def __call__(self, feed_R: Tensor) -> Tensor:
+        """The states after these tokens."""
+        self.feed_R.copy_(feed_R)
+        if self.n_calls == 1:  # what a first call compiles or chooses is there now
+            self.run = record(self.step)
+        self.n_calls += 1
+        return self.run()
+
+    def step(self) -> Tensor:
+        """What is recorded: no size, place or branch in it hangs on a value."""
+        hidden_R1D, left = self.model(self.feed_R[:, None], self.cache)
+        self.cache.overwrite(left)
+        return hidden_R1D[:, 0]
+
+
+def record(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """What `step` launches on the card, recorded without being run; running it is a call."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        found = step()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return found
+
+    return replay
 
 
 class Prefix(NamedTuple):

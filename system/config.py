@@ -471,6 +471,9 @@ class ParallelConfig(Settings):
     # Compile each block for the updates of pretrain and cpt: a CPU needs a C++ compiler for that.
     # Others run uncompiled: rlp would compile again for every length.
     compile: bool = False
+    # Sample thoughts by replaying a CUDA graph for each token. No card has run this yet; what it is
+    # worth there, `python -m tools.gpu_check` measures.
+    cuda_graphs: bool = False
     # Seconds after which a process that does not answer counts as lost.
     timeout_s: Annotated[int, at_least(1, "; 1800 is usual")] = 1800
 

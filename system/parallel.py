@@ -42,6 +42,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from system import lora
 from system.config import FitConfig, ParallelConfig
 from system.costs import count_parameters
+from system.errors import require
 
 FSDP_FROM = 500_000_000  # parameters from which mode "auto" shards
 
@@ -65,7 +66,9 @@ team = Team(0, 1, torch.device("cpu"), ParallelConfig())
 
 def start(settings: ParallelConfig, device: torch.device) -> torch.device:
     """Join the processes that torchrun started. Returns this one's device, of the type given.
-    Raises ValueError if there are more processes than GPUs on a machine."""
+    Raises ValueError if there are more processes than GPUs on a machine, or none for its graphs."""
+    require(not settings.cuda_graphs or device.type == "cuda",
+            f"parallel.cuda_graphs needs a GPU, and this run is on {device.type}; leave it out")
     defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
     rank, world, local = (int(os.environ.get(name, value)) for name, value in defaults.items())
     if device.type == "cuda" and world > 1:

@@ -12,7 +12,8 @@ from torch.testing import assert_close
 
 import generate
 import thoughts
-from system.config import RLPConfig
+from system import parallel
+from system.config import ParallelConfig, RLPConfig
 from thoughts import Sampling, Thoughts, prefill, sample, sample_thoughts, score_thoughts
 from tools.gpu_check import Waits
 
@@ -379,6 +380,65 @@ def test_a_card_is_waited_for_once_in_eight_tokens(make_model, monkeypatch, hori
         found = sample_thoughts(model, batch, TOKENIZER, Sampling(G, 40), torch.Generator().manual_seed(0), forced_Rl)
     assert found.length_R.tolist() == [40] * 3 * G
     assert counted.n <= 40 // 8 + 4
+
+
+def compiled_once(step):
+    """In place of a CUDA graph: raises where the step is no single graph, and where a value of a token changes it."""
+
+    def run():
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            return one_graph()
+
+    torch._dynamo.reset()
+    one_graph = torch.compile(step, fullgraph=True, dynamic=False, backend="eager")
+    return run
+
+
+@pytest.mark.parametrize("recorder", [lambda step: step, compiled_once])
+@pytest.mark.parametrize(("horizon", "back"), [(1, None), (3, [3, 0, 3])])
+@pytest.mark.parametrize("changes", [{"pattern": "M-*"}, {"pattern": "*", "rope_theta": 100.0, "qk_norm": True}], ids=str)
+def test_a_replayed_step_says_what_a_growing_cache_says(make_model, monkeypatch, changes, horizon, back, recorder):
+    model, batch = make_model(**changes), batch_of(CONTEXTS, TARGETS, horizon, back)
+    found = []
+    for graphs in (False, True):
+        monkeypatch.setattr(parallel.team, "settings", ParallelConfig(cuda_graphs=graphs))
+        monkeypatch.setattr(thoughts, "record", recorder)
+        found.append(vars(sample_thoughts(model, batch, TOKENIZER, Sampling(G, N), torch.Generator().manual_seed(1))))
+    assert len(set(found[0]["length_R"].tolist())) > 2
+    assert_close(found[1], found[0], **NEAR)
+
+
+def test_a_step_is_recorded_once_after_a_first_one_and_waits_for_nothing(make_model, monkeypatch):
+    """Two tokens of the same step take the same memory: recorded, they would be right wherever they run."""
+    model, places, counts = make_model(pattern="M*"), [], []
+
+    def record(step):
+        counts.append(len(places))
+        return step
+
+    monkeypatch.setattr(thoughts, "record", record)
+    with torch.no_grad():
+        _, cache = model(torch.tensor([[1, 2, 3]]))
+        growing = thoughts.Growing(model, cache.fork(4))
+        decode = thoughts.Replayed(model, cache.fork(4), torch.arange(4), 5)
+        for token in range(5):
+            feed_R = torch.arange(4) + token
+            with Waits() as counted:
+                hidden_RD = decode(feed_R)
+            assert counted.n == 0
+            assert_close(hidden_RD, growing(feed_R), **NEAR)
+            (tail, state), keys = decode.cache.layers
+            places.append([t.data_ptr() for t in (tail, state, *keys.own[:2], decode.feed_R, decode.cache.n_tokens)])
+    assert counts == [1]
+    assert places == places[:1] * 5
+    assert decode.cache.n_tokens.tolist() == [8]
+
+
+def test_graphs_are_refused_without_a_card_and_for_models_of_another_make():
+    with pytest.raises(ValueError, match=r"parallel.cuda_graphs needs a GPU, and this run is on cpu; leave it out"):
+        parallel.start(ParallelConfig(cuda_graphs=True), torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"replays a HybridLM, and this model is a SimpleNamespace"):
+        thoughts.Replayed(SimpleNamespace(), None, torch.zeros(1), 1)
 
 
 def test_a_thought_and_an_answer_end_with_any_of_the_tokens_that_end_a_text(model, monkeypatch):
