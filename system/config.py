@@ -400,6 +400,15 @@ class ElasticConfig(FitConfig):
         require(self.kl + self.ce > 0 or not set(self.baseline) & {"separate", "minitron"},
                 "elastic.baseline: separate and minitron learn by elastic.kl and elastic.ce, and "
                 "both are 0; give one a weight")
+        require(self.choose_seed == 0 or self.choose in ("random", "search"),
+                f"elastic.choose_seed ({self.choose_seed}) is for elastic.choose random or search, "
+                f"not {self.choose}; leave it out")
+        require(self.router_start == "full" or self.choose == "router", "elastic.router_start "
+                f"({self.router_start}) is for elastic.choose router, not {self.choose}; leave it "
+                "out")
+        require(self.router_vote == 2.0 or self.router_start == "sensitivity",
+                f"elastic.router_vote ({self.router_vote}) is for elastic.router_start "
+                "sensitivity; leave it out")
         _divides("elastic.long_len", self.long_len, "elastic.seq_len", self.seq_len)
         if self.long_batch == 0:
             times = self.long_len // self.seq_len

@@ -261,6 +261,12 @@ def test_the_kinds_of_layers_stand_in_one_table(monkeypatch):
             {"elastic__batch": 8, "elastic__draws": 3},
             "elastic.batch (8) must be a multiple of elastic.accumulate x elastic.draws (3); nearest is 9",
         ),
+        ({"elastic__choose_seed": 1}, "elastic.choose_seed (1) is for elastic.choose random or search, not router"),
+        (
+            {"elastic__router_start": "sensitivity", "elastic__choose": "fixed"},
+            "elastic.router_start (sensitivity) is for elastic.choose router, not fixed; leave it out",
+        ),
+        ({"elastic__router_vote": 1.0}, "elastic.router_vote (1.0) is for elastic.router_start sensitivity"),
         ({"elastic__self_kl": 1.0, "elastic__kl": 0.0}, "elastic.self_kl needs elastic.full_ce, elastic.ce or elastic.kl"),
         (
             {"elastic__self_kl": 1.0, "elastic__full_ce": 1.0, "elastic__kl": 0.0, "elastic__baseline": ("separate",)},
