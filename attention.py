@@ -61,6 +61,11 @@ class Fixed(NamedTuple):
         """How many there are."""
         return self.next_1 - self.first
 
+    @property
+    def end(self) -> int:
+        """The place behind the last one that there is room for."""
+        return self.first + self.keys.shape[2]
+
     def append(self, new: KeyValues) -> "Fixed":
         """This, with those of the next token behind the others."""
         for room, t in zip((self.keys, self.values), new, strict=True):
@@ -137,7 +142,8 @@ class Attention(nn.Module):
         v_BKTP = rearrange(self.v_proj(x_BTD), heads, p=self.head_dim)
         if self.rope[0]:
             start = 0 if cached is None else cached.n_tokens
-            q_BHTP, k_BKTP = (rope(t, start, *self.rope) for t in (q_BHTP, k_BKTP))
+            end = cached.own.end if isinstance(start, Tensor) else None
+            q_BHTP, k_BKTP = (rope(t, start, *self.rope, end) for t in (q_BHTP, k_BKTP))
         new = KeyValues(k_BKTP, v_BKTP)
         left = new if cached is None else cached.append(new)
         # 2. Attend. One new token a fork reads the context in place; more of them read a copy.
@@ -245,25 +251,27 @@ def attention_mask(ids_BS: Tensor | None, n_tokens: int, n_cached: int | Tensor,
     return mask[:, None]
 
 
-def rope(x_BHTP: Tensor, start: int | Tensor, theta: float, scaling: RopeScaling = UNSCALED
-         ) -> Tensor:
+def rope(x_BHTP: Tensor, start: int | Tensor, theta: float, scaling: RopeScaling = UNSCALED,
+         end: int | None = None) -> Tensor:
     """Rotate channel pairs (i, i + P/2) of token t by (start + t) f_i, f of `frequencies` (arXiv
     2104.09864, eq. 34), times the scaling's amplitude. Scores depend on differences of positions
-    only: left padding and packing need no own positions."""
-    T, P = x_BHTP.shape[-2:]
-    tables = rope_tables.__wrapped__ if isinstance(start, Tensor) else rope_tables
-    cos_TP, sin_TP = tables(start, T, P, theta, scaling, x_BHTP.dtype, x_BHTP.device)
+    only: left padding and packing need no own positions. end: where start is a tensor [1], for one
+    token, a place that it stays below."""
+    (T, P), like = x_BHTP.shape[-2:], (theta, scaling, x_BHTP.dtype, x_BHTP.device)
+    if end is None:
+        cos_TP, sin_TP = rope_tables(start, T, P, *like)
+    else:
+        cos_TP, sin_TP = (t.index_select(0, start) for t in rope_tables(0, end, P, *like))
     left, right = x_BHTP.chunk(2, dim=-1)
     return x_BHTP * cos_TP + torch.cat([-right, left], dim=-1) * sin_TP
 
 
 @functools.lru_cache(maxsize=2)
-def rope_tables(start: int | Tensor, T: int, P: int, theta: float, scaling: RopeScaling,
-                dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def rope_tables(start: int, T: int, P: int, theta: float, scaling: RopeScaling, dtype: torch.dtype,
+                device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines of `rope`, made once for all layers of a pass."""
     like = {"device": device, "dtype": torch.promote_types(dtype, torch.float32)}
-    place_T = start + torch.arange(T, **like)
-    angle = place_T[:, None] * frequencies(P, theta, scaling, **like)
+    angle = torch.arange(start, start + T, **like)[:, None] * frequencies(P, theta, scaling, **like)
     cos_TP, sin_TP = (torch.cat([t * scaling.amplitude] * 2, dim=-1).to(dtype)
                       for t in (angle.cos(), angle.sin()))
     return cos_TP, sin_TP
