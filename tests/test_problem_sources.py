@@ -121,6 +121,18 @@ def test_tasks_of_reasoning_gym_are_families_with_their_own_scorers():
         load_families("reasoning_gym:no_such")
 
 
+def test_worked_thoughts_of_reasoning_gyms_tasks_end_at_their_answers():
+    pytest.importorskip("reasoning_gym")
+    families, _ = load_families("text/gym_worked.py")
+    assert list(families) == ["chain_sum", "gcd", "letter_counting"]
+    for family, make in families.items():
+        for seed in range(20):
+            problem = make(random.Random(seed))
+            last = {"gcd": problem.steps[-1].split(" mod ")[-1].split(" = ")[0]}.get(family, problem.steps[-1].split()[-1])
+            assert f" {last}" == problem.answer
+            assert problem.scorer(problem.answer.strip()) == 1
+
+
 def test_reasoning_gym_is_asked_for_where_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     message = r"the package reasoning-gym, which cannot be imported \(.*\); `pip install reasoning-gym`, or give a .jsonl"

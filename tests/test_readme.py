@@ -25,12 +25,19 @@ PAGES = [README, *((ROOT / "docs" / f"{name}.md").read_text() for name in ("comm
 
 def commands() -> list[list[str]]:
     """Every python or torchrun command of README and docs, as words from `python` on. A quoted argument may span lines;
-    comments are dropped."""
-    blocks = [block for page in PAGES for block in re.findall(r"```bash\n(.*?)```", page, flags=re.S)]
+    comments are dropped, and variables of the same block are filled in."""
+    blocks = [filled(block) for page in PAGES for block in re.findall(r"```bash\n(.*?)```", page, flags=re.S)]
     text = re.sub(r"\s#.*", "", "\n".join(blocks)).replace(" && ", "\n").replace("\\\n", " ")
     text = re.sub(r"^torchrun --nproc-per-node \d+ ", "python ", text, flags=re.M)
     found = re.findall(r'^python (?:[^"\n]|"[^"]*")*', text, flags=re.M)
     return [shlex.split(command) for command in found]
+
+
+def filled(block: str) -> str:
+    """The block with its variables' values, as a shell has them."""
+    for name, value in re.findall(r'^(\w+)="([^"]*)"$', block, flags=re.M):
+        block = block.replace(f"${name} ", f"{value} ")
+    return block
 
 
 def run(words: list[str], folder: Path) -> str:

@@ -318,6 +318,14 @@ results need thinking; gains there are against the frozen base without a thought
 trained on with as many FLOPs. `python -m tools.rivals` runs all arms.
 
 ![Accuracy by family, before and after RLP; a dot is a seed](results/accuracy.png)"""
+RELEASED = """## A released model
+
+SmolLM2-135M-Instruct, warmed up so that it resumes after worked thoughts, then each arm with
+adapters from there, on three tasks of reasoning-gym; no arm but CPT reads text. The frozen base is
+the warmed-up model; the warm-up is one, columns say of how many seeds the arms are. The commands
+are in [docs/real-models.md](docs/real-models.md)."""
+RELEASED_ARMS = {"RLP": ("smol-rlp", "rlp"), "RLVR": ("smol-rlvr", "rlvr"),
+                 "CPT": ("smol-cpt", "cpt")}
 SPEEDRUN = """## Speedrun
 
 Seconds from random weights until nine of ten training problems are right, with sampled thoughts,
@@ -387,6 +395,23 @@ def results(folder: Path) -> str:
             costs.append(f"{name} {whole_seconds(run) / 60:.1f} min with the base, "
                          f"{run['peak_memory_gib']:.1f} GiB, commit {view.commit(run)}")
         parts += [f"### Seed {seed}", view.markdown(view.thought_rows(columns)), "; ".join(costs)]
+    if found["smol-rlp"]:
+        columns = {"as released": (found["smol-as"], "base"),
+                   "warmed up": (found["smol-rlp"][:1], "base"),
+                   **{f"{name}, {n_seeds(found[kind])}": (found[kind], who)
+                      for name, (kind, who) in RELEASED_ARMS.items()}}
+        columns = {name: column for name, column in columns.items() if column[0]}
+        tasks = next(iter(columns.values()))[0][0]["accuracy"]["greedy"]
+        labels = ["gain over the frozen base, nats", "gain over no thought, nats",
+                  "gain over an empty thought, nats", "gain over another's thought, nats",
+                  "accuracy, sampled thoughts", "accuracy, greedy thought", "accuracy, no thought",
+                  *(f"  {name}, sampled thoughts" for name in tasks if name != "all"),
+                  "thought, tokens", "thoughts that close", "loss on text, no thought, nats",
+                  "gain at ordinary text, nats"]
+        parts += [RELEASED, view.markdown(view.thought_rows(columns, labels)), "; ".join(
+            f"{name} {found[kind][0]['steps_s'] / 60:.0f} min of steps, "
+            f"{found[kind][0]['peak_memory_gib']:.1f} GiB"
+            for name, (kind, _) in RELEASED_ARMS.items() if found[kind])]
     if timed := [run for run in found["rlp-cpu"] if "seconds_to_90" in run]:
         parts += [SPEEDRUN, view.markdown(speedrun_rows(timed))]
     parts.append(ELASTIC)
