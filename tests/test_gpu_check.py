@@ -45,11 +45,13 @@ def test_without_a_card_every_part_that_needs_none_runs_and_the_others_say_so(tm
     assert all(0 < row["error"] < row["bound"] for row in rows)
     assert {row["what"] for row in found["speed"]["rows"]} >= {"scan", "its backward", "convolution", "norm"}
     assert found["decoding"]["rows"][0]["waits a step"] > 0
+    assert [row["what"] for row in found["compiled"]["rows"]] == ["block M", "block *", "block -"]
+    assert all(0 <= row["error"] < 1e-6 for row in found["compiled"]["rows"])
     assert found["sharded"]["rows"][0]["codes"] == [0, 0]
     assert "| values bf16 | needs a card | 0 |  |" in capfd.readouterr().out
     head, row = report.checked_rows([facts])
     assert head[4:] == ["right", "failed", "needs a card"]
-    assert row[4:] == ["values tf32x3, repeats, speed, decoding, memory, rlp, sharded", "none",
+    assert row[4:] == ["values tf32x3, repeats, speed, decoding, compiled, memory, rlp, sharded", "none",
                        "values bf16, values fp16, values tf32, integers, assemblers"]  # fmt: skip
 
 

@@ -37,6 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kernels
 import kernels_gpu
 import train
+from attention import attention_mask
 from model import HybridLM
 from rlp import RLP
 from system import parallel
@@ -307,6 +308,31 @@ def sampled(network: HybridLM, objective: RLP, batch: dict, generator: torch.Gen
     return thoughts, {"tokens/s": tokens / took, "waits a step": n / n_steps}
 
 
+def compiled() -> Rows:
+    """A block of each kind as one graph of PyTorch's compiler, beside itself: the result and the
+    gradient of what it reads. It raises where a graph would break."""
+    def step(run: Callable, x_BTD: Tensor, context: Tensor | None) -> list[Tensor]:
+        return results(lambda x: run(x, None, context)[0], [x_BTD])
+
+    torch.set_float32_matmul_precision("highest")
+    B, T, rows = 8, 256, []
+    ids_BT = (torch.arange(T, device=DEVICE) // 100).expand(B, T) if ON_CARD else None
+    for kind in "M*-":
+        model = replace(bench.CPU_MODEL, pattern="M" + kind)
+        block = bench._network(DEVICE, model, 64).layers[1]
+        context = attention_mask(ids_BT, T, 0, DEVICE) if kind == "*" else ids_BT
+        backend = "inductor" if ON_CARD else "aot_eager"  # the first needs a C++ compiler
+        one = torch.compile(block.run, fullgraph=True, backend=backend)
+        steps = [functools.partial(step, run, random(B, T, model.d_model).float(), context)
+                 for run in (block.run, one)]
+        plain, fast = (run() for run in steps)
+        errors = [((a - b).norm() / b.norm()).item() for a, b in zip(fast, plain, strict=True)]
+        times = [1e3 * seconds(run) for run in steps]
+        rows.append({"what": f"block {kind}", "error": max(errors), "bound": 1e-4,
+                     "ms": times[1], "uncompiled, ms": times[0], "ok": max(errors) < 1e-4})
+    return rows
+
+
 def memory() -> Rows:
     """The peak of a step of RLP in bf16 beside the estimate's, by which runs are planned."""
     network, objective, batch, generator = rollout()
@@ -387,8 +413,8 @@ PARTS = {
        for name in NUMBERS},
     "integers": Part(integers, 120, True), "repeats": Part(repeats, 60),
     "assemblers": Part(assemblers, 90, True), "speed": Part(speed, 60),
-    "decoding": Part(decoding, 120), "memory": Part(memory, 60), "rlp": Part(rlp_run, 150),
-    "sharded": Part(sharded, 120)}
+    "decoding": Part(decoding, 120), "compiled": Part(compiled, 120), "memory": Part(memory, 60),
+    "rlp": Part(rlp_run, 150), "sharded": Part(sharded, 120)}
 
 
 def machine() -> dict[str, str]:
