@@ -322,8 +322,8 @@ RELEASED = """## A released model
 
 SmolLM2-135M-Instruct, warmed up so that it resumes after worked thoughts, then each arm with
 adapters from there, on three tasks of reasoning-gym; no arm but CPT reads text. The frozen base is
-the warmed-up model; the warm-up is one, columns say of how many seeds the arms are. The commands
-are in [docs/real-models.md](docs/real-models.md)."""
+the warmed-up model, one for all; each seed draws held-out problems of its own, so an arm stands
+beside that model on the same ones. Commands: [docs/real-models.md](docs/real-models.md)."""
 RELEASED_ARMS = {"RLP": ("smol-rlp", "rlp"), "RLVR": ("smol-rlvr", "rlvr"),
                  "CPT": ("smol-cpt", "cpt")}
 SPEEDRUN = """## Speedrun
@@ -396,10 +396,10 @@ def results(folder: Path) -> str:
                          f"{run['peak_memory_gib']:.1f} GiB, commit {view.commit(run)}")
         parts += [f"### Seed {seed}", view.markdown(view.thought_rows(columns)), "; ".join(costs)]
     if found["smol-rlp"]:
-        columns = {"as released": (found["smol-as"], "base"),
-                   "warmed up": (found["smol-rlp"][:1], "base"),
-                   **{f"{name}, {n_seeds(found[kind])}": (found[kind], who)
-                      for name, (kind, who) in RELEASED_ARMS.items()}}
+        columns = {"as released": (found["smol-as"], "base")}
+        for name, (kind, who) in RELEASED_ARMS.items():
+            columns |= {f"before {name}": (found[kind], "base"),
+                        f"{name}, {n_seeds(found[kind])}": (found[kind], who)}
         columns = {name: column for name, column in columns.items() if column[0]}
         tasks = next(iter(columns.values()))[0][0]["accuracy"]["greedy"]
         labels = ["gain over the frozen base, nats", "gain over no thought, nats",
