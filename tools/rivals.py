@@ -50,7 +50,7 @@ ABLATIONS = {
         "tau99": "--rlp.tau 0.99", "tau1": "--rlp.tau 1", "hot": "--rlp.temperature 1",
         "random": "--rlp.positions random", "back0": "--rlp.back 0",
         "answers": "--rlp.text-share 0",
-        "predictor0": "--rlp.predictor 0", "predictor1": "--rlp.predictor 1",
+        "predictor1": "--rlp.predictor 1",
         "nofloor": "--rlp.reward-floor -inf"}.items()}
 # Elastic, longer, shorter and weighed otherwise; then at a third of its steps other ways to choose
 # widths, and units in other orders at equal widths, by hand.

@@ -21,7 +21,7 @@ ABLATIONS = {f"rlp-{name}-cpu": told for name, told in {
     "len20": "thoughts of 20 tokens", "len80": "thoughts of 80 tokens", "kl3": "KL 0.001",
     "kl2": "KL 0.01", "tau99": "tau 0.99", "tau1": "tau 1, the teacher stands still",
     "hot": "temperature 1", "random": "random positions of problems", "back0": "back 0",
-    "answers": "no text", "predictor0": "no predictor's term",
+    "answers": "no text",
     "predictor1": "predictor's term ten times", "nofloor": "no floor under rewards"}.items()}
 SAMPLED, GREEDY = "accuracy/sampled/all/WHO", "accuracy/greedy/all/WHO"
 
