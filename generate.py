@@ -1,24 +1,27 @@
 """Talk to a trained model and see its thought: `python generate.py RUN "prompt"`."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import tyro
+from torch import Tensor
 
 from elastic import load_family
 from model import HybridLM
-from nested import submodel
-from system.config import RLPConfig
+from nested import Widths, hand_over, submodel
+from system.config import ModelConfig, RLPConfig
 from system.errors import exit_code, require
 from system.rundir import load_model
 from text.tokenizer import Tokenizer, valid
-from thoughts import show_thought
+from thoughts import Prefix, show_thought
 
 
 def talk(run: tyro.conf.Positional[Path], prompt: tyro.conf.Positional[str],
          temperature: float | None = None, seed: int = 0, thought_len: int | None = None,
-         back: int = 0, budget: tuple[float, ...] = ()) -> None:
+         back: int = 0, budget: tuple[float, ...] = (), read: float | None = None) -> None:
     """Talk to a trained model and see its thought.
 
     Args:
@@ -29,6 +32,7 @@ def talk(run: tyro.conf.Positional[Path], prompt: tyro.conf.Positional[str],
         thought_len: Longest thought, in tokens. The run's own, if left out.
         back: Tokens of the prompt that the thought stands before, as rlp.back: 2 suits text.
         budget: Sizes of an elastic run to answer with, in turn, such as 1 0.5; none: all of it.
+        read: Size that reads the prompt; those of budget go on from its states.
     """
     require(prompt, f"prompt ({prompt!r}) is empty, and a thought needs a token before it; give "
             "some text")
@@ -39,18 +43,39 @@ def talk(run: tyro.conf.Positional[Path], prompt: tyro.conf.Positional[str],
             f"temperature ({temperature}) must be 0 (greedy) or more")
     require(back >= 0, f"back ({back}) must be 0 (the thought stands at the end) or more")
 
-    def answer(model: HybridLM, tokenizer: Tokenizer, c: RLPConfig) -> str:
+    require(read is None or budget, f"read ({read}) needs budget: the sizes that go on")
+
+    def answer(model: HybridLM, tokenizer: Tokenizer, c: RLPConfig,
+               read: Callable[[dict[str, Tensor]], Prefix] | None = None) -> str:
         heat = c.temperature if temperature is None else temperature
         c = replace(c, temperature=heat, thought_len=thought_len or c.thought_len)
-        return prompt + show_thought(model, tokenizer, prompt, c, seed, back)
+        return prompt + show_thought(model, tokenizer, prompt, c, seed, back, read)
 
     if not budget:
         print(answer(*load_model(run)))
         return
     family, router, tokenizer, config = load_family(run)
-    for b, widths in [(b, router.choose(b)) for b in budget]:  # each is known before one answers
-        small = submodel(family, widths)  # in place of the one before: one at a time in memory
-        print(f"[{b:g}] {answer(small, tokenizer, config.rlp)}")
+    sizes = {b: router.choose(b) for b in (*budget, *([read] if read is not None else []))}
+    reader = submodel(family, sizes[read]) if read is not None else None
+    for b in budget:  # each size is known before one answers
+        small = submodel(family, sizes[b])  # in place of the one before: one at a time in memory
+        began = reader and partial(
+            handed_over, family.config, (reader, sizes[read]), (small, sizes[b]))
+        print(f"[{b:g}] {answer(small, tokenizer, config.rlp, began)}")
+
+
+def handed_over(family: ModelConfig, first: tuple[HybridLM, Widths],
+                second: tuple[HybridLM, Widths], batch: dict[str, Tensor]) -> Prefix:
+    """A prompt that one size has read but for the last token, or `back` tokens: those the other
+    reads, from states that are handed over (nested.hand_over), and goes on."""
+    context_BT, back = batch["context_BT"], int(batch["back_B"])
+    n = max(1, back)
+    require(context_BT.shape[1] > n, f"read needs a prompt of more than {n} tokens: the size that "
+            "goes on reads the last")
+    _, cache = first[0](context_BT[:, :-n])
+    early = hand_over(cache, family, first[1], second[1])
+    hidden_BTD, cache = second[0](context_BT[:, -n:], early)
+    return Prefix(hidden_BTD[:, -1], cache, early if back else cache)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -308,22 +308,25 @@ def sample(logits_RV: Tensor, banned: tuple[int, ...], temperature: float, unifo
 
 @torch.no_grad()
 def show_thought(model: HybridLM, tokenizer: Tokenizer, prompt: str, c: RLPConfig, seed: int,
-                 back: int = 0) -> str:
+                 back: int = 0, read: Callable[[dict[str, Tensor]], Prefix] | None = None) -> str:
     """`<think> thought </think> continuation`, which is greedy, after c.prompt and a prompt. The
-    continuation is predicted with the thought `back` tokens before the prompt's end."""
+    continuation is predicted with the thought `back` tokens before the prompt's end, or after its
+    first token. read: what runs the prompt, in place of `prefill` by the model."""
     device = parallel.device_of(model)
     ids = [*tokenizer.begin, *tokenizer.encode(c.prompt), *tokenizer.encode(prompt)]
-    context_BT = torch.tensor([ids], device=device)
+    context_BT, back = torch.tensor([ids], device=device), min(back, len(ids) - 1)
     batch = {"context_BT": context_BT, "ids_BT": torch.zeros_like(context_BT),
              "target_BX": context_BT[:, :1],  # any: its score is not shown
-             "back_B": torch.zeros(1, dtype=torch.long, device=device)}
+             "back_B": torch.tensor([back], device=device)}
     sampling, generator = Sampling(1, c.thought_len, c.temperature), torch.Generator(device)
-    t = sample_thoughts(model, batch, tokenizer, sampling, generator.manual_seed(seed))
+    prefix = read(batch) if read else prefill(model, batch)
+    t = sample_thoughts(model, batch, tokenizer, sampling, generator.manual_seed(seed),
+                        prefix=prefix)
     shown = [tokenizer.think, *t.tokens_RL[0].tolist()]
     if not t.closed_R[0]:
         shown.append(tokenizer.close)
-    cut = max(0, len(ids) - back)
-    hidden_BTD, cache = model(torch.tensor([ids[:cut] + shown + ids[cut:]], device=device))
+    after = torch.tensor([shown + ids[len(ids) - back :]], device=device)
+    hidden_BTD, cache = model(after, prefix.early)
     for _ in range(8):
         token = int(mask_banned(model.logits(hidden_BTD[:, -1]), tokenizer.tags).argmax())
         if token in tokenizer.ends:

@@ -582,6 +582,37 @@ def test_a_size_of_the_family_says_what_its_extracted_model_says(finished, extra
     assert capsys.readouterr().out == f"[0.6] {alone}"
 
 
+@pytest.mark.parametrize("back", [0, 3])
+def test_a_size_goes_on_from_what_another_has_read(finished, back, capsys):
+    """From its own states it says what it says alone, and from another size's what it says with these."""
+    words = [str(finished), PROMPT, "--thought-len", "6", "--temperature", "0", "--back", str(back)]
+
+    def said(*more):
+        assert generate.main([*words, *more]) == 0
+        return capsys.readouterr().out
+
+    assert said("--budget", "0.5", "1", "--read", "0.5").startswith(said("--budget", "0.5"))
+    family, router, tokenizer, config = elastic.load_family(finished)
+    full, half = (router.choose(b) for b in (1.0, 0.5))
+    first, second = (nested.submodel(family, w).requires_grad_(False) for w in (full, half))
+    ids_BT = torch.tensor([tokenizer.encode(PROMPT)])
+    n = max(1, back)
+    _, cache = first(ids_BT[:, :-n])
+    handed = nested.hand_over(cache, family.config, full, half)
+    hidden_BTD, cache = second(ids_BT[:, -n:], handed)
+    made = generate.handed_over(
+        family.config, (first, full), (second, half), {"context_BT": ids_BT, "back_B": torch.tensor([back])}
+    )
+    torch.testing.assert_close(made.hidden_BD, hidden_BTD[:, -1])
+    assert (made.early.n_tokens, made.cache.n_tokens) == (ids_BT.shape[1] - back, ids_BT.shape[1])
+    assert said("--budget", "0.5", "--read", "1").startswith("[0.5] " + PROMPT)
+
+
+def test_reading_needs_a_size_that_goes_on(finished, capsys):
+    assert generate.main([str(finished), PROMPT, "--read", "1"]) == 2
+    assert "read (1.0) needs budget" in capsys.readouterr().err
+
+
 def test_sizes_take_turns_in_constant_memory(finished, monkeypatch):
     """One smaller model is there at a time."""
     alive, counts = weakref.WeakSet(), []

@@ -472,8 +472,9 @@ def talked(monkeypatch):
     asked, settings = [], RLPConfig(temperature=0.3, thought_len=5, back=3)
     router, config = SimpleNamespace(choose=lambda budget: f"widths of {budget:g}"), SimpleNamespace(rlp=settings)
 
-    def show(model, tokenizer, prompt, c, seed, back):
+    def show(model, tokenizer, prompt, c, seed, back, read):
         asked.append((model, prompt, c.temperature, c.thought_len, seed, back))
+        assert read is None
         return ""
 
     monkeypatch.setattr(generate, "show_thought", show)
