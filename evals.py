@@ -23,6 +23,7 @@ import random
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -53,6 +54,12 @@ from text.problems import Problem, held_out_problems
 from text.tokenizer import Tokenizer
 from thoughts import Sampling, prefill, sample_thoughts, score_context, score_thoughts
 
+
+def visiting(network: HybridLM, config: Config) -> AbstractContextManager[HybridLM]:
+    """Inside, the network on this process's device (`parallel.visiting`), in the run's dtype."""
+    return parallel.visiting(network, config.parallel.dtype == "bf16")
+
+
 # How much is worked on together: tokens in caches, numbers in a tensor of logits.
 TOKENS_AT_ONCE, LOGITS_AT_ONCE = 2**17, 2**28
 N_VALIDATION = 48  # validation problems of a family, at most
@@ -71,33 +78,36 @@ def evaluate_base(model: HybridLM, corpus: Corpus, config: Config) -> dict:
 
 def evaluate_both(model: HybridLM, base: HybridLM, teacher: HybridLM | None, corpus: Corpus,
                   config: Config) -> dict:
-    """Held-out figures before (`base`) and after (named by the mode, `rlp` or `cpt`)."""
-
-    def measure(positions: Positions) -> tuple[dict, dict]:
-        plain = {"frozen_base": plain_logp(base, positions)}
-        ema = {} if teacher is None else {"ema": plain_logp(teacher, positions)}
-        return (evaluate_thoughts(base, positions, plain),
-                evaluate_thoughts(model, positions, plain | ema))
-
-    problems = problem_positions(corpus, config)
-    before, after = measure(problems)
-    others = {"text": text_positions(corpus, config),
+    """Held-out figures before (`base`) and after (named by the mode, `rlp` or `cpt`); one network
+    after the other, for a device may not have room for all."""
+    places = {"problems": problem_positions(corpus, config), "text": text_positions(corpus, config),
               "computed": computed_positions(corpus, config)}
-    found = {name: measure(positions) for name, positions in others.items()}
-    (loss_before, documents), (loss_after, _) = (
-        text_losses(m, corpus, config) for m in (base, model))
+    with visiting(base, config) as here:
+        plain = {name: {"frozen_base": plain_logp(here, p)} for name, p in places.items()}
+        of_base = {name: evaluate_thoughts(here, p, plain[name]) for name, p in places.items()}
+        forced_style = evaluate_forced_style(here, places["problems"])
+        loss_before, documents = text_losses(here, corpus, config)
+    if teacher is not None:
+        with visiting(teacher, config) as here:
+            for name, p in places.items():
+                plain[name]["ema"] = plain_logp(here, p)
+    with visiting(model, config) as here:
+        of_model = {name: evaluate_thoughts(here, p, plain[name]) for name, p in places.items()}
+        loss_after, _ = text_losses(here, corpus, config)
+    before, after = of_base.pop("problems"), of_model.pop("problems")
     change = (loss_after - loss_before) / loss_before.mean()
     return {
         "gain_nats": after["gain_nats"], "gain_nats_by_kind": after["gain_nats_by_kind"],
         "gain_nats_before": before["gain_nats"],
         **{key: side_by_side({"base": before[key], config.mode: after[key]})
            for key in ("accuracy", "thought_tokens", "closed", "share_not_empty")},
-        "forced_style_base": evaluate_forced_style(base, problems),
+        "forced_style_base": forced_style,
         "loss_nats": {
             "no_think_text": {"base": over_documents(loss_before, documents),
                               config.mode: over_documents(loss_after, documents)},
             "no_think_text_change": over_documents(change, documents)},
-        "positions": {name: {config.mode: a, "base": b} for name, (b, a) in found.items()}}
+        "positions": {name: {config.mode: of_model[name], "base": of_base[name]}
+                      for name in of_base}}
 
 
 Leaf = dict[str, float | int]  # mean, low and high of its 95 % interval, n; n_documents of text
@@ -436,22 +446,23 @@ def evaluate_sizes(models: list[HybridLM], references: list[int], corpus: Corpus
         alone = replace(
             config, data=replace(config.data, text_share=float(kind == "text")),
             warmup=replace(config.warmup, computed_share=float(kind == "computed")))
-        made = (mixture(corpus, alone, i, n, seq_len, config.eval.split)
-                for i in range(n_batches))
-        kinds[kind] = [compare(models, to_device(batch, models[0])) for batch in made]
+        made = [mixture(corpus, alone, i, n, seq_len, config.eval.split) for i in range(n_batches)]
+        kinds[kind] = compare_all(models, made, config)
     # By model, name and kind: a value for each sequence.
-    found = [{name: {kind: torch.cat([figures[m][name] for figures in own])
+    found = [{name: {kind: torch.cat([figures[name] for figures in own[m]])
                      for kind, own in kinds.items()}
-              for name in kinds["text"][0][m]} for m in range(len(models))]
+              for name in kinds["text"][m][0]} for m in range(len(models))]
     parent, out = found[0]["loss_nats"], []
     parent_loss = stratified(parent, shares)["mean"]
     for model, figures, reference in zip(models, found, references, strict=True):
         loss, other = figures["loss_nats"], found[reference]["loss_nats"]
         figures["loss_change"] = {k: (loss[k] - parent[k]) / parent_loss for k in shares}
         figures["difference_nats"] = {k: loss[k] - other[k] for k in shares}
+        with visiting(model, config) as here:
+            long = long_losses(here, corpus, config)
         out.append({name: stratified(by_kind, shares) for name, by_kind in figures.items()} | {
             **{f"{kind}_loss_nats": interval(values) for kind, values in loss.items()},
-            "long_loss_nats": over_documents(*long_losses(model, corpus, config))})
+            "long_loss_nats": over_documents(*long)})
     return out
 
 
@@ -459,9 +470,11 @@ def size_accuracies(models: list[HybridLM], corpus: Corpus, config: Config) -> l
     """Models of any size on the same held-out problems, by family: accuracy.sampled and .greedy, of
     sampled and of the likeliest thoughts; and of the latter `mcnemar` against the first model."""
     positions, n = problem_positions(corpus, config), config.eval.samples
-    sampled, greedy = ([measure_thoughts(m, positions, temperature, samples)["correct"]
-                        for m in models]
-                       for temperature, samples in ((config.rlp.temperature, n), (0.0, 1)))
+    sampled, greedy = [], []
+    for model in models:
+        with visiting(model, config) as here:
+            for found, *how in ((sampled, config.rlp.temperature, n), (greedy, 0.0, 1)):
+                found.append(measure_thoughts(here, positions, *how)["correct"])
     return [{"accuracy": {"sampled": positions.by_kind(s, n), "greedy": positions.by_kind(g, 1)},
              "mcnemar": mcnemar(greedy[0], g)} for s, g in zip(sampled, greedy, strict=True)]
 
@@ -473,6 +486,20 @@ def mcnemar(first: Tensor, second: Tensor) -> dict[str, float | int]:
     won, lost = int((second > first).sum()), int((second < first).sum())
     tail = sum(math.comb(won + lost, i) for i in range(min(won, lost) + 1))
     return {"won": won, "lost": lost, "p": min(1.0, 2 * tail / 2 ** (won + lost))}
+
+
+def compare_all(models: list[HybridLM], batches: list[dict[str, Tensor]], config: Config
+                ) -> list[list[dict[str, Tensor]]]:
+    """By model and batch, what `compare` finds: of all models at once, or where they wait in host
+    memory, of each beside the first."""
+    found, at_once = [], 1 if parallel.waits(models[0]) else len(models)
+    with visiting(models[0], config) as parent:
+        for i in range(1, max(2, len(models)), at_once):
+            with ExitStack() as stack:
+                here = [stack.enter_context(visiting(m, config)) for m in models[i : i + at_once]]
+                by_batch = [compare([parent, *here], to_device(b, parent)) for b in batches]
+                found += list(zip(*by_batch, strict=True))[bool(found) :]
+    return found
 
 
 @torch.no_grad()
@@ -568,13 +595,13 @@ def handed_over(models: list[HybridLM], widths: list[Widths], family: ModelConfi
 def size_facts(model: HybridLM, config: Config) -> dict[str, float]:
     """Parameters, bytes of weights and of a sequence's caches, FLOPs a token, tokens a second."""
     c = config.elastic
-    batch = torch.zeros(8, c.seq_len, dtype=torch.long, device=parallel.device_of(model))
-    with torch.no_grad():
-        model(batch)
+    batch = torch.zeros(8, c.seq_len, dtype=torch.long, device=parallel.team.device)
+    with visiting(model, config) as here, torch.no_grad():
+        here(batch)
         times = []
         for _ in range(5):
             began = time.perf_counter()
-            model(batch)[0][0, 0, 0].item()
+            here(batch)[0][0, 0, 0].item()
             times.append(time.perf_counter() - began)
     shape, n = model.config, c.cost_len
     return {

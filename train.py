@@ -14,6 +14,7 @@ How to read: `MODES`, then `run`. The training loop is `fit` in system/loop.py.
 To add a mode: a settings class, derived from FitConfig, its field in `Config`, an entry in `MODES`.
 """
 
+import contextlib
 import itertools
 import json
 import sys
@@ -114,7 +115,7 @@ def run(config: Config) -> dict:
     config = replace(config, parallel=replace(config.parallel, dtype=dtype))
     parallel.team.settings = config.parallel
     parallel.on_first(lambda: rundir.prepare_run_dir(config, corpus.tokenizer))
-    for note in (*corpus.notes, *said):
+    for note in (*corpus.notes, *said, *unwarmed(config)):
         warn(note)
     others = f" and {parallel.team.world - 1} more" if parallel.team.world > 1 else ""
     console.print(f"{config.mode}: {n_parameters:,} parameters, {config.model.pattern},"
@@ -224,12 +225,15 @@ def phase(name: str, folder: Path, config: Config, corpus: Corpus, model: Hybrid
 
 def figures_of_one(t: Trained) -> dict | None:
     """Held-out figures of a pretrained model."""
-    return evals.evaluate_base(t.model, t.corpus, t.config) if parallel.part() else None
+    if not parallel.part(t.model):
+        return None
+    with evals.visiting(t.model, t.config) as model:
+        return evals.evaluate_base(model, t.corpus, t.config)
 
 
 def figures_before_and_after(t: Trained) -> dict | None:
     """Held-out figures of the base and of what it has become, and samples of both."""
-    if not parallel.part():
+    if not parallel.part(t.model):
         return None
     config, device = t.config, parallel.device_of(t.model)
     if config.lora.rank:
@@ -245,13 +249,16 @@ def figures_before_and_after(t: Trained) -> dict | None:
 
 def write_samples(networks: dict[str, HybridLM], t: Trained) -> None:
     """samples.txt: two held-out problems of each family, and what each network thinks of them."""
-    c, lines = t.config, []
+    c, lines, said = t.config, [], {}
     percent, families = t.corpus.held_out_percent, t.corpus.families
-    for problem in held_out_problems(c.eval.split, 2, c.seed, percent, families):
+    problems = held_out_problems(c.eval.split, 2, c.seed, percent, families)
+    for name, waiting in networks.items():
+        with evals.visiting(waiting, c) as network:
+            said[name] = [show_thought(network, t.corpus.tokenizer, p.prompt, c.rlp, c.seed)
+                          for p in problems]
+    for i, problem in enumerate(problems):
         lines.append(f"[{problem.family}] {problem.prompt}   (right:{problem.answer})")
-        for name, network in networks.items():
-            text = show_thought(network, t.corpus.tokenizer, problem.prompt, c.rlp, c.seed)
-            lines.append(f"  {name:>4}: {text}")
+        lines += [f"  {name:>4}: {thoughts[i]}" for name, thoughts in said.items()]
     (t.run_dir / "samples.txt").write_text("\n".join(lines) + "\n")
 
 
@@ -317,22 +324,24 @@ def order_parent(model: HybridLM, pieces: list[dict[str, Tensor]], config: Confi
 def figures_of_family(t: Trained) -> dict | None:
     """Train the rivals asked for, then measure family and rivals on the same held-out sequences."""
     config, c, router = t.config, t.config.elastic, t.objective.router
-    parent = t.objective.teacher = parallel.whole(t.objective.teacher)
     # 1. The models: of each family one for each budget, and what lies between trained budgets.
     widths = {b: router.choose(b) for b in c.budgets}
-    families = {"elastic": [nested.submodel(t.model, w) for w in widths.values()]}
     midway = {(a + b) / 2: w for a, b in itertools.pairwise(c.budgets)
               if (w := router.choose((a + b) / 2, or_none=True))}
-    if stage1 := t.objective.networks.get("stage1"):
-        families["stage1"] = [nested.submodel(stage1, w) for w in widths.values()]
     earlier = t.run_dir / "summary.json"  # a resumed run keeps the rivals that it had
     had = json.loads(earlier.read_text())["baselines"] if config.resume and earlier.exists() else {}
     rivals = list(dict.fromkeys([*had, *c.baseline]))
+    kept = parallel.whole if rivals else parallel.in_host_memory
+    parent = t.objective.teacher = kept(t.objective.teacher)
+    alone = {}
     for name in rivals:
         console.print(f"baseline {name}")
-        families[name] = train_rival(name, t, widths, t.run_dir / "baselines" / name)
-    if not parallel.part():
+        alone[name] = train_rival(name, t, widths, t.run_dir / "baselines" / name)
+    if not parallel.part(t.model):
         return None
+    stages = {"elastic": t.model, "stage1": t.objective.networks.get("stage1")}
+    families = {name: [nested.submodel(m, w) for w in widths.values()]
+                for name, m in stages.items() if m is not None} | alone
     # 2. Their figures. The parent is compared with itself, the family with the parent, everything
     #    else with the family at its budget.
     sizes = [(name, b, m) for name, family in families.items()
@@ -350,11 +359,15 @@ def figures_of_family(t: Trained) -> dict | None:
         entries.setdefault(name, []).append({
             "budget": b, "fraction": router.fraction(b),
             "target": router.fraction(b) * router.full_cost,
-            "cost": routers.total_cost(size.config, c, parallel.device_of(size)),
+            "cost": routers.total_cost(size.config, c, parallel.team.device),
             "widths": asdict(own), **evals.size_facts(size, config), **found})
     write_family(t, entries["elastic"], widths)
     named = {f"{b:g}": m for b, m in zip(c.budgets, families["elastic"], strict=True)}
     write_samples(named, t)
+    with contextlib.ExitStack() as stack:
+        here = [stack.enter_context(evals.visiting(m, config)) for m in families["elastic"]]
+        handed_over = evals.handed_over(here, list(widths.values()), t.model.config, t.corpus,
+                                        config)
     seconds = {name: rundir.logged_seconds(t.run_dir / "baselines" / name) for name in rivals}
     full = asdict(nested.full_widths(parent.config))
     facts = {"pattern": parent.config.pattern, "widths": full, **evals.size_facts(parent, config)}
@@ -364,8 +377,7 @@ def figures_of_family(t: Trained) -> dict | None:
         "baselines": entries,
         "curves": {f"{b:g}": rundir.logged_curve(t.run_dir, f"loss_{b:g}") for b in c.budgets},
         "train_s": {"elastic": rundir.logged_seconds(t.run_dir), **seconds},
-        "hand_over": evals.handed_over(families["elastic"], list(widths.values()), t.model.config,
-                                       t.corpus, config),
+        "hand_over": handed_over,
         "memory": evals.family_bytes(t.model, router, families["elastic"]),
         "n_tokens": c.n_tokens()}
 
@@ -497,6 +509,15 @@ def with_horizon(config: Config, corpus: Corpus) -> tuple[Config, list[str]]:
                     f"({fit.horizon}) looks at the first; with --rlp.horizon {longest} "
                     "accuracy is that of the whole answer")
     return config, said
+
+
+def unwarmed(config: Config) -> list[str]:
+    """A line where a released model would read thoughts in text that it was not warmed up for."""
+    gap, reads = config.warmup.gap, config.mode in ("cpt", "elastic")
+    if not (reads and gap and config.warmup.steps == 0 and huggingface.is_hf(Path(config.init))):
+        return []
+    return [f"text will have a thought about every {gap} tokens, and the model of init "
+            f"({config.init}) is not warmed up for that; --warmup.gap 0 leaves them out"]
 
 
 def dry_run(config: Config) -> dict:

@@ -228,8 +228,10 @@ class WarmupConfig(FitConfig):
     think: Share = 0.6  # Share of problems with a thought.
     # Share of those, and of results' thoughts, worked out; the others stop half-way or are filler.
     worked: Share = 0.5
-    # Tokens from a thought to the next, on average, in text and in computed documents.
-    gap: Annotated[int, at_least(2)] = 12
+    # Tokens from a thought to the next, on average, in text and in computed documents; 0: these
+    # have none, for a released model that is not warmed up.
+    gap: Annotated[int, Rule(
+        "must be at least 2, or 0 for no thoughts", lambda n: n == 0 or n >= 2)] = 12
 
 
 @dataclass(frozen=True)

@@ -103,9 +103,12 @@ def leave(code: int) -> int:
     return code
 
 
-def part() -> bool:
-    """After training: whether this process goes on, to measure and write. Only the first does."""
+def part(network: nn.Module) -> bool:
+    """After training: whether this process goes on, to measure and write. Only the first does; what
+    was sharded waits in host memory from here on, until it is `visiting`."""
     goes_on = is_first()
+    if shards(count_parameters(network)):
+        network.to("cpu" if goes_on else "meta")
     barrier()
     stop()
     return goes_on
@@ -281,13 +284,48 @@ def whole(network: nn.Module, for_sampling: bool = False) -> nn.Module:
 
     def weight(name: str, p: Tensor) -> Tensor:
         t = p.full_tensor() if isinstance(p, DTensor) else p
-        is_matrix = t.dim() == 2 and "conv" not in name and not name.startswith("embed")
-        return t.bfloat16() if low and is_matrix else t
+        return t.bfloat16() if low and is_product(name, t) else t
 
     if (network, low) not in known:
         weights = {name: weight(name, p) for name, p in network.state_dict().items()}
         known[network, low] = undressed(network, weights, trains=False)
     return known[network, low]
+
+
+def is_product(name: str, t: Tensor) -> bool:
+    """Whether a weight is a matrix that products read: of a layer, or the head."""
+    return t.dim() == 2 and "conv" not in name and not name.startswith("embed")
+
+
+@torch.no_grad()
+def in_host_memory(network: nn.Module) -> nn.Module:
+    """A frozen copy of a sharded network, whole: in the first process's host memory, gathered
+    weight by weight; on the others without data. What is not sharded stays on its device."""
+    if not any(isinstance(p, DTensor) for p in network.parameters()):
+        return whole(network)
+    home, weights = "cpu" if is_first() else "meta", {}
+    for name, p in network.state_dict().items():
+        weights[name] = (p.full_tensor() if isinstance(p, DTensor) else p).to(home)
+    return undressed(network, weights, trains=False)
+
+
+def waits(network: nn.Module) -> bool:
+    """Whether the network is in host memory, and this process's device is another."""
+    return device_of(network).type == "cpu" != team.device.type
+
+
+@contextlib.contextmanager
+def visiting(network: nn.Module, low: bool) -> Iterator[nn.Module]:
+    """Inside, the network on this process's device: itself, or a frozen copy of one that waits in
+    host memory, so that the device needs no room for all at once. low: the copy computes in bf16.
+    """
+    if not waits(network):
+        yield network
+        return
+    weights = {name: t.to(team.device, torch.bfloat16 if low and is_product(name, t) else t.dtype)
+               for name, t in network.state_dict().items()}
+    with torch.autocast(team.device.type, torch.bfloat16, enabled=low):
+        yield undressed(network, weights, trains=False)
 
 
 @contextlib.contextmanager
@@ -314,10 +352,10 @@ def frozen_copy(network: nn.Module) -> nn.Module:
 
 def collect(trained: nn.Module, network: nn.Module, others: dict[str, nn.Module]) -> None:
     """After training: the weights back into what `shard` was given; the others whole, in place."""
+    for name, other in others.items():
+        others[name] = in_host_memory(other)
     if any(p.is_meta for p in network.parameters()):
         network.load_state_dict(whole(trained).state_dict(), assign=True)
-    for name, other in others.items():
-        others[name] = whole(other)
 
 
 @torch.no_grad()

@@ -90,7 +90,8 @@ NEMOTRON_12B = ModelConfig(pattern="M-M-M-M*-" * 6 + "M-M-M-M-", vocab_size=1310
                            mamba_head_dim=80, mamba_groups=8, d_state=128, conv_width=4, chunk=128)
 # Ordinary text alone, from shards, and no mixture with thoughts that the small base is taught;
 # products in bf16, layers recomputed.
-TEXT = {"data": DataConfig(path="data/shards", text_share=1.0), "warmup": WarmupConfig(steps=0),
+TEXT = {"data": DataConfig(path="data/shards", text_share=1.0),
+        "warmup": WarmupConfig(steps=0, gap=0),
         "parallel": ParallelConfig(dtype="bf16", activation_checkpointing=True)}
 # The setup of arXiv 2510.01265: one random position a document, no floor under the reward. 32 GPUs
 # hold 16 contexts each, one at a time with its 16 thoughts.

@@ -125,8 +125,8 @@ FAULTS = [
     # held-out figures
     Fault("gain_sign", "evals.py", 'sampled["logp"] - logp for', 'logp - sampled["logp"] for', "evals"),
     Fault("half_a_sigma", "evals.py", "half = 1.96 * float", "half = 0.5 * float", "evals"),
-    Fault("base_reads_backwards", "evals.py", "plain_logp(base, positions)",
-          "plain_logp(base, positions._replace(places=[p._replace(context=p.context[::-1]) for p in positions.places]))",
+    Fault("base_reads_backwards", "evals.py", '"frozen_base": plain_logp(here, p)',
+          '"frozen_base": plain_logp(here, p._replace(places=[q._replace(context=q.context[::-1]) for q in p.places]))',
           "evals"),
     Fault("empty_thought_reopened", "evals.py", "full_like(thought_BGL[:, :1, :1], close)",
           "full_like(thought_BGL[:, :1, :1], positions.tokenizer.think)", "evals"),

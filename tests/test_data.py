@@ -896,6 +896,19 @@ def test_thoughts_of_results_in_the_mixture_are_of_all_kinds(corpus, monkeypatch
 
 
 @pytest.mark.parametrize("kind", ["text", "computed"])
+def test_without_a_gap_the_mixtures_other_documents_have_no_thoughts(corpus, kind):
+    """Every token that follows another of its document is to be predicted."""
+    config = config_of(
+        data={"text_share": float(kind == "text")},
+        warmup={"batch": 20, "seq_len": 128, "gap": 0, "computed_share": float(kind == "computed")},
+    )
+    batch = warmup_batch(corpus, config, 0)
+    assert not torch.isin(batch["tokens_BT"], torch.tensor(corpus.tokenizer.tags)).any()
+    follows = batch["ids_BT"][:, 1:] == batch["ids_BT"][:, :-1]
+    assert torch.equal(batch["targets_BT"][:, :-1] != -100, follows)
+
+
+@pytest.mark.parametrize("kind", ["text", "computed"])
 def test_half_of_the_mixtures_other_documents_have_thoughts_back_and_those_are_masked(corpus, kind):
     """Told apart by what is to be predicted: in a document all thoughts are or none is. They come about 24 tokens apart,
     and are empty or filler, if not at a result."""

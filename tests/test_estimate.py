@@ -515,3 +515,15 @@ def test_flops_of_a_runs_own_steps_count_thoughts_as_long_as_they_were():
     assert estimate.steps_flops(same, 2.1) == pytest.approx(expected)
     cpt = run_of("cpt")
     assert estimate.steps_flops(cpt, None) == sum(p.n_steps * sum(p.flops.values()) for p in estimate.phases(cpt)[-1:])
+
+
+def test_figures_at_the_end_need_room_for_one_network():
+    """Sharded, for the trained one as it is gathered in fp32, or for all sizes of a family in bf16; else all in fp32."""
+    rlp, family = PAPERS["nemotron-12b-rlp"], PAPERS["nemotron-12b-elastic"]
+    n = estimate.parameters(rlp.model)
+    assert [estimate.figures_bytes(rlp, k) for k in (32, 1)] == [4 * n, 12 * n]
+    assert [estimate.figures_bytes(dataclasses.replace(rlp, mode=m), 1) for m in ("cpt", "pretrain")] == [8 * n, 4 * n]
+    assert estimate.figures_bytes(dataclasses.replace(rlp, lora=LoRAConfig(rank=8)), 1) == 4 * n
+    sizes = estimate.family_bytes(family.model, family.elastic)["separate"]
+    assert estimate.figures_bytes(family, 64) == sizes < 72e9
+    assert estimate.figures_bytes(family, 1) == 4 * n + 2 * sizes

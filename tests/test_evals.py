@@ -4,6 +4,8 @@ The models are tiny ones of fp64. What they think is written down by a spy aroun
 test_generate.py); everything that is said of these thoughts is computed again here, one sequence at a time.
 """
 
+import contextlib
+import copy
 import dataclasses
 import itertools
 import math
@@ -19,6 +21,7 @@ from torch.testing import assert_close
 
 import evals
 from evals import interval, over_documents, share
+from system import parallel
 from system.presets import PRESETS
 from text.computed import draw_computed
 from text.documents import Documents, join
@@ -760,6 +763,60 @@ def test_every_reference_is_run_once(corpus, networks, monkeypatch):
     assert found["gain_nats_by_kind"]["all"] == found["gain_nats"]["frozen_base"]
 
 
+@pytest.fixture
+def guests(monkeypatch):
+    """As if all networks waited in host memory: how many were on the device together, at most so far."""
+    visiting, here, most = parallel.visiting, [], []
+
+    @contextlib.contextmanager
+    def counted(network, low):
+        with visiting(network, low) as guest:
+            assert guest is not network
+            here.append(guest)
+            most.append(len(here))
+            yield guest
+            here.remove(guest)
+
+    monkeypatch.setattr(parallel, "waits", lambda network: True)
+    monkeypatch.setattr(parallel, "visiting", counted)
+    return lambda: max(most)
+
+
+def test_networks_that_wait_are_measured_one_after_the_other(corpus, networks, request):
+    at_once = evals.evaluate_both(*networks, corpus, SMOKE)
+    guests = request.getfixturevalue("guests")
+    assert evals.evaluate_both(*networks, corpus, SMOKE) == at_once
+    assert guests() == 1
+
+
+def test_sizes_that_wait_are_measured_in_pairs(corpus, networks, request):
+    """Each beside the first, from which it has its divergence."""
+    sizes, references = [*networks, networks[1]], [0, 0, 1, 2]
+    at_once = evals.evaluate_sizes(sizes, references, corpus, SMOKE)
+    own = evals.size_accuracies(sizes, corpus, SMOKE)
+    guests = request.getfixturevalue("guests")
+    assert evals.evaluate_sizes(sizes, references, corpus, SMOKE) == at_once
+    assert guests() == 2
+    assert evals.size_accuracies(sizes, corpus, SMOKE) == own
+
+
+def test_a_guest_computes_in_the_dtype_of_the_run(networks, monkeypatch):
+    """Its matrices are bf16, and the network that waits is as it was."""
+    tokens_BT = torch.arange(8)[None]
+    monkeypatch.setattr(parallel, "waits", lambda network: True)
+    model = copy.deepcopy(networks[0]).float()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with torch.no_grad(), evals.visiting(model, SMOKE) as guest:
+        wanted = guest.logits(guest(tokens_BT)[0])
+        assert_close(wanted, model.logits(model(tokens_BT)[0]), rtol=0, atol=0)
+    low = dataclasses.replace(SMOKE, parallel=dataclasses.replace(SMOKE.parallel, dtype="bf16"))
+    with torch.no_grad(), evals.visiting(model, low) as guest:
+        assert guest.output_matrix.dtype == torch.bfloat16
+        found = guest.logits(guest(tokens_BT)[0])
+    assert 0 < (found.float() - wanted).abs().max() < 0.05 * wanted.abs().max()
+    assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(("most", "n_tokens", "n"), [(64, 4 * 168, 64), (64, 4 * 4096, 8), (256, 2048, 64), (64, 10**9, 1)])
 def test_long_contexts_are_measured_a_few_at_once(most, n_tokens, n):
     """At most 131,072 tokens in their caches, at least one context."""
@@ -919,7 +976,7 @@ def test_mcnemar_counts_the_splits_that_are_as_uneven_by_enumeration(won, lost):
 
 
 def test_sizes_answer_the_same_held_out_problems(corpus, monkeypatch):
-    """Sampled at the setting's temperature, then greedily, each model; McNemar's test is against the first one."""
+    """Each model sampled at the setting's temperature, then greedily; McNemar's test is against the first one."""
     asked, right = [], {("a", 0.7): [1.0, 0.5], ("b", 0.7): [0.0, 0.5], ("a", 0.0): [1.0, 0.0], ("b", 0.0): [1.0, 1.0]}
     config = dataclasses.replace(SIZES, eval=dataclasses.replace(SIZES.eval, samples=2))
 
@@ -930,8 +987,9 @@ def test_sizes_answer_the_same_held_out_problems(corpus, monkeypatch):
     positions = evals.Positions([None, None], None, config, ["sum", "word"])
     monkeypatch.setattr(evals, "problem_positions", lambda *_: positions)
     monkeypatch.setattr(evals, "measure_thoughts", measured)
+    monkeypatch.setattr(evals, "visiting", lambda model, _: contextlib.nullcontext(model))
     first, second = evals.size_accuracies(["a", "b"], corpus, config)
-    assert asked == [("a", 0.7, 2), ("b", 0.7, 2), ("a", 0.0, 1), ("b", 0.0, 1)]
+    assert asked == [("a", 0.7, 2), ("a", 0.0, 1), ("b", 0.7, 2), ("b", 0.0, 1)]
     assert [leaf["mean"] for leaf in first["accuracy"]["sampled"].values()] == [0.75, 1.0, 0.5]
     assert [leaf["mean"] for leaf in second["accuracy"]["greedy"].values()] == [1.0, 1.0, 1.0]
     assert first["mcnemar"] == {"won": 0, "lost": 0, "p": 1.0}

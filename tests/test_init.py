@@ -274,6 +274,14 @@ def test_every_mode_begins_with_the_directorys_weights(program, hf, tmp_path, mo
     assert saved["data"]["tokenizer"] == str(hf)
 
 
+@pytest.mark.parametrize(("mode", "gap", "warned"), [("cpt", 12, True), ("cpt", 0, False), ("rlp", 12, False)])
+def test_thoughts_in_text_that_a_model_was_not_warmed_up_for_are_told(program, hf, capsys, mode, gap, warned):
+    """Where the mode reads the warm-up's mixture."""
+    words = "--mode", mode, "--init", hf, f"--{mode}.steps", 0, "--warmup.steps", 0, "--warmup.gap", gap
+    assert program("run", *words) == 0
+    assert ("--warmup.gap 0 leaves them out" in " ".join(capsys.readouterr().out.split())) == warned
+
+
 def test_an_rlp_run_trains_measures_and_keeps_its_tokenizer(finished, hf):
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["gain_nats"]["frozen_base"]["n"] == 16

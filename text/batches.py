@@ -134,7 +134,8 @@ def mixture(corpus: Corpus, config: Config, step: int, n_rows: int, seq_len: int
     Thoughts of problems are worked, stop half-way or are filler. In half of the other documents
     they stand before the token that they are for, to learn what to think; in the others
     `rlp.back` tokens before it, to learn to go on after them. Those for a result are of the same
-    kinds as those of problems; elsewhere they are empty or filler.
+    kinds as those of problems; elsewhere they are empty or filler. Without `warmup.gap` there are
+    none in the other documents.
     """
     fit, tokenizer, percent = config.warmup, corpus.tokenizer, corpus.held_out_percent
     rng = random.Random(f"warmup-{config.seed}-{step}" + f"-{split}" * (split != "train"))
@@ -150,6 +151,8 @@ def mixture(corpus: Corpus, config: Config, step: int, n_rows: int, seq_len: int
         else:
             document, worked = computed_tokens(tokenizer, draw_computed(rng, split, percent))
         # Places about `gap` tokens apart, and three of four results.
+        if not fit.gap:
+            return [(t, True) for t in document]
         thoughts, t = {}, rng.randrange(2 * fit.gap)
         while t < len(document):
             thoughts[t] = [] if rng.random() < 0.85 else tokenizer.encode(filler(rng))

@@ -326,6 +326,9 @@ the warmed-up model, one for all; each seed draws held-out problems of its own, 
 beside that model on the same ones. Commands: [docs/real-models.md](docs/real-models.md)."""
 RELEASED_ARMS = {"RLP": ("smol-rlp", "rlp"), "RLVR": ("smol-rlvr", "rlvr"),
                  "CPT": ("smol-cpt", "cpt")}
+RELEASED_FAMILIES = {
+    "Elastic on the model as released: order of units alone, tied": "smol-order",
+    "Elastic on the model as released: turned stream, untied": "smol-untied"}
 SPEEDRUN = """## Speedrun
 
 Seconds from random weights until nine of ten training problems are right, with sampled thoughts,
@@ -412,6 +415,11 @@ def results(folder: Path) -> str:
             f"{name} {found[kind][0]['steps_s'] / 60:.0f} min of steps, "
             f"{found[kind][0]['peak_memory_gib']:.1f} GiB"
             for name, (kind, _) in RELEASED_ARMS.items() if found[kind])]
+        for title, kind in RELEASED_FAMILIES.items():
+            for run in found[kind]:
+                parts += [f"### {title}", view.markdown(view.budget_rows(run)),
+                          f"{run['steps_s'] / 60:.0f} min of steps, "
+                          f"{run['peak_memory_gib']:.1f} GiB"]
     if timed := [run for run in found["rlp-cpu"] if "seconds_to_90" in run]:
         parts += [SPEEDRUN, view.markdown(speedrun_rows(timed))]
     parts.append(ELASTIC)

@@ -99,6 +99,7 @@ def facts(config: Config) -> dict:
            "total_tokens": sum(p.n_steps * p.n_tokens for p in found), "total_flops": total,
            "h100_hours": total / (MFU * H100_FLOPS) / 3600, "n_gpus": n,
            "memory": {"all kept": memory(config, n), "layers recomputed": memory(config, n, True)}}
+    out["figures"] = figures_bytes(config, n)
     if thinks(config):
         c = config.rollouts()
         out["thoughts"] = c.steps * c.batch * c.group_size
@@ -264,6 +265,22 @@ def memory(config: Config, n_gpus: int = 1, recompute: bool = False) -> dict[str
         shape, n_tokens, n_logits, recompute * n_at_once, rank, low)
     at_once = sum(states.values()) + max(sum(rollouts.values()), sum(update.values()))
     return {**states, **rollouts, **update, "at the peak": at_once}
+
+
+def figures_bytes(config: Config, n_gpus: int) -> float:
+    """Bytes of weights on the first GPU while held-out figures are made: of every network in fp32;
+    where they were sharded, of the trained one as it is gathered, or of those that visit together
+    (`parallel.visiting`): one, or parent and a size, or all sizes. No rivals (`elastic.baseline`).
+    """
+    shape, low = config.model, product_bytes(config.parallel.dtype != "fp32")
+    whole, is_elastic = STATE_BYTES * parameters(shape), config.mode == "elastic"
+    sizes = sum(map(parameters, family(shape, config.elastic))) if is_elastic else 0
+    if n_gpus > 1 and not config.lora.rank:
+        return max(whole, low * (1 + is_elastic) * parameters(shape), low * sizes)
+    if is_elastic:
+        return whole + STATE_BYTES * sizes
+    n_networks = 1 if config.lora.rank or config.mode in ("pretrain", "warmup") else 2
+    return whole * (n_networks + (thinks(config) and not config.lora.rank))
 
 
 def product_bytes(low: bool) -> int:

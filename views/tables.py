@@ -235,6 +235,8 @@ def print_estimate(facts: dict, console: Console) -> None:
         if any(memory[part] for memory in kept.values()):
             rows.append([part, *(f"{memory[part] / 1e9:,.3g}" for memory in kept.values())])
     print_rows(rows, console)
+    console.print(f"held-out figures at the end: {facts['figures'] / 1e9:,.3g} GB of weights on "
+                  "the first GPU")
     if "family" in facts:
         model, router, apart = (facts["family"][k] / 1e9 for k in ("model", "router", "separate"))
         console.print(f"all sizes, bf16: {model + router:,.3g} GB in one checkpoint, {apart:,.3g} "
