@@ -451,7 +451,7 @@ def evaluate_sizes(models: list[HybridLM], references: list[int], corpus: Corpus
     # By model, name and kind: a value for each sequence.
     found = [{name: {kind: torch.cat([figures[name] for figures in own[m]])
                      for kind, own in kinds.items()}
-              for name in kinds["text"][m][0]} for m in range(len(models))]
+              for name in next(iter(kinds.values()))[m][0]} for m in range(len(models))]
     parent, out = found[0]["loss_nats"], []
     parent_loss = stratified(parent, shares)["mean"]
     for model, figures, reference in zip(models, found, references, strict=True):

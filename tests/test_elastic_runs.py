@@ -808,7 +808,7 @@ def test_kl_and_loss_of_a_size_are_means_over_targets_by_hand(corpus, monkeypatc
         kl_B.append(float((p[row, at].exp() * (p[row, at] - q[row, at])).sum(-1).mean()))
         loss_B.append(-float(q[row, at, target[at]].mean()))
     assert found["kl_nats"]["mean"] == pytest.approx(sum(kl_B) / 16, rel=1e-4)
-    for name in ("text_loss_nats", "computed_loss_nats", "problem_loss_nats"):
+    for name in ("text_loss_nats", "problem_loss_nats"):
         assert found[name]["mean"] == pytest.approx(found["loss_nats"]["mean"], rel=1e-12)
     assert found["loss_nats"]["mean"] == pytest.approx(sum(loss_B) / 16, rel=1e-5)
 
@@ -825,6 +825,18 @@ def test_kinds_are_measured_apart_and_weighted_as_in_training(corpus):
     expected = 0.25 * text["mean"] + 0.2 * computed["mean"] + 0.55 * problem["mean"]
     assert found["loss_nats"]["mean"] == pytest.approx(expected, rel=1e-6)
     assert found["loss_nats"]["n"] == text["n"] + computed["n"] + problem["n"]
+
+
+@pytest.mark.parametrize(("text", "computed", "kinds"), [(1.0, 0.0, {"text"}), (0.0, 0.4, {"computed", "problem"})])
+def test_kinds_that_training_does_not_read_are_not_measured(corpus, text, computed, kinds):
+    """All rows are of the others."""
+    data, warmup = replace(SMOKE.data, text_share=text), replace(SMOKE.warmup, computed_share=computed)
+    model = noisy_model(SMOKE, corpus)
+    (found,) = evals.evaluate_sizes([model], [0], corpus, replace(SMOKE, data=data, warmup=warmup))
+    measured = {name.removesuffix("_loss_nats"): found[name]["n"] for name in found if name.endswith("_loss_nats")}
+    del measured["long"]
+    assert measured.keys() == kinds
+    assert found["loss_nats"]["n"] == sum(measured.values()) >= SMOKE.eval.elastic_rows
 
 
 def test_a_stratified_mean_and_its_interval_by_hand():

@@ -95,9 +95,10 @@ def pack(n_rows: int, seq_len: int, shares: dict[str, float],
 
 
 def shares_of(config: Config) -> dict[str, float]:
-    """Of the tokens of the warm-up's mixture, by kind of document."""
+    """Of the tokens of the warm-up's mixture, by kind of document that it has."""
     text, computed = config.data.text_share, config.warmup.computed_share
-    return {"text": text, "computed": computed, "problem": 1 - text - computed}
+    shares = {"text": text, "computed": computed, "problem": 1 - text - computed}
+    return {kind: share for kind, share in shares.items() if share > 1e-9}
 
 
 def pretrain_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:

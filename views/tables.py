@@ -121,8 +121,9 @@ def budget_rows(summary: dict, show: Callable[..., str] = cell) -> list[list[str
     facts: dict[str, Callable[[dict], str]] = {
         "loss, nats a token": lambda e: show(e["loss_nats"], ".3f"),
         "against the parent": lambda e: show(e["loss_change"], "+.1%"),
-        "loss on text": lambda e: show(e["text_loss_nats"], ".3f"),
-        "loss on problems": lambda e: show(e["problem_loss_nats"], ".3f"),
+        **{f"loss on {told}": lambda e, kind=kind: show(e[f"{kind}_loss_nats"], ".3f")
+           for kind, told in (("text", "text"), ("problem", "problems"))
+           if f"{kind}_loss_nats" in summary["teacher"]},
         **accuracies(summary, show),
         "KL from the parent": lambda e: show(e["kl_nats"], ".3f"),
         "same likeliest token": lambda e: show(e["top1"]),
