@@ -329,6 +329,8 @@ RELEASED_ARMS = {"RLP": ("smol-rlp", "rlp"), "RLVR": ("smol-rlvr", "rlvr"),
 RELEASED_FAMILIES = {
     "Elastic on the model as released: order of units alone, tied": "smol-order",
     "Elastic on the model as released: turned stream, untied": "smol-untied"}
+RELEASED_ROWS = ("loss on text", "against the parent", "KL from the parent", "same likeliest token",
+                 "parameters", "cost, of its target", "MFLOPs a token", "tokens a second")
 SPEEDRUN = """## Speedrun
 
 Seconds from random weights until nine of ten training problems are right, with sampled thoughts,
@@ -417,7 +419,9 @@ def results(folder: Path) -> str:
             for name, (kind, _) in RELEASED_ARMS.items() if found[kind])]
         for title, kind in RELEASED_FAMILIES.items():
             for run in found[kind]:
-                parts += [f"### {title}", view.markdown(view.budget_rows(run)),
+                head, *rows = view.budget_rows(run)
+                rows = [row for row in rows if row[0] in RELEASED_ROWS]
+                parts += [f"### {title}", view.markdown([head, *rows]),
                           f"{run['steps_s'] / 60:.0f} min of steps, "
                           f"{run['peak_memory_gib']:.1f} GiB"]
     if timed := [run for run in found["rlp-cpu"] if "seconds_to_90" in run]:
