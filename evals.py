@@ -54,12 +54,6 @@ from text.problems import Problem, held_out_problems
 from text.tokenizer import Tokenizer
 from thoughts import Sampling, prefill, sample_thoughts, score_context, score_thoughts
 
-
-def visiting(network: HybridLM, config: Config) -> AbstractContextManager[HybridLM]:
-    """Inside, the network on this process's device (`parallel.visiting`), in the run's dtype."""
-    return parallel.visiting(network, config.parallel.dtype == "bf16")
-
-
 # How much is worked on together: tokens in caches, numbers in a tensor of logits.
 TOKENS_AT_ONCE, LOGITS_AT_ONCE = 2**17, 2**28
 N_VALIDATION = 48  # validation problems of a family, at most
@@ -418,6 +412,11 @@ def text_losses(model: HybridLM, corpus: Corpus, config: Config) -> tuple[Tensor
         logp = token_logp(logits, tokens_BT[:, len(begin) + 1 :], corpus.tokenizer.tags)
         losses.append(-logp.mean().cpu())
     return torch.stack(losses), torch.tensor([i for i, _ in windows])
+
+
+def visiting(network: HybridLM, config: Config) -> AbstractContextManager[HybridLM]:
+    """Inside, the network on this process's device (`parallel.visiting`), in the run's dtype."""
+    return parallel.visiting(network, config.parallel.dtype == "bf16")
 
 
 def to_device(batch: dict[str, Tensor], model: HybridLM) -> dict[str, Tensor]:

@@ -42,14 +42,13 @@ def talk(run: tyro.conf.Positional[Path], prompt: tyro.conf.Positional[str],
     require(temperature is None or temperature >= 0,
             f"temperature ({temperature}) must be 0 (greedy) or more")
     require(back >= 0, f"back ({back}) must be 0 (the thought stands at the end) or more")
-
     require(read is None or budget, f"read ({read}) needs budget: the sizes that go on")
 
     def answer(model: HybridLM, tokenizer: Tokenizer, c: RLPConfig,
-               read: Callable[[dict[str, Tensor]], Prefix] | None = None) -> str:
+               reads: Callable[[dict[str, Tensor]], Prefix] | None = None) -> str:
         heat = c.temperature if temperature is None else temperature
         c = replace(c, temperature=heat, thought_len=thought_len or c.thought_len)
-        return prompt + show_thought(model, tokenizer, prompt, c, seed, back, read)
+        return prompt + show_thought(model, tokenizer, prompt, c, seed, back, reads)
 
     if not budget:
         print(answer(*load_model(run)))
@@ -59,9 +58,9 @@ def talk(run: tyro.conf.Positional[Path], prompt: tyro.conf.Positional[str],
     reader = submodel(family, sizes[read]) if read is not None else None
     for b in budget:  # each size is known before one answers
         small = submodel(family, sizes[b])  # in place of the one before: one at a time in memory
-        began = reader and partial(
+        reads = reader and partial(
             handed_over, family.config, (reader, sizes[read]), (small, sizes[b]))
-        print(f"[{b:g}] {answer(small, tokenizer, config.rlp, began)}")
+        print(f"[{b:g}] {answer(small, tokenizer, config.rlp, reads)}")
 
 
 def handed_over(family: ModelConfig, first: tuple[HybridLM, Widths],

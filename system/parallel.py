@@ -282,19 +282,22 @@ def whole(network: nn.Module, for_sampling: bool = False) -> nn.Module:
         return network
     known = {} if team.gathered is None else team.gathered
 
-    def weight(name: str, p: Tensor) -> Tensor:
-        t = p.full_tensor() if isinstance(p, DTensor) else p
-        return t.bfloat16() if low and is_product(name, t) else t
-
     if (network, low) not in known:
-        weights = {name: weight(name, p) for name, p in network.state_dict().items()}
+        weights = {name: cast_weight(name, full_weight(p), low)
+                   for name, p in network.state_dict().items()}
         known[network, low] = undressed(network, weights, trains=False)
     return known[network, low]
 
 
-def is_product(name: str, t: Tensor) -> bool:
-    """Whether a weight is a matrix that products read: of a layer, or the head."""
-    return t.dim() == 2 and "conv" not in name and not name.startswith("embed")
+def full_weight(p: Tensor) -> Tensor:
+    """A weight as a whole, gathered if it is sharded."""
+    return p.full_tensor() if isinstance(p, DTensor) else p
+
+
+def cast_weight(name: str, t: Tensor, low: bool) -> Tensor:
+    """A weight; low: in bf16 if it is a matrix that products read, of a layer or the head."""
+    is_product = t.dim() == 2 and "conv" not in name and not name.startswith("embed")
+    return t.bfloat16() if low and is_product else t
 
 
 @torch.no_grad()
@@ -303,9 +306,8 @@ def in_host_memory(network: nn.Module) -> nn.Module:
     weight by weight; on the others without data. What is not sharded stays on its device."""
     if not any(isinstance(p, DTensor) for p in network.parameters()):
         return whole(network)
-    home, weights = "cpu" if is_first() else "meta", {}
-    for name, p in network.state_dict().items():
-        weights[name] = (p.full_tensor() if isinstance(p, DTensor) else p).to(home)
+    home = "cpu" if is_first() else "meta"
+    weights = {name: full_weight(p).to(home) for name, p in network.state_dict().items()}
     return undressed(network, weights, trains=False)
 
 
@@ -322,7 +324,7 @@ def visiting(network: nn.Module, low: bool) -> Iterator[nn.Module]:
     if not waits(network):
         yield network
         return
-    weights = {name: t.to(team.device, torch.bfloat16 if low and is_product(name, t) else t.dtype)
+    weights = {name: cast_weight(name, t.to(team.device), low)
                for name, t in network.state_dict().items()}
     with torch.autocast(team.device.type, torch.bfloat16, enabled=low):
         yield undressed(network, weights, trains=False)

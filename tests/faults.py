@@ -121,7 +121,7 @@ FAULTS = [
     Fault("talk_temperature", "generate.py", "c.temperature if temperature is None else temperature",
           "c.temperature", "generate"),
     Fault("talk_without_budget", "generate.py", "submodel(family, sizes[b])", "family", "generate"),
-    Fault("talk_seed", "generate.py", "prompt, c, seed, back, read)", "prompt, c, 0, back, read)", "generate"),
+    Fault("talk_seed", "generate.py", "prompt, c, seed, back, reads)", "prompt, c, 0, back, reads)", "generate"),
     # held-out figures
     Fault("gain_sign", "evals.py", 'sampled["logp"] - logp for', 'logp - sampled["logp"] for', "evals"),
     Fault("half_a_sigma", "evals.py", "half = 1.96 * float", "half = 0.5 * float", "evals"),
