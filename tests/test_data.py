@@ -98,6 +98,21 @@ def solve_sum(question):
 SOLVE = {"chain": solve_chain, "word": solve_word, "lookup": solve_lookup, "sum": solve_sum}
 
 
+def reached(step):
+    """The value at the end of a step; the last step of a chain has a letter after it."""
+    *_, before, last = ["", *step.split()]
+    return before if re.fullmatch("[a-z]", last) else last
+
+
+@pytest.mark.parametrize("chain", [FAMILIES["chain"], *(level["chain"] for level in LEVELS.values())])
+def test_a_chain_stops_at_the_name_that_is_asked_for(chain):
+    """It ends in that name, and no step before the last does."""
+    rng = random.Random(0)
+    for problem in (chain(rng) for _ in range(100)):
+        asked = re.search(r"Value of (\w)", problem.question)[1]
+        assert [step.split()[-1] == asked for step in problem.steps] == [False] * (len(problem.steps) - 1) + [True]
+
+
 @pytest.mark.parametrize("family", SOLVE)
 def test_worked_steps_are_right_and_lead_to_the_answer(family):
     """Each step ends in the value it reaches. The answer is the last one (of a sum, its last digit)."""
@@ -105,7 +120,7 @@ def test_worked_steps_are_right_and_lead_to_the_answer(family):
     for _ in range(300):
         problem = FAMILIES[family](rng)
         values = [str(v) for v in SOLVE[family](problem.question)]
-        assert [step.split()[-1] for step in problem.steps] == values, problem
+        assert list(map(reached, problem.steps)) == values, problem
         assert problem.answer == " " + (values[-1][-1] if family == "sum" else values[-1]), problem
         assert problem.thought == "".join(problem.steps)
 
@@ -128,7 +143,7 @@ def test_levels_have_more_steps_than_were_ever_trained(family, k):
         problem = LEVELS[f"{k} more"][family](rng)
         assert len(problem.steps) == most + k * each
         values = [str(v) for v in SOLVE[family](problem.question)]
-        assert [step.split()[-1] for step in problem.steps] == values, problem
+        assert list(map(reached, problem.steps)) == values, problem
         assert problem.answer == " " + (values[-1][-1] if family == "sum" else values[-1]), problem
 
 
@@ -154,7 +169,7 @@ def test_distractors_lead_nowhere(family):
             assert 9 <= len(lines) - 1 <= 11
         values = [str(v) for v in SOLVE[family]("".join(own))]
         assert n_other >= 2
-        assert [step.split()[-1] for step in problem.steps] == values, problem
+        assert list(map(reached, problem.steps)) == values, problem
         assert problem.answer == f" {values[-1]}"
 
 
@@ -825,7 +840,7 @@ def test_fine_tuning_is_on_worked_thoughts_and_answers_alone(corpus):
             assert [targets[i] != -100 for i in own[:-1]] == [i >= at for i in range(len(own) - 1)]
             question, thought = tk.decode(read[:at]), tk.decode(read[at + 1 : read.index(tk.close)])
             family = {"Modulo": "chain", "Count:": "word", "Ring:": "lookup", "Tens": "sum"}[question.split()[0]]
-            assert thought.split()[-1] == str(SOLVE[family](question)[-1])
+            assert reached(thought) == str(SOLVE[family](question)[-1])
             n_seen += 1
     assert n_seen > 100
 

@@ -3,7 +3,7 @@
     lookup   Ring: Max calls Bob. Bob calls Ann. ... Start at Max, 2 calls on?
              thought: 1 Max calls Bob 2 Bob calls Ann                          answer: Ann
     chain    Modulo 10: u = 5. u to t -2. t to e +8. Value of e?
-             thought: u 5 u to t -2 5 -2 3 t to e +8 3 +8 1                    answer: 1
+             thought: u 5 u to t -2 5 -2 3 t to e +8 3 +8 1 e                  answer: 1
     word     Count: Bob has 9 books. On Monday Bob sells 5. ... How many books has Bob?
              thought: start 9 Monday -5 4 Tuesday +1 5                         answer: 5
     sum      Tens digit of 85 + 79?
@@ -73,6 +73,7 @@ FILLER = (" Let me think.", " Hmm.", " This looks easy.", " I am not sure.",
 
 def chain_problem(rng: random.Random, more: int = 0, aside: bool = False) -> Problem:
     """Variables defined one from another; every sum counts modulo 10, so that digits suffice.
+    The last step names what is asked for once more: whether to stop is easiest told at a name.
     Aside: the chain goes on for two variables after the one that is asked for."""
     n = 5 + more if more else rng.randint(3, 5)
     names = rng.sample(LETTERS, n + 2 * aside)
@@ -88,6 +89,7 @@ def chain_problem(rng: random.Random, more: int = 0, aside: bool = False) -> Pro
             answer = value
         lines.append(f"{line}.")
         canonical += f" {sign}{operand}"
+    steps[-1] += f" {names[n - 1]}"
     question = f"{' '.join(lines)} Value of {names[n - 1]}?"
     return Problem("chain", question, tuple(steps), f" {answer}", canonical)
 
