@@ -30,7 +30,7 @@ from thoughts import sample_thoughts
 
 SMOKE = PRESETS["smoke"]
 SEED, SAMPLES, CONTEXT, LONGEST, HORIZON, BACK = SMOKE.seed, 3, 40, 5, 2, 3
-SEEDS = (29, 727, 14)  # of the weights: whose thoughts are of all sorts
+SEEDS = (14, 29, 727)  # of the weights: whose thoughts are of all sorts
 CONFIG = dataclasses.replace(
     SMOKE,
     rlp=dataclasses.replace(SMOKE.rlp, context_len=CONTEXT, thought_len=LONGEST, horizon=HORIZON, back=BACK),

@@ -331,6 +331,13 @@ RELEASED_FAMILIES = {
     "Elastic on the model as released: turned stream, untied": "smol-untied"}
 RELEASED_ROWS = ("loss on text", "against the parent", "KL from the parent", "same likeliest token",
                  "parameters", "cost, of its target", "MFLOPs a token", "tokens a second")
+RELEASED_TEXT = """### RLP on its ordinary text
+
+At random positions, after a warm-up in which thoughts quote how the text went on where it repeats;
+the frozen base is the warmed-up model. No problems, no other documents."""
+NAMED = """### Chains whose thoughts end with the name that is asked for
+
+The default since 2026-11-28. All other figures here are of before, also as before in this table."""
 SPEEDRUN = """## Speedrun
 
 Seconds from random weights until nine of ten training problems are right, with sampled thoughts,
@@ -371,6 +378,62 @@ def checked_rows(found: list[dict]) -> list[list[str]]:
     return rows
 
 
+def named_parts(found: dict[str, list[dict]]) -> list[str]:
+    """RLP with today's thoughts of chains, beside the runs that all other tables have."""
+    before, named = of_equal_seeds(found["rlp-cpu"], found["rlp-named-cpu"])
+    if not named:
+        return []
+    labels = ["accuracy, sampled thoughts", "accuracy, greedy thought",
+              "  chain, sampled thoughts", "thoughts that close", "gain at ordinary text, nats"]
+    columns = {f"{who}{told}": (runs, who.lower()) for told, runs in
+               ((" as before", before), ("", named)) for who in ("base", "RLP")}
+    seeds = ", ".join(str(run["seed"]) for run in named)
+    head, *rows = view.thought_rows(columns, labels)
+    return [NAMED, view.markdown([[f"{head[0]}, seed {seeds}", *head[1:]], *rows])]
+
+
+def took(run: dict) -> str:
+    """What a run of a released model took."""
+    return f"{run['steps_s'] / 60:.0f} min of steps, {run['peak_memory_gib']:.1f} GiB"
+
+
+def released_parts(found: dict[str, list[dict]]) -> list[str]:
+    """What a released model became: by problems, on its text, and made elastic."""
+    if not found["smol-rlp"]:
+        return []
+    columns = {"as released": (found["smol-as"], "base")}
+    for name, (kind, who) in RELEASED_ARMS.items():
+        columns |= {f"before {name}": (found[kind], "base"),
+                    f"{name}, {n_seeds(found[kind])}": (found[kind], who)}
+    columns = {name: column for name, column in columns.items() if column[0]}
+    tasks = next(iter(columns.values()))[0][0]["accuracy"]["greedy"]
+    labels = ["gain over the frozen base, nats", "gain over no thought, nats",
+              "gain over an empty thought, nats", "gain over another's thought, nats",
+              "accuracy, sampled thoughts", "accuracy, greedy thought", "accuracy, no thought",
+              *(f"  {name}, sampled thoughts" for name in tasks if name != "all"),
+              "thought, tokens", "thoughts that close", "loss on text, no thought, nats",
+              "gain at ordinary text, nats"]
+    parts = [RELEASED, view.markdown(view.thought_rows(columns, labels)), "; ".join(
+        f"{name} {took(found[kind][0])}"
+        for name, (kind, _) in RELEASED_ARMS.items() if found[kind])]
+    if runs := found["smol-text"]:
+        labels = ["gain at ordinary text, nats",
+                  "  over another's thought at ordinary text, nats",
+                  "  thoughts not empty at ordinary text", "gain where text repeats, nats",
+                  "loss on text, no thought, nats", "change of the loss on text"]
+        head, *rows = view.thought_rows(
+            {"before RLP": (runs, "base"), f"RLP, {n_seeds(runs)}": (runs, "rlp")}, labels)
+        n = runs[0]["positions"]["text"]["rlp"]["gain_nats"]["frozen_base"]["n"]
+        parts += [RELEASED_TEXT, view.markdown([[f"{n} positions", *head[1:]], *rows]),
+                  took(runs[0])]
+    for title, kind in RELEASED_FAMILIES.items():
+        for run in found[kind]:
+            head, *rows = view.budget_rows(run)
+            rows = [row for row in rows if row[0] in RELEASED_ROWS]
+            parts += [f"### {title}", view.markdown([head, *rows]), took(run)]
+    return parts
+
+
 def results(folder: Path) -> str:
     """All of RESULTS.md."""
     found = load(folder)
@@ -390,6 +453,7 @@ def results(folder: Path) -> str:
              rivals.rate_rows([t for rates in found["rates-cpu"] for t in rates["tries"]]))):
         if rows[1:]:
             parts += [f"### {title}"] * bool(title) + [view.markdown(rows)]
+    parts += named_parts(found)
     for seed in sorted({run["seed"] for kind in kinds.values() for run in found[kind]}):
         runs = {name: run for name, kind in kinds.items() for run in found[kind]
                 if run["seed"] == seed}
@@ -400,30 +464,7 @@ def results(folder: Path) -> str:
             costs.append(f"{name} {whole_seconds(run) / 60:.1f} min with the base, "
                          f"{run['peak_memory_gib']:.1f} GiB, commit {view.commit(run)}")
         parts += [f"### Seed {seed}", view.markdown(view.thought_rows(columns)), "; ".join(costs)]
-    if found["smol-rlp"]:
-        columns = {"as released": (found["smol-as"], "base")}
-        for name, (kind, who) in RELEASED_ARMS.items():
-            columns |= {f"before {name}": (found[kind], "base"),
-                        f"{name}, {n_seeds(found[kind])}": (found[kind], who)}
-        columns = {name: column for name, column in columns.items() if column[0]}
-        tasks = next(iter(columns.values()))[0][0]["accuracy"]["greedy"]
-        labels = ["gain over the frozen base, nats", "gain over no thought, nats",
-                  "gain over an empty thought, nats", "gain over another's thought, nats",
-                  "accuracy, sampled thoughts", "accuracy, greedy thought", "accuracy, no thought",
-                  *(f"  {name}, sampled thoughts" for name in tasks if name != "all"),
-                  "thought, tokens", "thoughts that close", "loss on text, no thought, nats",
-                  "gain at ordinary text, nats"]
-        parts += [RELEASED, view.markdown(view.thought_rows(columns, labels)), "; ".join(
-            f"{name} {found[kind][0]['steps_s'] / 60:.0f} min of steps, "
-            f"{found[kind][0]['peak_memory_gib']:.1f} GiB"
-            for name, (kind, _) in RELEASED_ARMS.items() if found[kind])]
-        for title, kind in RELEASED_FAMILIES.items():
-            for run in found[kind]:
-                head, *rows = view.budget_rows(run)
-                rows = [row for row in rows if row[0] in RELEASED_ROWS]
-                parts += [f"### {title}", view.markdown([head, *rows]),
-                          f"{run['steps_s'] / 60:.0f} min of steps, "
-                          f"{run['peak_memory_gib']:.1f} GiB"]
+    parts += released_parts(found)
     if timed := [run for run in found["rlp-cpu"] if "seconds_to_90" in run]:
         parts += [SPEEDRUN, view.markdown(speedrun_rows(timed))]
     parts.append(ELASTIC)
