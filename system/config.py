@@ -228,10 +228,19 @@ class WarmupConfig(FitConfig):
     think: Share = 0.6  # Share of problems with a thought.
     # Share of those, and of results' thoughts, worked out; the others stop half-way or are filler.
     worked: Share = 0.5
+    # Text often repeats its last two tokens. Share of those places with a thought that quotes how
+    # they went on before, of the same kinds as a result's.
+    recall: Share = 0.0
     # Tokens from a thought to the next, on average, in text and in computed documents; 0: these
     # have none, for a released model that is not warmed up.
     gap: Annotated[int, Rule(
         "must be at least 2, or 0 for no thoughts", lambda n: n == 0 or n >= 2)] = 12
+
+    def check(self, group: str = "warmup") -> None:
+        """Raises ValueError for settings that cannot work."""
+        super().check(group)
+        require(self.gap or not self.recall, f"warmup.recall ({self.recall}) puts thoughts into "
+                "text, and warmup.gap 0 leaves them out; give a gap of 2 or more, or recall 0")
 
 
 @dataclass(frozen=True)

@@ -894,6 +894,33 @@ def test_worked_thoughts_of_the_mixture_stand_at_their_results_or_some_tokens_ba
         assert counts[back] / (counts[0] + counts[back]) == pytest.approx(0.5, abs=0.08)
 
 
+def test_what_a_thought_may_quote_by_hand():
+    """The last time counts, and nothing that the thought has not read: the fourth 4 is not there to be quoted."""
+    text = [7, 5, 6, 1, 2, 5, 6, 3, 5, 6, 5, 6, 9]
+    assert batches.recalled(text) == {7: [5, 6, 1, 2], 10: [5, 6, 3, 5], 12: [5, 6, 5, 6]}
+    assert batches.recalled([4, 4, 4, 4]) == {3: [4, 4, 4]}
+    assert batches.recalled([1, 2, 3, 1]) == {}
+    assert batches.recalled([1, 2, 9, 2, 8], n=1, ahead=1) == {4: [2, 9]}
+
+
+def test_quotes_stand_where_text_repeats_and_nowhere_else(corpus, monkeypatch):
+    """Half of such places have one, all of them whole; half of the documents have them `back` tokens early, masked."""
+    text, tk = np.array([70, 71, 72, 73, 74, 70, 71, 75, 76]), corpus.tokenizer
+    monkeypatch.setattr(type(corpus), "text_window", lambda *_: text)
+    fit = {"batch": 60, "seq_len": 256, "gap": 10**6, "recall": 0.5, "worked": 1.0}
+    batch = warmup_batch(corpus, config_of(data={"text_share": 1.0}, warmup=fit, rlp={"back": 1}), 0)
+    quote, counts = [tk.think, 70, 71, 72, 73, tk.close], Counter()
+    for tokens, ids in zip(batch["tokens_BT"].tolist(), batch["ids_BT"].tolist(), strict=True):
+        for d in range(ids[-1]):  # the last one of a row may be cut
+            read = [token for token, of in zip(tokens, ids, strict=True) if of == d]
+            found = [early for early in (0, 1) if read == [*text[: 7 - early], *quote, *text[7 - early :]]]
+            counts[found[0] if found else "none"] += 1
+            assert found or read == text.tolist()
+    assert counts.total() > 800
+    assert counts["none"] / counts.total() == pytest.approx(0.5, abs=0.06)
+    assert counts[0] / (counts[0] + counts[1]) == pytest.approx(0.5, abs=0.08)
+
+
 def test_thoughts_of_results_in_the_mixture_are_of_all_kinds(corpus, monkeypatch):
     """40 % worked, so 0.3 stop half-way and 0.3 are filler; of 500 and more the standard error is .022 at most."""
     monkeypatch.setattr(batches, "draw_computed", lambda *_: RESULT)

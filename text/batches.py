@@ -55,6 +55,18 @@ def problem_document(tokenizer: Tokenizer, problem: Problem, thought: str | None
     return [(t, foretell) for t in prompt] + place_thoughts(tokenizer, answer, thoughts)
 
 
+def recalled(document: list[int], n: int = 2, ahead: int = 2) -> dict[int, list[int]]:
+    """What a thought may quote of a text, by place: where its last n tokens stood before, these and
+    the `ahead` tokens that followed the last time, as far as they had been read."""
+    seen, found = {}, {}
+    for t in range(n, len(document)):
+        last = tuple(document[t - n : t])
+        if (i := seen.get(last)) is not None:
+            found[t] = document[i - n : min(i + ahead, t)]
+        seen[last] = t
+    return found
+
+
 def computed_tokens(
     tokenizer: Tokenizer, found: Computed) -> tuple[list[int], dict[int, list[int]]]:
     """Token ids of a computed document, and by the places of its results their worked thoughts."""
@@ -134,8 +146,9 @@ def mixture(corpus: Corpus, config: Config, step: int, n_rows: int, seq_len: int
 
     Thoughts of problems are worked, stop half-way or are filler. In half of the other documents
     they stand before the token that they are for, to learn what to think; in the others
-    `rlp.back` tokens before it, to learn to go on after them. Those for a result are of the same
-    kinds as those of problems; elsewhere they are empty or filler. Without `warmup.gap` there are
+    `rlp.back` tokens before it, to learn to go on after them. Those for a result, and those that
+    quote (`warmup.recall`), are of the same kinds as those of problems; elsewhere they are empty or
+    filler. Without `warmup.gap` there are
     none in the other documents.
     """
     fit, tokenizer, percent = config.warmup, corpus.tokenizer, corpus.held_out_percent
@@ -148,10 +161,12 @@ def mixture(corpus: Corpus, config: Config, step: int, n_rows: int, seq_len: int
             return problem_document(
                 tokenizer, problem, thought_for(problem, rng, fit.worked) if has_thought else None)
         if kind == "text":
-            document, worked = corpus.text_window(rng, split, seq_len).tolist(), {}
+            document = corpus.text_window(rng, split, seq_len).tolist()
+            worked, often = recalled(document) if fit.recall else {}, fit.recall
         else:
             document, worked = computed_tokens(tokenizer, draw_computed(rng, split, percent))
-        # Places about `gap` tokens apart, and three of four results.
+            often = 0.75
+        # Places about `gap` tokens apart, three of four results, and where text repeats.
         if not fit.gap:
             return [(t, True) for t in document]
         thoughts, t = {}, rng.randrange(2 * fit.gap)
@@ -159,7 +174,7 @@ def mixture(corpus: Corpus, config: Config, step: int, n_rows: int, seq_len: int
             thoughts[t] = [] if rng.random() < 0.85 else tokenizer.encode(filler(rng))
             t += rng.randrange(1, 2 * fit.gap)
         for t, thought in worked.items():
-            if rng.random() < 0.75:
+            if rng.random() < often:
                 some = some_of(thought, rng, fit.worked)
                 thoughts[t] = tokenizer.encode(filler(rng)) if some is None else some
         return place_thoughts(tokenizer, document, thoughts, rng.choice((0, config.rlp.back)))
