@@ -337,7 +337,8 @@ At random positions, after a warm-up in which thoughts quote how the text went o
 the frozen base is the warmed-up model. No problems, no other documents."""
 NAMED = """### Chains whose thoughts end with the name that is asked for
 
-The default since 2026-11-28. All other figures here are of before, also as before in this table."""
+The default since 2026-11-28. All other tables are of runs before that, and so are the columns "as
+before"; their bases were trained on another kind of processor."""
 SPEEDRUN = """## Speedrun
 
 Seconds from random weights until nine of ten training problems are right, with sampled thoughts,
