@@ -331,10 +331,6 @@ RELEASED_FAMILIES = {
     "Elastic on the model as released: turned stream, untied": "smol-untied"}
 RELEASED_ROWS = ("loss on text", "against the parent", "KL from the parent", "same likeliest token",
                  "parameters", "cost, of its target", "MFLOPs a token", "tokens a second")
-RELEASED_TEXT = """### RLP on its ordinary text
-
-At random positions, after a warm-up in which thoughts quote how the text went on where it repeats;
-the frozen base is the warmed-up model. No problems, no other documents."""
 NAMED = """### Chains whose thoughts end with the name that is asked for
 
 The default since 2026-11-28. All other tables are of runs before that, and so are the columns "as
@@ -399,7 +395,7 @@ def took(run: dict) -> str:
 
 
 def released_parts(found: dict[str, list[dict]]) -> list[str]:
-    """What a released model became: by problems, on its text, and made elastic."""
+    """What a released model became: by problems, and made elastic."""
     if not found["smol-rlp"]:
         return []
     columns = {"as released": (found["smol-as"], "base")}
@@ -417,16 +413,6 @@ def released_parts(found: dict[str, list[dict]]) -> list[str]:
     parts = [RELEASED, view.markdown(view.thought_rows(columns, labels)), "; ".join(
         f"{name} {took(found[kind][0])}"
         for name, (kind, _) in RELEASED_ARMS.items() if found[kind])]
-    if runs := found["smol-text"]:
-        labels = ["gain at ordinary text, nats",
-                  "  over another's thought at ordinary text, nats",
-                  "  thoughts not empty at ordinary text", "gain where text repeats, nats",
-                  "loss on text, no thought, nats", "change of the loss on text"]
-        head, *rows = view.thought_rows(
-            {"before RLP": (runs, "base"), f"RLP, {n_seeds(runs)}": (runs, "rlp")}, labels)
-        n = runs[0]["positions"]["text"]["rlp"]["gain_nats"]["frozen_base"]["n"]
-        parts += [RELEASED_TEXT, view.markdown([[f"{n} positions", *head[1:]], *rows]),
-                  took(runs[0])]
     for title, kind in RELEASED_FAMILIES.items():
         for run in found[kind]:
             head, *rows = view.budget_rows(run)
