@@ -148,8 +148,7 @@ def mixture(corpus: Corpus, config: Config, step: int, n_rows: int, seq_len: int
     they stand before the token that they are for, to learn what to think; in the others
     `rlp.back` tokens before it, to learn to go on after them. Those for a result, and those that
     quote (`warmup.recall`), are of the same kinds as those of problems; elsewhere they are empty or
-    filler. Without `warmup.gap` there are
-    none in the other documents.
+    filler. Without `warmup.gap` there are none in the other documents.
     """
     fit, tokenizer, percent = config.warmup, corpus.tokenizer, corpus.held_out_percent
     rng = random.Random(f"warmup-{config.seed}-{step}" + f"-{split}" * (split != "train"))

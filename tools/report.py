@@ -382,8 +382,8 @@ def named_parts(found: dict[str, list[dict]]) -> list[str]:
         return []
     labels = ["accuracy, sampled thoughts", "accuracy, greedy thought",
               "  chain, sampled thoughts", "thoughts that close", "gain at ordinary text, nats"]
-    columns = {f"{who}{told}": (runs, who.lower()) for told, runs in
-               ((" as before", before), ("", named)) for who in ("base", "RLP")}
+    columns = {"base as before": (before, "base"), "RLP as before": (before, "rlp"),
+               "base": (named, "base"), "RLP": (named, "rlp")}
     seeds = ", ".join(str(run["seed"]) for run in named)
     head, *rows = view.thought_rows(columns, labels)
     return [NAMED, view.markdown([[f"{head[0]}, seed {seeds}", *head[1:]], *rows])]
