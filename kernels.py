@@ -260,9 +260,7 @@ def causal_conv_torch(x_BTE, weight_EW, bias_E, tail_BYE=None, ids_BT=None):
     x_BZE, ids_BZ, left_BYE = _with_tail(x_BTE, tail_BYE, ids_BT, W)
     if T == 1 and ids_BT is None:  # a step of decoding is too small for W passes
         return (x_BZE * weight_EW.t()).sum(dim=1, keepdim=True) + bias_E, left_BYE
-    cuts = None if ids_BT is None else [
-        ((ids_BZ[:, j : j + T] != ids_BT) | (ids_BT < 0)).nonzero(as_tuple=True) for j in range(W)]
-    return ShiftedSum.apply(x_BZE, weight_EW, bias_E, cuts), left_BYE
+    return shifted_sum(x_BZE, weight_EW, bias_E, ids_BZ), left_BYE
 
 
 def _with_tail(x_BTE: Tensor, tail_BYE: Tensor | None, ids_BT: Tensor | None, W: int):
@@ -279,41 +277,68 @@ def _with_tail(x_BTE: Tensor, tail_BYE: Tensor | None, ids_BT: Tensor | None, W:
     return x_BZE, ids_BZ, left_BYE
 
 
-class ShiftedSum(torch.autograd.Function):
-    """y_t = bias + sum over j of weight_j x_{t+j}: T + W - 1 inputs give T outputs.
-    Autograd would make a padded copy of the gradient for each tap; this makes one. Strided rows of
-    weight_EW, or a mask over documents, would keep the multiply-adds from being vectorised: so
-    `cuts` lists, for each tap, the few (row, token) pairs that it must not reach."""
-
-    @staticmethod
-    def forward(ctx, x_BZE, weight_EW, bias_E, cuts):
-        """The last tap first: it begins with the bias."""
-        weight_WE = weight_EW.t().contiguous()
-        ctx.save_for_backward(x_BZE, weight_WE)
-        ctx.cuts = cuts
-        T = x_BZE.shape[1] - len(weight_WE) + 1
-        y_BTE = torch.addcmul(bias_E, _cut(x_BZE[:, -T:], cuts, -1), weight_WE[-1])
-        for j in range(len(weight_WE) - 1):
-            y_BTE.addcmul_(_cut(x_BZE[:, j : j + T], cuts, j), weight_WE[j])
-        return y_BTE
-
-    @staticmethod
-    def backward(ctx, grad_BTE):
-        """Gradients of the inputs, the weights and the bias."""
-        x_BZE, weight_WE = ctx.saved_tensors
-        T, dx_BZE, dw = grad_BTE.shape[1], torch.zeros_like(x_BZE), []
-        products_BTE = torch.empty_like(grad_BTE)
-        for j in range(len(weight_WE)):
-            tap_BTE = _cut(grad_BTE, ctx.cuts, j)
-            dx_BZE[:, j : j + T].addcmul_(tap_BTE, weight_WE[j])
-            dw.append(torch.mul(tap_BTE, x_BZE[:, j : j + T], out=products_BTE).sum(dim=(0, 1)))
-        return dx_BZE, torch.stack(dw, dim=1), grad_BTE.sum(dim=(0, 1)), None
+def _summed_shape(x_BZE, weight_EW, bias_E, ids_BZ):
+    B, Z, E = x_BZE.shape
+    return x_BZE.new_empty(B, Z - weight_EW.shape[1] + 1, E)
 
 
-def _cut(t_BTE: Tensor, cuts: list[tuple[Tensor, Tensor]] | None, j: int) -> Tensor:
-    """The tensor with zeros where tap j would reach into another document."""
-    is_whole = cuts is None or len(cuts[j][0]) == 0
-    return t_BTE if is_whole else t_BTE.index_put(cuts[j], t_BTE.new_zeros(()))
+@functools.partial(kernels_gpu.operation, fake=_summed_shape)
+def shifted_sum(x_BZE: Tensor, weight_EW: Tensor, bias_E: Tensor, ids_BZ: Tensor | None) -> Tensor:
+    """y_t = bias + sum over j of weight_j x_{t+j}: T + W - 1 inputs give T outputs. Strided rows of
+    weight_EW, or a mask over documents, would keep the multiply-adds from being vectorised."""
+    W = weight_EW.shape[1]
+    T, weight_WE = x_BZE.shape[1] - W + 1, weight_EW.t().contiguous()
+    cuts = _cuts(ids_BZ, T, W)
+    y_BTE = torch.addcmul(bias_E, _cut(x_BZE[:, -T:], cuts[-1]), weight_WE[-1])
+    for j in range(W - 1):
+        y_BTE.addcmul_(_cut(x_BZE[:, j : j + T], cuts[j]), weight_WE[j])
+    return y_BTE
+
+
+@functools.partial(kernels_gpu.operation, fake=lambda x_BZE, weight_EW, ids_BZ, dy_BTE: (
+    torch.empty_like(x_BZE), torch.empty_like(weight_EW)))
+def shifted_sum_gradients(x_BZE: Tensor, weight_EW: Tensor, ids_BZ: Tensor | None, dy_BTE: Tensor
+                          ) -> tuple[Tensor, Tensor]:
+    """Of the inputs and the weights. Autograd would make a padded copy of the gradient for each
+    tap; this makes one."""
+    T, W, weight_WE = dy_BTE.shape[1], weight_EW.shape[1], weight_EW.t().contiguous()
+    dx_BZE, dweight_EW = torch.zeros_like(x_BZE), torch.empty_like(weight_EW)
+    cuts, products_BTE = _cuts(ids_BZ, T, W), torch.empty_like(dy_BTE)
+    for j in range(W):
+        tap_BTE = _cut(dy_BTE, cuts[j])
+        dx_BZE[:, j : j + T].addcmul_(tap_BTE, weight_WE[j])
+        torch.mul(tap_BTE, x_BZE[:, j : j + T], out=products_BTE)
+        dweight_EW[:, j] = products_BTE.sum(dim=(0, 1))
+    return dx_BZE, dweight_EW
+
+
+def _save_shifted_sum(ctx, inputs, output) -> None:
+    x_BZE, weight_EW, _, ids_BZ = inputs
+    ctx.save_for_backward(x_BZE, weight_EW, ids_BZ)
+
+
+def _shifted_sum_backward(ctx, dy_BTE):
+    dx_BZE, dweight_EW = shifted_sum_gradients(*ctx.saved_tensors, dy_BTE)
+    return dx_BZE, dweight_EW, dy_BTE.sum(dim=(0, 1)), None
+
+
+torch.library.register_autograd(shifted_sum, _shifted_sum_backward, setup_context=_save_shifted_sum)
+
+
+def _cuts(ids_BZ: Tensor | None, T: int, W: int) -> list[tuple[Tensor, ...] | None]:
+    """For each tap, the few (row, token) pairs at which it would reach into another document, or
+    there is padding: None where there is none."""
+    if ids_BZ is None:
+        return [None] * W
+    ids_BT = ids_BZ[:, W - 1 :]
+    found = [((ids_BZ[:, j : j + T] != ids_BT) | (ids_BT < 0)).nonzero(as_tuple=True)
+             for j in range(W)]
+    return [pairs if len(pairs[0]) else None for pairs in found]
+
+
+def _cut(t_BTE: Tensor, pairs: tuple[Tensor, ...] | None) -> Tensor:
+    """The tensor with zeros at these (row, token) pairs."""
+    return t_BTE if pairs is None else t_BTE.index_put(pairs, t_BTE.new_zeros(()))
 
 
 # ---------------------------------------------------------------------------- gated norm, log-probs

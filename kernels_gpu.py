@@ -123,12 +123,15 @@ def constant(look: Callable) -> Callable:
     return look
 
 
-def _operation(run: Callable) -> torch.library.CustomOpDef:
+def operation(run: Callable, fake: Callable | None = None) -> torch._ops.OpOverload:
     """`run` as an operation of PyTorch, which compilers do not look into. Where they ask what it
-    returns, the same code runs and launches nothing: shapes, strides and types come out right."""
-    operation = torch.library.custom_op(f"mamba2::{run.__name__}", run, mutates_args=())
-    operation.register_fake(run)
-    return operation
+    returns, `fake` runs; or the same code, which launches nothing then: shapes, strides and types
+    come out right. (A `custom_op` would import the compiler at its first call, for 1.2 s.)"""
+    name = f"mamba2::{run.__name__}"
+    torch.library.define(name, torch.library.infer_schema(run, mutates_args=()))
+    torch.library.impl(name, "default", run)
+    torch.library.register_fake(name, fake or run)
+    return getattr(torch.ops.mamba2, run.__name__).default
 
 
 def passed_file(device: torch.device, *case) -> tuple[Path, str]:
@@ -372,7 +375,7 @@ def _walk(x_BTHP, dt_BTH, a_H, b_BTKN, ids_BT, first_BHPN, at_x, at_b, backward,
     return states_BCHPN, last_BHPN
 
 
-@_operation
+@operation
 def ssd_scan(x_BTHP: Tensor, dt_BTH: Tensor, a_H: Tensor, b_BTKN: Tensor, c_BTKN: Tensor,
              d_H: Tensor, state_BHPN: Tensor | None, ids_BT: Tensor | None
              ) -> tuple[Tensor, Tensor, Tensor]:
@@ -391,7 +394,7 @@ def ssd_scan(x_BTHP: Tensor, dt_BTH: Tensor, a_H: Tensor, b_BTKN: Tensor, c_BTKN
     return y_BTHP, last_BHPN, states_BCHPN
 
 
-@_operation
+@operation
 def ssd_scan_gradients(x_BTHP: Tensor, dt_BTH: Tensor, a_H: Tensor, b_BTKN: Tensor, c_BTKN: Tensor,
                        d_H: Tensor, ids_BT: Tensor | None, states_BCHPN: Tensor, dy_BTHP: Tensor,
                        dlast_BHPN: Tensor | None
@@ -436,7 +439,7 @@ def _scan_backward(ctx, dy_BTHP, dlast_BHPN, _):
     return (*found, dstate_BHPN if ctx.needs_input_grad[6] else None, None)
 
 
-ssd_scan.register_autograd(_scan_backward, setup_context=_save_scan)
+torch.library.register_autograd(ssd_scan, _scan_backward, setup_context=_save_scan)
 
 
 def ssd_triton(x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN, d_H, state_BHPN=None, ids_BT=None, chunk=64):
@@ -470,7 +473,7 @@ def ssd_step_kernel(x, dt, a, b, c, d, first, last, y, stride_x, stride_b, strid
     tl.store(y + _program(0) * P + p, y_P.to(y.dtype.element_ty), mask=p < P)
 
 
-@_operation
+@operation
 def ssd_one_step(x_BHP: Tensor, dt_BH: Tensor, a_H: Tensor, b_BKN: Tensor, c_BKN: Tensor,
                  d_H: Tensor, state_BHPN: Tensor) -> tuple[Tensor, Tensor]:
     """y and the state after one token."""
@@ -566,7 +569,7 @@ def conv_grad_kernel(x, weight, tail, ids, dy, dleft, dx, dw, stride_x, T, E, W:
     _store(dx + (batch * (T + W - 1) + z) * E, i * E, e, dx_ZE, z + i < T + W - 1, e < E)
 
 
-@_operation
+@operation
 def convolution(x_BTE: Tensor, weight_EW: Tensor, bias_E: Tensor, tail_BYE: Tensor | None,
                 ids_BT: Tensor | None) -> tuple[Tensor, Tensor]:
     """The convolution and the inputs it leaves behind. Of one token too: the step of decoding."""
@@ -581,7 +584,7 @@ def convolution(x_BTE: Tensor, weight_EW: Tensor, bias_E: Tensor, tail_BYE: Tens
     return y_BTE, left_BYE
 
 
-@_operation
+@operation
 def convolution_gradients(x_BTE: Tensor, weight_EW: Tensor, tail_BYE: Tensor | None,
                           ids_BT: Tensor | None, dy_BTE: Tensor, dleft_BYE: Tensor | None
                           ) -> tuple[Tensor, Tensor]:
@@ -614,7 +617,7 @@ def _convolution_backward(ctx, dy_BTE, dleft_BYE):
             None if tail_BYE is None else dx_BZE[:, : W - 1], None)
 
 
-convolution.register_autograd(_convolution_backward, setup_context=_save_convolution)
+torch.library.register_autograd(convolution, _convolution_backward, setup_context=_save_convolution)
 
 
 def causal_conv_triton(x_BTE, weight_EW, bias_E, tail_BYE=None, ids_BT=None):
@@ -676,7 +679,7 @@ def norm_grad_kernel(y, z, weight, dout, dy, dz, dw, stride_y, stride_z, n_rows,
     tl.store(dw + _program(0) * I + group * GROUP + i, dw_I, mask=i < GROUP)
 
 
-@_operation
+@operation
 def norm(y_BTI: Tensor, z_BTI: Tensor, weight_I: Tensor, n_groups: int, eps: float) -> Tensor:
     """The gate and the grouped norm: a program for each token and group."""
     B, T, I = y_BTI.shape
@@ -688,7 +691,7 @@ def norm(y_BTI: Tensor, z_BTI: Tensor, weight_I: Tensor, n_groups: int, eps: flo
     return out_BTI
 
 
-@_operation
+@operation
 def norm_gradients(y_BTI: Tensor, z_BTI: Tensor, weight_I: Tensor, n_groups: int, eps: float,
                    dout_BTI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of y, z and the weights, with the statistics computed again."""
@@ -713,7 +716,7 @@ def _norm_backward(ctx, dout_BTI):
     return (*norm_gradients(*ctx.saved_tensors, *ctx.rest, dout_BTI), None, None)
 
 
-norm.register_autograd(_norm_backward, setup_context=_save_norm)
+torch.library.register_autograd(norm, _norm_backward, setup_context=_save_norm)
 
 
 def gated_norm_triton(y_BTI, z_BTI, weight_I, n_groups, eps):

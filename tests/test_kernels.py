@@ -328,6 +328,32 @@ def test_banned_ids_receive_no_gradient():
 
 
 @pytest.mark.parametrize("packed", [False, True])
+def test_what_autograd_runs_of_the_convolution_keeps_what_compilers_rely_on(packed):
+    """PyTorch's own check: schema, shapes and strides without data, gradients, and sizes that vary."""
+    ids_BZ = torch.tensor([[-1] * 5 + [0] * 4, [0] * 5 + [1] * 4]) if packed else None
+    inputs = torch.randn(2, 9, 6), torch.randn(6, 4), torch.randn(6)
+    torch.library.opcheck(kernels.shifted_sum, (*(t.requires_grad_() for t in inputs), ids_BZ))
+    x_BZE, weight_EW, _ = (t.detach() for t in inputs)
+    torch.library.opcheck(kernels.shifted_sum_gradients, (x_BZE, weight_EW, ids_BZ, torch.randn(2, 6, 6)))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_mamba_block_is_one_graph_without_a_card_too(packed, make_model):
+    """`fullgraph` raises at the first break; Triton's forms have their test in interpreted.py."""
+    block = make_model(pattern="M").layers[0]
+    x_BTD, ids_BT = torch.randn(2, 9, 8).to(block.norm.weight), torch.tensor([[-1] * 2 + [0] * 7, [0] * 4 + [1] * 5])
+
+    def step(forward):
+        x = x_BTD.clone().requires_grad_()
+        y_BTD, left = forward(x, None, ids_BT if packed else None)
+        loss = y_BTD.square().sum() + sum(t.sum() for t in left)
+        return y_BTD, *torch.autograd.grad(loss, [x, *block.parameters()])
+
+    compiled = torch.compile(block.run, fullgraph=True, backend="aot_eager")
+    assert_close(step(compiled), step(block.run), **EXACT)
+
+
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("B", "T"), [(2, 0), (0, 5), (0, 0)])
 def test_no_sequences_or_no_tokens_give_empty_results_and_the_state_as_it_was(B, T, packed):
     """In every form, as in Triton's; with a state, and without one, which is then 0."""
