@@ -4,7 +4,7 @@
     python train.py --mode pretrain         the base alone
     python train.py --mode elastic          make the base elastic: one model that holds smaller ones
     python train.py --mode cpt              the rival: the base's own pretraining goes on
-    python train.py --mode sft --init RUN --warmup.steps 0   on worked thoughts; then --mode rlvr
+    python train.py --mode sft --init RUN   what a run became learns from worked thoughts
     python train.py --preset smoke          every part in seconds
     python train.py --init Qwen3-1.7B-Base  begin with a Hugging Face directory, or with a run
     torchrun --nproc-per-node 8 train.py    eight GPUs (system/parallel.py)
@@ -85,9 +85,7 @@ def run(config: Config) -> dict:
     """A run: data, base, training, held-out figures, plots. Returns what summary.json holds.
     Of several processes the first measures, alone; the others return an empty dict."""
     began = time.perf_counter()
-    config = rundir.resolve(config.check())
-    importance.chosen_scores(config.elastic)  # refuses unknown ones
-    require_known("mode", config.mode, MODES)
+    config = fitting(config)
     if config.dry_run:
         return dry_run(config)
     mode, run_dir = MODES[config.mode], config.run_dir()
@@ -115,7 +113,7 @@ def run(config: Config) -> dict:
     config = replace(config, parallel=replace(config.parallel, dtype=dtype))
     parallel.team.settings = config.parallel
     parallel.on_first(lambda: rundir.prepare_run_dir(config, corpus.tokenizer))
-    for note in (*corpus.notes, *said, *unwarmed(config)):
+    for note in (*corpus.notes, *said, *about_warmup(config)):
         warn(note)
     others = f" and {parallel.team.world - 1} more" if parallel.team.world > 1 else ""
     console.print(f"{config.mode}: {n_parameters:,} parameters, {config.model.pattern},"
@@ -190,11 +188,17 @@ def base_weights(config: Config, corpus: Corpus, model: HybridLM) -> dict:
         folder = kept("base")
         was_cached = phase("pretrain", folder, config, corpus, model)
         seconds += rundir.logged_seconds(folder)
-    if config.mode not in ("pretrain", "warmup") and config.warmup.steps > 0:
+    if warms_up(config):
         folder = kept("warmed", "warmup")
         was_cached &= phase("warmup", folder, config, corpus, model)
         seconds += rundir.logged_seconds(folder)
     return {"base_dir": str(folder), "base_was_cached": was_cached, "base_train_s": seconds}
+
+
+def warms_up(config: Config) -> bool:
+    """Whether what training begins with is warmed up first: not a run whose settings say it was."""
+    is_phase = config.mode in ("pretrain", "warmup")
+    return not is_phase and config.warmup.steps > 0 and not rundir.was_warmed(Path(config.init))
 
 
 def phase(name: str, folder: Path, config: Config, corpus: Corpus, model: HybridLM) -> bool:
@@ -287,8 +291,6 @@ def refuse_elastic(shape: ModelConfig, config: Config, device: torch.device) -> 
     require(not config.init or "scratch" not in config.elastic.baseline, "elastic.baseline: "
             f"scratch trains each size as the base of init ({config.init}) was, and how that was "
             "is not known here; leave it out")
-    if config.elastic.score_d_model == "pca":
-        nested.require_untied(shape)
 
 
 def make_elastic(model: HybridLM, corpus: Corpus, config: Config) -> elastic.Elastic:
@@ -480,6 +482,21 @@ MODES: dict[str, Mode] = {
 # ------------------------------------------------------------------------------------- the program
 
 
+def fitting(config: Config) -> Config:
+    """The settings with what files say. Raises ValueError for all that can be seen not to fit
+    together before there are processes, data or a model."""
+    config = rundir.resolve(config.check())
+    importance.chosen_scores(config.elastic)  # refuses unknown ones
+    require_known("mode", config.mode, MODES)
+    if config.mode == "elastic" and config.elastic.score_d_model == "pca":
+        nested.require_untied(config.model)
+    require(config.lora.rank == 0 or not config.init or not warms_up(config), f"lora.rank "
+            f"({config.lora.rank}) with init ({config.init}) needs warmup.steps 0, for that "
+            "warm-up trains all weights; warm up by --mode warmup first, with adapters too, and "
+            "give its folder as --init")
+    return config
+
+
 def with_horizon(config: Config, corpus: Corpus) -> tuple[Config, list[str]]:
     """The settings with an rlp.horizon that sees whole answers, where thoughts stand before them;
     and lines that say so, and where contexts are too short. All problems that will be measured are
@@ -511,13 +528,18 @@ def with_horizon(config: Config, corpus: Corpus) -> tuple[Config, list[str]]:
     return config, said
 
 
-def unwarmed(config: Config) -> list[str]:
-    """A line where a released model would read thoughts in text that it was not warmed up for."""
-    gap, reads = config.warmup.gap, config.mode in ("cpt", "elastic")
-    if not (reads and gap and config.warmup.steps == 0 and huggingface.is_hf(Path(config.init))):
-        return []
-    return [f"text will have a thought about every {gap} tokens, and the model of init "
-            f"({config.init}) is not warmed up for that; --warmup.gap 0 leaves them out"]
+def about_warmup(config: Config) -> list[str]:
+    """A line where init was warmed up already; or where a released model would read thoughts in
+    text that it was not warmed up for."""
+    gap, steps, init = config.warmup.gap, config.warmup.steps, f"init ({config.init})"
+    if steps > 0 and config.mode not in ("pretrain", "warmup") and not warms_up(config):
+        return [f"{init} is warmed up: the {steps} steps of warmup.steps are not taken again; "
+                "--mode warmup would take more"]
+    reads = config.mode in ("cpt", "elastic") and huggingface.is_hf(Path(config.init))
+    if reads and gap and steps == 0:
+        return [f"text will have a thought about every {gap} tokens, and the model of {init} is "
+                "not warmed up for that; --warmup.gap 0 leaves them out"]
+    return []
 
 
 def dry_run(config: Config) -> dict:

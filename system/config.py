@@ -414,9 +414,12 @@ class ElasticConfig(FitConfig):
         require(self.choose_seed == 0 or self.choose in ("random", "search"),
                 f"elastic.choose_seed ({self.choose_seed}) is for elastic.choose random or search, "
                 f"not {self.choose}; leave it out")
-        require(self.router_start == "full" or self.choose == "router", "elastic.router_start "
-                f"({self.router_start}) is for elastic.choose router, not {self.choose}; leave it "
-                "out")
+        for name in ("router_start", "router_lr", "router_bias", "router_weight", "mask",
+                     "search_share"):
+            value = getattr(self, name)
+            require(value == getattr(ElasticConfig, name) or self.choose == "router",
+                    f"elastic.{name} ({value}) is for elastic.choose router, not {self.choose}; "
+                    "leave it out")
         require(self.router_vote == 2.0 or self.router_start == "sensitivity",
                 f"elastic.router_vote ({self.router_vote}) is for elastic.router_start "
                 "sensitivity; leave it out")
@@ -558,14 +561,11 @@ class Config(Settings):
             settings.check(name)
         _shares("data", self.data.text_share, "warmup", self.warmup.computed_share)
         if self.lora.rank:
-            said, first = f"lora.rank ({self.lora.rank})", self.mode in ("pretrain", "warmup")
+            said = f"lora.rank ({self.lora.rank})"
             require(self.mode != "elastic", f"{said} must be 0 in mode elastic, which orders and "
                     "cuts whole weights")
             require(self.init or self.mode != "pretrain", f"{said} must be 0 where pretraining "
                     "begins with random weights, which adapters leave as they are; or give --init")
-            require(first or not self.init or self.warmup.steps == 0, f"{said} with init needs "
-                    "warmup.steps 0, for that warm-up trains all weights; warm up by --mode warmup "
-                    "first, with adapters too, and give its folder as --init")
         return self
 
     def run_dir(self) -> Path:

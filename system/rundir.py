@@ -90,6 +90,14 @@ def resolve(config: Config) -> Config:
     return replace(config, model=shape)
 
 
+def was_warmed(run_dir: Path) -> bool:
+    """Whether the settings of a run say that it is a warm-up, or began with one."""
+    if huggingface.is_hf(run_dir) or not (run_dir / "config.json").is_file():
+        return False
+    saved = saved_config(run_dir)
+    return saved.mode == "warmup" or (saved.mode != "pretrain" and saved.warmup.steps > 0)
+
+
 def logged_seconds(run_dir: Path) -> float:
     """Seconds of training in the log of a run, or of all runs in a folder; 0 without one."""
     own = run_dir / "metrics.jsonl"

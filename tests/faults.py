@@ -83,7 +83,8 @@ FAULTS = [
     Fault("enough_is_not_saved", "system/loop.py", "settings.checkpoint_every == 0 or ended:",
           "settings.checkpoint_every == 0:", "train"),
     Fault("best_family_is_enough", "train.py", "if min(found.values()) >=", "if max(found.values()) >=", "train"),
-    Fault("no_warm_up", "train.py", "and config.warmup.steps > 0:", "and config.warmup.steps < 0:", "train"),
+    Fault("no_warm_up", "train.py", "config.warmup.steps > 0 and not", "config.warmup.steps < 0 and not", "train"),
+    Fault("warmed_up_again", "train.py", "and not rundir.was_warmed(", "and rundir.was_warmed != (", "train"),
     Fault("warm_up_of_any_settings", "train.py", 'kept("warmed", "warmup")', 'kept("warmed")', "train"),
     # thoughts
     Fault("score_with_tags", "thoughts.py", "mask_banned(model.logits(hidden_BXD), tags)",

@@ -267,6 +267,14 @@ def test_the_kinds_of_layers_stand_in_one_table(monkeypatch):
             {"elastic__router_start": "sensitivity", "elastic__choose": "fixed"},
             "elastic.router_start (sensitivity) is for elastic.choose router, not fixed; leave it out",
         ),
+        (
+            {"elastic__search_share": 0.5, "elastic__choose": "sensitivity"},
+            "elastic.search_share (0.5) is for elastic.choose router, not sensitivity; leave it out",
+        ),
+        (
+            {"elastic__router_lr": 0.5, "elastic__choose": "search"},
+            "elastic.router_lr (0.5) is for elastic.choose router, not search; leave it out",
+        ),
         ({"elastic__router_vote": 1.0}, "elastic.router_vote (1.0) is for elastic.router_start sensitivity"),
         ({"elastic__self_kl": 1.0, "elastic__kl": 0.0}, "elastic.self_kl needs elastic.full_ce, elastic.ce or elastic.kl"),
         (

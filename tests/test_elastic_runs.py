@@ -688,8 +688,7 @@ def test_a_run_that_stopped_early_says_so_when_it_is_cut(finished, tmp_path, cap
 
 @pytest.mark.parametrize("mode", ["pretrain", "rlp"])
 def test_init_goes_on_from_an_extracted_model_in_its_own_shape(program, extracted, tmp_path, mode):
-    words = ("--mode", mode, "--init", extracted, "--warmup.steps", 0)
-    assert program(tmp_path / "run", *words, f"--{mode}.steps", 1) == 0
+    assert program(tmp_path / "run", "--mode", mode, "--init", extracted, f"--{mode}.steps", 1) == 0
     small, *_ = rundir.load_run(extracted)
     trained, *_ = rundir.load_run(tmp_path / "run")
     assert trained.config == small.config
@@ -747,6 +746,13 @@ def test_unusable_settings_are_refused_before_a_base_is_trained(program, tmp_pat
 def test_a_dry_run_refuses_an_unknown_score_too(program, tmp_path, capsys, mode):
     assert program(tmp_path, "--mode", mode, "--dry-run", "--elastic.score-attn", "activation") == 2
     assert "elastic.score_attn ('activation') is unknown" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_dry_run_refuses_to_turn_a_tied_stream_too(program, tmp_path, capsys):
+    words = ("--dry-run", "--model.tie-embeddings")
+    assert program(tmp_path, "--mode", "elastic", *words) == 2
+    assert "a model with tied embeddings cannot follow" in " ".join(capsys.readouterr().out.split())
+    assert program(tmp_path, "--mode", "elastic", *words, "--elastic.score-d-model", "output") == 0
 
 
 def test_resuming_with_other_elastic_settings_is_refused_by_name(program, finished, tmp_path, capsys):

@@ -198,19 +198,31 @@ def test_export_generate_and_init_take_the_merged_weights(program, finished, tmp
     assert any(t.shape == weight.shape and torch.equal(t, expected[f"{name}.weight"]) for t in written.values())
     assert generate.main([str(finished), "Tens digit of 12 + 34?\nAnswer:", "--thought-len", "4"]) == 0
     assert "</think>" in capsys.readouterr().out
-    assert program(tmp_path / "on", "--mode", "cpt", "--init", finished, "--cpt.steps", 0, "--warmup.steps", 0) == 0
+    assert program(tmp_path / "on", "--mode", "cpt", "--init", finished, "--cpt.steps", 0) == 0
     onward = checkpoint.newest(tmp_path / "on").tensors("model")
     assert all(torch.equal(onward[k], t) for k, t in expected.items())
 
 
 def test_continued_pretraining_has_adapters_too(program, finished, tmp_path):
-    words = ["--mode", "cpt", "--init", finished, "--warmup.steps", 0, "--lora.rank", 2, "--cpt.lr", 1e-2]
+    words = ["--mode", "cpt", "--init", finished, "--lora.rank", 2, "--cpt.lr", 1e-2]
     assert program(tmp_path / "run", *words) == 0
     tensors, base = checkpoint.newest(tmp_path / "run").tensors("model"), checkpoint.newest(finished).weights()
     assert all(torch.equal(tensors[name], weight) for name, weight in base.items())
     thin = [t for name, t in tensors.items() if name.endswith("lora_b")]
     assert thin
     assert all(t.shape[1] == 2 and t.abs().max() > 0 for t in thin)
+
+
+def test_adapters_are_refused_where_all_weights_would_be_warmed_up_first(program, tmp_path, capsys):
+    """A run that was pretrained alone; after a warm-up they are welcome (see above)."""
+    assert program(tmp_path / "base", "--mode", "pretrain", "--pretrain.steps", 1) == 0
+    words = ("--init", tmp_path / "base", "--lora.rank", 2)
+    for dry in ((), ("--dry-run",)):
+        assert program(tmp_path / "run", *words, *dry) == 2
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "needs warmup.steps 0, for that warm-up trains all weights; warm up by --mode warmup first" in shown
+        assert not (tmp_path / "run").exists()
+    assert program(tmp_path / "run", *words, "--warmup.steps", 0, "--rlp.steps", 0) == 0
 
 
 def test_adapters_are_refused_where_weights_are_sharded(program, tmp_path, monkeypatch, capsys):
@@ -233,7 +245,6 @@ def test_phases_before_the_run_have_no_adapters(finished):
     [
         ({"mode": "elastic"}, r"lora\.rank \(4\) must be 0 in mode elastic, which orders and cuts whole weights"),
         ({"mode": "pretrain"}, r"lora\.rank \(4\) must be 0 where pretraining begins with random weights.*or give --init"),
-        ({"mode": "rlp", "init": "x"}, r"lora\.rank \(4\) with init needs warmup\.steps 0.*by --mode warmup first"),
     ],
 )
 def test_modes_that_adapters_do_not_suit_are_refused(changes, said):

@@ -287,6 +287,15 @@ def test_the_speedrun_counts_the_base_whether_or_not_it_was_trained_in_this_run(
     assert report.results(folder).count("a chip") == 1
 
 
+def test_runs_of_before_are_compared_among_themselves(tmp_path):
+    now = write(tmp_path / "now", rlp__cpu__seed0=thinking(after=0.9))
+    assert report.before_parts(report.load(now)) == []
+    write(now, before__rlp__cpu__seed0=thinking(after=0.8), before__rlp__g2__cpu__seed0=thinking(after=0.7))
+    _, arms, ablations = report.before_parts(report.load(now))
+    assert "| RLP | 1 | 0.80 | 0.80 |" in arms
+    assert "| 2 thoughts a context | 1 | 0.70 | 0.70 | -2.00 | -0.100 | -0.100 |" in ablations
+
+
 def test_results_of_a_kind_come_in_the_order_of_their_seeds(tmp_path):
     runs = {f"rlp__cpu__seed{seed}": thinking(seed) for seed in (10, 9, 0)}
     found = report.load(write(tmp_path, **runs, bench__rlp__step__cpu={"bench": "rlp-step"}))

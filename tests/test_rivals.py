@@ -73,7 +73,7 @@ def test_rates_are_tried_as_often_for_each():
 def test_arms_are_run_once_and_go_on_from_each_other(tmp_path, cache_dir, corpus_read_once, capsys):
     """SFT, then RLVR from what it became; the second command runs nothing. Unknown arms are refused."""
     words = ["--preset", "smoke", "--seeds", "0", "--out", str(tmp_path), f"--words=--data.cache-dir {cache_dir}"]
-    assert program_of_rivals.main([*words, "--arms", "sft", "rlvr", "match"]) == 0
+    assert program_of_rivals.main([*words, "--arms", "rlvr", "match"]) == 0
     after = summary_of(tmp_path / "rlvr-smoke-seed0")
     assert after["base_dir"] == str(tmp_path / "sft-smoke-seed0")
     assert after["accuracy"]["greedy"]["all"].keys() == {"base", "rlvr"}
@@ -103,12 +103,14 @@ def test_the_quick_version_of_all_tables_runs(tmp_path, cache_dir):
 def test_tried_rates_are_measured_on_validation_and_no_such_run_is_reported(
     tmp_path, cache_dir, corpus_read_once, monkeypatch, capsys
 ):
-    monkeypatch.setattr(program_of_rivals, "RATES", {"sft": ("--sft.lr", (1e-4, 2e-4))})
+    """RLVR begins with SFT at its own rate, which is measured as any arm is."""
+    monkeypatch.setattr(program_of_rivals, "RATES", {"rlvr": ("--rlvr.lr", (1e-4, 2e-4))})
     words = ["--preset", "smoke", "--seeds", "0", "--out", str(tmp_path), f"--words=--data.cache-dir {cache_dir}"]
     assert program_of_rivals.main([*words, "--what", "rates"]) == 0
     tries = json.loads((tmp_path / "rates-smoke.json").read_text())["tries"]
-    assert [(t["arm"], t["rate"], t["seed"]) for t in tries] == [("sft", 1e-4, 0), ("sft", 2e-4, 0)]
-    run = tmp_path / "rates" / "sft-0.0001-smoke-seed0"
+    assert [(t["arm"], t["rate"], t["seed"]) for t in tries] == [("rlvr", 1e-4, 0), ("rlvr", 2e-4, 0)]
+    assert summary_of(tmp_path / "sft-smoke-seed0")["split"] == "test"
+    run = tmp_path / "rates" / "rlvr-0.0001-smoke-seed0"
     assert summary_of(run)["split"] == "val"
     assert report.main([str(run)]) == 2
     assert "was measured on validation" in capsys.readouterr().err

@@ -415,11 +415,31 @@ def test_a_warm_up_can_be_a_run_of_its_own(program, finished, phases, tmp_path):
     assert weights_of(tmp_path / "next") != weights_of(tmp_path / "kept")
 
 
+@pytest.fixture
+def unwarmed(program, tmp_path):
+    """A run that was pretrained, and no more."""
+    assert program(tmp_path / "unwarmed", "--mode", "pretrain", "--pretrain.steps", 1) == 0
+    return tmp_path / "unwarmed"
+
+
+def test_a_run_is_warmed_up_once(program, finished, unwarmed, phases, tmp_path, capsys):
+    """Whatever comes after a warm-up does not repeat it; asked for by name it goes on."""
+    phases.clear()
+    assert program(tmp_path / "first", "--mode", "sft", "--init", unwarmed) == 0
+    assert phases == ["warmup", "sft"]
+    assert "is warmed up" not in capsys.readouterr().out
+    for run, mode in ((tmp_path / "first", "rlp"), (finished, "cpt")):
+        phases.clear()
+        assert program(tmp_path / mode, "--mode", mode, "--init", run) == 0
+        assert phases == [mode]
+        assert "is warmed up: the 2 steps of warmup.steps are not taken again" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_run_from_given_weights_keeps_its_warm_up_in_its_folder_and_resumes_with_it(
-    program, finished, phases, tmp_path, monkeypatch
+    program, unwarmed, phases, tmp_path, monkeypatch
 ):
     """Stopped in the warm-up and started again, then stopped in RLP and resumed: all is as if nothing had stopped it."""
-    words, run = ("--init", finished), tmp_path / "run"
+    words, run = ("--init", unwarmed), tmp_path / "run"
     assert program(tmp_path / "whole", *words) == 0
     assert phases == ["warmup", "rlp"]
     with monkeypatch.context() as patch:
@@ -439,13 +459,13 @@ def test_a_run_from_given_weights_keeps_its_warm_up_in_its_folder_and_resumes_wi
     assert summary_of(run)["base_dir"] == str(kept)
 
 
-def test_a_warm_up_that_was_stopped_is_not_gone_on_with_under_other_settings(program, finished, tmp_path, monkeypatch):
+def test_a_warm_up_that_was_stopped_is_not_gone_on_with_under_other_settings(program, unwarmed, tmp_path, monkeypatch):
     """Nor from other weights: it is another one, in a folder of its own."""
     with monkeypatch.context() as patch:
         disturb(patch, "warmup", 0, press_ctrl_c)
-        assert program(tmp_path / "run", "--init", finished) == 130
-    assert program(tmp_path / "run", "--init", finished, "--warmup.lr", 1e-4, "--rlp.steps", 0) == 0
-    assert program(tmp_path / "whole", "--init", finished, "--warmup.lr", 1e-4, "--rlp.steps", 0) == 0
+        assert program(tmp_path / "run", "--init", unwarmed) == 130
+    assert program(tmp_path / "run", "--init", unwarmed, "--warmup.lr", 1e-4, "--rlp.steps", 0) == 0
+    assert program(tmp_path / "whole", "--init", unwarmed, "--warmup.lr", 1e-4, "--rlp.steps", 0) == 0
     assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
     assert len([*(tmp_path / "run").glob("warmed-*")]) == 2
 
@@ -592,8 +612,7 @@ def test_a_base_is_not_reused_after_its_text_has_changed(program, text_file, tmp
 
 @pytest.mark.parametrize("mode", ["pretrain", "rlp", "cpt", "sft", "rlvr"])
 def test_init_starts_from_another_runs_weights_and_zero_steps_keep_them(program, finished, tmp_path, mode):
-    words = ("--mode", mode, "--init", finished, "--warmup.steps", 0)
-    assert program(tmp_path / "run", *words, f"--{mode}.steps", 0) == 0
+    assert program(tmp_path / "run", "--mode", mode, "--init", finished, f"--{mode}.steps", 0) == 0
     assert weights_of(tmp_path / "run")["model.safetensors"] == weights_of(finished)["model.safetensors"]
 
 

@@ -331,10 +331,10 @@ RELEASED_FAMILIES = {
     "Elastic on the model as released: turned stream, untied": "smol-untied"}
 RELEASED_ROWS = ("loss on text", "against the parent", "KL from the parent", "same likeliest token",
                  "parameters", "cost, of its target", "MFLOPs a token", "tokens a second")
-NAMED = """### Chains whose thoughts end with the name that is asked for
+BEFORE = """### Before a chain's thought ended with the name that is asked for
 
-The default since 2026-11-28. All other tables are of runs before that, and so are the columns "as
-before"; their bases were trained on another kind of processor."""
+Until 2026-11-28; bases of another kind of processor. What has not been run again since, beside RLP
+and CPT of that time. Preset `computed` and Elastic are of that time too."""
 SPEEDRUN = """## Speedrun
 
 Seconds from random weights until nine of ten training problems are right, with sampled thoughts,
@@ -375,18 +375,13 @@ def checked_rows(found: list[dict]) -> list[list[str]]:
     return rows
 
 
-def named_parts(found: dict[str, list[dict]]) -> list[str]:
-    """RLP with today's thoughts of chains, beside the runs that all other tables have."""
-    before, named = of_equal_seeds(found["rlp-cpu"], found["rlp-named-cpu"])
-    if not named:
-        return []
-    labels = ["accuracy, sampled thoughts", "accuracy, greedy thought",
-              "  chain, sampled thoughts", "thoughts that close", "gain at ordinary text, nats"]
-    columns = {"base as before": (before, "base"), "RLP as before": (before, "rlp"),
-               "base": (named, "base"), "RLP": (named, "rlp")}
-    seeds = ", ".join(str(run["seed"]) for run in named)
-    head, *rows = view.thought_rows(columns, labels)
-    return [NAMED, view.markdown([[f"{head[0]}, seed {seeds}", *head[1:]], *rows])]
+def before_parts(found: dict[str, list[dict]]) -> list[str]:
+    """Arms and ablations of runs before the default changed, among themselves."""
+    then = defaultdict(list, {kind.removeprefix("before-"): runs for kind, runs in found.items()
+                              if kind.startswith("before-")})
+    made = [rows for make in (rivals.arm_rows, rivals.lead_rows, rivals.ablation_rows)
+            if (rows := make(then))[1:]]
+    return [BEFORE, *map(view.markdown, made)] if made else []
 
 
 def took(run: dict) -> str:
@@ -440,7 +435,7 @@ def results(folder: Path) -> str:
              rivals.rate_rows([t for rates in found["rates-cpu"] for t in rates["tries"]]))):
         if rows[1:]:
             parts += [f"### {title}"] * bool(title) + [view.markdown(rows)]
-    parts += named_parts(found)
+    parts += before_parts(found)
     for seed in sorted({run["seed"] for kind in kinds.values() for run in found[kind]}):
         runs = {name: run for name, kind in kinds.items() for run in found[kind]
                 if run["seed"] == seed}

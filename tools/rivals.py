@@ -14,6 +14,7 @@ into results/. One seed takes about an hour on a core; two commands may share ou
 import json
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -78,7 +79,8 @@ ELASTIC = {"elastic": "--mode elastic --elastic.baseline separate minitron"} | {
 SETS = {"rlp": ARMS, "ablations": ABLATIONS, "elastic": ELASTIC}
 # As many tries for each: its arm with every rate, and half of the problems.
 RATES = {"rlp-paper": ("--rlp.lr", (1e-4, 2e-4, 4e-4)), "match": ("--rlp.lr", (1e-4, 2e-4, 4e-4)),
-         "cpt": ("--cpt.lr", (7.5e-4, 1.5e-3, 3e-3)), "sft": ("--sft.lr", (5e-4, 1e-3, 2e-3))}
+         "cpt": ("--cpt.lr", (7.5e-4, 1.5e-3, 3e-3)), "sft": ("--sft.lr", (5e-4, 1e-3, 2e-3)),
+         "rlvr": ("--rlvr.lr", (1e-4, 2e-4, 4e-4))}
 
 
 def once(folder: Path, words: list[str]) -> None:
@@ -103,7 +105,7 @@ def rivals(seeds: tuple[int, ...] = (0, 1, 2, 3, 4), preset: str = "cpu",
         out: Folder for the runs.
         what: Arms to run; rates tries the rates of RATES, on validation documents, and writes
             OUT/rates-PRESET.json.
-        arms: Only these, in an order in which each finds what it begins with.
+        arms: Only these, and what they begin with.
         words: More words for every run, such as --words="--threads 1".
     """
     known = ARMS | ABLATIONS | ELASTIC
@@ -112,37 +114,43 @@ def rivals(seeds: tuple[int, ...] = (0, 1, 2, 3, 4), preset: str = "cpu",
         require(what != "rates" or name in RATES, f"arms ({name}) has no rates to try; choose from "
                 f"{', '.join(RATES)}")
     common = ["--preset", preset, *shlex.split(words)]
+
+    def told(name: str, seed: int) -> list[str]:
+        """What train.py is told of an arm; what that begins with is run first."""
+        own = [*common, "--seed", str(seed), *known[name].split()]
+        if "--init" in own:
+            at = own.index("--init") + 1
+            before = out / f"{own[at]}-{preset}-seed{seed}"
+            once(before, told(own[at], seed))
+            own[at] = str(before)
+        return own
+
     if what == "rates":
-        few = max(2, PRESETS[preset].eval.problems_per_family // 2)
-        try_rates([*common, "--eval.split", "val", "--eval.problems-per-family", str(few)],
-                  arms or tuple(RATES), seeds, out, preset)
+        try_rates(told, arms or tuple(RATES), seeds, out, preset)
         return
     for seed in seeds:
         for name in arms or SETS[what]:
-            own = known[name].split()
-            if "--init" in own:
-                at = own.index("--init") + 1
-                own[at:] = [str(out / f"{own[at]}-{preset}-seed{seed}"), "--warmup.steps", "0"]
             folder = out / f"{name}-{preset}-seed{seed}"
-            once(folder, [*common, "--seed", str(seed), *own])
+            once(folder, told(name, seed))
             if name in CONTROLS and not (folder / "controls.json").exists():
                 controls.write((folder,))
 
 
-def try_rates(common: list[str], arms: tuple[str, ...], seeds: tuple[int, ...], out: Path,
-              preset: str) -> None:
-    """Every rate of these arms, and what it gave on validation problems: OUT/rates-PRESET.json, in
-    which those of other arms stay."""
+def try_rates(told: Callable[[str, int], list[str]], arms: tuple[str, ...], seeds: tuple[int, ...],
+              out: Path, preset: str) -> None:
+    """Every rate of these arms, and what it gave on half as many validation problems:
+    OUT/rates-PRESET.json, in which those of other arms stay."""
     file = out / f"rates-{preset}.json"
     before = read_json(file)["tries"] if file.exists() else []
     found = [tried for tried in before if tried["arm"] not in arms]
+    few = max(2, PRESETS[preset].eval.problems_per_family // 2)
+    measured = ["--eval.split", "val", "--eval.problems-per-family", str(few)]
     for name in arms:
         setting, rates = RATES[name]
         for rate in rates:
             for seed in seeds:
                 folder = out / "rates" / f"{name}-{rate:g}-{preset}-seed{seed}"
-                own = [*ARMS[name].split(), setting, str(rate)]
-                once(folder, [*common, "--seed", str(seed), *own])
+                once(folder, [*told(name, seed), *measured, setting, str(rate)])
                 summary = read_json(folder / "summary.json")
                 found.append({"arm": name, "setting": setting, "rate": rate, "seed": seed, **{
                     how: summary["accuracy"][how]["all"][summary["mode"]]["mean"]
