@@ -278,8 +278,8 @@ def _with_tail(x_BTE: Tensor, tail_BYE: Tensor | None, ids_BT: Tensor | None, W:
 
 
 def _summed_shape(x_BZE, weight_EW, bias_E, ids_BZ):
-    B, Z, E = x_BZE.shape
-    return x_BZE.new_empty(B, Z - weight_EW.shape[1] + 1, E)
+    (B, Z, E), dtype = x_BZE.shape, torch.promote_types(x_BZE.dtype, weight_EW.dtype)
+    return x_BZE.new_empty(B, Z - weight_EW.shape[1] + 1, E, dtype=dtype)
 
 
 @functools.partial(kernels_gpu.operation, fake=_summed_shape)

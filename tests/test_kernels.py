@@ -332,9 +332,11 @@ def test_what_autograd_runs_of_the_convolution_keeps_what_compilers_rely_on(pack
     """PyTorch's own check: schema, shapes and strides without data, gradients, and sizes that vary."""
     ids_BZ = torch.tensor([[-1] * 5 + [0] * 4, [0] * 5 + [1] * 4]) if packed else None
     inputs = torch.randn(2, 9, 6), torch.randn(6, 4), torch.randn(6)
-    torch.library.opcheck(kernels.shifted_sum, (*(t.requires_grad_() for t in inputs), ids_BZ))
-    x_BZE, weight_EW, _ = (t.detach() for t in inputs)
-    torch.library.opcheck(kernels.shifted_sum_gradients, (x_BZE, weight_EW, ids_BZ, torch.randn(2, 6, 6)))
+    low = inputs[0].bfloat16().requires_grad_()  # as autocast has it
+    for x_BZE in (inputs[0].requires_grad_(), low):
+        torch.library.opcheck(kernels.shifted_sum, (x_BZE, *(t.requires_grad_() for t in inputs[1:]), ids_BZ))
+        x_BZE, weight_EW = x_BZE.detach(), inputs[1].detach()
+        torch.library.opcheck(kernels.shifted_sum_gradients, (x_BZE, weight_EW, ids_BZ, torch.randn(2, 6, 6)))
 
 
 @pytest.mark.parametrize("packed", [False, True])
