@@ -144,6 +144,15 @@ def test_rows_of_arms_and_of_the_lead_pair_the_seeds():
     assert rivals.lead_rows(found)[1:] == [["CPT, FLOPs of RLP", "2", "+0.200 ±1.271", "+0.200 ±1.271"]]
 
 
+def test_a_lead_is_of_the_runs_before_where_more_seeds_have_both():
+    runs = {"rlp__cpu": [thinking(0), thinking(1)], "cpt__cpu": [thinking(0, "cpt", 0.6)],
+            "before__rlp__cpu": [thinking(0, after=0.8), thinking(2, after=0.8)],
+            "before__cpt__cpu": [thinking(2, "cpt", 0.7)]}  # fmt: skip
+    assert rivals.lead_rows(found_of(**runs))[1:] == [["CPT, FLOPs of RLP", "1", "+0.300", "+0.300"]]
+    runs["before__cpt__cpu"].append(thinking(0, "cpt", 0.7))
+    assert rivals.lead_rows(found_of(**runs))[1][:3] == ["CPT, FLOPs of RLP (before)", "2", "+0.100 ±0.000"]
+
+
 def behind(seed, mode, base, after):
     """A made-up controls.json: the same accuracy everywhere."""
     both = {"base": leaf(base), mode: leaf(after)}

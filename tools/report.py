@@ -155,12 +155,6 @@ def above(leaves: list[dict], others: list[dict] | None = None) -> bool:
     return statistics.mean(d) > rivals.half_width(d)
 
 
-def of_equal_seeds(first: list[dict], second: list[dict]) -> tuple[list[dict], list[dict]]:
-    """The runs of both that have a partner, in one order."""
-    pairs = [(a, b) for a in first for b in second if a["seed"] == b["seed"]]
-    return [a for a, _ in pairs], [b for _, b in pairs]
-
-
 def claims(found: dict[str, list[dict]]) -> list[list[str]]:
     """The table of claims; the first row is its head."""
     rows = [["claim of the paper", "here", "figure", "seeds", "command", "commit"]]
@@ -183,7 +177,7 @@ def claims(found: dict[str, list[dict]]) -> list[list[str]]:
 
     # 1. RLP
     rlp = found["rlp-cpu"]
-    ours, cpt = of_equal_seeds(rlp, found["cpt-cpu"])
+    ours, cpt, _ = rivals.pair(found, "rlp-cpu", "cpt-cpu")
     sampled, greedy = "accuracy/sampled/all/WHO", "accuracy/greedy/all/WHO"
     gain, change = "positions/{}/WHO/gain_nats/frozen_base", "loss_nats/no_think_text_change"
     add("RLP: thoughts learn to answer where thinking is needed", "--mode rlp", rlp,
@@ -210,8 +204,8 @@ def claims(found: dict[str, list[dict]]) -> list[list[str]]:
             ("better than the reward of RPT", "match-cpu", greedy),
             ("still ahead after SFT and RLVR, of the base with both", "rlvr-cpu", greedy),
             ("still ahead after SFT and RLVR, of CPT with both", "cpt-rlvr-cpu", greedy)):
-        mine = found["rlp-cpu" if kind == "match-cpu" else "rlp-rlvr-cpu"]
-        sides = of_equal_seeds(mine, found[kind])
+        mine = "rlp-cpu" if kind == "match-cpu" else "rlp-rlvr-cpu"
+        sides = rivals.pair(found, mine, kind)[:2]
         leaves = [[view.figure(run, path, run["mode"]) for run in side] for side in sides]
         shown = " against ".join(view.cell(view.over_seeds(side)) for side in leaves if side)
         add(f"RLP: {claim}", "-m tools.rivals", sides[1], [above(*leaves)], f"greedy {shown}")
@@ -254,7 +248,7 @@ def claims(found: dict[str, list[dict]]) -> list[list[str]]:
             ("the router beats the best of 50 sets of widths", "elastic-third-cpu",
              "elastic-search-cpu"),
             ("the router beats widths by sensitivity", "elastic-cpu", "elastic-sensitivity-cpu")):
-        pairs = of_equal_seeds(found[ours], found[kind])
+        pairs = rivals.pair(found, ours, kind)[:2]
         losses = [[[e["loss_nats"] for e in size] for size in zip(
             *(run["budgets"][1:] for run in side), strict=True)] for side in pairs]
         shown = ", ".join(rivals.spread([b["mean"] - a["mean"] for a, b in zip(
@@ -333,8 +327,9 @@ RELEASED_ROWS = ("loss on text", "against the parent", "KL from the parent", "sa
                  "parameters", "cost, of its target", "MFLOPs a token", "tokens a second")
 BEFORE = """### Before a chain's thought ended with the name that is asked for
 
-Until 2026-11-28; bases of another kind of processor. What has not been run again since, beside RLP
-and CPT of that time. Preset `computed` and Elastic are of that time too."""
+Until 2026-11-28, when thoughts in text stood two tokens early; bases of another kind of processor.
+What has not been run again since stands here beside RLP and CPT of that time. Preset `computed` and
+Elastic are of that time too."""
 SPEEDRUN = """## Speedrun
 
 Seconds from random weights until nine of ten training problems are right, with sampled thoughts,

@@ -55,6 +55,17 @@ def difference(first: dict[int, float], second: dict[int, float]) -> list[float]
     return [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
 
 
+def pair(found: Found, ours: str, theirs: str) -> tuple[list[dict], list[dict], str]:
+    """The runs of two arms on the seeds that both have, in one order; and "", or "before-" where
+    more of them are from before the default changed."""
+    def of_both(then: str) -> tuple[list[dict], list[dict], str]:
+        shared = [(a, b) for a in found[then + ours] for b in found[then + theirs]
+                  if a["seed"] == b["seed"]]
+        return [a for a, _ in shared], [b for _, b in shared], then
+
+    return max(of_both(""), of_both("before-"), key=lambda sides: len(sides[0]))
+
+
 def arm_rows(found: Found) -> list[list[str]]:
     """What every arm reached, and what it took."""
     rows = [["", "seeds", "sampled", "greedy", "gain at text, nats", "loss on text", "TFLOP", "s"]]
@@ -94,16 +105,18 @@ def ablation_rows(found: Found) -> list[list[str]]:
 
 
 def lead_rows(found: Found) -> list[list[str]]:
-    """RLP minus each arm, in accuracy; of what comes after SFT and RLVR, RLP's minus theirs."""
+    """RLP minus each arm, in accuracy; of what comes after SFT and RLVR, RLP's minus theirs. Said
+    where that is of runs before the default changed."""
     rows = [["accuracy, RLP minus", "seeds", "sampled", "greedy"]]
     pairs = [("rlp-cpu", kind) for kind in list(ARMS)[1:5]]
     pairs += [("rlp-sft-cpu", "sft-cpu"), ("rlp-rlvr-cpu", "rlvr-cpu"),
               ("rlp-sft-cpu", "cpt-sft-cpu"), ("rlp-rlvr-cpu", "cpt-rlvr-cpu")]
     for ours, theirs in pairs:
-        gaps = [difference(means(found[ours], path), means(found[theirs], path))
-                for path in (SAMPLED, GREEDY)]
+        mine, others, then = pair(found, ours, theirs)
+        gaps = [difference(means(mine, path), means(others, path)) for path in (SAMPLED, GREEDY)]
         if gaps[0]:
-            rows.append([ARMS[theirs], str(len(gaps[0])), *(spread(g, "+.3f") for g in gaps)])
+            rows.append([ARMS[theirs] + " (before)" * bool(then), str(len(gaps[0])),
+                         *(spread(g, "+.3f") for g in gaps)])
     return rows
 
 
