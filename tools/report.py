@@ -309,7 +309,8 @@ RLP = """## RLP
 
 Targets are answers of problems, and tokens at random places of ordinary text and of documents whose
 results need thinking; gains there are against the frozen base without a thought. CPT is the base,
-trained on with as many FLOPs. `python -m tools.rivals` runs all arms.
+trained on with as many FLOPs. `python -m tools.rivals` runs all arms. "(before)" marks runs of the
+default as it was before 2026-11-28, both of a pair.
 
 ![Accuracy by family, before and after RLP; a dot is a seed](results/accuracy.png)"""
 RELEASED = """## A released model
