@@ -32,8 +32,8 @@ PRESETS: dict[str, Config] = {
     # Command:   python train.py --mode rlp    (or cpt, or elastic)
     # Hardware:  two CPU cores, 1.2 GiB of memory.
     # Cost:      RLP 41 TFLOP, Elastic 37, base included: 10 to 14 minutes, 6 to 9 for the base.
-    # Expected:  RLP raises the accuracy of sampled thoughts from .73 to .95 on made-up problems
-    #            (four seeds); 75 and 50 % of Elastic keep 94 and 80 % of the parent's greedy.
+    # Expected:  RLP raises the accuracy of sampled thoughts from .72 to .94 on made-up problems
+    #            (five seeds); 75 and 50 % of Elastic keep 94 and 80 % of the parent's greedy.
     # Source:    settings of this project, for 777 thousand parameters; figures from results/.
     "cpu": Config(
         pretrain=PretrainConfig(steps=1900, batch=8, lr=3e-3, muon_lr=0.02, checkpoint_every=500),
