@@ -288,7 +288,7 @@ def shifted_sum(x_BZE: Tensor, weight_EW: Tensor, bias_E: Tensor, ids_BZ: Tensor
     weight_EW, or a mask over documents, would keep the multiply-adds from being vectorised."""
     W = weight_EW.shape[1]
     T, weight_WE = x_BZE.shape[1] - W + 1, weight_EW.t().contiguous()
-    cuts = _cuts(ids_BZ, T, W)
+    cuts = _cuts(ids_BZ, W)
     y_BTE = torch.addcmul(bias_E, _cut(x_BZE[:, -T:], cuts[-1]), weight_WE[-1])
     for j in range(W - 1):
         y_BTE.addcmul_(_cut(x_BZE[:, j : j + T], cuts[j]), weight_WE[j])
@@ -303,7 +303,7 @@ def shifted_sum_gradients(x_BZE: Tensor, weight_EW: Tensor, ids_BZ: Tensor | Non
     tap; this makes one."""
     T, W, weight_WE = dy_BTE.shape[1], weight_EW.shape[1], weight_EW.t().contiguous()
     dx_BZE, dweight_EW = torch.zeros_like(x_BZE), torch.empty_like(weight_EW)
-    cuts, products_BTE = _cuts(ids_BZ, T, W), torch.empty_like(dy_BTE)
+    cuts, products_BTE = _cuts(ids_BZ, W), torch.empty_like(dy_BTE)
     for j in range(W):
         tap_BTE = _cut(dy_BTE, cuts[j])
         dx_BZE[:, j : j + T].addcmul_(tap_BTE, weight_WE[j])
@@ -325,12 +325,13 @@ def _shifted_sum_backward(ctx, dy_BTE):
 torch.library.register_autograd(shifted_sum, _shifted_sum_backward, setup_context=_save_shifted_sum)
 
 
-def _cuts(ids_BZ: Tensor | None, T: int, W: int) -> list[tuple[Tensor, ...] | None]:
+def _cuts(ids_BZ: Tensor | None, W: int) -> list[tuple[Tensor, ...] | None]:
     """For each tap, the few (row, token) pairs at which it would reach into another document, or
     there is padding: None where there is none."""
     if ids_BZ is None:
         return [None] * W
     ids_BT = ids_BZ[:, W - 1 :]
+    T = ids_BT.shape[1]
     found = [((ids_BZ[:, j : j + T] != ids_BT) | (ids_BT < 0)).nonzero(as_tuple=True)
              for j in range(W)]
     return [pairs if len(pairs[0]) else None for pairs in found]

@@ -424,7 +424,6 @@ def unwarmed(program, tmp_path):
 
 def test_a_run_is_warmed_up_once(program, finished, unwarmed, phases, tmp_path, capsys):
     """Whatever comes after a warm-up does not repeat it; asked for by name it goes on."""
-    phases.clear()
     assert program(tmp_path / "first", "--mode", "sft", "--init", unwarmed) == 0
     assert phases == ["warmup", "sft"]
     assert "is warmed up" not in capsys.readouterr().out

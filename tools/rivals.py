@@ -83,16 +83,6 @@ RATES = {"rlp-paper": ("--rlp.lr", (1e-4, 2e-4, 4e-4)), "match": ("--rlp.lr", (1
          "rlvr": ("--rlvr.lr", (1e-4, 2e-4, 4e-4))}
 
 
-def once(folder: Path, words: list[str]) -> None:
-    """A run, unless it has ended; one that was stopped goes on. Raises ValueError if it fails."""
-    if (folder / "summary.json").exists():
-        return
-    found = newest(folder)
-    code = train.main([*words, "--out", str(folder), *["--resume"] * (found is not None)])
-    require(code == 0, f"{folder}: train.py ended with {code}; mend what it says, and give the "
-            "command again")
-
-
 def rivals(seeds: tuple[int, ...] = (0, 1, 2, 3, 4), preset: str = "cpu",
            out: Path = Path("runs/rivals"),
            what: Literal["rlp", "ablations", "elastic", "rates"] = "rlp",
@@ -115,42 +105,48 @@ def rivals(seeds: tuple[int, ...] = (0, 1, 2, 3, 4), preset: str = "cpu",
                 f"{', '.join(RATES)}")
     common = ["--preset", preset, *shlex.split(words)]
 
-    def told(name: str, seed: int) -> list[str]:
-        """What train.py is told of an arm; what that begins with is run first."""
-        own = [*common, "--seed", str(seed), *known[name].split()]
+    def run(name: str, seed: int, folder: Path | None = None, more: tuple[str, ...] = ()) -> Path:
+        """An arm's folder, once it has ended: what was stopped goes on, and what the arm begins
+        with is run before it. Raises ValueError if that fails."""
+        folder = folder or out / f"{name}-{preset}-seed{seed}"
+        if (folder / "summary.json").exists():
+            return folder
+        own = known[name].split()
         if "--init" in own:
             at = own.index("--init") + 1
-            before = out / f"{own[at]}-{preset}-seed{seed}"
-            once(before, told(own[at], seed))
-            own[at] = str(before)
-        return own
+            own[at] = str(run(own[at], seed))
+        going_on = ["--resume"] * (newest(folder) is not None)
+        code = train.main([*common, "--seed", str(seed), *own, *more, "--out", str(folder),
+                           *going_on])
+        require(code == 0, f"{folder}: train.py ended with {code}; mend what it says, and give the "
+                "command again")
+        return folder
 
     if what == "rates":
-        try_rates(told, arms or tuple(RATES), seeds, out, preset)
+        try_rates(run, arms or tuple(RATES), seeds, out, preset)
         return
     for seed in seeds:
         for name in arms or SETS[what]:
-            folder = out / f"{name}-{preset}-seed{seed}"
-            once(folder, told(name, seed))
+            folder = run(name, seed)
             if name in CONTROLS and not (folder / "controls.json").exists():
                 controls.write((folder,))
 
 
-def try_rates(told: Callable[[str, int], list[str]], arms: tuple[str, ...], seeds: tuple[int, ...],
-              out: Path, preset: str) -> None:
+def try_rates(run: Callable[..., Path], arms: tuple[str, ...], seeds: tuple[int, ...], out: Path,
+              preset: str) -> None:
     """Every rate of these arms, and what it gave on half as many validation problems:
-    OUT/rates-PRESET.json, in which those of other arms stay."""
+    OUT/rates-PRESET.json, in which those of other arms stay. run: see `rivals`."""
     file = out / f"rates-{preset}.json"
     before = read_json(file)["tries"] if file.exists() else []
     found = [tried for tried in before if tried["arm"] not in arms]
     few = max(2, PRESETS[preset].eval.problems_per_family // 2)
-    measured = ["--eval.split", "val", "--eval.problems-per-family", str(few)]
+    measured = "--eval.split", "val", "--eval.problems-per-family", str(few)
     for name in arms:
         setting, rates = RATES[name]
         for rate in rates:
             for seed in seeds:
                 folder = out / "rates" / f"{name}-{rate:g}-{preset}-seed{seed}"
-                once(folder, [*told(name, seed), *measured, setting, str(rate)])
+                run(name, seed, folder, (*measured, setting, str(rate)))
                 summary = read_json(folder / "summary.json")
                 found.append({"arm": name, "setting": setting, "rate": rate, "seed": seed, **{
                     how: summary["accuracy"][how]["all"][summary["mode"]]["mean"]
