@@ -177,7 +177,7 @@ def claims(found: dict[str, list[dict]]) -> list[list[str]]:
 
     # 1. RLP
     rlp = found["rlp-cpu"]
-    ours, cpt, _ = rivals.pair(found, "rlp-cpu", "cpt-cpu")
+    ours, cpt, told = rivals.pair(found, "rlp-cpu", "cpt-cpu")
     sampled, greedy = "accuracy/sampled/all/WHO", "accuracy/greedy/all/WHO"
     gain, change = "positions/{}/WHO/gain_nats/frozen_base", "loss_nats/no_think_text_change"
     add("RLP: thoughts learn to answer where thinking is needed", "--mode rlp", rlp,
@@ -196,7 +196,7 @@ def claims(found: dict[str, list[dict]]) -> list[list[str]]:
     add("RLP: better than continued pretraining at equal compute", "--mode cpt", cpt,
         [above(get(path, ours), get(path, cpt, "cpt")) for path in (sampled, greedy)],
         f"accuracy {text(sampled, ours)} against {text(sampled, cpt, 'cpt')}; with a greedy "
-        f"thought {text(greedy, ours)} against {text(greedy, cpt, 'cpt')}")
+        f"thought {text(greedy, ours)} against {text(greedy, cpt, 'cpt')}{told}")
     add("RLP: prediction without a thought does not collapse; it gets better", "--mode rlp", rlp,
         [all(leaf["high"] < bound for leaf in get(change, rlp)) for bound in (0.05, 0)],
         f"loss on text {text(change, rlp, form='+.1%')}")
@@ -205,10 +205,10 @@ def claims(found: dict[str, list[dict]]) -> list[list[str]]:
             ("still ahead after SFT and RLVR, of the base with both", "rlvr-cpu", greedy),
             ("still ahead after SFT and RLVR, of CPT with both", "cpt-rlvr-cpu", greedy)):
         mine = "rlp-cpu" if kind == "match-cpu" else "rlp-rlvr-cpu"
-        sides = rivals.pair(found, mine, kind)[:2]
+        *sides, told = rivals.pair(found, mine, kind)
         leaves = [[view.figure(run, path, run["mode"]) for run in side] for side in sides]
         shown = " against ".join(view.cell(view.over_seeds(side)) for side in leaves if side)
-        add(f"RLP: {claim}", "-m tools.rivals", sides[1], [above(*leaves)], f"greedy {shown}")
+        add(f"RLP: {claim}", "-m tools.rivals", sides[1], [above(*leaves)], f"greedy {shown}{told}")
     behind = found["controls-rlp-cpu"]
     for claim, path, other in (
             ("what a thought gains hangs on its context", "thoughts/own", "thoughts/swapped"),

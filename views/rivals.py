@@ -56,14 +56,14 @@ def difference(first: dict[int, float], second: dict[int, float]) -> list[float]
 
 
 def pair(found: Found, ours: str, theirs: str) -> tuple[list[dict], list[dict], str]:
-    """The runs of two arms on the seeds that both have, in one order; and "", or "before-" where
-    more of them are from before the default changed."""
-    def of_both(then: str) -> tuple[list[dict], list[dict], str]:
+    """The runs of two arms on the seeds that both have, in one order; and "", or " (before)"
+    where more of them are from before the default changed."""
+    def of_both(then: str, told: str) -> tuple[list[dict], list[dict], str]:
         shared = [(a, b) for a in found[then + ours] for b in found[then + theirs]
                   if a["seed"] == b["seed"]]
-        return [a for a, _ in shared], [b for _, b in shared], then
+        return [a for a, _ in shared], [b for _, b in shared], told
 
-    return max(of_both(""), of_both("before-"), key=lambda sides: len(sides[0]))
+    return max(of_both("", ""), of_both("before-", " (before)"), key=lambda sides: len(sides[0]))
 
 
 def arm_rows(found: Found) -> list[list[str]]:
@@ -112,10 +112,10 @@ def lead_rows(found: Found) -> list[list[str]]:
     pairs += [("rlp-sft-cpu", "sft-cpu"), ("rlp-rlvr-cpu", "rlvr-cpu"),
               ("rlp-sft-cpu", "cpt-sft-cpu"), ("rlp-rlvr-cpu", "cpt-rlvr-cpu")]
     for ours, theirs in pairs:
-        mine, others, then = pair(found, ours, theirs)
+        mine, others, told = pair(found, ours, theirs)
         gaps = [difference(means(mine, path), means(others, path)) for path in (SAMPLED, GREEDY)]
         if gaps[0]:
-            rows.append([ARMS[theirs] + " (before)" * bool(then), str(len(gaps[0])),
+            rows.append([ARMS[theirs] + told, str(len(gaps[0])),
                          *(spread(g, "+.3f") for g in gaps)])
     return rows
 
