@@ -535,8 +535,8 @@ def about_warmup(config: Config) -> list[str]:
     if steps > 0 and config.mode not in ("pretrain", "warmup") and not warms_up(config):
         return [f"{init} is warmed up: the {steps} steps of warmup.steps are not taken again; "
                 "--mode warmup would take more"]
-    reads = config.mode in ("cpt", "elastic") and huggingface.is_hf(Path(config.init))
-    if reads and gap and steps == 0:
+    reads = config.mode == "elastic" or (config.mode == "cpt" and config.cpt.thoughts)
+    if reads and gap and steps == 0 and huggingface.is_hf(Path(config.init)):
         return [f"text will have a thought about every {gap} tokens, and the model of {init} is "
                 "not warmed up for that; --warmup.gap 0 leaves them out"]
     return []

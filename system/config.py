@@ -295,6 +295,10 @@ class RLPConfig(FitConfig):
 class CPTConfig(FitConfig):
     """Continued pretraining of the base on its last mixture: RLP's rival at about equal time."""
 
+    # Whether its documents have written thoughts, as in the warm-up. Without them it reads what RLP
+    # reads, text and problems with their answers, as the paper's rival does.
+    thoughts: bool = True
+
 
 @dataclass(frozen=True)
 class SFTConfig(FitConfig):

@@ -631,6 +631,20 @@ def test_continued_pretraining_goes_on_where_the_base_stopped(corpus):
     assert same(cpt_batch(corpus, config, 0), warmup_batch(corpus, config, 10))
 
 
+def test_cpt_without_thoughts_reads_all_kinds_of_documents_and_no_tag(corpus):
+    """With them the same settings have tags in every kind; the documents themselves stay."""
+    config = config_of(warmup={"computed_share": 0.3}, cpt={"batch": 16})
+    plain = dataclasses.replace(config, cpt=dataclasses.replace(config.cpt, thoughts=False))
+    tags = torch.tensor([corpus.tokenizer.think, corpus.tokenizer.close])
+    with_thoughts, without = (cpt_batch(corpus, c, 3) for c in (config, plain))
+    assert torch.isin(with_thoughts["tokens_BT"], tags).any(1).all()
+    assert not torch.isin(without["tokens_BT"], tags).any()
+    assert (without["targets_BT"] != -100).float().mean() > 0.95  # nothing is read only
+    said = corpus.tokenizer.decode(without["tokens_BT"].flatten().tolist())
+    assert "Answer:" in said
+    assert ">>>" in said
+
+
 @pytest.fixture(scope="module")
 def packed(corpus):
     """A batch of packed documents, of all kinds; thoughts stand where they are for."""

@@ -274,10 +274,13 @@ def test_every_mode_begins_with_the_directorys_weights(program, hf, tmp_path, mo
     assert saved["data"]["tokenizer"] == str(hf)
 
 
-@pytest.mark.parametrize(("mode", "gap", "warned"), [("cpt", 12, True), ("cpt", 0, False), ("rlp", 12, False)])
-def test_thoughts_in_text_that_a_model_was_not_warmed_up_for_are_told(program, hf, capsys, mode, gap, warned):
+@pytest.mark.parametrize(
+    ("mode", "more", "warned"),
+    [("cpt", (), True), ("cpt", ("--warmup.gap", 0), False), ("cpt", ("--cpt.no-thoughts",), False), ("rlp", (), False)],
+)
+def test_thoughts_in_text_that_a_model_was_not_warmed_up_for_are_told(program, hf, capsys, mode, more, warned):
     """Where the mode reads the warm-up's mixture."""
-    words = "--mode", mode, "--init", hf, f"--{mode}.steps", 0, "--warmup.steps", 0, "--warmup.gap", gap
+    words = "--mode", mode, "--init", hf, f"--{mode}.steps", 0, "--warmup.steps", 0, *more
     assert program("run", *words) == 0
     assert ("--warmup.gap 0 leaves them out" in " ".join(capsys.readouterr().out.split())) == warned
 

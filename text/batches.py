@@ -11,6 +11,7 @@ Shapes: B sequences, T tokens, X tokens after a thought (rlp.horizon).
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -182,8 +183,10 @@ def mixture(corpus: Corpus, config: Config, step: int, n_rows: int, seq_len: int
 
 
 def cpt_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
-    """The warm-up's mixture goes on, with new documents."""
+    """The warm-up's mixture goes on, with new documents; see `cpt.thoughts`."""
     fit = config.cpt
+    if not fit.thoughts:
+        config = replace(config, warmup=replace(config.warmup, think=0.0, gap=0))
     return mixture(corpus, config, config.warmup.steps + step, fit.batch, config.warmup.seq_len)
 
 

@@ -33,6 +33,7 @@ ARMS = {
     "rlp-paper": "--mode rlp --rlp.predictor 0",
     "match": "--mode rlp --rlp.predictor 0 --rlp.reward match --rlp.min-entropy 1 --rlp.lr 4e-4",
     "cpt": "--mode cpt",
+    "cpt-plain": "--mode cpt --cpt.no-thoughts",
     "cpt-tokens": "--mode cpt --cpt.steps 300",  # as many as rlp reads in contexts
     "sft": "--mode sft",
     "rlvr": "--mode rlvr --init sft",
@@ -79,8 +80,9 @@ ELASTIC = {"elastic": "--mode elastic --elastic.baseline separate minitron"} | {
 SETS = {"rlp": ARMS, "ablations": ABLATIONS, "elastic": ELASTIC}
 # As many tries for each: its arm with every rate, and half of the problems.
 RATES = {"rlp-paper": ("--rlp.lr", (1e-4, 2e-4, 4e-4)), "match": ("--rlp.lr", (1e-4, 2e-4, 4e-4)),
-         "cpt": ("--cpt.lr", (7.5e-4, 1.5e-3, 3e-3)), "sft": ("--sft.lr", (5e-4, 1e-3, 2e-3)),
-         "rlvr": ("--rlvr.lr", (1e-4, 2e-4, 4e-4))}
+         "cpt": ("--cpt.lr", (7.5e-4, 1.5e-3, 3e-3)),
+         "cpt-plain": ("--cpt.lr", (7.5e-4, 1.5e-3, 3e-3)),
+         "sft": ("--sft.lr", (5e-4, 1e-3, 2e-3)), "rlvr": ("--rlvr.lr", (1e-4, 2e-4, 4e-4))}
 
 
 def rivals(seeds: tuple[int, ...] = (0, 1, 2, 3, 4), preset: str = "cpu",

@@ -13,9 +13,9 @@ T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # of a 95 % interval from so many s
 ARMS = {  # by their names in results/, what tables call them
     "rlp-cpu": "RLP", "rlp-paper-cpu": "RLP without the predictor's term (the paper's)",
     "match-cpu": "the reward of RPT", "cpt-cpu": "CPT, FLOPs of RLP",
-    "cpt-tokens-cpu": "CPT, tokens of RLP", "sft-cpu": "SFT", "rlvr-cpu": "SFT, RLVR",
-    "rlp-sft-cpu": "RLP, SFT", "rlp-rlvr-cpu": "RLP, SFT, RLVR", "cpt-sft-cpu": "CPT, SFT",
-    "cpt-rlvr-cpu": "CPT, SFT, RLVR"}
+    "cpt-plain-cpu": "CPT on what RLP reads, its FLOPs", "cpt-tokens-cpu": "CPT, tokens of RLP",
+    "sft-cpu": "SFT", "rlvr-cpu": "SFT, RLVR", "rlp-sft-cpu": "RLP, SFT",
+    "rlp-rlvr-cpu": "RLP, SFT, RLVR", "cpt-sft-cpu": "CPT, SFT", "cpt-rlvr-cpu": "CPT, SFT, RLVR"}
 ABLATIONS = {f"rlp-{name}-cpu": told for name, told in {
     "g2": "2 thoughts a context", "g4": "4 thoughts a context", "g16": "16 thoughts a context",
     "len20": "thoughts of 20 tokens", "len80": "thoughts of 80 tokens", "kl3": "KL 0.001",
@@ -108,7 +108,7 @@ def lead_rows(found: Found) -> list[list[str]]:
     """RLP minus each arm, in accuracy; of what comes after SFT and RLVR, RLP's minus theirs. Said
     where that is of runs before the default changed."""
     rows = [["accuracy, RLP minus", "seeds", "sampled", "greedy"]]
-    pairs = [("rlp-cpu", kind) for kind in list(ARMS)[1:5]]
+    pairs = [("rlp-cpu", kind) for kind in list(ARMS)[1:6]]
     pairs += [("rlp-sft-cpu", "sft-cpu"), ("rlp-rlvr-cpu", "rlvr-cpu"),
               ("rlp-sft-cpu", "cpt-sft-cpu"), ("rlp-rlvr-cpu", "cpt-rlvr-cpu")]
     for ours, theirs in pairs:
