@@ -182,5 +182,5 @@ def test_the_picture_refuses_runs_without_thoughts(tmp_path):
 
 
 def test_pip_installs_what_the_commands_name():
-    assert "pip install -r requirements-dev.txt && pytest" in README
+    assert "pip install -r requirements-dev.txt && pytest -n auto --dist loadfile`" in README
     assert "-r requirements.txt" in (ROOT / "requirements-dev.txt").read_text()
