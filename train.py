@@ -39,7 +39,7 @@ import routers
 from model import HybridLM
 from rlp import RLP
 from system import checkpoint, huggingface, lora, parallel, rundir
-from system.config import Config, LoRAConfig, ModelConfig, require_known
+from system.config import Config, ElasticConfig, LoRAConfig, ModelConfig, require_known
 from system.costs import count_parameters, part_parameters, sum_of_parts
 from system.errors import path_and_reason, require
 from system.files import fingerprint
@@ -424,8 +424,7 @@ def train_rival(name: str, t: Trained, widths: dict[float, nested.Widths],
             size = parallel.frozen_copy(nested.submodel(model, w)).requires_grad_(True)
             steps = (equal_flops(t.config, parent.config, b, n_alone) if name == "separate"
                      else c.steps)
-            config = replace(t.config, elastic=replace(
-                c, steps=steps, budgets=(1.0,), long_weights=(1.0,), self_kl=0.0, choose="fixed"))
+            config = replace(t.config, elastic=replace(one_size(c, 1.0), steps=steps))
             fit_alone("elastic", size, folder, config,
                       elastic.Distillation(config.elastic, parent))
         sizes.append(size.requires_grad_(False))
@@ -436,11 +435,15 @@ def equal_flops(config: Config, shape: ModelConfig, budget: float, n_alone: int)
     """Steps that distil a budget's size alone, for one of n_alone equal shares of the FLOPs that
     the family takes."""
     c = config.elastic
-    alone = replace(c, budgets=(budget,), long_weights=(1.0,), self_kl=0.0, choose="fixed")
     family, size = (estimate.steps_flops(
         replace(config, mode="elastic", model=shape, elastic=e), None)
-                    for e in (c, alone))
+                    for e in (c, one_size(c, budget)))
     return round(c.steps * family / n_alone / size)
+
+
+def one_size(c: ElasticConfig, budget: float) -> ElasticConfig:
+    """Settings of one size that is distilled by itself."""
+    return replace(c, budgets=(budget,), long_weights=(1.0,), self_kl=0.0, choose="fixed")
 
 
 class Pretraining(NextToken):
