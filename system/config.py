@@ -251,6 +251,9 @@ class RLPConfig(FitConfig):
     positions: Literal["answer", "random"] = "answer"
     text_share: Share = 0.25  # Share of contexts in text, at random positions.
     computed_share: Share = 0.0  # Share in computed documents, at random positions.
+    # Built-in problems have up to so many steps more than any with a worked thought: nobody shows
+    # how to work those. For modes that read problems without thoughts: rlp, rlvr, and cpt so.
+    more_steps: Annotated[int, within(0, 3)] = 0
     # Tokens from where a thought stands to the token that it is for, in text and in computed
     # documents: the thought has read them, and they follow it once more. 0 is the paper's; at the
     # answers of problems it is always 0.
@@ -564,6 +567,14 @@ class Config(Settings):
         for name, settings in self.groups().items():
             settings.check(name)
         _shares("data", self.data.text_share, "warmup", self.warmup.computed_share)
+        if more := self.rlp.more_steps:
+            reads = self.mode in ("rlp", "rlvr") or (self.mode == "cpt" and not self.cpt.thoughts)
+            require(reads, f"rlp.more_steps ({more}) is for problems without written thoughts, and "
+                    f"mode {self.mode} reads some that have them; leave it out, or choose rlp, "
+                    "rlvr, or cpt with --cpt.no-thoughts")
+            require(self.data.problems == "built-in", f"rlp.more_steps ({more}) is for the "
+                    f"built-in problems, not those of data.problems ({self.data.problems}); leave "
+                    "it out")
         if self.lora.rank:
             said = f"lora.rank ({self.lora.rank})"
             require(self.mode != "elastic", f"{said} must be 0 in mode elastic, which orders and "

@@ -244,6 +244,12 @@ def test_the_kinds_of_layers_stand_in_one_table(monkeypatch):
         ({"model__rope_theta": 1e4, "model__attn_head_dim": 7}, "attn_head_dim (7) must be a multiple of the pairs"),
         ({"pretrain__batch": 10, "pretrain__accumulate": 4}, "batch (10) must be a multiple of pretrain.accumulate (4)"),
         ({"warmup__recall": 0.5, "warmup__gap": 0}, "warmup.recall (0.5) puts thoughts into text, and warmup.gap 0 leaves"),
+        (
+            {"rlp__more_steps": 1, "mode": "sft"},
+            "rlp.more_steps (1) is for problems without written thoughts, and mode sft reads",
+        ),
+        ({"rlp__more_steps": 1, "mode": "cpt"}, "leave it out, or choose rlp, rlvr, or cpt with --cpt.no-thoughts"),
+        ({"rlp__more_steps": 1, "data__problems": "a.jsonl"}, "built-in problems, not those of data.problems (a.jsonl)"),
         ({"elastic__long_len": 80}, "elastic.long_len (80) must be a multiple of elastic.seq_len (32); nearest is 64"),
         ({"elastic__long_len": 16}, "elastic.long_len (16) must be a multiple of elastic.seq_len (32); nearest is 32"),
         (

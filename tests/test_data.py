@@ -631,6 +631,18 @@ def test_continued_pretraining_goes_on_where_the_base_stopped(corpus):
     assert same(cpt_batch(corpus, config, 0), warmup_batch(corpus, config, 10))
 
 
+@pytest.mark.parametrize("make", [rlp_batch, cpt_batch])
+def test_problems_without_thoughts_may_be_longer_than_any_that_were_worked(corpus, make):
+    """Up to two steps more: sums of five and six numbers beside those of two to four, about a third of each kind."""
+    rlp, cpt = {"batch": 400, "more_steps": 2, **PROBLEMS}, {"batch": 200, "thoughts": False}
+    config = config_of(data=PROBLEMS, rlp=rlp, cpt=cpt)
+    batch = make(corpus, config, 0)
+    said = corpus.tokenizer.decode(batch["context_BT" if make is rlp_batch else "tokens_BT"].flatten().tolist())
+    n = Counter(1 + found.count("+") for found in re.findall(r"Tens digit of ([\d +]+)\?", said))
+    assert n.keys() == {2, 3, 4, 5, 6}
+    assert min(n[5], n[6], n[2] + n[3] + n[4]) > 0.2 * n.total()
+
+
 def test_cpt_without_thoughts_reads_all_kinds_of_documents_and_no_tag(corpus):
     """With them the same settings have tags in every kind; the documents themselves stay."""
     config = config_of(warmup={"computed_share": 0.3}, cpt={"batch": 16})

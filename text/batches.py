@@ -21,7 +21,7 @@ from torch import Tensor
 from system.config import Config, RLPConfig
 from text.computed import Computed, draw_computed
 from text.corpus import Corpus
-from text.problems import Problem, draw_problem, filler, some_of, thought_for
+from text.problems import Problem, draw_problem, filler, some_longer, some_of, thought_for
 from text.tokenizer import Tokenizer
 
 # ------------------------------------------------------------------------------ documents to read
@@ -142,7 +142,7 @@ def warmup_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]
 
 
 def mixture(corpus: Corpus, config: Config, step: int, n_rows: int, seq_len: int,
-            split: str = "train") -> dict[str, Tensor]:
+            split: str = "train", more_steps: int = 0) -> dict[str, Tensor]:
     """Rows of what the base reads last.
 
     Thoughts of problems are worked, stop half-way or are filler. In half of the other documents
@@ -156,7 +156,8 @@ def mixture(corpus: Corpus, config: Config, step: int, n_rows: int, seq_len: int
 
     def draw(kind: str) -> Marked:
         if kind == "problem":
-            problem = draw_problem(rng, split, percent, corpus.families)
+            families = some_longer(corpus.families, more_steps, rng)
+            problem = draw_problem(rng, split, percent, families)
             has_thought = rng.random() < fit.think
             return problem_document(
                 tokenizer, problem, thought_for(problem, rng, fit.worked) if has_thought else None)
@@ -184,10 +185,11 @@ def mixture(corpus: Corpus, config: Config, step: int, n_rows: int, seq_len: int
 
 def cpt_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
     """The warm-up's mixture goes on, with new documents; see `cpt.thoughts`."""
-    fit = config.cpt
+    fit, seq_len = config.cpt, config.warmup.seq_len
     if not fit.thoughts:
         config = replace(config, warmup=replace(config.warmup, think=0.0, gap=0))
-    return mixture(corpus, config, config.warmup.steps + step, fit.batch, config.warmup.seq_len)
+    return mixture(corpus, config, config.warmup.steps + step, fit.batch, seq_len,
+                   more_steps=config.rlp.more_steps)
 
 
 def sft_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
@@ -246,7 +248,8 @@ def rlp_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
 
 def problem_position(corpus: Corpus, fit: RLPConfig, split: str, rng: random.Random) -> Position:
     """In a problem without a thought: at the answer, or anywhere."""
-    problem = draw_problem(rng, split, corpus.held_out_percent, corpus.families)
+    families = some_longer(corpus.families, fit.more_steps, rng)
+    problem = draw_problem(rng, split, corpus.held_out_percent, families)
     prompt, answer = problem_tokens(corpus.tokenizer, problem)
     if fit.positions == "random":
         return random_position(prompt + answer, fit, rng)

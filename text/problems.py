@@ -163,6 +163,12 @@ LEVELS: dict[str, Families] = {
                     for name, family in FAMILIES.items() if name != "sum"}}
 
 
+def some_longer(families: Families, most: int, rng: random.Random) -> Families:
+    """The families as they are, or the built-in ones with up to so many steps more."""
+    more = rng.randint(0, most) if most else 0
+    return LEVELS[f"{more} more"] if more else families
+
+
 def draw_problem(
     rng: random.Random, split: str, held_out_percent: int, families: Families,
     family: str | None = None) -> Problem:
