@@ -19,7 +19,8 @@ if [ "${1:-all}" = quick ]; then
     wait $thinking
     exit
 fi
-seeds "0 1 2 3 4"
+seeds "0 1 2 3 4" --arms rlp cpt rlp-longer cpt-longer
+seeds "0 1 2"
 if [ "$preset" = cpu ]; then  # random positions, where thinking pays
     preset=computed seeds "0 1 2 3 4" --arms rlp
     preset=computed seeds "0 1 2" --arms cpt

@@ -182,6 +182,17 @@ def test_rows_of_controls(base, n_hard):
     assert rivals.changed_rows(found)[-1][1] == "3.600 ±0.000"
 
 
+def test_rows_of_longer_problems_by_level_and_family():
+    found = found_of(
+        controls__rlp__longer__cpu=[behind(0, "rlp", 0.3, 0.5), behind(1, "rlp", 0.3, 0.5)],
+        controls__cpt__longer__cpu=[behind(1, "cpt", 0.3, 0.2)],
+    )
+    rows = rivals.longer_rows(found)
+    assert [row[0] for row in rows[1:]] == ["as trained", "  sum", "1 more", "  sum"]
+    assert rows[4][1:] == ["0.30 ±0.00", "0.50 ±0.00", "", "0.20", "+0.200 ±0.000", "+0.300"]
+    assert len(rivals.longer_rows(found_of())) == 1
+
+
 def test_rows_of_random_positions_pair_the_base_and_rlp():
     """Two seeds: at computed documents .2 to .5 and .4 to .6, so +.3 and +.2; another's thought 3 nats less."""
 

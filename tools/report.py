@@ -423,6 +423,7 @@ def results(folder: Path) -> str:
             ("Thoughts at random positions of documents with results to be computed",
              rivals.position_rows(found)), ("", rivals.gate_rows(found)),
             ("By level", rivals.level_rows(found)), ("", rivals.hard_rows(found)),
+            ("Problems of a step more, which nobody worked", rivals.longer_rows(found)),
             ("Sharpening or more", rivals.pass_rows(found)),
             ("What is left of a thought", rivals.remains_rows(found)),
             ("What thoughts change", rivals.changed_rows(found)),

@@ -28,10 +28,12 @@ from system.rundir import newest
 from tools import controls
 
 # `--init ARM` begins with what that arm became. cpt takes as many FLOPs as rlp, and about its time.
+# Arms that are longer read problems of up to a step more than were ever worked; nobody works them.
+MATCH = "--mode rlp --rlp.predictor 0 --rlp.reward match --rlp.min-entropy 1 --rlp.lr 4e-4"
 ARMS = {
     "rlp": "--mode rlp",
     "rlp-paper": "--mode rlp --rlp.predictor 0",
-    "match": "--mode rlp --rlp.predictor 0 --rlp.reward match --rlp.min-entropy 1 --rlp.lr 4e-4",
+    "match": MATCH,
     "cpt": "--mode cpt",
     "cpt-plain": "--mode cpt --cpt.no-thoughts",
     "cpt-tokens": "--mode cpt --cpt.steps 300",  # as many as rlp reads in contexts
@@ -41,8 +43,11 @@ ARMS = {
     "rlp-rlvr": "--mode rlvr --init rlp-sft",
     "cpt-sft": "--mode sft --init cpt",
     "cpt-rlvr": "--mode rlvr --init cpt-sft",
+    "rlp-longer": "--mode rlp --rlp.more-steps 1",
+    "match-longer": f"{MATCH} --rlp.more-steps 1",
+    "cpt-longer": "--mode cpt --cpt.no-thoughts --rlp.more-steps 1",
 }
-CONTROLS = ("rlp", "match", "cpt")
+CONTROLS = ("rlp", "match", "cpt", "rlp-longer", "match-longer", "cpt-longer")
 # One setting of rlp at a time; the default stands in system/presets.py.
 ABLATIONS = {
     f"rlp-{name}": f"--mode rlp {words}" for name, words in {

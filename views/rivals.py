@@ -15,7 +15,10 @@ ARMS = {  # by their names in results/, what tables call them
     "match-cpu": "the reward of RPT", "cpt-cpu": "CPT, FLOPs of RLP",
     "cpt-plain-cpu": "CPT on what RLP reads, its FLOPs", "cpt-tokens-cpu": "CPT, tokens of RLP",
     "sft-cpu": "SFT", "rlvr-cpu": "SFT, RLVR", "rlp-sft-cpu": "RLP, SFT",
-    "rlp-rlvr-cpu": "RLP, SFT, RLVR", "cpt-sft-cpu": "CPT, SFT", "cpt-rlvr-cpu": "CPT, SFT, RLVR"}
+    "rlp-rlvr-cpu": "RLP, SFT, RLVR", "cpt-sft-cpu": "CPT, SFT", "cpt-rlvr-cpu": "CPT, SFT, RLVR",
+    "rlp-longer-cpu": "RLP, problems a step longer too",
+    "match-longer-cpu": "the reward of RPT, problems a step longer too",
+    "cpt-longer-cpu": "CPT on what RLP reads, problems a step longer too"}
 ABLATIONS = {f"rlp-{name}-cpu": told for name, told in {
     "g2": "2 thoughts a context", "g4": "4 thoughts a context", "g16": "16 thoughts a context",
     "len20": "thoughts of 20 tokens", "len80": "thoughts of 80 tokens", "kl3": "KL 0.001",
@@ -163,6 +166,28 @@ def _controls(found: Found) -> Callable[[str, str, str], dict[int, float]]:
 
 
 COMPARED = {"rlp-cpu": "RLP", "match-cpu": "RPT's reward", "cpt-cpu": "CPT"}
+
+
+LONGER = {"rlp-longer-cpu": "RLP", "match-longer-cpu": "RPT's reward", "cpt-longer-cpu": "CPT"}
+
+
+def longer_rows(found: Found) -> list[list[str]]:
+    """By level and family, of arms that read problems of up to a step more than the base was taught
+    to work, whose steps nobody shows; and how far RLP is ahead of the base, and of CPT of those."""
+    at, (ours, *others) = _controls(found), LONGER
+    runs = found[f"controls-{ours}"]
+    rows = [["greedy; with unworked problems of a step more", "base", *LONGER.values(),
+             "RLP - base", "RLP - CPT"]]
+    for level, families in runs[0]["levels"].items() if runs else ():
+        for family in families:
+            path = f"levels/{level}/{family}/WHO"
+            base, mine = at(ours, path, "base"), at(ours, path)
+            theirs = [at(kind, path) for kind in others]
+            rows.append([level if family == "all" else f"  {family}", *(
+                spread(list(side.values())) for side in (base, mine, *theirs)),
+                spread(difference(mine, base), "+.3f"),
+                spread(difference(mine, theirs[-1]), "+.3f")])
+    return rows
 
 
 def level_rows(found: Found) -> list[list[str]]:
