@@ -18,8 +18,10 @@ Writes controls.json into each run's folder, of the base that it began with and 
 import json
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -39,10 +41,11 @@ from text.problems import LEVELS
 from thoughts import Sampling, prefill, read_targets, sample_thoughts, score_context, states_after
 
 K = (1, 2, 4, 8, 16, 32)  # of pass@k; the largest is how many thoughts are sampled
+Part = Literal["levels", "pass", "thoughts", "changed", "text", "gate"]
 
 
-def controls(run: Path) -> dict:
-    """All of it. Raises ValueError for a folder that is no finished run of a mode that thinks."""
+def controls(run: Path, parts: tuple[Part, ...] = get_args(Part)) -> dict:
+    """These parts. Raises ValueError for a folder that is no finished run of a mode that thinks."""
     require((run / "summary.json").is_file(), f"{run} holds no summary.json, so no run has ended "
             "there; give the folder of a finished run")
     summary = read_json(run / "summary.json")
@@ -52,15 +55,18 @@ def controls(run: Path) -> dict:
     corpus, models = Corpus.load(config.data), {"base": base, config.mode: model}
     problems = evals.problem_positions(corpus, config)
     text = evals.text_positions(corpus, config)
-    found = {name: {"levels": levels(m, corpus, config), "pass": pass_at_k(m, corpus, config)}
-             for name, m in models.items()}
-    both = {key: evals.side_by_side({name: f[key] for name, f in found.items()})
-            for key in ("levels", "pass")}
-    return {"mode": config.mode, "seed": config.seed, "versions": summary["versions"], **both,
-            "thoughts": remains(model, base, problems),
-            "changed": {name: changed(model, base, positions)
-                        for name, positions in (("problems", problems), ("text", text))},
-            "text": text_losses(model, base, text), "gate": gated(model, base, corpus, config)}
+
+    def of_both(measure: Callable[[HybridLM, Corpus, Config], dict]) -> dict:
+        return evals.side_by_side({name: measure(m, corpus, config) for name, m in models.items()})
+
+    make = {"levels": lambda: of_both(levels), "pass": lambda: of_both(pass_at_k),
+            "thoughts": lambda: remains(model, base, problems),
+            "changed": lambda: {name: changed(model, base, positions)
+                                for name, positions in (("problems", problems), ("text", text))},
+            "text": lambda: text_losses(model, base, text),
+            "gate": lambda: gated(model, base, corpus, config)}
+    return {"mode": config.mode, "seed": config.seed, "versions": summary["versions"],
+            **{part: make[part]() for part in parts}}
 
 
 def levels(model: HybridLM, corpus: Corpus, config: Config) -> dict[str, dict[str, Leaf]]:
@@ -217,14 +223,16 @@ def fit_gate(state_RE: Tensor, plain_R: Tensor, thought_R: Tensor) -> nn.Linear:
     return gate
 
 
-def write(runs: tyro.conf.Positional[tuple[Path, ...]]) -> None:
+def write(runs: tyro.conf.Positional[tuple[Path, ...]], parts: tuple[Part, ...] = get_args(Part)
+          ) -> None:
     """What is behind the figures of runs that think: controls.json in each run's folder.
 
     Args:
         runs: Folders of finished runs of rlp, rlvr, sft or cpt, whose base is still there.
+        parts: Which parts of it.
     """
     for run in runs:
-        found = controls(run)
+        found = controls(run, parts)
         (run / "controls.json").write_text(json.dumps(found, indent=1) + "\n")
         print(f"wrote {run}/controls.json")
 

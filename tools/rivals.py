@@ -16,7 +16,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import tyro
 
@@ -47,7 +47,9 @@ ARMS = {
     "match-longer": f"{MATCH} --rlp.more-steps 1",
     "cpt-longer": "--mode cpt --cpt.no-thoughts --rlp.more-steps 1",
 }
-CONTROLS = ("rlp", "match", "cpt", "rlp-longer", "match-longer", "cpt-longer")
+# What `tools.controls` measures of which arm.
+CONTROLS = dict.fromkeys(("rlp", "match", "cpt"), get_args(controls.Part)) | dict.fromkeys(
+    ("rlp-longer", "match-longer", "cpt-longer"), ("levels",))
 # One setting of rlp at a time; the default stands in system/presets.py.
 ABLATIONS = {
     f"rlp-{name}": f"--mode rlp {words}" for name, words in {
@@ -136,7 +138,7 @@ def rivals(seeds: tuple[int, ...] = (0, 1, 2, 3, 4), preset: str = "cpu",
         for name in arms or SETS[what]:
             folder = run(name, seed)
             if name in CONTROLS and not (folder / "controls.json").exists():
-                controls.write((folder,))
+                controls.write((folder,), CONTROLS[name])
 
 
 def try_rates(run: Callable[..., Path], arms: tuple[str, ...], seeds: tuple[int, ...], out: Path,
