@@ -136,7 +136,9 @@ def share(values: Tensor, samples: int = 1, documents: Tensor | None = None) -> 
     z2_m = 1.96**2 / m
     middle = (p + z2_m / 2) / (1 + z2_m)
     half = math.sqrt(z2_m * p * (1 - p) + z2_m**2 / 4) / (1 + z2_m)
-    leaf = {"mean": p, "low": max(0.0, middle - half), "high": min(1.0, middle + half), "n": n}
+    # However it is rounded, 0 and 1 are inside.
+    low, high = min(p, max(0.0, middle - half)), max(p, min(1.0, middle + half))
+    leaf = {"mean": p, "low": low, "high": high, "n": n}
     return leaf if documents is None else {**leaf, "n_documents": len(documents.unique())}
 
 

@@ -72,6 +72,13 @@ def test_an_interval_of_a_share_is_wilsons(n_right, n):
     assert 0 <= found["low"] < found["high"] <= 1
 
 
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_a_share_lies_inside_its_interval_however_that_is_rounded(p):
+    """Of 20 right ones the formula gives 0.9999999999999999 as the upper end, and a plot of that has an error bar below 0."""
+    found = [share(torch.full((n,), p)) for n in range(1, 100)]
+    assert all(leaf["low"] <= p <= leaf["high"] for leaf in found)
+
+
 def test_three_of_ten_by_wilsons_formula():
     """z^2 = 3.8416. (.3 + .19208) / 1.38416 = .355508; 1.96 sqrt(.021 + .009604) / 1.38416 = .247719."""
     found = share(torch.tensor([1.0] * 3 + [0.0] * 7))
