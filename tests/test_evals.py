@@ -74,7 +74,7 @@ def test_an_interval_of_a_share_is_wilsons(n_right, n):
 
 @pytest.mark.parametrize("p", [0.0, 1.0])
 def test_a_share_lies_inside_its_interval_however_that_is_rounded(p):
-    """Of 20 right ones the formula gives 0.9999999999999999 as the upper end, and a plot of that has an error bar below 0."""
+    """Of 20 right ones the formula gives 0.9999999999999999 as the upper end: an error bar below 0."""
     found = [share(torch.full((n,), p)) for n in range(1, 100)]
     assert all(leaf["low"] <= p <= leaf["high"] for leaf in found)
 

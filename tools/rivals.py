@@ -30,12 +30,13 @@ from tools import controls
 # `--init ARM` begins with what that arm became. cpt takes as many FLOPs as rlp, and about its time.
 # Arms that are longer read problems of up to a step more than were ever worked; nobody works them.
 MATCH = "--mode rlp --rlp.predictor 0 --rlp.reward match --rlp.min-entropy 1 --rlp.lr 4e-4"
+PLAIN = "--mode cpt --cpt.no-thoughts --cpt.muon-lr 0 --cpt.lr 3e-4"
 ARMS = {
     "rlp": "--mode rlp",
     "rlp-paper": "--mode rlp --rlp.predictor 0",
     "match": MATCH,
     "cpt": "--mode cpt",
-    "cpt-plain": "--mode cpt --cpt.no-thoughts",
+    "cpt-plain": PLAIN,
     "cpt-tokens": "--mode cpt --cpt.steps 300",  # as many as rlp reads in contexts
     "sft": "--mode sft",
     "rlvr": "--mode rlvr --init sft",
@@ -45,7 +46,7 @@ ARMS = {
     "cpt-rlvr": "--mode rlvr --init cpt-sft",
     "rlp-longer": "--mode rlp --rlp.more-steps 1",
     "match-longer": f"{MATCH} --rlp.more-steps 1",
-    "cpt-longer": "--mode cpt --cpt.no-thoughts --rlp.more-steps 1",
+    "cpt-longer": f"{PLAIN} --rlp.more-steps 1",
 }
 # What `tools.controls` measures of which arm.
 CONTROLS = dict.fromkeys(("rlp", "match", "cpt"), get_args(controls.Part)) | dict.fromkeys(
@@ -88,7 +89,7 @@ SETS = {"rlp": ARMS, "ablations": ABLATIONS, "elastic": ELASTIC}
 # As many tries for each: its arm with every rate, and half of the problems.
 RATES = {"rlp-paper": ("--rlp.lr", (1e-4, 2e-4, 4e-4)), "match": ("--rlp.lr", (1e-4, 2e-4, 4e-4)),
          "cpt": ("--cpt.lr", (7.5e-4, 1.5e-3, 3e-3)),
-         "cpt-plain": ("--cpt.lr", (7.5e-4, 1.5e-3, 3e-3)),
+         "cpt-longer": ("--cpt.lr", (1e-4, 3e-4, 1e-3)),
          "sft": ("--sft.lr", (5e-4, 1e-3, 2e-3)), "rlvr": ("--rlvr.lr", (1e-4, 2e-4, 4e-4))}
 
 
