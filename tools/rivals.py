@@ -30,7 +30,7 @@ from tools import controls
 # `--init ARM` begins with what that arm became. cpt takes as many FLOPs as rlp, and about its time.
 # Arms that are longer read problems of up to a step more than were ever worked; nobody works them.
 MATCH = "--mode rlp --rlp.predictor 0 --rlp.reward match --rlp.min-entropy 1 --rlp.lr 4e-4"
-PLAIN = "--mode cpt --cpt.no-thoughts --cpt.muon-lr 0 --cpt.lr 3e-4"
+PLAIN = "--mode cpt --cpt.no-thoughts --cpt.muon-lr 0 --cpt.lr 1e-4"
 ARMS = {
     "rlp": "--mode rlp",
     "rlp-paper": "--mode rlp --rlp.predictor 0",
