@@ -1167,7 +1167,7 @@ def test_sensitivity_is_what_each_choice_costs_alone_and_the_least_sum_is_chosen
         choice = routers.fit_to_budget({a: -rows for a, rows in lost.items()}, router, b)
         assert router.choose(b) == router.space.widths(choice, router.depth_order)
     vote = 2.0 if "router_start" in changes else routers.FULL_VOTE
-    assert {float(logits.max()) for logits in router(0.5).values()} == {vote}
+    assert {logits.max().item() for logits in router(0.5).values()} == {vote}
     if "router_start" in changes:
         loss_of(objective, model, batch_of([1, 2], 3), step=3)[0].backward()
         assert all(mlp[-1].weight.grad.abs().max() > 0 for axis, mlp in router.mlps.items() if axis != "depth")

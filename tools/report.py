@@ -219,6 +219,13 @@ def claims(found: dict[str, list[dict]]) -> list[list[str]]:
         add(f"RLP: {claim}", "-m tools.controls runs/rlp-cpu-seed0", behind,
             [above(ours_there, others)], " against ".join(
                 view.cell(view.over_seeds(side)) for side in (ours_there, others) if side))
+    mine, theirs, _ = rivals.pair(found, "controls-rlp-longer-cpu", "controls-cpt-longer-cpu")
+    there = "levels/1 more/all/WHO"
+    sides = [get(there, mine), get(there, mine, "base"), get(there, theirs, "cpt")]
+    add("RLP: it learns from problems of a step more, which nobody worked; CPT of them does not",
+        "--mode rlp --rlp.more-steps 1", mine, [above(sides[0], other) for other in sides[1:]],
+        "there greedy {}, base {}, CPT {}".format(*map(view.cell, map(view.over_seeds, sides)))
+        if mine else "")
     add("RLP: it holds for models of 1.7B and 12B", "--preset qwen3-1.7b-rlp")
 
     # 2. Elastic
