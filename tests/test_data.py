@@ -644,7 +644,7 @@ def test_problems_without_thoughts_may_be_longer_than_any_that_were_worked(corpu
 
 
 def test_cpt_without_thoughts_reads_all_kinds_of_documents_and_no_tag(corpus):
-    """With them the same settings have tags in every kind; the documents themselves stay."""
+    """With them, the same settings have tags in every row."""
     config = config_of(warmup={"computed_share": 0.3}, cpt={"batch": 16})
     plain = dataclasses.replace(config, cpt=dataclasses.replace(config.cpt, thoughts=False))
     tags = torch.tensor([corpus.tokenizer.think, corpus.tokenizer.close])

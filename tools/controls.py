@@ -42,9 +42,10 @@ from thoughts import Sampling, prefill, read_targets, sample_thoughts, score_con
 
 K = (1, 2, 4, 8, 16, 32)  # of pass@k; the largest is how many thoughts are sampled
 Part = Literal["levels", "pass", "thoughts", "changed", "text", "gate"]
+PARTS: tuple[Part, ...] = get_args(Part)
 
 
-def controls(run: Path, parts: tuple[Part, ...] = get_args(Part)) -> dict:
+def controls(run: Path, parts: tuple[Part, ...] = PARTS) -> dict:
     """These parts. Raises ValueError for a folder that is no finished run of a mode that thinks."""
     require((run / "summary.json").is_file(), f"{run} holds no summary.json, so no run has ended "
             "there; give the folder of a finished run")
@@ -223,8 +224,7 @@ def fit_gate(state_RE: Tensor, plain_R: Tensor, thought_R: Tensor) -> nn.Linear:
     return gate
 
 
-def write(runs: tyro.conf.Positional[tuple[Path, ...]], parts: tuple[Part, ...] = get_args(Part)
-          ) -> None:
+def write(runs: tyro.conf.Positional[tuple[Path, ...]], parts: tuple[Part, ...] = PARTS) -> None:
     """What is behind the figures of runs that think: controls.json in each run's folder.
 
     Args:

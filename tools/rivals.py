@@ -16,7 +16,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import tyro
 
@@ -49,8 +49,8 @@ ARMS = {
     "cpt-longer": f"{PLAIN} --rlp.more-steps 1",
 }
 # What `tools.controls` measures of which arm.
-CONTROLS = dict.fromkeys(("rlp", "match", "cpt"), get_args(controls.Part)) | dict.fromkeys(
-    ("rlp-longer", "match-longer", "cpt-longer"), ("levels",))
+CONTROLS = {arm: parts for suffix, parts in (("", controls.PARTS), ("-longer", ("levels",)))
+            for arm in (f"rlp{suffix}", f"match{suffix}", f"cpt{suffix}")}
 # One setting of rlp at a time; the default stands in system/presets.py.
 ABLATIONS = {
     f"rlp-{name}": f"--mode rlp {words}" for name, words in {

@@ -111,7 +111,8 @@ def lead_rows(found: Found) -> list[list[str]]:
     """RLP minus each arm, in accuracy; of what comes after SFT and RLVR, RLP's minus theirs. Said
     where that is of runs before the default changed."""
     rows = [["accuracy, RLP minus", "seeds", "sampled", "greedy"]]
-    pairs = [("rlp-cpu", kind) for kind in list(ARMS)[1:6]]
+    pairs = [("rlp-cpu", f"{name}-cpu") for name in (
+        "rlp-paper", "match", "cpt", "cpt-plain", "cpt-tokens")]
     pairs += [("rlp-sft-cpu", "sft-cpu"), ("rlp-rlvr-cpu", "rlvr-cpu"),
               ("rlp-sft-cpu", "cpt-sft-cpu"), ("rlp-rlvr-cpu", "cpt-rlvr-cpu")]
     for ours, theirs in pairs:
@@ -166,59 +167,49 @@ def _controls(found: Found) -> Callable[[str, str, str], dict[int, float]]:
 
 
 COMPARED = {"rlp-cpu": "RLP", "match-cpu": "RPT's reward", "cpt-cpu": "CPT"}
-
-
 LONGER = {"rlp-longer-cpu": "RLP", "match-longer-cpu": "RPT's reward", "cpt-longer-cpu": "CPT"}
+
+
+def _level(found: Found, kinds: list[str], path: str) -> tuple[dict[int, float], list[str]]:
+    """Accuracy at a level: the base's by seed; and as cells the base's, that of each kind, and the
+    first kind's lead over the base and over the last kind."""
+    at = _controls(found)
+    base, *sides = at(kinds[0], path, "base"), *(at(kind, path) for kind in kinds)
+    return base, [*(spread(list(side.values())) for side in (base, *sides)),
+                  *(spread(difference(sides[0], other), "+.3f") for other in (base, sides[-1]))]
 
 
 def longer_rows(found: Found) -> list[list[str]]:
     """By level and family, of arms that read problems of up to a step more than the base was taught
     to work, whose steps nobody shows; and how far RLP is ahead of the base, and of CPT of those."""
-    at, (ours, *others) = _controls(found), LONGER
-    runs = found[f"controls-{ours}"]
     rows = [["greedy; with unworked problems of a step more", "base", *LONGER.values(),
              "RLP - base", "RLP - CPT"]]
-    for level, families in runs[0]["levels"].items() if runs else ():
-        for family in families:
-            path = f"levels/{level}/{family}/WHO"
-            base, mine = at(ours, path, "base"), at(ours, path)
-            theirs = [at(kind, path) for kind in others]
-            rows.append([level if family == "all" else f"  {family}", *(
-                spread(list(side.values())) for side in (base, mine, *theirs)),
-                spread(difference(mine, base), "+.3f"),
-                spread(difference(mine, theirs[-1]), "+.3f")])
+    levels = next((run["levels"] for run in found["controls-rlp-longer-cpu"]), {})
+    for level, family in [(n, f) for n in levels for f in levels[n]]:
+        _, cells = _level(found, list(LONGER), f"levels/{level}/{family}/WHO")
+        rows.append([level if family == "all" else f"  {family}", *cells])
     return rows
 
 
 def level_rows(found: Found) -> list[list[str]]:
     """Accuracy of the likeliest thought by level, and how far RLP is ahead."""
-    at, runs = _controls(found), found["controls-rlp-cpu"]
     rows = [["greedy, all families", "base", *COMPARED.values(), "RLP - base", "RLP - CPT"]]
-    for level in runs[0]["levels"] if runs else ():
-        path = f"levels/{level}/all/WHO"
-        base, ours = at("rlp-cpu", path, "base"), at("rlp-cpu", path)
-        rows.append([level, spread(list(base.values())),
-                     *(spread(list(at(kind, path).values())) for kind in COMPARED),
-                     spread(difference(ours, base), "+.3f"),
-                     spread(difference(ours, at("cpt-cpu", path)), "+.3f")])
+    for level in next((run["levels"] for run in found["controls-rlp-cpu"]), {}):
+        rows.append([level, *_level(found, list(COMPARED), f"levels/{level}/all/WHO")[1]])
     return rows
 
 
 def hard_rows(found: Found, low: float = 0.3, high: float = 0.8) -> list[list[str]]:
     """Levels of single families at which the base's mean is neither near 0 nor near 1, of the
     default preset and of `computed`, which trains twice as long."""
-    at = _controls(found)
     rows = [[f"greedy, base between {low} and {high}", "base", *COMPARED.values(), "RLP - base"]]
     for preset, told in (("cpu", ""), ("computed", "preset computed: ")):
         kinds = [kind.replace("cpu", preset) for kind in COMPARED]
         levels = next((run["levels"] for run in found[f"controls-{kinds[0]}"]), {})
         for level, family in [(n, f) for n in levels for f in levels[n] if f != "all"]:
-            path = f"levels/{level}/{family}/WHO"
-            base, *sides = at(kinds[0], path, "base"), *(at(kind, path) for kind in kinds)
+            base, cells = _level(found, kinds, f"levels/{level}/{family}/WHO")
             if low <= statistics.mean(base.values()) <= high:
-                rows.append([f"{told}{level}, {family}", *(
-                    spread(list(side.values())) for side in (base, *sides)),
-                    spread(difference(sides[0], base), "+.3f")])
+                rows.append([f"{told}{level}, {family}", *cells[:-1]])
     return rows
 
 
