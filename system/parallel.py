@@ -45,6 +45,9 @@ from system.costs import count_parameters
 from system.errors import require
 
 FSDP_FROM = 500_000_000  # parameters from which mode "auto" shards
+# Graphs of `Block.run` that the compiler keeps, of all kinds of blocks and shapes together. After
+# its default of 8 it gives up, and the rest of the run is not compiled.
+GRAPHS = 64
 
 
 @dataclass
@@ -204,7 +207,7 @@ def shard(network: nn.Module) -> nn.Module:
         if c.activation_checkpointing:
             block.forward = recomputed(block.forward)
         if c.compile:
-            block.run = torch.compile(block.run)
+            block.run = torch.compile(block.run, recompile_limit=GRAPHS)
     if is_sharded:
         network.to("meta")
         take_shares(dressed)
