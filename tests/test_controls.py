@@ -166,9 +166,10 @@ def test_controls_of_a_whole_run_and_of_the_rivals(program, tmp_path, mode, caps
         assert gate["no thought"]["mean"] == pytest.approx(without, abs=1e-5)
         assert 0 < gate["weight"]["mean"] < 1
     assert found["gate"].keys() == {"text", "computed"}
-    assert controls.main([str(run), "--parts", "levels"]) == 0
+    (run / "controls.json").write_text(json.dumps({"text": found["text"]}))
+    assert controls.main([str(run), "--parts", "levels"]) == 0  # what was measured before stays
     again = json.loads((run / "controls.json").read_text())
-    assert again == {key: found[key] for key in ("mode", "seed", "versions", "levels")}
+    assert again == {key: found[key] for key in ("text", "mode", "seed", "versions", "levels")}
 
 
 @pytest.mark.parametrize("content", [None, '{"mode": "pretrain"}'])

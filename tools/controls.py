@@ -54,17 +54,21 @@ def controls(run: Path, parts: tuple[Part, ...] = PARTS) -> dict:
             "figures before and after; give a run of rlp, rlvr, sft or cpt")
     (model, _, config), (base, *_) = load_run(run), load_model(Path(summary["base_dir"]))
     corpus, models = Corpus.load(config.data), {"base": base, config.mode: model}
-    problems = evals.problem_positions(corpus, config)
-    text = evals.text_positions(corpus, config)
+
+    def problems() -> Positions:
+        return evals.problem_positions(corpus, config)
+
+    def text() -> Positions:
+        return evals.text_positions(corpus, config)
 
     def of_both(measure: Callable[[HybridLM, Corpus, Config], dict]) -> dict:
         return evals.side_by_side({name: measure(m, corpus, config) for name, m in models.items()})
 
     make = {"levels": lambda: of_both(levels), "pass": lambda: of_both(pass_at_k),
-            "thoughts": lambda: remains(model, base, problems),
-            "changed": lambda: {name: changed(model, base, positions)
-                                for name, positions in (("problems", problems), ("text", text))},
-            "text": lambda: text_losses(model, base, text),
+            "thoughts": lambda: remains(model, base, problems()),
+            "changed": lambda: {"problems": changed(model, base, problems()),
+                                "text": changed(model, base, text())},
+            "text": lambda: text_losses(model, base, text()),
             "gate": lambda: gated(model, base, corpus, config)}
     return {"mode": config.mode, "seed": config.seed, "versions": summary["versions"],
             **{part: make[part]() for part in parts}}
@@ -229,12 +233,13 @@ def write(runs: tyro.conf.Positional[tuple[Path, ...]], parts: tuple[Part, ...] 
 
     Args:
         runs: Folders of finished runs of rlp, rlvr, sft or cpt, whose base is still there.
-        parts: Which parts of it.
+        parts: Which parts of it; others that were measured before stay.
     """
     for run in runs:
-        found = controls(run, parts)
-        (run / "controls.json").write_text(json.dumps(found, indent=1) + "\n")
-        print(f"wrote {run}/controls.json")
+        file = run / "controls.json"
+        kept = read_json(file) if file.exists() else {}
+        file.write_text(json.dumps({**kept, **controls(run, parts)}, indent=1) + "\n")
+        print(f"wrote {file}")
 
 
 def main(argv: list[str] | None = None) -> int:
