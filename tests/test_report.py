@@ -366,6 +366,17 @@ def test_a_run_is_collected_and_both_files_are_written(tmp_path):
     assert {f.name for f in (tmp_path / "results").iterdir()} == {"rlp-cpu-seed0.json", "rlp-cpu-seed0.txt", "accuracy.png"}
 
 
+def test_rates_that_were_tried_are_added_to_those_of_before(tmp_path):
+    (tmp_path / "README.md").write_text("")
+    (tmp_path / "runs").mkdir()
+    tries = [{"arm": arm, "rate": 0.1, "seed": 0, "sampled": right, "greedy": right}
+             for arm, right in (("cpt", 0.5), ("sft", 0.6), ("sft", 0.7))]  # fmt: skip
+    for first in (tries[:2], tries[2:]):
+        (tmp_path / "runs" / "rates-cpu.json").write_text(json.dumps({"tries": first}))
+        report.report([str(tmp_path / "runs" / "rates-cpu.json")], tmp_path)
+    assert json.loads((tmp_path / "results" / "rates-cpu.json").read_text()) == {"tries": [tries[0], tries[2]]}
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
     assert report.main([str(tmp_path)]) == 2
     assert "holds no summary.json, so no run has ended there; give the folder of a finished run" in (

@@ -487,6 +487,13 @@ def fill(text: str, made: dict[str, str]) -> str:
     return re.sub(r"(<!-- table (\S+) -->\n).*?<!-- end -->", put, text, flags=re.S)
 
 
+def take_tries(file: Path, into: Path) -> None:
+    """Add the rates that were tried: those of before stay, the same ones are taken anew."""
+    known = read_json(into)["tries"] if into.exists() else []
+    tries = {(t["arm"], t["rate"], t["seed"]): t for t in (*known, *read_json(file)["tries"])}
+    into.write_text(json.dumps({"tries": list(tries.values())}, indent=1) + "\n")
+
+
 def report(run_dirs: list[str], root: Path = Path(__file__).parent.parent) -> None:
     """Copy summary and samples of the runs named, then write README.md, RESULTS.md and the plots
     from results/. Raises ValueError for a folder that holds no finished run."""
@@ -494,7 +501,7 @@ def report(run_dirs: list[str], root: Path = Path(__file__).parent.parent) -> No
     folder.mkdir(exist_ok=True)
     for run_dir in map(Path, run_dirs):
         if run_dir.match("rates-*.json"):
-            shutil.copyfile(run_dir, folder / run_dir.name)
+            take_tries(run_dir, folder / run_dir.name)
             continue
         require((run_dir / "summary.json").is_file(), f"{run_dir} holds no summary.json, so no run "
                 "has ended there; give the folder of a finished run")
