@@ -56,7 +56,7 @@ def test_every_arm_of_elastic_is_a_valid_command_with_a_name_in_the_table(arm):
     if f"{arm}-cpu" in {*families.THIRDS, *families.RANDOM}:
         assert config.elastic.steps == default.steps // 3
         changed -= {"steps"}
-    by_hand = {"elastic-unturned": 1, "elastic-units": 4, "elastic-order": 5}.get(arm, 0)
+    by_hand = {"elastic-unturned": 1, "elastic-units": 4, "elastic-order": 5, "elastic-drawn": 1}.get(arm, 0)
     expected = 1 + by_hand if by_hand else int(arm != "elastic-third")
     assert len(changed) == expected
 

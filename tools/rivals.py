@@ -69,13 +69,13 @@ THIRD = "--elastic.steps 300 --eval.problems-per-family 75 --eval.samples 1"
 ELASTIC = {"elastic": "--mode elastic --elastic.baseline separate minitron"} | {
     f"elastic-{name}": f"--mode elastic {words}" for name, words in {
         "sensitivity": "--elastic.choose sensitivity", "searched": "--elastic.choose search",
-        "fifth": "--elastic.steps 600", "twice": "--elastic.steps 1800",
+        "fifth": "--elastic.steps 600",
+        "drawn": "--elastic.no-together --elastic.steps 2250",  # as many FLOPs
         "alike": "--elastic.long-weights 1 1 1", "large": "--elastic.long-weights .5 .3 .2",
         "short": "--elastic.long-share 0", "long": "--elastic.long-share 1",
         "self": "--elastic.self-kl 1", "text": "--elastic.ce 1",
         "third": THIRD,
         **{name: f"{THIRD} {words}" for name, words in {
-            "together": "--elastic.together",
             "depth": "--elastic.depth-choices 6 5 4",
             "search": "--elastic.choose search",
             **{f"random{i}": f"--elastic.choose random --elastic.choose-seed {i}"
