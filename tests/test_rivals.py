@@ -265,17 +265,17 @@ def test_rows_of_families_pair_their_losses_by_seed():
     alone = family(0, (1.0, 1.1, 1.4))["budgets"]
     found = found_of(
         elastic__cpu=[family(0, (1.1, 1.2, 1.3), baselines={"separate": alone}), family(1, (1.1, 1.2, 1.3))],
-        elastic__twice__cpu=[family(1, (1.1, 1.3, 1.5))],
+        elastic__drawn__cpu=[family(1, (1.1, 1.3, 1.5))],
         elastic__third__cpu=[family(0, (1.1, 1.2, 1.4))],
         elastic__hand__cpu=[family(0, (1.1, 1.3, 1.4))],
     )
-    head, parent, ours, separate, twice = families.family_rows(found)
+    head, parent, ours, separate, drawn = families.family_rows(found)
     assert head[2:] == [f"{what}, {b} %" for what in ("greedy", "loss") for b in (100, 75, 50)]
     assert parent == ["parent", "2", *["0.90 ±0.00"] * 3, *["1.000 ±0.000"] * 3]
     losses = ["1.100 ±0.000", "1.200 ±0.000", "1.300 ±0.000"]
     assert ours == ["elastic, one run", "2", "0.89 ±0.00", "0.88 ±0.00", "0.87 ±0.00", *losses]
     assert separate == ["alone, equal FLOPs in all", "1", "0.90", "0.89", "0.86", "-0.100", "-0.100", "+0.100"]
-    assert twice == ["twice the steps", "1", "0.89", "0.87", "0.85", "+0.000", "+0.100", "+0.200"]
+    assert drawn == ["a budget a sequence, equal FLOPs", "1", "0.89", "0.87", "0.85", "+0.000", "+0.100", "+0.200"]
     rows = families.third_rows(found)
     assert [row[0] for row in rows[1:]] == ["parent", "the router", "widths by hand"]
     assert rows[3][-3:] == ["+0.000", "+0.100", "+0.000"]
