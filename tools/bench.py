@@ -385,11 +385,12 @@ def rlp_trl_work(device: torch.device, B=2, T=256, G=8, L=32, V=4096, model=LLAM
 def elastic_step_work(device: torch.device, B=8, T=256, V=1024, model=CPU_MODEL) -> Work:
     """A step of Elastic for half of the parameters, after the search: teacher, loss, gradients.
     The teacher is the full model whatever the budget; a step on the text alone shows what the
-    budget itself saves. The preset's second teacher is the full model that trains."""
+    budget itself saves. The preset's step is the one of three budgets. The second teacher, where
+    there is one, is the full model that trains."""
     network, teacher = _network(device, model, V), _network(device, model, V, seed=1)
-    settings = replace(PRESETS["cpu"].elastic, choose="fixed", budgets=(1.0, 0.5))
+    settings = replace(PRESETS["cpu"].elastic, choose="fixed")
     router = routers.build_router(network.config, settings, list(range(len(model.pattern))), device)
-    router.settle({0.5: routers.by_hand(router, 0.5)})
+    router.settle({budget: routers.by_hand(router, budget) for budget in settings.budgets[1:]})
     objective = elastic.Elastic(settings, router, teacher.requires_grad_(False))
     weights, batch = dict(network.named_parameters()), _text(device, B, T, V)
     masks = nested.hard_masks(network.config, router.choose(0.5))
@@ -398,9 +399,15 @@ def elastic_step_work(device: torch.device, B=8, T=256, V=1024, model=CPU_MODEL)
         teachers = [(w, *elastic.told(t, batch))
                     for w, t in ((kl, teacher), (self_kl, network)) if w]
         total, n_tokens = objective.task(hidden_BTD, head_VD, batch, teachers, settings.ce)
-        loss = total / n_tokens
+        return gradients(total / n_tokens)
+
+    def gradients(loss: Tensor) -> list[Tensor]:
         return [loss.detach(), *torch.autograd.grad(
             loss, list(weights.values()), allow_unused=True, materialize_grads=True)]
+
+    def of_all() -> list[Tensor]:
+        total, n_tokens, _ = objective.loss(network, batch)
+        return gradients(total / n_tokens)
 
     def on_slices(budget: float, **options: float) -> Run:
         return lambda: step(*objective.run(network, None, budget, batch), **options)
@@ -412,7 +419,10 @@ def elastic_step_work(device: torch.device, B=8, T=256, V=1024, model=CPU_MODEL)
 
     other = {"50 %, two teachers": on_slices(0.5, self_kl=1.0), "100 %": on_slices(1.0),
              "50 %, on the text alone": on_slices(0.5, kl=0.0),
-             "100 %, on the text alone": on_slices(1.0, kl=0.0)}
+             "100 %, on the text alone": on_slices(1.0, kl=0.0),
+             "100, 75 and 50 %, one pass of the parent": of_all,
+             "100, 75 and 50 %, each with its own": lambda: [
+                 t for budget in settings.budgets for t in on_slices(budget)()]}
     sizes = f"{B} sequences of {T} tokens, {model.pattern}, d{model.d_model}, V = {V}"
     return Work(f"Elastic step, {sizes}", B * T, [
         Contestant("50 % of the parameters, on slices", on_slices(0.5)),
