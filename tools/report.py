@@ -336,8 +336,8 @@ RELEASED_ROWS = ("loss on text", "against the parent", "KL from the parent", "sa
 BEFORE = """### Before a chain's thought ended with the name that is asked for
 
 Until 2026-11-28, when thoughts in text stood two tokens early; bases of another kind of processor.
-What has not been run again since stands here beside RLP and CPT of that time. Preset `computed` and
-Elastic are of that time too."""
+What has not been run again since stands here beside RLP and CPT of that time, and Elastic, which
+drew one budget for each sequence then. Preset `computed` is of that time too."""
 SPEEDRUN = """## Speedrun
 
 Seconds from random weights until nine of ten training problems are right, with sampled thoughts,
@@ -382,9 +382,9 @@ def before_parts(found: dict[str, list[dict]]) -> list[str]:
     """Arms and ablations of runs before the default changed, among themselves."""
     then = defaultdict(list, {kind.removeprefix("before-"): runs for kind, runs in found.items()
                               if kind.startswith("before-")})
-    made = [rows for make in (rivals.arm_rows, rivals.lead_rows, rivals.ablation_rows,
-                              families.family_rows, families.third_rows, families.router_rows)
-            if (rows := make(then))[1:]]
+    makes = (rivals.arm_rows, rivals.lead_rows, rivals.ablation_rows, families.family_rows,
+             families.third_rows, families.router_rows, families.curve_rows)
+    made = [rows for make in makes if (rows := make(then))[1:]]
     return [BEFORE, *map(view.markdown, made)] if made else []
 
 
