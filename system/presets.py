@@ -31,7 +31,7 @@ PRESETS: dict[str, Config] = {
     # The default: a base is trained once and kept; RLP, CPT and Elastic start from it.
     # Command:   python train.py --mode rlp    (or cpt, or elastic)
     # Hardware:  two CPU cores, 1.2 GiB of memory.
-    # Cost:      RLP 41 TFLOP, Elastic 37, base included: 10 to 14 minutes, 6 to 9 for the base.
+    # Cost:      RLP 41 TFLOP, 10 to 14 minutes, 6 to 9 of them for the base; Elastic 51.
     # Expected:  RLP raises the accuracy of sampled thoughts from .72 to .94 on made-up problems
     #            (five seeds); 75 and 50 % of Elastic keep 94 and 80 % of the parent's greedy.
     # Source:    settings of this project, for 777 thousand parameters; figures from results/.
