@@ -62,8 +62,8 @@ ABLATIONS = {
         "answers": "--rlp.text-share 0",
         "predictor1": "--rlp.predictor 1",
         "nofloor": "--rlp.reward-floor -inf"}.items()}
-# Elastic, longer, shorter and weighed otherwise; then at a third of its steps other ways to choose
-# widths, and units in other orders at equal widths, by hand.
+# Elastic, other ways to choose widths, shorter, and a budget a sequence; then, at a third of its
+# steps, one setting at a time, and units in other orders at equal widths, by hand.
 UNITS = " ".join(f"--elastic.score-{axis} random" for axis in ("ffn", "mamba", "attn", "depth"))
 THIRD = "--elastic.steps 300 --eval.problems-per-family 75 --eval.samples 1"
 ELASTIC = {"elastic": "--mode elastic --elastic.baseline separate minitron"} | {
@@ -71,11 +71,11 @@ ELASTIC = {"elastic": "--mode elastic --elastic.baseline separate minitron"} | {
         "sensitivity": "--elastic.choose sensitivity", "searched": "--elastic.choose search",
         "fifth": "--elastic.steps 600",
         "drawn": "--elastic.no-together --elastic.steps 2250",  # as many FLOPs
-        "alike": "--elastic.long-weights 1 1 1", "large": "--elastic.long-weights .5 .3 .2",
-        "short": "--elastic.long-share 0", "long": "--elastic.long-share 1",
-        "self": "--elastic.self-kl 1", "text": "--elastic.ce 1",
         "third": THIRD,
         **{name: f"{THIRD} {words}" for name, words in {
+            "alike": "--elastic.long-weights 1 1 1", "large": "--elastic.long-weights .5 .3 .2",
+            "short": "--elastic.long-share 0", "long": "--elastic.long-share 1",
+            "self": "--elastic.self-kl 1", "text": "--elastic.ce 1",
             "depth": "--elastic.depth-choices 6 5 4",
             "search": "--elastic.choose search",
             **{f"random{i}": f"--elastic.choose random --elastic.choose-seed {i}"

@@ -10,12 +10,12 @@ from views.tables import RIVALS, budget_heads, figure
 
 FAMILIES = {f"elastic-{name}-cpu": told for name, told in {  # arms by their names in results/
     "sensitivity": "widths by sensitivity", "searched": "widths of the best of 50, untrained",
-    "fifth": "two thirds of the steps", "drawn": "a budget a sequence, equal FLOPs",
-    "alike": "stage 2, budgets alike", "large": "stage 2, the full one most, as in the paper",
-    "short": "short texts alone", "long": "long texts alone",
-    "self": "and taught by the full model", "text": "and by the text"}.items()}
+    "fifth": "two thirds of the steps", "drawn": "a budget a sequence, equal FLOPs"}.items()}
 THIRDS = {f"elastic-{name}-cpu": told for name, told in {  # at a third of the steps
-    "third": "the router", "depth": "the router, layers may go too",
+    "third": "the router", "alike": "stage 2, budgets alike",
+    "large": "stage 2, the full one most, as in the paper", "short": "short texts alone",
+    "long": "long texts alone", "self": "and taught by the full model", "text": "and by the text",
+    "depth": "the router, layers may go too",
     "search": "the best of 50 random widths, untrained", "hand": "widths by hand",
     "unturned": "by hand, stream not turned", "units": "by hand, units in random order",
     "order": "by hand, units and stream in random order"}.items()}
