@@ -180,21 +180,14 @@ def test_activation_checkpointing_changes_nothing(runs, tmp_path, mode):
     assert_same_run(runs / f"{mode}-one", tmp_path)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 @pytest.mark.parametrize("mode", ["pretrain", "elastic"])
-def test_compiled_blocks_compute_the_same(runs, tmp_path, monkeypatch, mode):
-    """Of elastic the full model: what is cut out of a block or masked in it runs as it is. Code for it is made by PyTorch's
-    compiler in test_kernels.py and in the check of a card; here its first half, which follows every call, is enough."""
-    compiled, compile_ = [], torch.compile
-
-    def followed(work, **options):
-        compiled.append(work)
-        return compile_(work, backend="aot_eager", **options)
-
-    monkeypatch.setattr(torch, "compile", followed)
+def test_compiled_blocks_compute_the_same(runs, tmp_path, mode):
+    """Of elastic the full model: what is cut out of a block or masked in it runs as it is. The rest stays compiled to the
+    end: at its limit of graphs the compiler gives up."""
     parallel.start(options(mode, compile=True), CPU)
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         run(mode, tmp_path, accumulate=2)
-    assert len(compiled) >= len(PRESETS["smoke"].model.pattern)
     assert_same_run(runs / f"{mode}-one", tmp_path)
 
 

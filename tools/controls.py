@@ -15,6 +15,7 @@ Writes controls.json into each run's folder, of the base that it began with and 
               a thought, without one, and of a mixture of both by a learned gate; and its weight
 """
 
+import functools
 import json
 import math
 import sys
@@ -55,9 +56,11 @@ def controls(run: Path, parts: tuple[Part, ...] = PARTS) -> dict:
     (model, _, config), (base, *_) = load_run(run), load_model(Path(summary["base_dir"]))
     corpus, models = Corpus.load(config.data), {"base": base, config.mode: model}
 
+    @functools.cache  # made once, if a part asks for them
     def problems() -> Positions:
         return evals.problem_positions(corpus, config)
 
+    @functools.cache
     def text() -> Positions:
         return evals.text_positions(corpus, config)
 

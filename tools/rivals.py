@@ -11,7 +11,6 @@ CONTROLS `tools.controls` shows what is behind the figures. `python -m tools.rep
 into results/. One seed takes about an hour on a core; two commands may share out the seeds.
 """
 
-import json
 import shlex
 import sys
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from system.errors import exit_code, require
 from system.files import read_json
 from system.presets import PRESETS
 from system.rundir import newest
-from tools import controls
+from tools import controls, report
 
 # `--init ARM` begins with what that arm became. cpt takes as many FLOPs as rlp, and about its time.
 # Arms that are longer read problems of up to a step more than were ever worked; nobody works them.
@@ -145,10 +144,8 @@ def rivals(seeds: tuple[int, ...] = (0, 1, 2, 3, 4), preset: str = "cpu",
 def try_rates(run: Callable[..., Path], arms: tuple[str, ...], seeds: tuple[int, ...], out: Path,
               preset: str) -> None:
     """Every rate of these arms, and what it gave on half as many validation problems:
-    OUT/rates-PRESET.json, in which those of other arms stay. run: see `rivals`."""
-    file = out / f"rates-{preset}.json"
-    before = read_json(file)["tries"] if file.exists() else []
-    found = [tried for tried in before if tried["arm"] not in arms]
+    OUT/rates-PRESET.json, in which other tries stay. run: see `rivals`."""
+    found = []
     few = max(2, PRESETS[preset].eval.problems_per_family // 2)
     measured = "--eval.split", "val", "--eval.problems-per-family", str(few)
     for name in arms:
@@ -161,7 +158,7 @@ def try_rates(run: Callable[..., Path], arms: tuple[str, ...], seeds: tuple[int,
                 found.append({"arm": name, "setting": setting, "rate": rate, "seed": seed, **{
                     how: summary["accuracy"][how]["all"][summary["mode"]]["mean"]
                     for how in ("sampled", "greedy")}})
-    file.write_text(json.dumps({"tries": found}, indent=1) + "\n")
+    report.add_tries(out / f"rates-{preset}.json", found)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,6 +19,7 @@ THIRDS = {f"elastic-{name}-cpu": told for name, told in {  # at a third of the s
     "search": "the best of 50 random widths, untrained", "hand": "widths by hand",
     "unturned": "by hand, stream not turned", "units": "by hand, units in random order",
     "order": "by hand, units and stream in random order"}.items()}
+ORDERS = [f"elastic-{name}-cpu" for name in ("hand", "unturned", "units", "order")]
 RANDOM = [f"elastic-random{i}-cpu" for i in range(8)]
 
 
@@ -102,7 +103,7 @@ def router_rows(found: Found) -> list[list[str]]:
 
 def curve_rows(found: Found) -> list[list[str]]:
     """What the smaller budgets lose while they train, KL from the parent, by the order of units."""
-    kinds = {THIRDS[kind]: found[kind] for kind in list(THIRDS)[-4:] if found[kind]}
+    kinds = {THIRDS[kind]: found[kind] for kind in ORDERS if found[kind]}
     if not kinds:
         return [[]]
     curves = next(iter(kinds.values()))[0]["curves"]
