@@ -185,11 +185,12 @@ def test_rows_of_controls(base, n_hard):
 def test_rows_of_longer_problems_by_level_and_family():
     found = found_of(
         controls__rlp__longer__cpu=[behind(0, "rlp", 0.3, 0.5), behind(1, "rlp", 0.3, 0.5)],
+        controls__cpt__worked__longer__cpu=[behind(0, "cpt", 0.3, 0.4)],
         controls__cpt__longer__cpu=[behind(1, "cpt", 0.3, 0.2)],
     )
     rows = rivals.longer_rows(found)
     assert [row[0] for row in rows[1:]] == ["as trained", "  sum", "1 more", "  sum"]
-    assert rows[4][1:] == ["0.30 ±0.00", "0.50 ±0.00", "", "0.20", "+0.200 ±0.000", "+0.300"]
+    assert rows[4][1:] == ["0.30 ±0.00", "0.50 ±0.00", "", "0.40", "0.20", "+0.200 ±0.000", "+0.300"]
     assert len(rivals.longer_rows(found_of())) == 1
 
 

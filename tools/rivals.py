@@ -27,9 +27,11 @@ from system.rundir import newest
 from tools import controls, report
 
 # `--init ARM` begins with what that arm became. cpt takes as many FLOPs as rlp, and about its time.
-# Arms that are longer read problems of up to a step more than were ever worked; nobody works them.
+# Arms that are longer read problems of up to a step more than were ever worked, and nobody works
+# them; of equal FLOPs, one more arm reads worked ones of as many steps as ever.
 MATCH = "--mode rlp --rlp.predictor 0 --rlp.reward match --rlp.min-entropy 1 --rlp.lr 4e-4"
 PLAIN = "--mode cpt --cpt.no-thoughts --cpt.muon-lr 0 --cpt.lr 1e-4"
+LONGER = "--rlp.more-steps 1 --rlp.steps 400 --rlp.thought-len 48 --rlp.text-share 0"
 ARMS = {
     "rlp": "--mode rlp",
     "rlp-paper": "--mode rlp --rlp.predictor 0",
@@ -43,13 +45,14 @@ ARMS = {
     "rlp-rlvr": "--mode rlvr --init rlp-sft",
     "cpt-sft": "--mode sft --init cpt",
     "cpt-rlvr": "--mode rlvr --init cpt-sft",
-    "rlp-longer": "--mode rlp --rlp.more-steps 1",
-    "match-longer": f"{MATCH} --rlp.more-steps 1",
-    "cpt-longer": f"{PLAIN} --rlp.more-steps 1",
+    "rlp-longer": f"--mode rlp {LONGER}",
+    "match-longer": f"{MATCH} {LONGER}",
+    "cpt-longer": f"{PLAIN} {LONGER} --cpt.steps 2700",
+    "cpt-worked-longer": "--mode cpt --rlp.thought-len 48 --cpt.steps 2700",
 }
 # What `tools.controls` measures of which arm.
-CONTROLS = {arm: parts for suffix, parts in (("", controls.PARTS), ("-longer", ("levels",)))
-            for arm in (f"rlp{suffix}", f"match{suffix}", f"cpt{suffix}")}
+CONTROLS = dict.fromkeys(("rlp", "match", "cpt"), controls.PARTS) | dict.fromkeys(
+    ("rlp-longer", "match-longer", "cpt-longer", "cpt-worked-longer"), ("levels",))
 # One setting of rlp at a time; the default stands in system/presets.py.
 ABLATIONS = {
     f"rlp-{name}": f"--mode rlp {words}" for name, words in {

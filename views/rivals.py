@@ -18,6 +18,7 @@ ARMS = {  # by their names in results/, what tables call them
     "rlp-rlvr-cpu": "RLP, SFT, RLVR", "cpt-sft-cpu": "CPT, SFT", "cpt-rlvr-cpu": "CPT, SFT, RLVR",
     "rlp-longer-cpu": "RLP, problems a step longer too",
     "match-longer-cpu": "the reward of RPT, problems a step longer too",
+    "cpt-worked-longer-cpu": "CPT, as many FLOPs as with problems a step longer",
     "cpt-longer-cpu": "CPT on what RLP reads, problems a step longer too"}
 ABLATIONS = {f"rlp-{name}-cpu": told for name, told in {
     "g2": "2 thoughts a context", "g4": "4 thoughts a context", "g16": "16 thoughts a context",
@@ -167,7 +168,8 @@ def _controls(found: Found) -> Callable[[str, str, str], dict[int, float]]:
 
 
 COMPARED = {"rlp-cpu": "RLP", "match-cpu": "RPT's reward", "cpt-cpu": "CPT"}
-LONGER = {"rlp-longer-cpu": "RLP", "match-longer-cpu": "RPT's reward", "cpt-longer-cpu": "CPT"}
+LONGER = {"rlp-longer-cpu": "RLP", "match-longer-cpu": "RPT's reward",
+          "cpt-worked-longer-cpu": "CPT, worked ones as short as ever", "cpt-longer-cpu": "CPT"}
 
 
 def _level(found: Found, kinds: list[str], path: str) -> tuple[dict[int, float], list[str]]:
