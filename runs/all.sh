@@ -28,8 +28,11 @@ if [ "$preset" = cpu ]; then  # random positions, where thinking pays
     preset=computed seeds "0 1 2" --arms cpt
 fi
 seeds "0 1 2 3 4" --what elastic --arms elastic
-seeds "0 1 2" --what elastic
+seeds "0 1 2" --what elastic --arms elastic-sensitivity elastic-drawn elastic-third elastic-hand \
+    elastic-unturned elastic-units elastic-order
+seeds "0" --what elastic & others=$!
 seeds "0" --what rates
+wait $others
 seeds "0 1" --what ablations
 shopt -s nullglob
 python -m tools.report "$out"/*-{"$preset",computed}-seed* "$out"/rates-"$preset".json

@@ -190,7 +190,7 @@ def test_rows_of_longer_problems_by_level_and_family():
     )
     rows = rivals.longer_rows(found)
     assert [row[0] for row in rows[1:]] == ["as trained", "  sum", "1 more", "  sum"]
-    assert rows[4][1:] == ["0.30 ±0.00", "0.50 ±0.00", "", "0.40", "0.20", "+0.200 ±0.000", "+0.300"]
+    assert rows[4][1:] == ["0.30 ±0.00", "0.50 ±0.00", "", "0.40", "0.20", "+0.200 ±0.000", "+0.100", "+0.300"]
     assert len(rivals.longer_rows(found_of())) == 1
 
 

@@ -223,7 +223,8 @@ def claims(found: dict[str, list[dict]]) -> list[list[str]]:
     there = "levels/1 more/all/WHO"
     sides = [get(there, mine), get(there, mine, "base"), get(there, theirs, "cpt")]
     add("RLP: it learns from problems of a step more, which nobody worked; CPT of them does not",
-        "--mode rlp --rlp.more-steps 1", mine, [above(sides[0], other) for other in sides[1:]],
+        "-m tools.rivals --arms rlp-longer cpt-longer", mine,
+        [above(sides[0], other) for other in sides[1:]],
         f"there greedy {text(there, mine)}, base {text(there, mine, 'base')}, CPT "
         f"{text(there, theirs, 'cpt')}")
     add("RLP: it holds for models of 1.7B and 12B", "--preset qwen3-1.7b-rlp")

@@ -169,26 +169,28 @@ def _controls(found: Found) -> Callable[[str, str, str], dict[int, float]]:
 
 COMPARED = {"rlp-cpu": "RLP", "match-cpu": "RPT's reward", "cpt-cpu": "CPT"}
 LONGER = {"rlp-longer-cpu": "RLP", "match-longer-cpu": "RPT's reward",
-          "cpt-worked-longer-cpu": "CPT, worked ones as short as ever", "cpt-longer-cpu": "CPT"}
+          "cpt-worked-longer-cpu": "CPT of worked ones", "cpt-longer-cpu": "CPT of these"}
 
 
-def _level(found: Found, kinds: list[str], path: str) -> tuple[dict[int, float], list[str]]:
+def _level(found: Found, kinds: list[str], path: str, n: int = 1
+           ) -> tuple[dict[int, float], list[str]]:
     """Accuracy at a level: the base's by seed; and as cells the base's, that of each kind, and the
-    first kind's lead over the base and over the last kind."""
+    first kind's lead over the base and over the last n kinds."""
     at = _controls(found)
     base, *sides = at(kinds[0], path, "base"), *(at(kind, path) for kind in kinds)
     return base, [*(spread(list(side.values())) for side in (base, *sides)),
-                  *(spread(difference(sides[0], other), "+.3f") for other in (base, sides[-1]))]
+                  *(spread(difference(sides[0], other), "+.3f") for other in (base, *sides[-n:]))]
 
 
 def longer_rows(found: Found) -> list[list[str]]:
     """By level and family, of arms that read problems of up to a step more than the base was taught
-    to work, whose steps nobody shows; and how far RLP is ahead of the base, and of CPT of those."""
+    to work, whose steps nobody shows; and how far RLP is ahead of the base, of CPT of worked ones
+    that are as short as ever, and of CPT of what RLP reads."""
     rows = [["greedy; with unworked problems of a step more", "base", *LONGER.values(),
-             "RLP - base", "RLP - CPT"]]
+             "RLP - base", *(f"RLP - {name}" for name in list(LONGER.values())[-2:])]]
     levels = next((run["levels"] for run in found["controls-rlp-longer-cpu"]), {})
     for level, family in [(n, f) for n in levels for f in levels[n]]:
-        _, cells = _level(found, list(LONGER), f"levels/{level}/{family}/WHO")
+        _, cells = _level(found, list(LONGER), f"levels/{level}/{family}/WHO", n=2)
         rows.append([level if family == "all" else f"  {family}", *cells])
     return rows
 
