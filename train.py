@@ -563,8 +563,9 @@ def dry_run(config: Config) -> dict:
 
 
 def parse(argv: list[str], settings: type[Config] = Config) -> Config:
-    """Settings from the command line, over the preset's. Raises ValueError if that is unknown.
-    Args: settings: `Config`, or a class derived from it that has settings of more modes."""
+    """Settings from the command line, over the preset's. Raises ValueError if that is unknown, or
+    for one that the mode does not read. Args: settings: `Config`, or a class derived from it that
+    has settings of more modes."""
     name, known = "cpu", PRESETS | PAPERS
     for word, following in zip(argv, [*argv[1:], ""], strict=False):
         if word == "--preset":
@@ -573,7 +574,8 @@ def parse(argv: list[str], settings: type[Config] = Config) -> Config:
             name = word.split("=", 1)[1]
     require_known("preset", name, known)
     preset = settings(**vars(known[name]))
-    return tyro.cli(settings, default=preset, args=argv, prog="train.py", description=__doc__)
+    given = tyro.cli(settings, default=preset, args=argv, prog="train.py", description=__doc__)
+    return given.check_read(preset)
 
 
 def main(argv: list[str] | None = None, settings: type[Config] = Config) -> int:

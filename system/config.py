@@ -294,6 +294,11 @@ class RLPConfig(FitConfig):
                 f"rlp.context_len ({self.context_len}): the thought stands inside the context")
 
 
+# Those that every mode's figures are made by, or that have a rule of their own for modes.
+MEASURED = ("back", "context_len", "horizon", "more_steps", "positions", "prompt", "prompt_file",
+            "temperature", "thought_len")
+
+
 @dataclass(frozen=True)
 class CPTConfig(FitConfig):
     """Continued pretraining of the base on its last mixture: RLP's rival at about equal time."""
@@ -558,6 +563,31 @@ class Config(Settings):
         return replace(self.rlp, **vars(self.rlvr), reward="match", predictor=0.0,
                        positions="answer", text_share=0.0, computed_share=0.0)
 
+    def check_read(self, preset: "Config") -> "Config":
+        """Itself, if nothing of modes that differs from a preset goes unread. Raises ValueError for
+        a setting on which nothing hangs."""
+        own = getattr(self, self.mode, None)
+        for group in self.modes() if self.mode in self.modes() else ():
+            where = "where init is given" if group == "pretrain" else f"in mode {self.mode}"
+            for name, value in vars(getattr(self, group)).items():
+                known = group != "pretrain" and hasattr(own, name)
+                better = f", or give {self.mode}.{name}" * known
+                require(value == getattr(getattr(preset, group), name) or self.reads(group, name),
+                        f"{group}.{name} ({value}) is not read {where}; leave it out{better}")
+        return self
+
+    def reads(self, group: str, name: str) -> bool:
+        """Whether anything hangs on a setting of a mode: of this one, of the phases in which its
+        base is trained or, of rlp, how thoughts are sampled and measured."""
+        if group == self.mode:
+            return True
+        if group == "rlp" and self.mode in ("pretrain", "warmup", "cpt", "sft", "elastic"):
+            return name in MEASURED
+        if group == "rlp":  # rlvr has some of its own
+            return getattr(self.rollouts(), name) == getattr(self.rlp, name)
+        phases = {"pretrain": not self.init, "warmup": self.mode != "pretrain"}
+        return phases.get(group, False)
+
     def check(self, group: str = "") -> "Config":
         """Itself, if everything fits together. Raises ValueError otherwise."""
         super().check(group)
@@ -575,6 +605,8 @@ class Config(Settings):
             require(self.data.problems == "built-in", f"rlp.more_steps ({more}) is for the "
                     f"built-in problems, not those of data.problems ({self.data.problems}); leave "
                     "it out")
+        require(self.lora.rank or self.lora.alpha == LoRAConfig.alpha, f"lora.alpha "
+                f"({self.lora.alpha}) is for adapters; leave it out, or give lora.rank")
         if self.lora.rank:
             said = f"lora.rank ({self.lora.rank})"
             require(self.mode != "elastic", f"{said} must be 0 in mode elastic, which orders and "

@@ -389,9 +389,44 @@ def test_unknown_fields_and_what_is_no_number_or_choice_end_the_program_with_2_a
 
 
 def test_command_line_changes_the_preset_it_names():
-    words = "--preset smoke --rlp.group-size 6 --seed 3 --elastic.budgets 1 .6 --elastic.baseline separate"
-    changes = {"rlp__group_size": 6, "seed": 3, "elastic__budgets": (1.0, 0.6), "elastic__baseline": ("separate",)}
-    assert train.parse(words.split()) == override(PRESETS["smoke"], **changes)
+    words = "--preset smoke --mode elastic --rlp.back 3 --seed 3 --elastic.budgets 1 .6 --elastic.baseline separate"
+    changes = {"rlp__back": 3, "seed": 3, "elastic__budgets": (1.0, 0.6), "elastic__baseline": ("separate",)}
+    assert train.parse(words.split()) == override(PRESETS["smoke"], mode="elastic", **changes)
+    assert train.parse(["--rlp.group-size", "6"]) == override(PRESETS["cpu"], rlp__group_size=6)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("--mode sft --rlp.lr 1e-4", "rlp.lr (0.0001) is not read in mode sft; leave it out, or give sft.lr"),
+        ("--mode cpt --rlp.tau .5", "rlp.tau (0.5) is not read in mode cpt; leave it out"),
+        ("--mode rlp --elastic.ce 1", "elastic.ce (1.0) is not read in mode rlp; leave it out"),
+        ("--mode elastic --cpt.steps 3", "cpt.steps (3) is not read in mode elastic; leave it out, or give elastic.steps"),
+        ("--mode rlvr --rlp.batch 8", "rlp.batch (8) is not read in mode rlvr; leave it out, or give rlvr.batch"),
+        ("--mode rlvr --rlp.predictor 1", "rlp.predictor (1.0) is not read in mode rlvr; leave it out"),
+        ("--mode pretrain --warmup.gap 3", "warmup.gap (3) is not read in mode pretrain; leave it out"),
+        ("--init x --pretrain.lr 1", "pretrain.lr (1.0) is not read where init is given; leave it out"),
+        ("--lora.alpha 8", "lora.alpha (8.0) is for adapters; leave it out, or give lora.rank"),
+    ],
+)
+def test_settings_that_the_mode_does_not_read_are_refused(empty_folder, capsys, argv, said):
+    assert train.main(argv.split()) == 2
+    assert f"error: {said}\n" in capsys.readouterr().out
+    assert not list(empty_folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "--mode cpt --rlp.thought-len 9 --pretrain.steps 9 --warmup.steps 9",
+        "--mode rlvr --rlp.kl .1 --rlp.back 3",
+        "--mode pretrain --init x --pretrain.steps 9 --rlp.positions random",
+        "--mode rlp --rlp.positions random --lora.rank 4 --lora.alpha 8",
+        "--preset qwen3-1.7b-rlp --mode sft",
+    ],
+)
+def test_what_the_base_and_all_figures_hang_on_is_read_in_every_mode(argv):
+    train.parse(argv.split()).check()
 
 
 def test_help_fits_80_columns_and_says_what_a_setting_is(capsys, monkeypatch):

@@ -31,7 +31,8 @@ from tools import controls, report
 # them; of equal FLOPs, one more arm reads worked ones of as many steps as ever.
 MATCH = "--mode rlp --rlp.predictor 0 --rlp.reward match --rlp.min-entropy 1 --rlp.lr 4e-4"
 PLAIN = "--mode cpt --cpt.no-thoughts --cpt.muon-lr 0 --cpt.lr 1e-4"
-LONGER = "--rlp.more-steps 1 --rlp.steps 400 --rlp.thought-len 48 --rlp.text-share 0"
+MORE = "--rlp.more-steps 1 --rlp.thought-len 48"
+LONGER = f"{MORE} --rlp.steps 400 --rlp.text-share 0"
 ARMS = {
     "rlp": "--mode rlp",
     "rlp-paper": "--mode rlp --rlp.predictor 0",
@@ -47,7 +48,7 @@ ARMS = {
     "cpt-rlvr": "--mode rlvr --init cpt-sft",
     "rlp-longer": f"--mode rlp {LONGER}",
     "match-longer": f"{MATCH} {LONGER}",
-    "cpt-longer": f"{PLAIN} {LONGER} --cpt.steps 2700",
+    "cpt-longer": f"{PLAIN} {MORE} --cpt.steps 2700",
     "cpt-worked-longer": "--mode cpt --rlp.thought-len 48 --cpt.steps 2700",
 }
 # What `tools.controls` measures of which arm.
