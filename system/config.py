@@ -564,16 +564,22 @@ class Config(Settings):
                        positions="answer", text_share=0.0, computed_share=0.0)
 
     def check_read(self, preset: "Config") -> "Config":
-        """Itself, if nothing of modes that differs from a preset goes unread. Raises ValueError for
-        a setting on which nothing hangs."""
-        own = getattr(self, self.mode, None)
-        for group in self.modes() if self.mode in self.modes() else ():
-            where = "where init is given" if group == "pretrain" else f"in mode {self.mode}"
-            for name, value in vars(getattr(self, group)).items():
+        """Itself, if no setting that differs from a preset goes unread. Raises ValueError for one
+        on which nothing hangs."""
+        modes, own = self.modes(), getattr(self, self.mode, None)
+        groups = {"": (self, preset)} | {
+            name: (values, getattr(preset, name)) for name, values in self.groups().items()}
+        for group, name in [(g, n) for g, (ours, theirs) in groups.items() for n in vars(ours)
+                            if getattr(ours, n) != getattr(theirs, n)]:
+            path, value = f"{group}.{name}".lstrip("."), getattr(groups[group][0], name)
+            if group in modes and self.mode in modes:
+                where = "where init is given" if group == "pretrain" else f"in mode {self.mode}"
                 known = group != "pretrain" and hasattr(own, name)
                 better = f", or give {self.mode}.{name}" * known
-                require(value == getattr(getattr(preset, group), name) or self.reads(group, name),
-                        f"{group}.{name} ({value}) is not read {where}; leave it out{better}")
+                require(self.reads(group, name),
+                        f"{path} ({value}) is not read {where}; leave it out{better}")
+            what, holds = NEEDS.get(path, ("", lambda _: True))
+            require(holds(self), f"{path} ({value}) is for {what}; leave it out, or give that")
         return self
 
     def reads(self, group: str, name: str) -> bool:
@@ -605,8 +611,6 @@ class Config(Settings):
             require(self.data.problems == "built-in", f"rlp.more_steps ({more}) is for the "
                     f"built-in problems, not those of data.problems ({self.data.problems}); leave "
                     "it out")
-        require(self.lora.rank or self.lora.alpha == LoRAConfig.alpha, f"lora.alpha "
-                f"({self.lora.alpha}) is for adapters; leave it out, or give lora.rank")
         if self.lora.rank:
             said = f"lora.rank ({self.lora.rank})"
             require(self.mode != "elastic", f"{said} must be 0 in mode elastic, which orders and "
@@ -632,6 +636,21 @@ class Config(Settings):
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return dataclasses.asdict(self)
+
+
+# Settings on which nothing hangs without others, and those.
+NEEDS: dict[str, tuple[str, Callable[[Config], bool]]] = {
+    "dry_run_gpus": ("dry_run", lambda c: c.dry_run),
+    "data.text_key": ("data.path", lambda c: bool(c.data.path)),
+    "lora.alpha": ("adapters: lora.rank", lambda c: c.lora.rank > 0),
+    **dict.fromkeys(("rlp.eps_low", "rlp.eps_high"), (
+        "rlp.inner_epochs of 2 or more: until then all ratios are 1",
+        lambda c: c.rlp.inner_epochs > 1)),
+    "rlp.reward_floor": ("the reward gain", lambda c: c.rollouts().reward == "gain"),
+    **dict.fromkeys(("elastic.long_len", "elastic.long_batch"), (
+        "stage 2: elastic.long_share", lambda c: c.elastic.long_share > 0)),
+    "elastic.cost_batch": ("elastic.cost memory or latency",
+                           lambda c: c.elastic.cost in ("memory", "latency"))}
 
 
 def from_dict(cls: type, values: dict[str, Any]) -> Any:

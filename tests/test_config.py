@@ -406,7 +406,26 @@ def test_command_line_changes_the_preset_it_names():
         ("--mode rlvr --rlp.predictor 1", "rlp.predictor (1.0) is not read in mode rlvr; leave it out"),
         ("--mode pretrain --warmup.gap 3", "warmup.gap (3) is not read in mode pretrain; leave it out"),
         ("--init x --pretrain.lr 1", "pretrain.lr (1.0) is not read where init is given; leave it out"),
-        ("--lora.alpha 8", "lora.alpha (8.0) is for adapters; leave it out, or give lora.rank"),
+        ("--lora.alpha 8", "lora.alpha (8.0) is for adapters: lora.rank; leave it out, or give that"),
+        ("--data.text-key t", "data.text_key (t) is for data.path; leave it out, or give that"),
+        ("--dry-run-gpus 2", "dry_run_gpus (2) is for dry_run; leave it out, or give that"),
+        (
+            "--rlp.eps-high .3",
+            "rlp.eps_high (0.3) is for rlp.inner_epochs of 2 or more: until then all ratios are 1; "
+            "leave it out, or give that",
+        ),
+        (
+            "--rlp.reward match --rlp.reward-floor -1",
+            "rlp.reward_floor (-1.0) is for the reward gain; leave it out, or give that",
+        ),
+        (
+            "--mode elastic --elastic.long-share 0 --elastic.long-len 1024",
+            "elastic.long_len (1024) is for stage 2: elastic.long_share; leave it out, or give that",
+        ),
+        (
+            "--mode elastic --elastic.cost-batch 3",
+            "elastic.cost_batch (3) is for elastic.cost memory or latency; leave it out, or give that",
+        ),
     ],
 )
 def test_settings_that_the_mode_does_not_read_are_refused(empty_folder, capsys, argv, said):
@@ -423,6 +442,9 @@ def test_settings_that_the_mode_does_not_read_are_refused(empty_folder, capsys, 
         "--mode pretrain --init x --pretrain.steps 9 --rlp.positions random",
         "--mode rlp --rlp.positions random --lora.rank 4 --lora.alpha 8",
         "--preset qwen3-1.7b-rlp --mode sft",
+        "--preset qwen3-1.7b-rlp --rlp.reward match",
+        "--rlp.inner-epochs 2 --rlp.eps-low .1 --data.path x --data.text-key t --dry-run --dry-run-gpus 2",
+        "--mode elastic --elastic.cost memory --elastic.cost-batch 3 --elastic.long-len 1024",
     ],
 )
 def test_what_the_base_and_all_figures_hang_on_is_read_in_every_mode(argv):
