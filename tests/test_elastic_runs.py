@@ -742,10 +742,12 @@ def test_unusable_settings_are_refused_before_a_base_is_trained(program, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("mode", ["elastic", "rlp"])
-def test_a_dry_run_refuses_an_unknown_score_too(program, tmp_path, capsys, mode):
+@pytest.mark.parametrize(
+    ("mode", "said"), [("elastic", "('activation') is unknown"), ("rlp", "(activation) is not read in mode rlp")]
+)
+def test_a_dry_run_refuses_an_unknown_score_too(program, tmp_path, capsys, mode, said):
     assert program(tmp_path, "--mode", mode, "--dry-run", "--elastic.score-attn", "activation") == 2
-    assert "elastic.score_attn ('activation') is unknown" in " ".join(capsys.readouterr().out.split())
+    assert f"elastic.score_attn {said}" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_dry_run_refuses_to_turn_a_tied_stream_too(program, tmp_path, capsys):
