@@ -566,21 +566,27 @@ class Config(Settings):
     def check_read(self, preset: "Config") -> "Config":
         """Itself, if no setting that differs from a preset goes unread. Raises ValueError for one
         on which nothing hangs."""
-        modes, own = self.modes(), getattr(self, self.mode, None)
-        groups = {"": (self, preset)} | {
-            name: (values, getattr(preset, name)) for name, values in self.groups().items()}
-        for group, name in [(g, n) for g, (ours, theirs) in groups.items() for n in vars(ours)
-                            if getattr(ours, n) != getattr(theirs, n)]:
-            path, value = f"{group}.{name}".lstrip("."), getattr(groups[group][0], name)
-            if group in modes and self.mode in modes:
-                where = "where init is given" if group == "pretrain" else f"in mode {self.mode}"
-                known = group != "pretrain" and hasattr(own, name)
-                better = f", or give {self.mode}.{name}" * known
-                require(self.reads(group, name),
-                        f"{path} ({value}) is not read {where}; leave it out{better}")
-            what, holds = NEEDS.get(path, ("", lambda _: True))
-            require(holds(self), f"{path} ({value}) is for {what}; leave it out, or give that")
+        for name, value in vars(self).items():
+            if isinstance(value, Settings):
+                self._check_group(name, value, getattr(preset, name))
+            elif value != getattr(preset, name):
+                self._check_needs(name, value)
         return self
+
+    def _check_group(self, group: str, ours: Settings, theirs: Settings) -> None:
+        where = "where init is given" if group == "pretrain" else f"in mode {self.mode}"
+        is_mode, own = {group, self.mode} <= set(self.modes()), getattr(self, self.mode, None)
+        for name, value in vars(ours).items():
+            if value == getattr(theirs, name):
+                continue
+            known = group != "pretrain" and hasattr(own, name)
+            require(not is_mode or self.reads(group, name), f"{group}.{name} ({value}) is not read "
+                    f"{where}; leave it out" + f", or give {self.mode}.{name}" * known)
+            self._check_needs(f"{group}.{name}", value)
+
+    def _check_needs(self, path: str, value: Any) -> None:
+        what, holds = NEEDS.get(path, ("", lambda _: True))
+        require(holds(self), f"{path} ({value}) is for {what}; leave it out, or give that")
 
     def reads(self, group: str, name: str) -> bool:
         """Whether anything hangs on a setting of a mode: of this one, of the phases in which its
