@@ -170,16 +170,18 @@ def _controls(found: Found) -> Callable[[str, str, str], dict[int, float]]:
 COMPARED = {"rlp-cpu": "RLP", "match-cpu": "RPT's reward", "cpt-cpu": "CPT"}
 LONGER = {"rlp-longer-cpu": "RLP", "match-longer-cpu": "RPT's reward",
           "cpt-worked-longer-cpu": "CPT of worked ones", "cpt-longer-cpu": "CPT of these"}
+LONGER_CPT = ("cpt-worked-longer-cpu", "cpt-longer-cpu")
 
 
-def _level(found: Found, kinds: list[str], path: str, n: int = 1
+def _level(found: Found, kinds: list[str], path: str, others: tuple[str, ...] = ()
            ) -> tuple[dict[int, float], list[str]]:
     """Accuracy at a level: the base's by seed; and as cells the base's, that of each kind, and the
-    first kind's lead over the base and over the last n kinds."""
+    first kind's lead over the base and over others of them."""
     at = _controls(found)
-    base, *sides = at(kinds[0], path, "base"), *(at(kind, path) for kind in kinds)
-    return base, [*(spread(list(side.values())) for side in (base, *sides)),
-                  *(spread(difference(sides[0], other), "+.3f") for other in (base, *sides[-n:]))]
+    base, sides = at(kinds[0], path, "base"), {kind: at(kind, path) for kind in kinds}
+    behind = base, *(sides[kind] for kind in others)
+    return base, [*(spread(list(side.values())) for side in (base, *sides.values())),
+                  *(spread(difference(sides[kinds[0]], side), "+.3f") for side in behind)]
 
 
 def longer_rows(found: Found) -> list[list[str]]:
@@ -187,10 +189,10 @@ def longer_rows(found: Found) -> list[list[str]]:
     to work, whose steps nobody shows; and how far RLP is ahead of the base, of CPT of worked ones
     that are as short as ever, and of CPT of what RLP reads."""
     rows = [["greedy; with unworked problems of a step more", "base", *LONGER.values(),
-             "RLP - base", *(f"RLP - {name}" for name in list(LONGER.values())[-2:])]]
+             "RLP - base", *(f"RLP - {LONGER[kind]}" for kind in LONGER_CPT)]]
     levels = next((run["levels"] for run in found["controls-rlp-longer-cpu"]), {})
     for level, family in [(n, f) for n in levels for f in levels[n]]:
-        _, cells = _level(found, list(LONGER), f"levels/{level}/{family}/WHO", n=2)
+        _, cells = _level(found, list(LONGER), f"levels/{level}/{family}/WHO", LONGER_CPT)
         rows.append([level if family == "all" else f"  {family}", *cells])
     return rows
 
@@ -199,7 +201,8 @@ def level_rows(found: Found) -> list[list[str]]:
     """Accuracy of the likeliest thought by level, and how far RLP is ahead."""
     rows = [["greedy, all families", "base", *COMPARED.values(), "RLP - base", "RLP - CPT"]]
     for level in next((run["levels"] for run in found["controls-rlp-cpu"]), {}):
-        rows.append([level, *_level(found, list(COMPARED), f"levels/{level}/all/WHO")[1]])
+        path = f"levels/{level}/all/WHO"
+        rows.append([level, *_level(found, list(COMPARED), path, ("cpt-cpu",))[1]])
     return rows
 
 
@@ -213,7 +216,7 @@ def hard_rows(found: Found, low: float = 0.3, high: float = 0.8) -> list[list[st
         for level, family in [(n, f) for n in levels for f in levels[n] if f != "all"]:
             base, cells = _level(found, kinds, f"levels/{level}/{family}/WHO")
             if low <= statistics.mean(base.values()) <= high:
-                rows.append([f"{told}{level}, {family}", *cells[:-1]])
+                rows.append([f"{told}{level}, {family}", *cells])
     return rows
 
 
