@@ -192,6 +192,9 @@ def test_rows_of_longer_problems_by_level_and_family():
     assert [row[0] for row in rows[1:]] == ["as trained", "  sum", "1 more", "  sum"]
     assert rows[4][1:] == ["0.30 ±0.00", "0.50 ±0.00", "", "0.40", "0.20", "+0.200 ±0.000", "+0.100", "+0.300"]
     assert len(rivals.longer_rows(found_of())) == 1
+    heads, *hard = rivals.hard_rows(found)  # the base is right .3 of the time
+    assert [row[0] for row in hard] == [f"longer ones read too: {level}, sum" for level in ("as trained", "1 more")]
+    assert (heads[-1], hard[0][-2:]) == ("RLP - CPT", ["+0.200 ±0.000", "+0.300"])
 
 
 def test_rows_of_random_positions_pair_the_base_and_rlp():

@@ -207,14 +207,16 @@ def level_rows(found: Found) -> list[list[str]]:
 
 
 def hard_rows(found: Found, low: float = 0.3, high: float = 0.8) -> list[list[str]]:
-    """Levels of single families at which the base's mean is neither near 0 nor near 1, of the
-    default preset and of `computed`, which trains twice as long."""
-    rows = [[f"greedy, base between {low} and {high}", "base", *COMPARED.values(), "RLP - base"]]
-    for preset, told in (("cpu", ""), ("computed", "preset computed: ")):
-        kinds = [kind.replace("cpu", preset) for kind in COMPARED]
+    """Levels of single families at which the base's mean is neither near 0 nor near 1: of the
+    default, of arms that read longer ones too, and of `computed`, which trains twice as long."""
+    rows = [[f"greedy, base between {low} and {high}", "base", *COMPARED.values(), "RLP - base",
+             "RLP - CPT"]]
+    for told, old, new in (("", "", ""), ("longer ones read too: ", "-cpu", "-longer-cpu"),
+                           ("preset computed: ", "-cpu", "-computed")):
+        kinds = [kind.replace(old, new) for kind in COMPARED]
         levels = next((run["levels"] for run in found[f"controls-{kinds[0]}"]), {})
         for level, family in [(n, f) for n in levels for f in levels[n] if f != "all"]:
-            base, cells = _level(found, kinds, f"levels/{level}/{family}/WHO")
+            base, cells = _level(found, kinds, f"levels/{level}/{family}/WHO", (kinds[-1],))
             if low <= statistics.mean(base.values()) <= high:
                 rows.append([f"{told}{level}, {family}", *cells])
     return rows
