@@ -32,7 +32,7 @@ from tools import controls, report
 MATCH = "--mode rlp --rlp.predictor 0 --rlp.reward match --rlp.min-entropy 1 --rlp.lr 4e-4"
 PLAIN = "--mode cpt --cpt.no-thoughts --cpt.muon-lr 0 --cpt.lr 1e-4"
 MORE = "--rlp.more-steps 1 --rlp.thought-len 48"
-LONGER = f"{MORE} --rlp.kl 1e-2 --rlp.steps 320 --rlp.text-share 0"
+LONGER = f"{MORE} --rlp.kl 3e-3 --rlp.steps 320 --rlp.text-share 0"
 ARMS = {
     "rlp": "--mode rlp",
     "rlp-paper": "--mode rlp --rlp.predictor 0",
