@@ -242,13 +242,13 @@ def claims(found: dict[str, list[dict]]) -> list[list[str]]:
     for claim, name in (("better than sizes distilled alone, equal FLOPs in all", "separate"),
                         ("as good as sizes distilled alone with n times the tokens", "minitron"),
                         ("better than sizes trained from scratch, as the parent was", "scratch")):
-        theirs = [run for run in runs if name in run["baselines"]]
+        theirs, then = families.with_rival(found, name)
         others = [[e for e in run["baselines"][name] if e["parameters"] < run["teacher"][
             "parameters"]] for run in theirs]  # the full one is the parent
         shown = ", ".join(over_sizes(others, "difference_nats", "+.3f"))
         add(f"Elastic: {claim}", f"{alone} --elastic.baseline {name}", theirs,
             [above([e["difference_nats"] for e in size]) for size in zip(*others, strict=True)],
-            f"{view.RIVALS[name]} minus elastic: {shown} nats")
+            f"{view.RIVALS[name]} minus elastic: {shown} nats{then}")
     for claim, ours, kind in (
             ("the order of importance matters", "elastic-hand-cpu", "elastic-order-cpu"),
             ("the larger budgets more often in stage 2", "elastic-large-cpu", "elastic-alike-cpu"),

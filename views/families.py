@@ -32,6 +32,14 @@ def arm(runs: list[dict], name: str = "") -> Arm:
             if not name or name in run["baselines"]}
 
 
+def with_rival(found: Found, name: str) -> tuple[list[dict], str]:
+    """The families that were trained beside a rival; and "", or " (before)" where more of them are
+    from before the default changed."""
+    sides = [([run for run in found[f"{then}elastic-cpu"] if name in run["baselines"]], told)
+             for then, told in (("", ""), ("before-", " (before)"))]
+    return max(sides, key=lambda side: len(side[0]))
+
+
 def _at(entries: Arm, i: int, path: str) -> dict[int, float]:
     """By seed the mean at a path of budget i."""
     leaves = {seed: figure(own[i], path, "") for seed, own in entries.items()}
