@@ -16,7 +16,7 @@ ARMS = {  # by their names in results/, what tables call them
     "cpt-plain-cpu": "CPT on what RLP reads, its FLOPs", "cpt-tokens-cpu": "CPT, tokens of RLP",
     "sft-cpu": "SFT", "rlvr-cpu": "SFT, RLVR", "rlp-sft-cpu": "RLP, SFT",
     "rlp-rlvr-cpu": "RLP, SFT, RLVR", "cpt-sft-cpu": "CPT, SFT", "cpt-rlvr-cpu": "CPT, SFT, RLVR",
-    "rlp-longer-cpu": "RLP, problems a step longer too",
+    "rlp-longer-cpu": "RLP without the predictor's term, problems a step longer too",
     "match-longer-cpu": "the reward of RPT, problems a step longer too",
     "cpt-worked-longer-cpu": "CPT, as many FLOPs as with problems a step longer",
     "cpt-longer-cpu": "CPT on what RLP reads, problems a step longer too"}
