@@ -189,6 +189,7 @@ def test_rows_of_longer_problems_by_level_and_family():
         controls__cpt__longer__cpu=[behind(1, "cpt", 0.3, 0.2)],
     )
     rows = rivals.longer_rows(found)
+    assert rows[0][2:6] == ["RLP (2)", "RPT's reward (0)", "CPT of worked ones (1)", "CPT of these (1)"]
     assert [row[0] for row in rows[1:]] == ["as trained", "  sum", "1 more", "  sum"]
     assert rows[4][1:] == ["0.30 ±0.00", "0.50 ±0.00", "", "0.40", "0.20", "+0.200 ±0.000", "+0.100", "+0.300"]
     assert len(rivals.longer_rows(found_of())) == 1

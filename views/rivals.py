@@ -186,9 +186,11 @@ def _level(found: Found, kinds: list[str], path: str, others: tuple[str, ...] = 
 
 def longer_rows(found: Found) -> list[list[str]]:
     """By level and family, of arms that read problems of up to a step more than the base was taught
-    to work, whose steps nobody shows; and how far RLP is ahead of the base, of CPT of worked ones
-    that are as short as ever, and of CPT of what RLP reads."""
-    rows = [["greedy; with unworked problems of a step more", "base", *LONGER.values(),
+    to work, whose steps nobody shows, with the number of seeds; and how far RLP is ahead of the
+    base, of CPT of worked ones that are as short as ever, and of CPT of what RLP reads."""
+    n = {kind: len(found[f"controls-{kind}"]) for kind in LONGER}
+    rows = [["greedy; with unworked problems of a step more", "base",
+             *(f"{told} ({n[kind]})" for kind, told in LONGER.items()),
              "RLP - base", *(f"RLP - {LONGER[kind]}" for kind in LONGER_CPT)]]
     levels = next((run["levels"] for run in found["controls-rlp-longer-cpu"]), {})
     for level, family in [(n, f) for n in levels for f in levels[n]]:
