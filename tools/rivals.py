@@ -28,8 +28,8 @@ from tools import controls, report
 
 # `--init ARM` begins with what that arm became. cpt takes as many FLOPs as rlp, and about its time.
 # Arms that are longer read problems of up to a step more than were ever worked, and nobody works
-# them: the paper's objective, for what the predictor's term learns from thoughts that all go wrong
-# unsettles them there. Of equal FLOPs, one more arm reads worked ones of as many steps as ever.
+# them; RLP has the paper's objective there, for without the predictor's term it learned more on
+# validation. Of equal FLOPs, one more arm reads worked ones of as many steps as ever.
 MATCH = "--mode rlp --rlp.predictor 0 --rlp.reward match --rlp.min-entropy 1 --rlp.lr 4e-4"
 PLAIN = "--mode cpt --cpt.no-thoughts --cpt.muon-lr 0 --cpt.lr 1e-4"
 MORE = "--rlp.more-steps 1 --rlp.thought-len 48"

@@ -5,7 +5,7 @@ Made from what `tools.rivals --what elastic` measures. A difference is paired by
 
 import statistics
 
-from views.rivals import Found, difference, spread
+from views.rivals import Found, difference, now_or_before, spread
 from views.tables import RIVALS, budget_heads, figure
 
 FAMILIES = {f"elastic-{name}-cpu": told for name, told in {  # arms by their names in results/
@@ -33,11 +33,9 @@ def arm(runs: list[dict], name: str = "") -> Arm:
 
 
 def with_rival(found: Found, name: str) -> tuple[list[dict], str]:
-    """The families that were trained beside a rival; and "", or " (before)" where more of them are
-    from before the default changed."""
-    sides = [([run for run in found[f"{then}elastic-cpu"] if name in run["baselines"]], told)
-             for then, told in (("", ""), ("before-", " (before)"))]
-    return max(sides, key=lambda side: len(side[0]))
+    """The families that were trained beside a rival, and of when (`rivals.now_or_before`)."""
+    return now_or_before(lambda then: [
+        run for run in found[f"{then}elastic-cpu"] if name in run["baselines"]])
 
 
 def _at(entries: Arm, i: int, path: str) -> dict[int, float]:

@@ -59,15 +59,19 @@ def difference(first: dict[int, float], second: dict[int, float]) -> list[float]
     return [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
 
 
-def pair(found: Found, ours: str, theirs: str) -> tuple[list[dict], list[dict], str]:
-    """The runs of two arms on the seeds that both have, in one order; and "", or " (before)"
-    where more of them are from before the default changed."""
-    def of_both(then: str, told: str) -> tuple[list[dict], list[dict], str]:
-        shared = [(a, b) for a in found[then + ours] for b in found[then + theirs]
-                  if a["seed"] == b["seed"]]
-        return [a for a, _ in shared], [b for _, b in shared], told
+def now_or_before(of: Callable[[str], list]) -> tuple[list, str]:
+    """What a function finds of runs named with "" or "before-"; and "", or " (before)" where more
+    of them are from before the default changed."""
+    sides = [(of(then), told) for then, told in (("", ""), ("before-", " (before)"))]
+    return max(sides, key=lambda side: len(side[0]))
 
-    return max(of_both("", ""), of_both("before-", " (before)"), key=lambda sides: len(sides[0]))
+
+def pair(found: Found, ours: str, theirs: str) -> tuple[list[dict], list[dict], str]:
+    """The runs of two arms on the seeds that both have, in one order, and of when
+    (`now_or_before`)."""
+    shared, told = now_or_before(lambda then: [
+        (a, b) for a in found[then + ours] for b in found[then + theirs] if a["seed"] == b["seed"]])
+    return [a for a, _ in shared], [b for _, b in shared], told
 
 
 def arm_rows(found: Found) -> list[list[str]]:
@@ -188,9 +192,8 @@ def longer_rows(found: Found) -> list[list[str]]:
     """By level and family, of arms that read problems of up to a step more than the base was taught
     to work, whose steps nobody shows, with the number of seeds; and how far RLP is ahead of the
     base, of CPT of worked ones that are as short as ever, and of CPT of what RLP reads."""
-    n = {kind: len(found[f"controls-{kind}"]) for kind in LONGER}
     rows = [["greedy; with unworked problems of a step more", "base",
-             *(f"{told} ({n[kind]})" for kind, told in LONGER.items()),
+             *(f"{told} ({len(found[f'controls-{kind}'])})" for kind, told in LONGER.items()),
              "RLP - base", *(f"RLP - {LONGER[kind]}" for kind in LONGER_CPT)]]
     levels = next((run["levels"] for run in found["controls-rlp-longer-cpu"]), {})
     for level, family in [(n, f) for n in levels for f in levels[n]]:
@@ -213,12 +216,13 @@ def hard_rows(found: Found, low: float = 0.3, high: float = 0.8) -> list[list[st
     default, of arms that read longer ones too, and of `computed`, which trains twice as long."""
     rows = [[f"greedy, base between {low} and {high}", "base", *COMPARED.values(), "RLP - base",
              "RLP - CPT"]]
-    for told, old, new in (("", "", ""), ("longer ones read too: ", "-cpu", "-longer-cpu"),
-                           ("preset computed: ", "-cpu", "-computed")):
-        kinds = [kind.replace(old, new) for kind in COMPARED]
+    for told, suffix in (("", "-cpu"), ("longer ones read too: ", "-longer-cpu"),
+                         ("preset computed: ", "-computed")):
+        kinds = [kind.removesuffix("-cpu") + suffix for kind in COMPARED]
         levels = next((run["levels"] for run in found[f"controls-{kinds[0]}"]), {})
         for level, family in [(n, f) for n in levels for f in levels[n] if f != "all"]:
-            base, cells = _level(found, kinds, f"levels/{level}/{family}/WHO", (kinds[-1],))
+            path = f"levels/{level}/{family}/WHO"
+            base, cells = _level(found, kinds, path, (f"cpt{suffix}",))
             if low <= statistics.mean(base.values()) <= high:
                 rows.append([f"{told}{level}, {family}", *cells])
     return rows
