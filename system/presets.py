@@ -39,7 +39,7 @@ PRESETS: dict[str, Config] = {
     "cpu": Config(
         pretrain=PretrainConfig(steps=1900, batch=8, lr=3e-3, muon_lr=0.02, checkpoint_every=500),
         warmup=WarmupConfig(steps=1100, batch=8, lr=3e-3, muon_lr=0.02, warmup=0, decay=1.0),
-        rlp=RLPConfig(steps=150, batch=32, lr=2e-4, decay=0.5, predictor=0.1, back=4),
+        rlp=RLPConfig(steps=150, batch=32, lr=2e-4, decay=0.5, back=4),
         cpt=CPTConfig(steps=1000, batch=8, lr=7.5e-4, muon_lr=0.01, decay=1.0),
         sft=SFTConfig(steps=200, batch=8, lr=2e-3, muon_lr=0.005, decay=1.0),
         rlvr=RLVRConfig(steps=150, batch=32, lr=2e-4, decay=0.5),
@@ -78,7 +78,8 @@ PRESETS: dict[str, Config] = {
 PRESETS["computed"] = replace(
     PRESETS["cpu"], preset="computed",
     warmup=replace(PRESETS["cpu"].warmup, steps=2500, computed_share=0.45, decay=0.6),
-    rlp=replace(PRESETS["cpu"].rlp, steps=300, text_share=0.15, computed_share=0.6, back=2),
+    rlp=replace(PRESETS["cpu"].rlp, steps=300, text_share=0.15, computed_share=0.6, back=2,
+                predictor=0.1),
     cpt=replace(PRESETS["cpu"].cpt, steps=2000))
 
 # Qwen3-1.7B-Base: 1,720,574,976 parameters.

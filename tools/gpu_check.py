@@ -257,7 +257,7 @@ def rollout() -> tuple[HybridLM, RLP, dict, torch.Generator]:
     tokenizer = SimpleNamespace(
         think=V - 3, close=V - 2, end=V - 1, ends=(V - 1,), tags=(V - 3, V - 2))
     B, T = (32, 128) if ON_CARD else (2, 32)
-    objective = RLP(replace(PRESETS["cpu"].rlp, batch=B, context_len=T, predictor=0.0), tokenizer)
+    objective = RLP(replace(PRESETS["cpu"].rlp, batch=B, context_len=T), tokenizer)
     objective.start(network)
     batch = bench._contexts(DEVICE, B, T, V)
     return network, objective, batch, torch.Generator(DEVICE)

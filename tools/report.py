@@ -336,9 +336,10 @@ RELEASED_ROWS = ("loss on text", "against the parent", "KL from the parent", "sa
                  "parameters", "cost, of its target", "MFLOPs a token", "tokens a second")
 BEFORE = """### Before a chain's thought ended with the name that is asked for
 
-Until 2026-11-28, when thoughts in text stood two tokens early; bases of another kind of processor.
-What has not been run again since stands here beside RLP and CPT of that time, and Elastic, which
-drew one budget for each sequence then. Preset `computed` is of that time too."""
+Until 2026-11-28, when thoughts in text stood two tokens early and RLP's default had the predictor's
+term at .1; bases of another kind of processor. What has not been run again since stands here beside
+RLP and CPT of that time, and Elastic, which drew one budget for each sequence then. Preset
+`computed` is of that time too, and keeps the term."""
 SPEEDRUN = """## Speedrun
 
 Seconds from random weights until nine of ten training problems are right, with sampled thoughts,

@@ -28,15 +28,13 @@ from tools import controls, report
 
 # `--init ARM` begins with what that arm became. cpt takes as many FLOPs as rlp, and about its time.
 # Arms that are longer read problems of up to a step more than were ever worked, and nobody works
-# them; RLP has the paper's objective there, for without the predictor's term it learned more on
-# validation. Of equal FLOPs, one more arm reads worked ones of as many steps as ever.
-MATCH = "--mode rlp --rlp.predictor 0 --rlp.reward match --rlp.min-entropy 1 --rlp.lr 4e-4"
+# them. Of equal FLOPs, one more arm reads worked ones of as many steps as ever.
+MATCH = "--mode rlp --rlp.reward match --rlp.min-entropy 1 --rlp.lr 4e-4"
 PLAIN = "--mode cpt --cpt.no-thoughts --cpt.muon-lr 0 --cpt.lr 1e-4"
 MORE = "--rlp.more-steps 1 --rlp.thought-len 48"
 LONGER = f"{MORE} --rlp.steps 400 --rlp.text-share 0"
 ARMS = {
     "rlp": "--mode rlp",
-    "rlp-paper": "--mode rlp --rlp.predictor 0",
     "match": MATCH,
     "cpt": "--mode cpt",
     "cpt-plain": PLAIN,
@@ -47,7 +45,7 @@ ARMS = {
     "rlp-rlvr": "--mode rlvr --init rlp-sft",
     "cpt-sft": "--mode sft --init cpt",
     "cpt-rlvr": "--mode rlvr --init cpt-sft",
-    "rlp-longer": f"--mode rlp --rlp.predictor 0 {LONGER}",
+    "rlp-longer": f"--mode rlp {LONGER}",
     "match-longer": f"{MATCH} {LONGER}",
     "cpt-longer": f"{PLAIN} {MORE} --cpt.steps 2700",
     "cpt-worked-longer": "--mode cpt --rlp.thought-len 48 --cpt.steps 2700",
@@ -64,6 +62,7 @@ ABLATIONS = {
         "tau99": "--rlp.tau 0.99", "tau1": "--rlp.tau 1", "hot": "--rlp.temperature 1",
         "random": "--rlp.positions random", "back0": "--rlp.back 0",
         "answers": "--rlp.text-share 0",
+        "predictor": "--rlp.predictor 0.1",
         "predictor1": "--rlp.predictor 1",
         "nofloor": "--rlp.reward-floor -inf"}.items()}
 # Elastic, other ways to choose widths, shorter, and a budget a sequence; then, at a third of its
@@ -91,7 +90,7 @@ ELASTIC = {"elastic": "--mode elastic --elastic.baseline separate minitron"} | {
     }.items()}
 SETS = {"rlp": ARMS, "ablations": ABLATIONS, "elastic": ELASTIC}
 # As many tries for each: its arm with every rate, and half of the problems.
-RATES = {"rlp-paper": ("--rlp.lr", (1e-4, 2e-4, 4e-4)), "match": ("--rlp.lr", (1e-4, 2e-4, 4e-4)),
+RATES = {"rlp": ("--rlp.lr", (1e-4, 2e-4, 4e-4)), "match": ("--rlp.lr", (1e-4, 2e-4, 4e-4)),
          "cpt": ("--cpt.lr", (7.5e-4, 1.5e-3, 3e-3)),
          "cpt-longer": ("--cpt.lr", (1e-4, 3e-4, 1e-3)),
          "sft": ("--sft.lr", (5e-4, 1e-3, 2e-3)), "rlvr": ("--rlvr.lr", (1e-4, 2e-4, 4e-4))}

@@ -16,7 +16,7 @@ ARMS = {  # by their names in results/, what tables call them
     "cpt-plain-cpu": "CPT on what RLP reads, its FLOPs", "cpt-tokens-cpu": "CPT, tokens of RLP",
     "sft-cpu": "SFT", "rlvr-cpu": "SFT, RLVR", "rlp-sft-cpu": "RLP, SFT",
     "rlp-rlvr-cpu": "RLP, SFT, RLVR", "cpt-sft-cpu": "CPT, SFT", "cpt-rlvr-cpu": "CPT, SFT, RLVR",
-    "rlp-longer-cpu": "RLP without the predictor's term, problems a step longer too",
+    "rlp-longer-cpu": "RLP, problems a step longer too",
     "match-longer-cpu": "the reward of RPT, problems a step longer too",
     "cpt-worked-longer-cpu": "CPT, as many FLOPs as with problems a step longer",
     "cpt-longer-cpu": "CPT on what RLP reads, problems a step longer too"}
@@ -25,8 +25,8 @@ ABLATIONS = {f"rlp-{name}-cpu": told for name, told in {
     "len20": "thoughts of 20 tokens", "len80": "thoughts of 80 tokens", "kl3": "KL 0.001",
     "kl2": "KL 0.01", "tau99": "tau 0.99", "tau1": "tau 1, the teacher stands still",
     "hot": "temperature 1", "random": "random positions of problems", "back0": "back 0",
-    "answers": "no text",
-    "predictor1": "predictor's term ten times", "nofloor": "no floor under rewards"}.items()}
+    "answers": "no text", "predictor": "predictor's term 0.1",
+    "predictor1": "predictor's term 1", "nofloor": "no floor under rewards"}.items()}
 SAMPLED, GREEDY = "accuracy/sampled/all/WHO", "accuracy/greedy/all/WHO"
 
 Found = dict[str, list[dict]]  # what results/ holds: by kind, a summary a seed
@@ -116,8 +116,7 @@ def lead_rows(found: Found) -> list[list[str]]:
     """RLP minus each arm, in accuracy; of what comes after SFT and RLVR, RLP's minus theirs. Said
     where that is of runs before the default changed."""
     rows = [["accuracy, RLP minus", "seeds", "sampled", "greedy"]]
-    pairs = [("rlp-cpu", f"{name}-cpu") for name in (
-        "rlp-paper", "match", "cpt", "cpt-plain", "cpt-tokens")]
+    pairs = [("rlp-cpu", f"{name}-cpu") for name in ("match", "cpt", "cpt-plain", "cpt-tokens")]
     pairs += [("rlp-sft-cpu", "sft-cpu"), ("rlp-rlvr-cpu", "rlvr-cpu"),
               ("rlp-sft-cpu", "cpt-sft-cpu"), ("rlp-rlvr-cpu", "cpt-rlvr-cpu")]
     for ours, theirs in pairs:
