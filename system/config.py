@@ -254,6 +254,8 @@ class RLPConfig(FitConfig):
     # Built-in problems have up to so many steps more than any with a worked thought: nobody shows
     # how to work those. For modes that read problems without thoughts: rlp, rlvr, and cpt so.
     more_steps: Annotated[int, within(0, 3)] = 0
+    # Or they have lines that lead nowhere, as no problem with a worked thought has; same modes.
+    distractors: bool = False
     # Tokens from where a thought stands to the token that it is for, in text and in computed
     # documents: the thought has read them, and they follow it once more. 0 is the paper's; at the
     # answers of problems it is always 0.
@@ -293,10 +295,15 @@ class RLPConfig(FitConfig):
         require(self.back <= self.context_len, f"rlp.back ({self.back}) must be at most "
                 f"rlp.context_len ({self.context_len}): the thought stands inside the context")
 
+    def unworked(self) -> list[str]:
+        """Levels of problems, of those in text/problems.py, that nobody shows how to work."""
+        return [f"{k} more" for k in range(1, self.more_steps + 1)] + (
+            ["distractors"] * self.distractors)
+
 
 # Those that every mode's figures are made by, or that have a rule of their own for modes.
-MEASURED = ("back", "context_len", "horizon", "more_steps", "positions", "prompt", "prompt_file",
-            "temperature", "thought_len")
+MEASURED = ("back", "context_len", "distractors", "horizon", "more_steps", "positions", "prompt",
+            "prompt_file", "temperature", "thought_len")
 
 
 @dataclass(frozen=True)
@@ -609,14 +616,9 @@ class Config(Settings):
         for name, settings in self.groups().items():
             settings.check(name)
         _shares("data", self.data.text_share, "warmup", self.warmup.computed_share)
-        if more := self.rlp.more_steps:
-            reads = self.mode in ("rlp", "rlvr") or (self.mode == "cpt" and not self.cpt.thoughts)
-            require(reads, f"rlp.more_steps ({more}) is for problems without written thoughts, and "
-                    f"mode {self.mode} reads some that have them; leave it out, or choose rlp, "
-                    "rlvr, or cpt with --cpt.no-thoughts")
-            require(self.data.problems == "built-in", f"rlp.more_steps ({more}) is for the "
-                    f"built-in problems, not those of data.problems ({self.data.problems}); leave "
-                    "it out")
+        for name in ("more_steps", "distractors"):
+            if value := getattr(self.rlp, name):
+                self._check_unworked(f"rlp.{name} ({value})")
         if self.lora.rank:
             said = f"lora.rank ({self.lora.rank})"
             require(self.mode != "elastic", f"{said} must be 0 in mode elastic, which orders and "
@@ -624,6 +626,14 @@ class Config(Settings):
             require(self.init or self.mode != "pretrain", f"{said} must be 0 where pretraining "
                     "begins with random weights, which adapters leave as they are; or give --init")
         return self
+
+    def _check_unworked(self, said: str) -> None:
+        reads = self.mode in ("rlp", "rlvr") or (self.mode == "cpt" and not self.cpt.thoughts)
+        require(reads, f"{said} is for problems without written thoughts, and mode {self.mode} "
+                "reads some that have them; leave it out, or choose rlp, rlvr, or cpt with "
+                "--cpt.no-thoughts")
+        require(self.data.problems == "built-in", f"{said} is for the built-in problems, not those "
+                f"of data.problems ({self.data.problems}); leave it out")
 
     def run_dir(self) -> Path:
         """The run folder, with its default name if none was given."""

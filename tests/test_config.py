@@ -249,6 +249,7 @@ def test_the_kinds_of_layers_stand_in_one_table(monkeypatch):
             "rlp.more_steps (1) is for problems without written thoughts, and mode sft reads",
         ),
         ({"rlp__more_steps": 1, "mode": "cpt"}, "leave it out, or choose rlp, rlvr, or cpt with --cpt.no-thoughts"),
+        ({"rlp__distractors": True, "mode": "sft"}, "rlp.distractors (True) is for problems without written thoughts"),
         ({"rlp__more_steps": 1, "data__problems": "a.jsonl"}, "built-in problems, not those of data.problems (a.jsonl)"),
         ({"elastic__long_len": 80}, "elastic.long_len (80) must be a multiple of elastic.seq_len (32); nearest is 64"),
         ({"elastic__long_len": 16}, "elastic.long_len (16) must be a multiple of elastic.seq_len (32); nearest is 32"),

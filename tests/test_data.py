@@ -8,6 +8,7 @@ import functools
 import itertools
 import random
 import re
+import statistics
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -641,6 +642,20 @@ def test_problems_without_thoughts_may_be_longer_than_any_that_were_worked(corpu
     n = Counter(1 + found.count("+") for found in re.findall(r"Tens digit of ([\d +]+)\?", said))
     assert n.keys() == {2, 3, 4, 5, 6}
     assert min(n[5], n[6], n[2] + n[3] + n[4]) > 0.2 * n.total()
+
+
+@pytest.mark.parametrize("make", [rlp_batch, cpt_batch])
+def test_problems_without_thoughts_may_have_lines_that_lead_nowhere(corpus, make):
+    """In four of seven word problems somebody else buys and sells (sums have no such level); with a step more too, in
+    two of five."""
+    for more, share in ((0, 4 / 7), (1, 2 / 5)):
+        rlp = {"batch": 400, "context_len": 256, "more_steps": more, "distractors": True, **PROBLEMS}
+        config = config_of(data=PROBLEMS, rlp=rlp, cpt={"batch": 200, "thoughts": False})
+        batch = make(corpus, config, 0)
+        said = corpus.tokenizer.decode(batch["context_BT" if make is rlp_batch else "tokens_BT"].flatten().tolist())
+        people = [len(set(re.findall(r"day ([A-Z][a-z]+) ", found))) for found in re.findall(r"Count: [^?]+\?", said)]
+        assert len(people) > 50
+        assert 0.8 * share < statistics.mean(n > 1 for n in people) < 1.2 * share
 
 
 def test_cpt_without_thoughts_reads_all_kinds_of_documents_and_no_tag(corpus):

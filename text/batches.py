@@ -10,7 +10,7 @@ Shapes: B sequences, T tokens, X tokens after a thought (rlp.horizon).
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from system.config import Config, RLPConfig
 from text.computed import Computed, draw_computed
 from text.corpus import Corpus
-from text.problems import Problem, draw_problem, filler, some_longer, some_of, thought_for
+from text.problems import Problem, any_level, draw_problem, filler, some_of, thought_for
 from text.tokenizer import Tokenizer
 
 # ------------------------------------------------------------------------------ documents to read
@@ -142,7 +142,7 @@ def warmup_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]
 
 
 def mixture(corpus: Corpus, config: Config, step: int, n_rows: int, seq_len: int,
-            split: str = "train", more_steps: int = 0) -> dict[str, Tensor]:
+            split: str = "train", levels: Sequence[str] = ()) -> dict[str, Tensor]:
     """Rows of what the base reads last.
 
     Thoughts of problems are worked, stop half-way or are filler. In half of the other documents
@@ -156,7 +156,7 @@ def mixture(corpus: Corpus, config: Config, step: int, n_rows: int, seq_len: int
 
     def draw(kind: str) -> Marked:
         if kind == "problem":
-            families = some_longer(corpus.families, more_steps, rng)
+            families = any_level(corpus.families, levels, rng)
             problem = draw_problem(rng, split, percent, families)
             has_thought = rng.random() < fit.think
             return problem_document(
@@ -189,7 +189,7 @@ def cpt_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
     if not fit.thoughts:
         config = replace(config, warmup=replace(config.warmup, think=0.0, gap=0))
     return mixture(corpus, config, config.warmup.steps + step, fit.batch, seq_len,
-                   more_steps=config.rlp.more_steps)
+                   levels=config.rlp.unworked())
 
 
 def sft_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
@@ -248,7 +248,7 @@ def rlp_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
 
 def problem_position(corpus: Corpus, fit: RLPConfig, split: str, rng: random.Random) -> Position:
     """In a problem without a thought: at the answer, or anywhere."""
-    families = some_longer(corpus.families, fit.more_steps, rng)
+    families = any_level(corpus.families, fit.unworked(), rng)
     problem = draw_problem(rng, split, corpus.held_out_percent, families)
     prompt, answer = problem_tokens(corpus.tokenizer, problem)
     if fit.positions == "random":

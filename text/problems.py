@@ -163,10 +163,10 @@ LEVELS: dict[str, Families] = {
                     for name, family in FAMILIES.items() if name != "sum"}}
 
 
-def some_longer(families: Families, most: int, rng: random.Random) -> Families:
-    """The families as they are, or the built-in ones with up to so many steps more."""
-    more = rng.randint(0, most) if most else 0
-    return LEVELS[f"{more} more"] if more else families
+def any_level(families: Families, others: Sequence[str], rng: random.Random) -> Families:
+    """The families as they are or, as often as that, at any one of other levels."""
+    k = rng.randint(0, len(others)) if others else 0
+    return LEVELS[others[k - 1]] if k else families
 
 
 def draw_problem(
