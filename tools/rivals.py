@@ -28,11 +28,14 @@ from tools import controls, report
 
 # `--init ARM` begins with what that arm became. cpt takes as many FLOPs as rlp, and about its time.
 # Arms that are longer read problems of up to a step more than were ever worked, and nobody works
-# them. Of equal FLOPs, one more arm reads worked ones of as many steps as ever.
+# them; distractors stand in those of the last three. Of equal FLOPs, one more arm reads worked ones
+# of as many steps as ever. Where most worked thoughts go wrong, a floor of 0 keeps RLP from fleeing
+# into filler, which costs nothing.
 MATCH = "--mode rlp --rlp.reward match --rlp.min-entropy 1 --rlp.lr 4e-4"
 PLAIN = "--mode cpt --cpt.no-thoughts --cpt.muon-lr 0 --cpt.lr 1e-4"
 MORE = "--rlp.more-steps 1 --rlp.thought-len 48"
-LONGER = f"{MORE} --rlp.steps 400 --rlp.text-share 0"
+UNWORKED = "--rlp.steps 400 --rlp.text-share 0"
+LONGER, ASIDE = f"{MORE} {UNWORKED}", f"--rlp.distractors {UNWORKED}"
 ARMS = {
     "rlp": "--mode rlp",
     "match": MATCH,
@@ -49,10 +52,14 @@ ARMS = {
     "match-longer": f"{MATCH} {LONGER}",
     "cpt-longer": f"{PLAIN} {MORE} --cpt.steps 2700",
     "cpt-worked-longer": "--mode cpt --rlp.thought-len 48 --cpt.steps 2700",
+    "rlp-distractors": f"--mode rlp {ASIDE} --rlp.reward-floor 0 --rlp.lr 4e-4",
+    "match-distractors": f"{MATCH} {ASIDE}",
+    "cpt-distractors": f"{PLAIN} --rlp.distractors --cpt.steps 2500",
 }
 # What `tools.controls` measures of which arm.
 CONTROLS = dict.fromkeys(("rlp", "match", "cpt"), controls.PARTS) | dict.fromkeys(
-    ("rlp-longer", "match-longer", "cpt-longer", "cpt-worked-longer"), ("levels",))
+    ("rlp-longer", "match-longer", "cpt-longer", "cpt-worked-longer", "rlp-distractors",
+     "match-distractors", "cpt-distractors"), ("levels",))
 # One setting of rlp at a time; the default stands in system/presets.py.
 ABLATIONS = {
     f"rlp-{name}": f"--mode rlp {words}" for name, words in {

@@ -19,7 +19,10 @@ ARMS = {  # by their names in results/, what tables call them
     "rlp-longer-cpu": "RLP, problems a step longer too",
     "match-longer-cpu": "the reward of RPT, problems a step longer too",
     "cpt-worked-longer-cpu": "CPT, as many FLOPs as with problems a step longer",
-    "cpt-longer-cpu": "CPT on what RLP reads, problems a step longer too"}
+    "cpt-longer-cpu": "CPT on what RLP reads, problems a step longer too",
+    "rlp-distractors-cpu": "RLP, lines that lead nowhere too",
+    "match-distractors-cpu": "the reward of RPT, lines that lead nowhere too",
+    "cpt-distractors-cpu": "CPT on what RLP reads, lines that lead nowhere too"}
 ABLATIONS = {f"rlp-{name}-cpu": told for name, told in {
     "g2": "2 thoughts a context", "g4": "4 thoughts a context", "g16": "16 thoughts a context",
     "len20": "thoughts of 20 tokens", "len80": "thoughts of 80 tokens", "kl3": "KL 0.001",
