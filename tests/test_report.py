@@ -254,7 +254,7 @@ def test_claims_are_judged_by_what_results_hold(tmp_path):
     verdicts = [row["here"] for name, row in found.items() if name.startswith("RLP")]
     untested = "not tested here"
     first = ["reproduced", "reproduced", "**not reproduced**", "reproduced", *[untested] * 2, "reproduced", "in part"]
-    assert verdicts == [*first, *[untested] * 8]  # rivals and controls: see test_rivals
+    assert verdicts == [*first, *[untested] * 9]  # rivals and controls: see test_rivals
     assert all(row["here"] == "not tested here" for name, row in found.items() if name.startswith("Elastic"))
     first = found["RLP: thoughts learn to answer where thinking is needed"]
     assert first["figure"] == "accuracy 0.50 (0.49 to 0.51) → 0.90 (0.89 to 0.91)"
@@ -262,15 +262,16 @@ def test_claims_are_judged_by_what_results_hold(tmp_path):
 
 
 @pytest.mark.parametrize(("cpt", "verdict"), [(0.1, "reproduced"), (0.3, "in part"), (None, "not tested here")])
-def test_at_longer_problems_rlp_must_be_ahead_of_the_base_and_of_cpt_of_the_same_seed(tmp_path, cpt, verdict):
+@pytest.mark.parametrize(("what", "told"), [("longer", "of a step more"), ("distractors", "that lead nowhere")])
+def test_at_unworked_problems_rlp_must_be_ahead_of_the_base_and_of_cpt_of_the_same_seed(tmp_path, what, told, cpt, verdict):
     def at(mode, after):
-        levels = {"1 more": {"all": {"base": leaf(0.2), mode: leaf(after)}}}
+        levels = {"1 more" if what == "longer" else what: {"all": {"base": leaf(0.2), mode: leaf(after)}}}
         return {"mode": mode, "seed": 0, "versions": {"commit": "abc1234"}, "levels": levels}
 
-    summaries = {"controls__rlp__longer__cpu__seed0": at("rlp", 0.3)}
-    summaries |= {} if cpt is None else {"controls__cpt__longer__cpu__seed0": at("cpt", cpt)}
+    summaries = {f"controls__rlp__{what}__cpu__seed0": at("rlp", 0.3)}
+    summaries |= {} if cpt is None else {f"controls__cpt__{what}__cpu__seed0": at("cpt", cpt)}
     _, *rows = report.claims(report.load(write(tmp_path, **summaries)))
-    (row,) = (row for row in rows if "nobody worked" in row[0])
+    (row,) = (row for row in rows if f"{told}, which nobody worked" in row[0])
     assert row[1] == verdict
 
 

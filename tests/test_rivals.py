@@ -164,7 +164,7 @@ def behind(seed, mode, base, after):
             "text": {"base": leaf(3.5), "thought": leaf(3.6)}}  # fmt: skip
 
 
-@pytest.mark.parametrize(("base", "n_hard"), [(0.5, 2), (0.1, 0), (0.9, 0)])
+@pytest.mark.parametrize(("base", "n_hard"), [(0.5, 4), (0.1, 0), (0.9, 0)])
 def test_rows_of_controls(base, n_hard):
     found = found_of(
         controls__rlp__cpu=[behind(0, "rlp", base, base + 0.1), behind(1, "rlp", base, base + 0.1)],
@@ -182,19 +182,28 @@ def test_rows_of_controls(base, n_hard):
     assert rivals.changed_rows(found)[-1][1] == "3.600 ±0.000"
 
 
-def test_rows_of_longer_problems_by_level_and_family():
+@pytest.mark.parametrize("arm", program_of_rivals.CONTROLS)
+def test_every_arm_whose_controls_are_taken_has_a_column(arm):
+    arms = {f"{kind}-{what}" for what in rivals.UNWORKED for kind in ("rlp", "match", "cpt")}
+    assert f"{arm}-cpu" in rivals.COMPARED or arm in {*arms, "cpt-worked-longer"}
+    assert {*arms} < program_of_rivals.CONTROLS.keys()
+
+
+def test_rows_of_unworked_problems_by_level_and_family():
     found = found_of(
         controls__rlp__longer__cpu=[behind(0, "rlp", 0.3, 0.5), behind(1, "rlp", 0.3, 0.5)],
         controls__cpt__worked__longer__cpu=[behind(0, "cpt", 0.3, 0.4)],
         controls__cpt__longer__cpu=[behind(1, "cpt", 0.3, 0.2)],
     )
-    rows = rivals.longer_rows(found)
-    assert rows[0][2:6] == ["RLP (2)", "RPT's reward (0)", "CPT of worked ones (1)", "CPT of these (1)"]
+    rows = rivals.unworked_rows(found, "longer")
+    assert rows[0][2:5] == ["RLP (2)", "CPT of worked ones (1)", "CPT of these (1)"]
+    assert rows[0][5:] == ["RLP - base", "RLP - CPT of worked ones", "RLP - CPT of these"]
     assert [row[0] for row in rows[1:]] == ["as trained", "  sum", "1 more", "  sum"]
-    assert rows[4][1:] == ["0.30 ±0.00", "0.50 ±0.00", "", "0.40", "0.20", "+0.200 ±0.000", "+0.100", "+0.300"]
-    assert len(rivals.longer_rows(found_of())) == 1
+    assert rows[4][1:] == ["0.30 ±0.00", "0.50 ±0.00", "0.40", "0.20", "+0.200 ±0.000", "+0.100", "+0.300"]
+    assert len(rivals.unworked_rows(found, "distractors")) == len(rivals.unworked_rows(found_of(), "longer")) == 1
     heads, *hard = rivals.hard_rows(found)  # the base is right .3 of the time
-    assert [row[0] for row in hard] == [f"longer ones read too: {level}, sum" for level in ("as trained", "1 more")]
+    levels = [f"{level}, {family}" for level in ("as trained", "1 more") for family in ("all", "sum")]
+    assert [row[0] for row in hard] == [f"longer ones read too: {name}" for name in levels]
     assert (heads[-1], hard[0][-2:]) == ("RLP - CPT", ["+0.200 ±0.000", "+0.300"])
 
 

@@ -219,14 +219,16 @@ def claims(found: dict[str, list[dict]]) -> list[list[str]]:
         add(f"RLP: {claim}", "-m tools.controls runs/rlp-cpu-seed0", behind,
             [above(ours_there, others)], " against ".join(
                 view.cell(view.over_seeds(side)) for side in (ours_there, others) if side))
-    mine, theirs, _ = rivals.pair(found, "controls-rlp-longer-cpu", "controls-cpt-longer-cpu")
-    there = "levels/1 more/all/WHO"
-    sides = [get(there, mine), get(there, mine, "base"), get(there, theirs, "cpt")]
-    add("RLP: it learns from problems of a step more, which nobody worked; CPT of them does not",
-        "-m tools.rivals --arms rlp-longer cpt-longer", mine,
-        [above(sides[0], other) for other in sides[1:]],
-        f"there greedy {text(there, mine)}, base {text(there, mine, 'base')}, CPT "
-        f"{text(there, theirs, 'cpt')}")
+    for what, (told, level) in rivals.UNWORKED.items():
+        ours, others = f"rlp-{what}", f"cpt-{what}"
+        mine, theirs, _ = rivals.pair(found, f"controls-{ours}-cpu", f"controls-{others}-cpu")
+        there = f"levels/{level}/all/WHO"
+        sides = [get(there, mine), get(there, mine, "base"), get(there, theirs, "cpt")]
+        add(f"RLP: it learns from problems {told}, which nobody worked; CPT of them does not",
+            f"-m tools.rivals --arms {ours} {others}", mine,
+            [above(sides[0], other) for other in sides[1:]],
+            f"there greedy {text(there, mine)}, base {text(there, mine, 'base')}, CPT "
+            f"{text(there, theirs, 'cpt')}")
     add("RLP: it holds for models of 1.7B and 12B", "--preset qwen3-1.7b-rlp")
 
     # 2. Elastic
@@ -433,7 +435,8 @@ def results(folder: Path) -> str:
             ("Thoughts at random positions of documents with results to be computed",
              rivals.position_rows(found)), ("", rivals.gate_rows(found)),
             ("By level", rivals.level_rows(found)), ("", rivals.hard_rows(found)),
-            ("Problems of a step more, which nobody worked", rivals.longer_rows(found)),
+            *((f"Problems {told}, which nobody worked", rivals.unworked_rows(found, what))
+              for what, (told, _) in rivals.UNWORKED.items()),
             ("Sharpening or more", rivals.pass_rows(found)),
             ("What is left of a thought", rivals.remains_rows(found)),
             ("What thoughts change", rivals.changed_rows(found)),

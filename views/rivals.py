@@ -174,9 +174,10 @@ def _controls(found: Found) -> Callable[[str, str, str], dict[int, float]]:
 
 
 COMPARED = {"rlp-cpu": "RLP", "match-cpu": "RPT's reward", "cpt-cpu": "CPT"}
-LONGER = {"rlp-longer-cpu": "RLP", "match-longer-cpu": "RPT's reward",
-          "cpt-worked-longer-cpu": "CPT of worked ones", "cpt-longer-cpu": "CPT of these"}
-LONGER_CPT = ("cpt-worked-longer-cpu", "cpt-longer-cpu")
+# Problems that nobody worked, by the last part of the names of arms that read them: what they are,
+# and their level.
+UNWORKED = {"longer": ("of a step more", "1 more"),
+            "distractors": ("with lines that lead nowhere", "distractors")}
 
 
 def _level(found: Found, kinds: list[str], path: str, others: tuple[str, ...] = ()
@@ -190,16 +191,21 @@ def _level(found: Found, kinds: list[str], path: str, others: tuple[str, ...] = 
                   *(spread(difference(sides[kinds[0]], side), "+.3f") for side in behind)]
 
 
-def longer_rows(found: Found) -> list[list[str]]:
-    """By level and family, of arms that read problems of up to a step more than the base was taught
-    to work, whose steps nobody shows, with the number of seeds; and how far RLP is ahead of the
-    base, of CPT of worked ones that are as short as ever, and of CPT of what RLP reads."""
-    rows = [["greedy; with unworked problems of a step more", "base",
-             *(f"{told} ({len(found[f'controls-{kind}'])})" for kind, told in LONGER.items()),
-             "RLP - base", *(f"RLP - {LONGER[kind]}" for kind in LONGER_CPT)]]
-    levels = next((run["levels"] for run in found["controls-rlp-longer-cpu"]), {})
+def unworked_rows(found: Found, what: str) -> list[list[str]]:
+    """By level and family, of arms that read problems of a kind that the base was never taught to
+    work, with the number of seeds; and how far RLP is ahead of the base, of CPT of worked ones as
+    ever, and of CPT of what RLP reads."""
+    ours = f"rlp-{what}-cpu"
+    kinds = {ours: "RLP", f"match-{what}-cpu": "RPT's reward",
+             "cpt-worked-longer-cpu": "CPT of worked ones", f"cpt-{what}-cpu": "CPT of these"}
+    kinds = {kind: told for kind, told in kinds.items() if found[f"controls-{kind}"]}
+    cpt = tuple(kind for kind in kinds if kind.startswith("cpt"))
+    rows = [[f"greedy; with unworked problems {UNWORKED[what][0]}", "base",
+             *(f"{told} ({len(found[f'controls-{kind}'])})" for kind, told in kinds.items()),
+             "RLP - base", *(f"RLP - {kinds[kind]}" for kind in cpt)]]
+    levels = next((run["levels"] for run in found[f"controls-{ours}"]), {})
     for level, family in [(n, f) for n in levels for f in levels[n]]:
-        _, cells = _level(found, list(LONGER), f"levels/{level}/{family}/WHO", LONGER_CPT)
+        _, cells = _level(found, list(kinds), f"levels/{level}/{family}/WHO", cpt)
         rows.append([level if family == "all" else f"  {family}", *cells])
     return rows
 
@@ -214,15 +220,17 @@ def level_rows(found: Found) -> list[list[str]]:
 
 
 def hard_rows(found: Found, low: float = 0.3, high: float = 0.8) -> list[list[str]]:
-    """Levels of single families at which the base's mean is neither near 0 nor near 1: of the
-    default, of arms that read longer ones too, and of `computed`, which trains twice as long."""
+    """Levels, and single families of them, at which the base's mean is neither near 0 nor near 1:
+    of the default, of arms that read problems that nobody worked too, and of `computed`, which
+    trains twice as long."""
     rows = [[f"greedy, base between {low} and {high}", "base", *COMPARED.values(), "RLP - base",
              "RLP - CPT"]]
     for told, suffix in (("", "-cpu"), ("longer ones read too: ", "-longer-cpu"),
+                         ("distractors read too: ", "-distractors-cpu"),
                          ("preset computed: ", "-computed")):
         kinds = [kind.removesuffix("-cpu") + suffix for kind in COMPARED]
         levels = next((run["levels"] for run in found[f"controls-{kinds[0]}"]), {})
-        for level, family in [(n, f) for n in levels for f in levels[n] if f != "all"]:
+        for level, family in [(n, f) for n in levels for f in levels[n]]:
             path = f"levels/{level}/{family}/WHO"
             base, cells = _level(found, kinds, path, (f"cpt{suffix}",))
             if low <= statistics.mean(base.values()) <= high:
