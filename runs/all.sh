@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All of RESULTS.md but speed: every arm of RLP and Elastic and its seeds, two processes at a time;
-# then the tables. What has ended is kept, so it can be given again. Fourteen hours on two cores.
+# then the tables. What has ended is kept, so it can be given again. Some twelve hours on two cores.
 #   runs/all.sh quick    RLP, CPT and Elastic (a third of its steps) of seed 0, about half an hour;
 #                        results/ stay as they are
 # PRESET=smoke: every part in minutes, nothing is learned. OUT: another folder. WORDS: of train.py.
@@ -21,7 +21,7 @@ if [ "${1:-all}" = quick ]; then
     wait $thinking
     exit
 fi
-seeds "0 1 2 3 4" --arms rlp cpt rlp-longer cpt-longer
+seeds "0 1 2 3 4" --arms rlp cpt rlp-longer cpt-longer rlp-distractors cpt-distractors
 seeds "0 1 2"
 if [ "$preset" = cpu ]; then  # random positions, where thinking pays
     preset=computed seeds "0 1 2 3 4" --arms rlp

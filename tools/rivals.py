@@ -8,7 +8,7 @@
 
 Each run is `python train.py` with the words of its arm, in OUT/ARM-PRESET-seedN; of those in
 CONTROLS `tools.controls` shows what is behind the figures. `python -m tools.report OUT/*` takes all
-into results/. One seed takes about an hour on a core; two commands may share out the seeds.
+into results/. One seed takes about two hours on a core; two commands may share out seeds.
 """
 
 import shlex

@@ -200,7 +200,7 @@ def unworked_rows(found: Found, what: str) -> list[list[str]]:
              "cpt-worked-longer-cpu": "CPT of worked ones", f"cpt-{what}-cpu": "CPT of these"}
     kinds = {kind: told for kind, told in kinds.items() if found[f"controls-{kind}"]}
     cpt = tuple(kind for kind in kinds if kind.startswith("cpt"))
-    rows = [[f"greedy; with unworked problems {UNWORKED[what][0]}", "base",
+    rows = [[f"greedy; problems {UNWORKED[what][0]} read too", "base",
              *(f"{told} ({len(found[f'controls-{kind}'])})" for kind, told in kinds.items()),
              "RLP - base", *(f"RLP - {kinds[kind]}" for kind in cpt)]]
     levels = next((run["levels"] for run in found[f"controls-{ours}"]), {})
