@@ -295,11 +295,6 @@ class RLPConfig(FitConfig):
         require(self.back <= self.context_len, f"rlp.back ({self.back}) must be at most "
                 f"rlp.context_len ({self.context_len}): the thought stands inside the context")
 
-    def unworked(self) -> list[str]:
-        """Levels of problems, of those in text/problems.py, that nobody shows how to work."""
-        return [f"{k} more" for k in range(1, self.more_steps + 1)] + (
-            ["distractors"] * self.distractors)
-
 
 # Those that every mode's figures are made by, or that have a rule of their own for modes.
 MEASURED = ("back", "context_len", "distractors", "horizon", "more_steps", "positions", "prompt",

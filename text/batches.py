@@ -21,7 +21,7 @@ from torch import Tensor
 from system.config import Config, RLPConfig
 from text.computed import Computed, draw_computed
 from text.corpus import Corpus
-from text.problems import Problem, any_level, draw_problem, filler, some_of, thought_for
+from text.problems import Problem, any_level, draw_problem, filler, some_of, thought_for, unworked
 from text.tokenizer import Tokenizer
 
 # ------------------------------------------------------------------------------ documents to read
@@ -189,7 +189,7 @@ def cpt_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
     if not fit.thoughts:
         config = replace(config, warmup=replace(config.warmup, think=0.0, gap=0))
     return mixture(corpus, config, config.warmup.steps + step, fit.batch, seq_len,
-                   levels=config.rlp.unworked())
+                   levels=unworked(config.rlp))
 
 
 def sft_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
@@ -248,7 +248,7 @@ def rlp_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor]:
 
 def problem_position(corpus: Corpus, fit: RLPConfig, split: str, rng: random.Random) -> Position:
     """In a problem without a thought: at the answer, or anywhere."""
-    families = any_level(corpus.families, fit.unworked(), rng)
+    families = any_level(corpus.families, unworked(fit), rng)
     problem = draw_problem(rng, split, corpus.held_out_percent, families)
     prompt, answer = problem_tokens(corpus.tokenizer, problem)
     if fit.positions == "random":

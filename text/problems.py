@@ -24,6 +24,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from system.config import RLPConfig
 from system.errors import require
 from text.held_out import bucket_of, buckets_of
 
@@ -161,6 +162,11 @@ LEVELS: dict[str, Families] = {
        for k in (1, 2, 3)},
     "distractors": {name: functools.partial(family, aside=True)
                     for name, family in FAMILIES.items() if name != "sum"}}
+
+
+def unworked(c: RLPConfig) -> list[str]:
+    """The levels that are read although nobody shows how to work them."""
+    return [f"{k} more" for k in range(1, c.more_steps + 1)] + ["distractors"] * c.distractors
 
 
 def any_level(families: Families, others: Sequence[str], rng: random.Random) -> Families:

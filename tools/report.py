@@ -219,7 +219,7 @@ def claims(found: dict[str, list[dict]]) -> list[list[str]]:
         add(f"RLP: {claim}", "-m tools.controls runs/rlp-cpu-seed0", behind,
             [above(ours_there, others)], " against ".join(
                 view.cell(view.over_seeds(side)) for side in (ours_there, others) if side))
-    for what, (told, level) in rivals.UNWORKED.items():
+    for what, (_, told, level) in rivals.UNWORKED.items():
         ours, others = f"rlp-{what}", f"cpt-{what}"
         mine, theirs, _ = rivals.pair(found, f"controls-{ours}-cpu", f"controls-{others}-cpu")
         there = f"levels/{level}/all/WHO"
@@ -436,7 +436,7 @@ def results(folder: Path) -> str:
              rivals.position_rows(found)), ("", rivals.gate_rows(found)),
             ("By level", rivals.level_rows(found)), ("", rivals.hard_rows(found)),
             *((f"Problems {told}, which nobody worked", rivals.unworked_rows(found, what))
-              for what, (told, _) in rivals.UNWORKED.items()),
+              for what, (_, told, _) in rivals.UNWORKED.items()),
             ("Sharpening or more", rivals.pass_rows(found)),
             ("What is left of a thought", rivals.remains_rows(found)),
             ("What thoughts change", rivals.changed_rows(found)),

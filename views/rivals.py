@@ -174,10 +174,10 @@ def _controls(found: Found) -> Callable[[str, str, str], dict[int, float]]:
 
 
 COMPARED = {"rlp-cpu": "RLP", "match-cpu": "RPT's reward", "cpt-cpu": "CPT"}
-# Problems that nobody worked, by the last part of the names of arms that read them: what they are,
-# and their level.
-UNWORKED = {"longer": ("of a step more", "1 more"),
-            "distractors": ("with lines that lead nowhere", "distractors")}
+# Problems that nobody worked, by the last part of the names of arms that read them: in a word, what
+# they are, and their level.
+UNWORKED = {"longer": ("longer ones", "of a step more", "1 more"),
+            "distractors": ("distractors", "with lines that lead nowhere", "distractors")}
 
 
 def _level(found: Found, kinds: list[str], path: str, others: tuple[str, ...] = ()
@@ -200,7 +200,7 @@ def unworked_rows(found: Found, what: str) -> list[list[str]]:
              "cpt-worked-longer-cpu": "CPT of worked ones", f"cpt-{what}-cpu": "CPT of these"}
     kinds = {kind: told for kind, told in kinds.items() if found[f"controls-{kind}"]}
     cpt = tuple(kind for kind in kinds if kind.startswith("cpt"))
-    rows = [[f"greedy; problems {UNWORKED[what][0]} read too", "base",
+    rows = [[f"greedy; problems {UNWORKED[what][1]} read too", "base",
              *(f"{told} ({len(found[f'controls-{kind}'])})" for kind, told in kinds.items()),
              "RLP - base", *(f"RLP - {kinds[kind]}" for kind in cpt)]]
     levels = next((run["levels"] for run in found[f"controls-{ours}"]), {})
@@ -225,9 +225,8 @@ def hard_rows(found: Found, low: float = 0.3, high: float = 0.8) -> list[list[st
     trains twice as long."""
     rows = [[f"greedy, base between {low} and {high}", "base", *COMPARED.values(), "RLP - base",
              "RLP - CPT"]]
-    for told, suffix in (("", "-cpu"), ("longer ones read too: ", "-longer-cpu"),
-                         ("distractors read too: ", "-distractors-cpu"),
-                         ("preset computed: ", "-computed")):
+    read_too = ((f"{told} read too: ", f"-{what}-cpu") for what, (told, *_) in UNWORKED.items())
+    for told, suffix in (("", "-cpu"), *read_too, ("preset computed: ", "-computed")):
         kinds = [kind.removesuffix("-cpu") + suffix for kind in COMPARED]
         levels = next((run["levels"] for run in found[f"controls-{kinds[0]}"]), {})
         for level, family in [(n, f) for n in levels for f in levels[n]]:
