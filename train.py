@@ -335,10 +335,12 @@ def figures_of_family(t: Trained) -> dict | None:
     rivals = list(dict.fromkeys([*had, *c.baseline]))
     kept = parallel.whole if rivals else parallel.in_host_memory
     parent = t.objective.teacher = kept(t.objective.teacher)
-    alone = {}
+    alone, flops = {}, {}
     for name in rivals:
         console.print(f"baseline {name}")
-        alone[name] = train_rival(name, t, widths, t.run_dir / "baselines" / name)
+        folder = t.run_dir / "baselines" / name
+        alone[name] = train_rival(name, t, widths, folder)
+        flops[name] = rival_flops(name, t, widths, folder)
     if not parallel.part(t.model):
         return None
     stages = {"elastic": t.model, "stage1": t.objective.networks.get("stage1")}
@@ -379,6 +381,7 @@ def figures_of_family(t: Trained) -> dict | None:
         "baselines": entries,
         "curves": {f"{b:g}": rundir.logged_curve(t.run_dir, f"loss_{b:g}") for b in c.budgets},
         "train_s": {"elastic": rundir.logged_seconds(t.run_dir), **seconds},
+        "baselines_flops": flops,
         "hand_over": handed_over,
         "memory": evals.family_bytes(t.model, router, families["elastic"]),
         "n_tokens": c.n_tokens()}
@@ -439,6 +442,23 @@ def equal_flops(config: Config, shape: ModelConfig, budget: float, n_alone: int)
         replace(config, mode="elastic", model=shape, elastic=e), None)
                     for e in (c, one_size(c, budget)))
     return round(c.steps * family / n_alone / size)
+
+
+def rival_flops(name: str, t: Trained, widths: dict[float, nested.Widths], run_dir: Path) -> float:
+    """FLOPs that a baseline took for all its sizes, by the steps of its checkpoints; the parent's,
+    which is its full size, left out."""
+    config, shape, total = t.config, t.objective.teacher.config, 0.0
+    for b, w in widths.items():
+        own, small = run_dir / f"{b:g}", replace(config, model=nested.shrink(shape, w))
+        phases = ({own / mode: replace(small, mode=mode) for mode in ("pretrain", "warmup")}
+                  if name == "scratch" else
+                  {own: replace(config, mode="elastic", model=shape,
+                                elastic=one_size(config.elastic, b))})
+        for folder, c in phases.items():
+            if ended := rundir.newest(folder):
+                fit = replace(getattr(c, c.mode), steps=ended.meta["step"])
+                total += estimate.steps_flops(replace(c, **{c.mode: fit}), None)
+    return total
 
 
 def one_size(c: ElasticConfig, budget: float) -> ElasticConfig:

@@ -310,6 +310,36 @@ def test_sizes_alone_take_the_flops_of_the_family_in_all(corpus):
     assert total == pytest.approx(family, rel=0.01)
 
 
+@pytest.mark.parametrize(("name", "spent"), [("separate", {"": 3}), ("scratch", {"pretrain": 2, "warmup": 5})])
+def test_a_rival_costs_what_its_checkpoints_say(corpus, tmp_path, monkeypatch, name, spent):
+    """Steps of each phase, times a step's FLOPs at the size, in both budgets; the parent counts for nothing."""
+    config = with_elastic(baseline=(name,))
+    parent = noisy_model(config, corpus)
+    objective = train.train("elastic", parent, corpus, config, tmp_path / "run", None)
+    trained = train.Trained(parent, objective, corpus, config, tmp_path)
+    widths = {b: objective.router.choose(b) for b in (1.0, 0.75, 0.5)}
+    done = {f"{b}/{phase}".rstrip("/"): n for b in (0.75, 0.5) for phase, n in spent.items()}
+
+    def newest(folder):
+        steps = done.get(str(folder.relative_to(tmp_path)))
+        return steps and checkpoint.Checkpoint(folder, {"step": steps})
+
+    monkeypatch.setattr(train.rundir, "newest", newest)
+    expected = 0.0
+    for b in (0.75, 0.5):
+        small, rows = nested.shrink(parent.config, widths[b]), config.elastic.batch
+        if name == "scratch":
+            expected += sum(
+                3 * n * estimate.forward_flops(small, fit.batch, fit.seq_len)
+                for fit, n in ((config.pretrain, 2), (config.warmup, 5))
+            )
+        else:
+            both = [estimate.forward_flops(m, rows, config.elastic.seq_len) for m in (parent.config, small)]
+            expected += 3 * (both[0] + 3 * both[1])
+    found = train.rival_flops(name, trained, widths, tmp_path)
+    assert found == pytest.approx(expected, rel=1e-6 if name == "scratch" else 0.05)  # widths by hand there
+
+
 def test_a_size_from_scratch_is_trained_as_the_parent_was(corpus, monkeypatch, tmp_path):
     """Both phases of the base, with its settings, from weights of its own."""
     parent, widths, fits, sizes = rivals_of("scratch", corpus, monkeypatch, tmp_path)
@@ -451,6 +481,8 @@ def test_summary_holds_every_baseline_at_every_budget(finished):
     assert summary["baselines"].keys() == {"scratch", "separate"}
     assert summary["train_s"].keys() == {"elastic", "scratch", "separate"}
     assert min(summary["train_s"].values()) > 0
+    assert summary["baselines_flops"].keys() == {"scratch", "separate"}
+    assert summary["baselines_flops"]["separate"] == pytest.approx(summary["steps_flops"], rel=0.2)  # of whole steps
     for entries in summary["baselines"].values():
         for ours, theirs in zip(summary["budgets"], entries, strict=True):  # paired differences from the family
             difference = theirs["loss_nats"]["mean"] - ours["loss_nats"]["mean"]

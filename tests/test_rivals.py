@@ -296,6 +296,21 @@ def test_rows_of_families_pair_their_losses_by_seed():
     assert families.family_rows(found_of()) == families.third_rows(found_of()) == [[]]
 
 
+def test_what_rivals_took_stands_beside_the_family_of_the_same_run():
+    """By hand: 30 of 20 TFLOP are 1.5 times; a run without rivals, or of before FLOPs were kept, has no row."""
+    took = {"steps_flops": 20e12, "train_s": {"elastic": 100.0, "scratch": 90.0}}
+    runs = [
+        family(0, (1.1, 1.2, 1.3), **took, baselines_flops={"scratch": 30e12}),
+        family(1, (1.1, 1.2, 1.3), **took, baselines_flops={}),
+        family(2, (1.1, 1.2, 1.3)),
+    ]
+    head, ours, scratch = families.cost_rows(found_of(elastic__cpu=runs))
+    assert head == ["", "seeds", "TFLOP", "of the family's", "seconds"]
+    assert ours == ["elastic, one run", "1", "20.0", "1.00", "100"]
+    assert scratch == ["from scratch, as the parent", "1", "30.0", "1.50", "90"]
+    assert families.cost_rows(found_of(elastic__cpu=runs[1:])) == [head]
+
+
 def test_the_router_is_ranked_among_all_random_widths_of_its_seed():
     """At 75 % three of eight lose less, at 50 % none; seed 1 lacks one and is left out."""
     found = {kind.replace("-", "__"): [family(0, (1.0, 1.1 if i < 3 else 1.3, 1.4)), family(1, (1.0, 1.0, 1.0))]

@@ -76,6 +76,19 @@ def family_rows(found: Found) -> list[list[str]]:
         told: arm(found[kind]) for kind, told in FAMILIES.items()})
 
 
+def cost_rows(found: Found) -> list[list[str]]:
+    """What families and the rivals that were trained beside them took, each for all its sizes."""
+    runs = [run for run in found["elastic-cpu"] if run.get("baselines_flops")]
+    rows = [["", "seeds", "TFLOP", "of the family's", "seconds"]]
+    for name, told in RIVALS.items():
+        costs = [(flops / 1e12, flops / run["steps_flops"], run["train_s"][name]) for run in runs
+                 if (flops := (run["baselines_flops"] | {"elastic": run["steps_flops"]}).get(name))]
+        if costs:
+            forms = zip(zip(*costs, strict=True), (".1f", ".2f", ".0f"), strict=True)
+            rows.append([told, str(len(costs)), *(spread(list(x), form) for x, form in forms)])
+    return rows
+
+
 def third_rows(found: Found) -> list[list[str]]:
     """At a third of the steps: the router, other ways to choose widths, other orders of units."""
     first, *others = THIRDS
