@@ -10,9 +10,10 @@ A trained parent becomes elastic in four steps:
 3. Routers (routers.py, eq. 6 to 12). For a budget they choose the widths of every layer, on masks
    that carry gradients.
 4. Distillation (eq. 13 to 19). Each sequence has a budget; a step draws `elastic.draws` of them.
-   (With `elastic.together` each has them all, and the parent reads it once for all.) The chosen
-   model learns from the frozen parent, KL(parent || chosen), or from the full model, or from the
-   text. First short sequences and all budgets alike; then long ones, with weights of their own.
+   (With `elastic.together` each has the largest, the least and those, and the parent reads it once
+   for all.) The chosen model learns from the frozen parent, KL(parent || chosen), or from the full
+   model, or from the text. First short sequences and all budgets alike; then long ones, with
+   weights of their own.
 
 `extract` then cuts a model for any budget out of one checkpoint; nothing is trained again.
 
@@ -246,12 +247,16 @@ class Elastic(Distillation):
         return total, count, metrics
 
     def share(self, batch: dict, n: int) -> tuple[Tensor, float]:
-        """The sequences that budget n trains on, and the weight of their loss."""
+        """The sequences that budget n trains on, and the weight of their loss: what is drawn seldom
+        weighs the more, so that the mean over draws is the loss of all."""
         if not self.c.together:
             return (batch["budget_B"] == n).nonzero()[:, 0], 1.0
         weights = self.c.budget_weights(self.step)
         rows = torch.arange(len(batch["tokens_BT"]), device=batch["tokens_BT"].device)
-        return rows, weights[n] / sum(weights)
+        drawn, weight = self.c.between(self.step), weights[n] / sum(weights)
+        if n in drawn:
+            weight *= float((batch["drawn_Bk"][0] == n).double().mean()) / drawn[n]
+        return rows, weight
 
     def choices(self, noise: dict) -> dict[float, dict[str, Tensor]]:
         """Probabilities of all widths at this step, for every budget but the full one."""

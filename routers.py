@@ -33,6 +33,7 @@ KIND_OF = {axis: kind for kind, axes in AXES_OF.items() for axis in axes}
 LETTER = {"d_model": "D", "ffn": "F", "mamba_heads": "H", "mamba_channels": "P", "attn_heads": "H"}
 SERVED_BYTES = 2  # of a weight and of a cached key or value, where memory is the cost: bf16
 FULL_VOTE = 10.0  # logit of the full width at the full budget
+OUTSIDE = 1e3  # nats that a choice outside of both neighbours' loses for each step away
 DEAD_ZONE = 0.01  # relative distance from the budget that costs nothing
 MET = 0.02  # relative distance up to which a budget is met
 TABLES = {"-": "ffn", "*": "attention", "M": "mamba"}
@@ -303,14 +304,30 @@ class Router(nn.Module):
         return x
 
     @torch.no_grad()
+    def choice(self, budget: float) -> Choice:
+        """The likeliest, repaired to meet a budget. Between two trained budgets every width lies
+        between theirs, or as near to that as the budget allows."""
+        if self.is_full(budget):
+            return self.space.extreme()
+        logp = {a: v.log_softmax(-1) for a, v in self(budget).items()}
+        around = [self.settings.budgets[i] for i in self.one_hot(budget).nonzero()]
+        if len(around) > 1:
+            larger, smaller = map(self.choice, around)
+            for a, rows in logp.items():
+                k = torch.arange(rows.shape[1], device=rows.device)
+                for j, (one, other) in enumerate(zip(larger[a], smaller[a], strict=True)):
+                    rows[j] -= OUTSIDE * (min(one, other) - k).clamp(0)
+                    rows[j] -= OUTSIDE * (k - max(one, other)).clamp(0)
+        return fit_to_budget(logp, self, budget)
+
+    @torch.no_grad()
     def choose(self, budget: float, or_none: bool = False) -> Widths | None:
         """The likeliest widths, repaired to meet a budget. Raises ValueError for one unknown, and
         for one that no widths come near, unless None will do."""
         self.one_hot(budget)
         if self.is_full(budget):
             return full_widths(self.space.config)
-        logp = {a: v.log_softmax(-1) for a, v in self(budget).items()}
-        choice = fit_to_budget(logp, self, budget)
+        choice = self.choice(budget)
         if or_none and self.off(choice, budget) > MET:
             return None
         self.check_met(choice, budget)

@@ -393,8 +393,9 @@ class ElasticConfig(FitConfig):
     # Budgets drawn for a step, each for as many sequences of every part: all processes run the same
     # models in the same order.
     draws: Count = 1
-    # Every sequence trains all budgets, weighted by their probabilities, for one pass of the
-    # parent; then nothing is drawn.
+    # Every sequence trains several budgets, weighted by their probabilities, for one pass of the
+    # parent: the largest, the least, and `draws` of those between (slimmable networks' sandwich
+    # rule, arXiv 1903.05134); so the default's three are all trained.
     together: bool = False
     # Probability of each budget in stage 2 (in stage 1 all are alike).
     long_weights: Annotated[tuple[float, ...], at_least(0, ", and not all 0")] = (0.5, 0.3, 0.2)
@@ -425,25 +426,15 @@ class ElasticConfig(FitConfig):
         require(self.kl + self.ce > 0 or not set(self.baseline) & {"separate", "minitron"},
                 "elastic.baseline: separate and minitron learn by elastic.kl and elastic.ce, and "
                 "both are 0; give one a weight")
-        require(self.choose_seed == 0 or self.choose in ("random", "search"),
-                f"elastic.choose_seed ({self.choose_seed}) is for elastic.choose random or search, "
-                f"not {self.choose}; leave it out")
-        for name in ("router_start", "router_lr", "router_bias", "router_weight", "mask",
-                     "search_share"):
-            value = getattr(self, name)
-            require(value == getattr(ElasticConfig, name) or self.choose == "router",
-                    f"elastic.{name} ({value}) is for elastic.choose router, not {self.choose}; "
-                    "leave it out")
-        require(self.router_vote == 2.0 or self.router_start == "sensitivity",
-                f"elastic.router_vote ({self.router_vote}) is for elastic.router_start "
-                "sensitivity; leave it out")
         _divides("elastic.long_len", self.long_len, "elastic.seq_len", self.seq_len)
         if self.long_batch == 0:
             times = self.long_len // self.seq_len
             _divides("elastic.batch", self.batch, "elastic.long_len / elastic.seq_len", times)
-        require(self.draws == 1 or not self.together, f"elastic.draws ({self.draws}) must be 1 "
-                "with elastic.together: no budget is drawn there")
-        n, names = self.accumulate * self.draws, "elastic.accumulate x elastic.draws"
+        most = max(1, len(budgets) - 2)
+        require(self.draws <= most or not self.together, f"elastic.draws ({self.draws}) must be "
+                f"{most} at most with elastic.together, which trains the largest and the least of "
+                f"{len(budgets)} budgets anyway")
+        n, names = self.accumulate * self.shared_by(), "elastic.accumulate x elastic.draws"
         _divides("elastic.batch", self.batch, names, n)
         if self.stage_1_steps() < self.steps:
             _divides("the sequences of stage 2", self.long_rows(), names, n)
@@ -451,7 +442,12 @@ class ElasticConfig(FitConfig):
     def fewest_rows(self) -> int:
         """The most parts that the batches of both stages can be dealt out to evenly."""
         both = self.stage_1_steps() < self.steps
-        return (math.gcd(self.batch, self.long_rows()) if both else self.batch) // self.draws
+        rows = math.gcd(self.batch, self.long_rows()) if both else self.batch
+        return rows // self.shared_by()
+
+    def shared_by(self) -> int:
+        """How many budgets share the sequences of a step."""
+        return 1 if self.together else self.draws
 
     def stage_1_steps(self) -> int:
         """How many steps have short sequences; the rest is stage 2."""
@@ -464,6 +460,22 @@ class ElasticConfig(FitConfig):
     def budget_weights(self, step: int) -> tuple[float, ...]:
         """How often each budget is drawn at a step, counted from 0 (eq. 18 and 19)."""
         return self.long_weights if step >= self.stage_1_steps() else (1.0,) * len(self.budgets)
+
+    def between(self, step: int) -> dict[int, float]:
+        """With elastic.together: the budgets between the largest and the least, by number, each
+        with the probability that a draw takes it; none where all of them train anyway."""
+        weights = dict(enumerate(self.budget_weights(step)[:-1]))
+        weights.pop(0, None)
+        total = sum(weights.values())
+        return {n: w / total for n, w in weights.items()} if total and (
+            self.draws < len(weights)) else {}
+
+    def shares_together(self, step: int) -> list[float]:
+        """With elastic.together: the share of the steps like this one in which each budget trains,
+        whatever its weight."""
+        drawn = self.between(step)
+        return [1 - (1 - drawn[n]) ** self.draws if n in drawn else 1.0
+                for n in range(len(self.budgets))]
 
     def long_rows(self) -> int:
         """Sequences of a step in stage 2."""
@@ -661,7 +673,16 @@ NEEDS: dict[str, tuple[str, Callable[[Config], bool]]] = {
     **dict.fromkeys(("elastic.long_len", "elastic.long_batch"), (
         "stage 2: elastic.long_share", lambda c: c.elastic.long_share > 0)),
     "elastic.cost_batch": ("elastic.cost memory or latency",
-                           lambda c: c.elastic.cost in ("memory", "latency"))}
+                           lambda c: c.elastic.cost in ("memory", "latency")),
+    "elastic.choose_seed": ("elastic.choose random or search",
+                            lambda c: c.elastic.choose in ("random", "search")),
+    **{f"elastic.{name}": ("elastic.choose router", lambda c: c.elastic.choose == "router")
+       for name in ("router_start", "router_lr", "router_weight", "mask", "search_share")},
+    "elastic.router_bias": ("elastic.choose router that starts full", lambda c: (
+        c.elastic.choose, c.elastic.router_start) == ("router", "full")),
+    "elastic.router_vote": ("elastic.choose router and elastic.router_start sensitivity",
+                            lambda c: (c.elastic.choose, c.elastic.router_start)
+                            == ("router", "sensitivity"))}
 
 
 def from_dict(cls: type, values: dict[str, Any]) -> Any:

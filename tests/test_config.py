@@ -269,20 +269,6 @@ def test_the_kinds_of_layers_stand_in_one_table(monkeypatch):
             {"elastic__batch": 8, "elastic__draws": 3},
             "elastic.batch (8) must be a multiple of elastic.accumulate x elastic.draws (3); nearest is 9",
         ),
-        ({"elastic__choose_seed": 1}, "elastic.choose_seed (1) is for elastic.choose random or search, not router"),
-        (
-            {"elastic__router_start": "sensitivity", "elastic__choose": "fixed"},
-            "elastic.router_start (sensitivity) is for elastic.choose router, not fixed; leave it out",
-        ),
-        (
-            {"elastic__search_share": 0.5, "elastic__choose": "sensitivity"},
-            "elastic.search_share (0.5) is for elastic.choose router, not sensitivity; leave it out",
-        ),
-        (
-            {"elastic__router_lr": 0.5, "elastic__choose": "search"},
-            "elastic.router_lr (0.5) is for elastic.choose router, not search; leave it out",
-        ),
-        ({"elastic__router_vote": 1.0}, "elastic.router_vote (1.0) is for elastic.router_start sensitivity"),
         ({"elastic__self_kl": 1.0, "elastic__kl": 0.0}, "elastic.self_kl needs elastic.full_ce, elastic.ce or elastic.kl"),
         (
             {"elastic__self_kl": 1.0, "elastic__full_ce": 1.0, "elastic__kl": 0.0, "elastic__baseline": ("separate",)},
@@ -427,6 +413,43 @@ def test_command_line_changes_the_preset_it_names():
             "--mode elastic --elastic.cost-batch 3",
             "elastic.cost_batch (3) is for elastic.cost memory or latency; leave it out, or give that",
         ),
+        (
+            "--mode elastic --elastic.choose-seed 1",
+            "elastic.choose_seed (1) is for elastic.choose random or search; leave it out, or give that",
+        ),
+        (
+            "--mode elastic --elastic.choose-seed 1 --elastic.choose sensitivity",
+            "elastic.choose_seed (1) is for elastic.choose random or search; leave it out, or give that",
+        ),
+        (
+            "--mode elastic --preset smoke --elastic.choose fixed --elastic.router-start sensitivity",
+            "elastic.router_start (sensitivity) is for elastic.choose router; leave it out, or give that",
+        ),
+        (
+            "--mode elastic --elastic.choose sensitivity --elastic.search-share .5",
+            "elastic.search_share (0.5) is for elastic.choose router; leave it out, or give that",
+        ),
+        (
+            "--mode elastic --elastic.choose search --elastic.router-lr .5",
+            "elastic.router_lr (0.5) is for elastic.choose router; leave it out, or give that",
+        ),
+        (
+            "--mode elastic --elastic.choose fixed --elastic.router-weight 2",
+            "elastic.router_weight (2.0) is for elastic.choose router; leave it out, or give that",
+        ),
+        (
+            "--mode elastic --elastic.choose random --elastic.mask top1",
+            "elastic.mask (top1) is for elastic.choose router; leave it out, or give that",
+        ),
+        (
+            "--mode elastic --preset smoke --elastic.router-vote 1",
+            "elastic.router_vote (1.0) is for elastic.choose router and elastic.router_start sensitivity; "
+            "leave it out, or give that",
+        ),
+        (
+            "--mode elastic --preset smoke --elastic.router-start sensitivity --elastic.router-bias 2",
+            "elastic.router_bias (2.0) is for elastic.choose router that starts full; leave it out, or give that",
+        ),
     ],
 )
 def test_settings_that_the_mode_does_not_read_are_refused(empty_folder, capsys, argv, said):
@@ -446,6 +469,9 @@ def test_settings_that_the_mode_does_not_read_are_refused(empty_folder, capsys, 
         "--preset qwen3-1.7b-rlp --rlp.reward match",
         "--rlp.inner-epochs 2 --rlp.eps-low .1 --data.path x --data.text-key t --dry-run --dry-run-gpus 2",
         "--mode elastic --elastic.cost memory --elastic.cost-batch 3 --elastic.long-len 1024",
+        "--mode elastic --elastic.choose fixed",
+        "--mode elastic --elastic.choose random --elastic.choose-seed 3",
+        "--mode elastic --elastic.router-start sensitivity --elastic.router-vote 3 --elastic.search-share .5",
     ],
 )
 def test_what_the_base_and_all_figures_hang_on_is_read_in_every_mode(argv):

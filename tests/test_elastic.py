@@ -1130,6 +1130,32 @@ def test_a_router_that_was_told_chooses_that():
             assert_close(row, expected)
 
 
+def steps_outside(choice, *ends):
+    """How many widths further than those of its neighbours a choice goes, over all decisions."""
+    return sum(
+        max(0, min(one, other) - k, k - max(one, other))
+        for axis, picked in choice.items()
+        for k, one, other in zip(picked, *(end[axis] for end in ends), strict=True)
+    )
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_between_two_budgets_widths_lie_between_theirs(seed):
+    """What neither of them has was trained in none; the full model is a neighbour too. Where a cost cannot be met so
+    (the two differ in coarse steps), one or two steps away it is."""
+    router = cpu_router()
+    told = {b: routers.at_random(router, b, seed) for b in (0.75, 0.5)}
+    router.settle(told)
+    full = router.choice(1.0)
+    assert full == router.space.extreme()
+    assert {b: router.choice(b) for b in told} == told
+    for budget, ends in ((0.9375, (full, told[0.75])), (0.875, (full, told[0.75])), (0.6875, (told[0.75], told[0.5])),
+                         (0.5625, (told[0.75], told[0.5]))):  # fmt: skip
+        choice = router.choice(budget)
+        assert router.off(choice, budget) < 0.006
+        assert steps_outside(choice, *ends) <= (0 if full in ends else 2)
+
+
 def test_random_widths_meet_their_budget_and_differ_by_seed():
     router = cpu_router()
     for budget in (0.5, 0.75):
@@ -1570,6 +1596,29 @@ def test_sequences_that_train_all_budgets_weigh_their_losses_by_hand(step):
     assert_close(total.detach(), expected, **EXACT)
     assert_close(found, sums, **EXACT)
     assert {name for name in metrics if name.startswith("loss_")} == {"loss_1", "loss_0.75", "loss_0.5"}
+
+
+@pytest.mark.parametrize("draws", [1, 2])
+def test_the_mean_over_draws_between_the_largest_and_the_least_is_the_loss_of_all(draws):
+    """Five budgets, .2 .1 .3 .15 .25 in stage 2: by enumeration of what is drawn of the three between, with its
+    probability. A step trains the ends and no more than was drawn, for one pass of the parent."""
+    model, batch = tiny_model(), batch_of([0, 0])
+    weights = (0.2, 0.1, 0.3, 0.15, 0.25)
+    changes = {"together": True, "budgets": (1.0, 0.85, 0.75, 0.6, 0.5), "long_share": 1.0, "long_weights": weights}
+    every, some = (make_objective(model, **changes, draws=n) for n in (3, draws))
+    assert every.c.between(7) == {}
+    drawn_with = some.c.between(7)
+    assert drawn_with == pytest.approx({1: 0.1 / 0.55, 2: 0.3 / 0.55, 3: 0.15 / 0.55})
+    assert some.c.shares_together(7) == pytest.approx([1, *(1 - (1 - p) ** draws for p in drawn_with.values()), 1])
+    expected = loss_of(every, model, batch, step=7)[0].detach()
+    mean = 0.0
+    for drawn in itertools.product((1, 2, 3), repeat=draws):
+        total, _, metrics = loss_of(some, model, batch | {"drawn_Bk": torch.tensor([drawn, drawn])}, step=7)
+        assert {name for name in metrics if name.startswith("loss_")} == {
+            f"loss_{some.c.budgets[n]:g}" for n in (0, 4, *drawn)
+        }
+        mean += math.prod(drawn_with[n] for n in drawn) * total.detach()
+    assert_close(mean, expected, **EXACT)
 
 
 @pytest.mark.parametrize(("together", "n_full"), [(True, 1), (False, 2)])

@@ -109,8 +109,29 @@ def test_all_parts_of_a_batch_have_the_same_budgets(corpus):
 
 def test_no_budget_is_drawn_where_every_sequence_trains_all(corpus):
     assert "budget_B" not in elastic_batch(corpus, with_elastic(together=True), 3)
-    with pytest.raises(ValueError, match=r"elastic.draws \(2\) must be 1 with elastic.together"):
+    with pytest.raises(ValueError, match=r"elastic.draws \(2\) must be 1 at most with elastic.together"):
         with_elastic(together=True, draws=2).check()
+
+
+def test_budgets_between_the_ends_are_drawn_for_sequences_that_train_several(corpus):
+    """Alike in stage 1, by their weights in stage 2, one of which is 0 here; every row has the same."""
+    config = with_elastic(
+        together=True, draws=2, budgets=(1.0, 0.9, 0.75, 0.6, 0.5), steps=120, long_share=0.5,
+        long_weights=(0.2, 0.0, 0.2, 0.2, 0.2),
+    )  # fmt: skip
+    assert config.elastic.check() is None
+    seen = {False: collections.Counter(), True: collections.Counter()}
+    for step in range(0, 120, 2):
+        drawn_Bk = elastic_batch(corpus, config, step)["drawn_Bk"]
+        assert drawn_Bk.shape == ((2, 2) if step >= 60 else (4, 2))
+        assert (drawn_Bk == drawn_Bk[0]).all()
+        seen[step >= 60].update(drawn_Bk[0].tolist())
+    assert seen[False].keys() == {1, 2, 3}
+    assert seen[True].keys() == {2, 3}
+    for counts in seen.values():
+        assert min(counts.values()) > 60 / len(counts) / 2
+    no_weight = replace(config, elastic=replace(config.elastic, long_weights=(0.5, 0, 0, 0, 0.5)))
+    assert "drawn_Bk" not in elastic_batch(corpus, no_weight, 119)
 
 
 @pytest.mark.parametrize(("long_batch", "rows", "n_tokens"), [(0, 2, 4 * 128 + 2 * 128), (3, 3, 4 * 128 + 2 * 192)])

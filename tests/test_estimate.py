@@ -177,6 +177,11 @@ def test_sequences_that_train_all_budgets_share_the_parents_pass():
     (phase,) = estimate.phases(run_of("elastic", elastic=c))
     assert phase.flops == pytest.approx({"teacher": f, "student": 3 * f + 3 * g})
     shape = dataclasses.replace(PRESETS["cpu"].model, vocab_size=1024)
+    c = ElasticConfig(steps=10, batch=4, seq_len=256, long_share=0.0, search_share=0.0, budgets=(1.0, 0.8, 0.65, 0.5),
+                      long_weights=(1, 1, 1, 1), together=True)  # fmt: skip
+    sizes = [estimate.forward_flops(s, 4, 256) for s in estimate.family(shape, c)]
+    (phase,) = estimate.phases(dataclasses.replace(run_of("elastic", elastic=c), model=shape))
+    assert phase.flops["student"] == pytest.approx(3 * (sizes[0] + (sizes[1] + sizes[2]) / 2 + sizes[3]))  # one is drawn
     f, _, g = (estimate.forward_flops(s, 1, 256) for s in estimate.family(shape, PRESETS["cpu"].elastic))
     assert (f / 3 + 3 * g) / (f + 3 * f) < 0.55
 

@@ -209,17 +209,20 @@ def elastic_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tensor
 
     budget_B: the index in elastic.budgets that each sequence trains, drawn uniformly in stage 1, by
     elastic.long_weights in stage 2 (eq. 18 and 19): `elastic.draws` of them, over and over, so that
-    every part of a batch has the same ones. There is none where each trains all, elastic.together.
+    every part of a batch has the same ones. With elastic.together each sequence trains several:
+    drawn_Bk are, in every row, those between the largest and the least, if not all of them train.
     """
     c = config.elastic
     is_long = step >= c.stage_1_steps()
     n_rows, seq_len = (c.long_rows(), c.long_len) if is_long else (c.batch, c.seq_len)
     batch = mixture(corpus, config, config.warmup.steps + step, n_rows, seq_len)
-    if c.together:
+    among = c.between(step) if c.together else dict(enumerate(c.budget_weights(step)))
+    if not among:
         return batch
     rng = random.Random(f"budget-{config.seed}-{step}")
-    drawn = rng.choices(range(len(c.budgets)), c.budget_weights(step), k=c.draws)
-    return {**batch, "budget_B": torch.tensor(drawn).repeat(n_rows // c.draws)}
+    drawn = torch.tensor(rng.choices(list(among), list(among.values()), k=c.draws))
+    return {**batch, **({"drawn_Bk": drawn.expand(n_rows, -1)} if c.together else
+                        {"budget_B": drawn.repeat(n_rows // c.draws)})}
 
 
 # ----------------------------------------------------------------------- contexts to think about

@@ -179,8 +179,8 @@ def elastic_phases(config: Config) -> list[Phase]:
         for name, n_steps, students in (
                 (f"{stage}, search", settled - begin, [whole] * len(sizes)),
                 (stage, end - settled, [forward_flops(s, n_rows, seq_len) for s in sizes])):
-            if c.together:  # every sequence at every budget; the full model's pass is there already
-                weights, n_teachers = [1.0] * len(sizes), int(c.kl > 0)
+            if c.together:  # every sequence at several; the full model's pass is there already
+                weights, n_teachers = c.shares_together(begin), int(c.kl > 0)
             student = 3 * sum(w * f for w, f in zip(weights, students, strict=True))
             if n_steps:
                 teacher = {"teacher": n_teachers * whole} if n_teachers else {}
