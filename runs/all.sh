@@ -27,9 +27,9 @@ if [ "$preset" = cpu ]; then  # random positions, where thinking pays
     preset=computed seeds "0 1 2 3 4" --arms rlp
     preset=computed seeds "0 1 2" --arms cpt
 fi
-seeds "0 1 2 3 4" --what elastic --arms elastic
-seeds "0 1 2" --what elastic --arms elastic-sensitivity elastic-drawn elastic-third elastic-hand \
-    elastic-unturned elastic-units elastic-order
+seeds "0 1 2 3 4" --what elastic --arms elastic elastic-third
+seeds "0 1 2" --what elastic --arms elastic-five elastic-sensitivity elastic-drawn elastic-full \
+    elastic-hand elastic-unturned elastic-units elastic-order
 seeds "0" --what elastic & others=$!
 seeds "0" --what rates
 wait $others

@@ -44,7 +44,8 @@ PRESETS: dict[str, Config] = {
         sft=SFTConfig(steps=200, batch=8, lr=2e-3, muon_lr=0.005, decay=1.0),
         rlvr=RLVRConfig(steps=150, batch=32, lr=2e-4, decay=0.5),
         elastic=ElasticConfig(steps=900, batch=8, lr=3e-3, muon_lr=0.02, decay=1.0,
-                              together=True, router_width=64, long_weights=(0.2, 0.3, 0.5))),
+                              router_start="sensitivity", search_share=0.1, router_width=64,
+                              together=True, long_weights=(0.2, 0.3, 0.5))),
     # Every part runs, nothing is learned: for tests and for a first look at the code.
     # Command:   python train.py --mode rlp --preset smoke
     # Hardware:  one CPU core, for seconds.

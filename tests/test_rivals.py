@@ -51,12 +51,12 @@ def test_every_arm_of_elastic_is_a_valid_command_with_a_name_in_the_table(arm):
     """It changes one setting of the default or, at a third of the steps, one more; but for orders of several axes."""
     config, default = train.parse(program_of_rivals.ELASTIC[arm].split()).check(), train.parse([]).elastic
     assert config.mode == "elastic"
-    assert f"{arm}-cpu" in {"elastic-cpu", *families.FAMILIES, *families.THIRDS, *families.RANDOM}
+    assert f"{arm}-cpu" in {"elastic-cpu", *families.FAMILIES, *families.THIRDS, *families.RANDOM, families.FIVE}
     changed = {name for name, value in vars(config.elastic).items() if value != getattr(default, name)} - {"choose_seed"}
     if f"{arm}-cpu" in {*families.THIRDS, *families.RANDOM}:
         assert config.elastic.steps == default.steps // 3
         changed -= {"steps"}
-    by_hand = {"elastic-unturned": 1, "elastic-units": 4, "elastic-order": 5, "elastic-drawn": 1}.get(arm, 0)
+    by_hand = {"unturned": 1, "units": 4, "order": 5, "drawn": 1, "full": 1, "five": 2}.get(arm.removeprefix("elastic-"), 0)
     expected = 1 + by_hand if by_hand else int(arm != "elastic-third")
     assert len(changed) == expected
 
@@ -293,7 +293,10 @@ def test_rows_of_families_pair_their_losses_by_seed():
     rows = families.third_rows(found)
     assert [row[0] for row in rows[1:]] == ["parent", "the router", "widths by hand"]
     assert rows[3][-3:] == ["+0.000", "+0.100", "+0.000"]
-    assert families.family_rows(found_of()) == families.third_rows(found_of()) == [[]]
+    assert families.family_rows(found_of()) == families.third_rows(found_of()) == families.five_rows(found_of()) == [[]]
+    five = found_of(elastic__five__cpu=[family(0, (1.1, 1.2, 1.3), baselines={"separate": alone})])
+    assert [row[0] for row in families.five_rows(five)[1:]] == ["parent", "elastic, one run", "alone, equal FLOPs in all"]
+    assert families.five_rows(five)[3] == separate
 
 
 def test_what_rivals_took_stands_beside_the_family_of_the_same_run():

@@ -462,6 +462,8 @@ def results(folder: Path) -> str:
     parts.append(ELASTIC)
     for title, rows in (("Elastic beside its rivals and variants", families.family_rows(found)),
                         ("What each took, for all its sizes", families.cost_rows(found)),
+                        ("Five sizes, of which each sequence trains three",
+                         families.five_rows(found)),
                         ("Single settings, at a third of the steps", families.third_rows(found)),
                         ("The router among random widths, at a third", families.router_rows(found)),
                         ("The order of units, while budgets train", families.curve_rows(found)),

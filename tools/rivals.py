@@ -81,12 +81,15 @@ ELASTIC = {"elastic": "--mode elastic --elastic.baseline separate minitron"} | {
         "sensitivity": "--elastic.choose sensitivity", "searched": "--elastic.choose search",
         "fifth": "--elastic.steps 600",
         "drawn": "--elastic.no-together --elastic.steps 2250",  # as many FLOPs
+        "five": "--elastic.budgets 1 .875 .75 .625 .5 --elastic.long-weights .2 .1 .1 .1 .5 "
+                "--elastic.baseline separate",
         "third": THIRD,
         **{name: f"{THIRD} {words}" for name, words in {
             "alike": "--elastic.long-weights 1 1 1", "large": "--elastic.long-weights .5 .3 .2",
             "short": "--elastic.long-share 0", "long": "--elastic.long-share 1",
             "self": "--elastic.self-kl 1", "text": "--elastic.ce 1",
             "depth": "--elastic.depth-choices 6 5 4",
+            "full": "--elastic.router-start full --elastic.search-share .3",
             "search": "--elastic.choose search",
             **{f"random{i}": f"--elastic.choose random --elastic.choose-seed {i}"
                for i in range(8)},

@@ -15,11 +15,12 @@ THIRDS = {f"elastic-{name}-cpu": told for name, told in {  # at a third of the s
     "third": "the router", "alike": "stage 2, budgets alike",
     "large": "stage 2, the full one most, as in the paper", "short": "short texts alone",
     "long": "long texts alone", "self": "and taught by the full model", "text": "and by the text",
-    "depth": "the router, layers may go too",
+    "depth": "the router, layers may go too", "full": "the router, begun at full widths",
     "search": "the best of 50 random widths, untrained", "hand": "widths by hand",
     "unturned": "by hand, stream not turned", "units": "by hand, units in random order",
     "order": "by hand, units and stream in random order"}.items()}
 ORDERS = [f"elastic-{name}-cpu" for name in ("hand", "unturned", "units", "order")]
+FIVE = "elastic-five-cpu"  # sizes, of which each sequence trains three
 RANDOM = [f"elastic-random{i}-cpu" for i in range(8)]
 
 
@@ -74,6 +75,12 @@ def family_rows(found: Found) -> list[list[str]]:
     others = {told: arm(runs, name) for name, told in RIVALS.items() if name != "elastic"}
     return arm_rows((RIVALS["elastic"], runs), others | {
         told: arm(found[kind]) for kind, told in FAMILIES.items()})
+
+
+def five_rows(found: Found) -> list[list[str]]:
+    """Five sizes for about the cost of three, beside those below the full one alone."""
+    return arm_rows((RIVALS["elastic"], found[FIVE]), {
+        told: arm(found[FIVE], name) for name, told in RIVALS.items() if name != "elastic"})
 
 
 def cost_rows(found: Found) -> list[list[str]]:
