@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import Block
-from nested import Masks, Widths, full_widths, in_groups
+from nested import Masks, Widths, in_groups
 from system import parallel
 from system.config import WIDTH_FIELDS, ElasticConfig, ModelConfig
 from system.costs import axis_sizes, part_cache_bytes, part_flops, part_parameters, sum_of_parts
@@ -306,11 +306,12 @@ class Router(nn.Module):
     @torch.no_grad()
     def choice(self, budget: float) -> Choice:
         """The likeliest, repaired to meet a budget. Between two trained budgets every width lies
-        between theirs, or as near to that as the budget allows."""
+        between theirs, or as near to that as the budget allows. Raises ValueError for one that
+        lies outside of all."""
+        around = [self.settings.budgets[i] for i in self.one_hot(budget).nonzero()]
         if self.is_full(budget):
             return self.space.extreme()
         logp = {a: v.log_softmax(-1) for a, v in self(budget).items()}
-        around = [self.settings.budgets[i] for i in self.one_hot(budget).nonzero()]
         if len(around) > 1:
             larger, smaller = map(self.choice, around)
             for a, rows in logp.items():
@@ -322,11 +323,8 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def choose(self, budget: float, or_none: bool = False) -> Widths | None:
-        """The likeliest widths, repaired to meet a budget. Raises ValueError for one unknown, and
-        for one that no widths come near, unless None will do."""
-        self.one_hot(budget)
-        if self.is_full(budget):
-            return full_widths(self.space.config)
+        """The widths of that choice. Raises ValueError for a budget outside of all, and for one
+        that no widths come near, unless None will do."""
         choice = self.choice(budget)
         if or_none and self.off(choice, budget) > MET:
             return None
