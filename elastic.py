@@ -42,6 +42,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 import nested
 from kernels import selected_logp, wide
 from model import HybridLM, Inside
+from nested import Widths
 from routers import (
     FULL_VOTE,
     Choice,
@@ -314,13 +315,23 @@ def load_family(run_dir: Path) -> tuple[HybridLM, Router, Tokenizer, Config]:
     return model, router, tokenizer, config
 
 
+def widths_for(router: Router, budget: float) -> Widths:
+    """`Router.choose`, with a warning where nobody trained what it chooses."""
+    widths, share = router.choose(budget), router.one_hot(budget)
+    if share.max() < 1:
+        less = router.settings.budgets[int(share.nonzero()[-1])]
+        warn(f"budget ({budget:g}) lies between trained ones: nobody trained its widths, and it "
+             f"may do worse than {less:g}, which was trained")
+    return widths
+
+
 def extract(run_dir: Path, budget: float, out: Path) -> dict:
     """Write the model of a budget as a run. Returns its facts. Raises ValueError before writing."""
     # 1. load and cut
     file = out / "config.json"
     require(not file.exists(), f"out ({out}) already holds a run; choose another --out")
     model, router, _, config = load_family(run_dir)
-    began, widths = time.perf_counter(), router.choose(budget)
+    began, widths = time.perf_counter(), widths_for(router, budget)
     small = nested.submodel(model, widths)
     # 2. write: the weights, where they come from, their settings
     origin = {"extracted_from": str(run_dir), "budget": budget}

@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 from torch import Tensor
 
-from elastic import load_family
+from elastic import load_family, widths_for
 from model import HybridLM
 from nested import Widths, hand_over, submodel
 from system.config import ModelConfig, RLPConfig
@@ -54,7 +54,7 @@ def talk(run: tyro.conf.Positional[Path], prompt: tyro.conf.Positional[str],
         print(answer(*load_model(run)))
         return
     family, router, tokenizer, config = load_family(run)
-    sizes = {b: router.choose(b) for b in (*budget, *([read] if read is not None else []))}
+    sizes = {b: widths_for(router, b) for b in (*budget, *([read] if read is not None else []))}
     reader = submodel(family, sizes[read]) if read is not None else None
     for b in budget:  # each size is known before one answers
         small = submodel(family, sizes[b])  # in place of the one before: one at a time in memory

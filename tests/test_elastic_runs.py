@@ -590,6 +590,17 @@ def extracted(finished, tmp_path_factory):
     return out
 
 
+def test_a_size_that_nobody_trained_comes_with_a_warning(finished, tmp_path, capsys):
+    """It names the next smaller one that was trained; trained ones come without."""
+    for budget, warning in (("0.6", "budget (0.6) lies between trained ones"), ("0.75", ""), ("1", "")):
+        assert extract.main([str(finished), "--budget", budget, "--out", str(tmp_path / budget)]) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert (warning in said) if warning else ("warning" not in said)
+        assert ("may do worse than 0.5, which was trained" in said) == bool(warning)
+    assert generate.main([str(finished), PROMPT, "--budget", "0.8", "0.5"]) == 0
+    assert "may do worse than 0.75, which was trained" in " ".join(capsys.readouterr().out.split())
+
+
 def test_an_extracted_model_is_the_submodel_of_its_family(finished, extracted):
     small, *_ = rundir.load_run(extracted)
     model, router, *_ = elastic.load_family(finished)
