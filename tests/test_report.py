@@ -135,6 +135,9 @@ def test_right_answers_of_sizes_are_shown_where_they_were_measured(made_up, tmp_
     assert rows["  sum"] == rows["right, sampled"] == rows["right, greedy"]
     assert rows["  won, lost (p)"][1] == "3, 10 (0.09)"
     assert "greedy accuracy, of the parent's | 75% (75% to 75%) | 50% (50% to 50%) |" in report.elastic_table([made_up] * 2)
+    beside = made_up | {"baselines": {"separate": made_up["budgets"][::-1]}}
+    shown = report.elastic_table([made_up, beside])
+    assert "| alone, equal FLOPs in all: greedy accuracy (1 seed) | 50% (50% to 50%) | 75% (75% to 75%) |" in shown
     silent = json.loads(json.dumps(made_up))
     silent["teacher"]["accuracy"]["greedy"]["all"] = leaf(0.0)
     assert "greedy" not in report.elastic_table([made_up, silent])

@@ -70,7 +70,7 @@ def position_table(found: dict[str, list[dict]]) -> str:
 
 
 def elastic_table(runs: list[dict]) -> str:
-    """A family over its seeds, and how far the losses of sizes alone are from it."""
+    """A family over its seeds, and how far sizes alone are from it."""
     sizes = [run["budgets"] for run in runs]
     rows = [[n_seeds(runs), *view.budget_heads(runs[0])],
             ["parameters, mean", *(f"{statistics.mean(e['parameters'] for e in size):,.0f}"
@@ -79,23 +79,28 @@ def elastic_table(runs: list[dict]) -> str:
             *([f"{how} accuracy, of the parent's", *(
                 view.cell(view.over_seeds(size), ".0%") for size in shares)]
               for how in ("sampled", "greedy") if (shares := kept(runs, how)))]
-    if alone := [run["baselines"]["separate"] for run in runs if "separate" in run["baselines"]]:
-        fewer = f" ({n_seeds(alone)})" if len(alone) < len(runs) else ""
-        rows.append([f"{view.RIVALS['separate']}: nats minus elastic{fewer}",
+    if beside := [run for run in runs if "separate" in run["baselines"]]:
+        fewer = f" ({n_seeds(beside)})" if len(beside) < len(runs) else ""
+        told, alone = view.RIVALS["separate"], [run["baselines"]["separate"] for run in beside]
+        if shares := kept(beside, "greedy", "separate"):
+            rows.append([f"{told}: greedy accuracy{fewer}", *(
+                view.cell(view.over_seeds(size), ".0%") for size in shares)])
+        rows.append([f"{told}: nats minus elastic{fewer}",
                      *over_sizes(alone, "difference_nats", "+.3f")])
     return view.markdown(rows)
 
 
-def kept(runs: list[dict], how: str) -> list[list[dict]]:
-    """For each budget, and in it each seed, the share of the parent's accuracy that is kept;
-    nothing where a run did not measure it."""
+def kept(runs: list[dict], how: str, rival: str = "") -> list[list[dict]]:
+    """For each budget, and in it each seed, the share of the parent's accuracy that the family
+    keeps, or a rival; nothing where a run did not measure it."""
     if not runs or not all("accuracy" in run["teacher"] for run in runs):
         return []
     parents = [run["teacher"]["accuracy"][how]["all"]["mean"] for run in runs]
     if not all(parents):  # one that answers nothing keeps nothing
         return []
-    shares = [[e["accuracy"][how]["all"]["mean"] / parent for e in run["budgets"]]
-              for run, parent in zip(runs, parents, strict=True)]
+    families = [run["baselines"][rival] if rival else run["budgets"] for run in runs]
+    shares = [[e["accuracy"][how]["all"]["mean"] / parent for e in family]
+              for family, parent in zip(families, parents, strict=True)]
     return [[{"mean": x, "low": x, "high": x} for x in size] for size in zip(*shares, strict=True)]
 
 
