@@ -33,7 +33,8 @@ KIND_OF = {axis: kind for kind, axes in AXES_OF.items() for axis in axes}
 LETTER = {"d_model": "D", "ffn": "F", "mamba_heads": "H", "mamba_channels": "P", "attn_heads": "H"}
 SERVED_BYTES = 2  # of a weight and of a cached key or value, where memory is the cost: bf16
 FULL_VOTE = 10.0  # logit of the full width at the full budget
-OUTSIDE = 1e3  # nats that a choice outside of both neighbours' loses for each step away
+OUTSIDE = 1e3  # nats that a width outside of both neighbours' loses, between two budgets
+N_LOWER = 16  # how many costs are tried from such a budget down to the smaller neighbour's
 DEAD_ZONE = 0.01  # relative distance from the budget that costs nothing
 MET = 0.02  # relative distance up to which a budget is met
 TABLES = {"-": "ffn", "*": "attention", "M": "mamba"}
@@ -306,20 +307,27 @@ class Router(nn.Module):
     @torch.no_grad()
     def choice(self, budget: float) -> Choice:
         """The likeliest, repaired to meet a budget. Between two trained budgets every width lies
-        between theirs, or as near to that as the budget allows. Raises ValueError for one that
-        lies outside of all."""
+        between theirs, for others were trained in none; where no such choice comes near, it costs
+        less. Raises ValueError for a budget outside of all."""
         around = [self.settings.budgets[i] for i in self.one_hot(budget).nonzero()]
         if self.is_full(budget):
             return self.space.extreme()
         logp = {a: v.log_softmax(-1) for a, v in self(budget).items()}
-        if len(around) > 1:
-            larger, smaller = map(self.choice, around)
-            for a, rows in logp.items():
-                k = torch.arange(rows.shape[1], device=rows.device)
-                for j, (one, other) in enumerate(zip(larger[a], smaller[a], strict=True)):
-                    rows[j] -= OUTSIDE * (min(one, other) - k).clamp(0)
-                    rows[j] -= OUTSIDE * (k - max(one, other)).clamp(0)
-        return fit_to_budget(logp, self, budget)
+        if len(around) == 1:
+            return fit_to_budget(logp, self, budget)
+        larger, smaller = map(self.choice, around)
+        ends = {a: [sorted(pair) for pair in zip(larger[a], smaller[a], strict=True)] for a in logp}
+        for a, rows in logp.items():
+            for row, (low, high) in enumerate(ends[a]):
+                rows[row, :low] -= OUTSIDE
+                rows[row, high + 1 :] -= OUTSIDE
+        most, least = map(self.fraction, (budget, around[1]))
+        for step in range(N_LOWER):
+            choice = fit_to_budget(logp, self, most - (most - least) * step / N_LOWER)
+            if all(low <= k <= high for a, picked in choice.items()
+                   for k, (low, high) in zip(picked, ends[a], strict=True)):
+                return choice
+        return smaller
 
     @torch.no_grad()
     def choose(self, budget: float, or_none: bool = False) -> Widths | None:
