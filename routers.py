@@ -33,8 +33,9 @@ KIND_OF = {axis: kind for kind, axes in AXES_OF.items() for axis in axes}
 LETTER = {"d_model": "D", "ffn": "F", "mamba_heads": "H", "mamba_channels": "P", "attn_heads": "H"}
 SERVED_BYTES = 2  # of a weight and of a cached key or value, where memory is the cost: bf16
 FULL_VOTE = 10.0  # logit of the full width at the full budget
-OUTSIDE = 1e3  # nats that a width outside of both neighbours' loses, between two budgets
-N_LOWER = 16  # how many costs are tried from such a budget down to the smaller neighbour's
+# Nats that a width above or below both neighbours' loses, for all of its axis: what is above was
+# trained by the larger ones, what is cut below was cut in none.
+ABOVE, BELOW = 1e2, 1e3
 DEAD_ZONE = 0.01  # relative distance from the budget that costs nothing
 MET = 0.02  # relative distance up to which a budget is met
 TABLES = {"-": "ffn", "*": "attention", "M": "mamba"}
@@ -306,9 +307,8 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def choice(self, budget: float) -> Choice:
-        """The likeliest, repaired to meet a budget. Between two trained budgets every width lies
-        between theirs, for others were trained in none; where no such choice comes near, it costs
-        less. Raises ValueError for a budget outside of all."""
+        """The likeliest, repaired to meet a budget; between two trained budgets with widths between
+        theirs, or above both, as far as that can be. Raises ValueError for one outside of all."""
         around = [self.settings.budgets[i] for i in self.one_hot(budget).nonzero()]
         if self.is_full(budget):
             return self.space.extreme()
@@ -316,18 +316,14 @@ class Router(nn.Module):
         if len(around) == 1:
             return fit_to_budget(logp, self, budget)
         larger, smaller = map(self.choice, around)
-        ends = {a: [sorted(pair) for pair in zip(larger[a], smaller[a], strict=True)] for a in logp}
-        for a, rows in logp.items():
-            for row, (low, high) in enumerate(ends[a]):
-                rows[row, :low] -= OUTSIDE
-                rows[row, high + 1 :] -= OUTSIDE
-        most, least = map(self.fraction, (budget, around[1]))
-        for step in range(N_LOWER):
-            choice = fit_to_budget(logp, self, most - (most - least) * step / N_LOWER)
-            if all(low <= k <= high for a, picked in choice.items()
-                   for k, (low, high) in zip(picked, ends[a], strict=True)):
-                return choice
-        return smaller
+        for a, widths in self.space.choices.items():
+            w = torch.tensor(widths) / widths[0]
+            for j, ends in enumerate(zip(larger[a], smaller[a], strict=True)):
+                above, below = w - w[min(ends)], w[max(ends)] - w
+                logp[a][j] -= (ABOVE * above.clamp(0) + BELOW * below.clamp(0)).to(logp[a])
+        return max((fit_to_budget(logp, self, (1 - off * MET) * self.fraction(budget))
+                    for off in (0.0, 0.5, 0.75)), key=lambda choice: sum(
+            float(logp[a][j, k]) for a, picked in choice.items() for j, k in enumerate(picked)))
 
     @torch.no_grad()
     def choose(self, budget: float, or_none: bool = False) -> Widths | None:

@@ -1131,9 +1131,9 @@ def test_a_router_that_was_told_chooses_that():
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_between_two_budgets_widths_lie_between_theirs(seed):
-    """What neither of them has was trained in none; the full model is a neighbour too. Where a cost cannot be met so (the
-    two differ in coarse steps), the choice costs less, and is refused with what it costs if that is 2 % or more."""
+def test_between_two_budgets_no_width_is_below_both_neighbours(seed):
+    """Such a cut was trained in neither. Nor above both, where the full model is one; else where coarse steps of the stream
+    leave nothing between them, units above were trained by larger sizes."""
     router = cpu_router()
     told = {b: routers.at_random(router, b, seed) for b in (0.75, 0.5)}
     router.settle(told)
@@ -1143,16 +1143,10 @@ def test_between_two_budgets_widths_lie_between_theirs(seed):
     for budget, larger, smaller in ((0.9375, full, told[0.75]), (0.875, full, told[0.75]),
                                     (0.6875, told[0.75], told[0.5]), (0.5625, told[0.75], told[0.5])):  # fmt: skip
         choice = router.choice(budget)
+        assert router.off(choice, budget) < 0.02
         for axis, picked in choice.items():
             for k, one, other in zip(picked, larger[axis], smaller[axis], strict=True):
-                assert min(one, other) <= k <= max(one, other)
-        cost, least = (router.costs.exact(c, router.depth_order) / router.full_cost for c in (choice, smaller))
-        assert min(least, 0.994 * budget) <= cost <= 1.006 * budget
-        assert larger is not full or cost >= 0.994 * budget
-        if cost < 0.98 * budget:
-            with pytest.raises(ValueError, match=rf"cannot be met within 2 %: the nearest choice has {cost:.4f}"):
-                router.choose(budget)
-            assert router.choose(cost) == router.space.widths(choice, router.depth_order)
+                assert (min(one, other) if larger is full else 0) <= k <= max(one, other)
 
 
 def test_random_widths_meet_their_budget_and_differ_by_seed():
