@@ -316,14 +316,17 @@ class Router(nn.Module):
         if len(around) == 1:
             return fit_to_budget(logp, self, budget)
         larger, smaller = map(self.choice, around)
+        away = {a: torch.zeros_like(v) for a, v in logp.items()}
         for a, widths in self.space.choices.items():
             w = torch.tensor(widths) / widths[0]
             for j, ends in enumerate(zip(larger[a], smaller[a], strict=True)):
                 above, below = w - w[min(ends)], w[max(ends)] - w
-                logp[a][j] -= (ABOVE * above.clamp(0) + BELOW * below.clamp(0)).to(logp[a])
-        return max((fit_to_budget(logp, self, (1 - off * MET) * self.fraction(budget))
-                    for off in (0.0, 0.5, 0.75)), key=lambda choice: sum(
-            float(logp[a][j, k]) for a, picked in choice.items() for j, k in enumerate(picked)))
+                away[a][j] = ABOVE * above.clamp(0) + BELOW * below.clamp(0)
+        logp = {a: v - away[a] for a, v in logp.items()}
+        tries = [fit_to_budget(logp, self, (1 - less * MET) * self.fraction(budget))
+                 for less in (0.0, 0.5, 0.75)]
+        return min(tries, key=lambda choice: sum(  # the first of equals
+            float(away[a][j, k]) for a, picked in choice.items() for j, k in enumerate(picked)))
 
     @torch.no_grad()
     def choose(self, budget: float, or_none: bool = False) -> Widths | None:

@@ -470,7 +470,8 @@ def test_dropping_finished_rows_changes_nothing(model, horizon, forced_Rl):
 def talked(monkeypatch):
     """What the program asks to be thought: a run's model or, by budget, the models of its family; .3, 5 tokens."""
     asked, settings = [], RLPConfig(temperature=0.3, thought_len=5, back=3)
-    router, config = SimpleNamespace(choose=lambda budget: f"widths of {budget:g}"), SimpleNamespace(rlp=settings)
+    router = SimpleNamespace(choose=lambda budget: f"widths of {budget:g}", one_hot=lambda _: torch.ones(1))
+    config = SimpleNamespace(rlp=settings)
 
     def show(model, tokenizer, prompt, c, seed, back, read):
         asked.append((model, prompt, c.temperature, c.thought_len, seed, back))
