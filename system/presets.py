@@ -31,10 +31,10 @@ PRESETS: dict[str, Config] = {
     # The default: a base is trained once and kept; RLP, CPT and Elastic start from it.
     # Command:   python train.py --mode rlp    (or cpt, or elastic)
     # Hardware:  two CPU cores, 1.2 GiB of memory.
-    # Cost:      RLP 41 TFLOP, 10 to 14 minutes, 6 to 9 of them for the base; Elastic 51,
+    # Cost:      RLP 41 TFLOP, 10 to 14 minutes, 6 to 9 of them for the base; Elastic 50,
     #            by a hundred timed steps 20 to 22 minutes where there is AVX2 only.
     # Expected:  RLP raises the accuracy of sampled thoughts from .73 to .95 on made-up problems
-    #            (five seeds); 75 and 50 % of Elastic keep 101 and 98 % of the parent's greedy.
+    #            (five seeds); 75 and 50 % of Elastic keep 100 and 98 % of the parent's greedy.
     # Source:    settings of this project, for 777 thousand parameters; figures from results/.
     "cpu": Config(
         pretrain=PretrainConfig(steps=1900, batch=8, lr=3e-3, muon_lr=0.02, checkpoint_every=500),
