@@ -469,6 +469,8 @@ def results(folder: Path) -> str:
                         ("What each took, for all its sizes", families.cost_rows(found)),
                         ("Five sizes, of which each sequence trains three",
                          families.five_rows(found)),
+                        *((f"Between those five, seed {run['seed']}", view.between_rows(run))
+                          for run in found[families.FIVE]),
                         ("Single settings, at a third of the steps", families.third_rows(found)),
                         ("The router among random widths, at a third", families.router_rows(found)),
                         ("The order of units, while budgets train", families.curve_rows(found)),
