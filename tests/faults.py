@@ -179,7 +179,7 @@ FAULTS = [
     Fault("together_all_alike", "elastic.py", "weights[n] / sum(weights)", "1 / len(weights)", "elastic"),
     Fault("seldom_drawn_weighs_less", "elastic.py", ".double().mean()) / drawn[n]", ".double().mean())", "elastic"),
     Fault("ends_are_drawn_too", "system/config.py", "weights.pop(0, None)", "pass", "elastic"),
-    Fault("widths_below_both_neighbours", "routers.py", "BELOW * (w[high] - w)", "0 * (w[high] - w)", "elastic"),
+    Fault("widths_below_both_neighbours", "routers.py", "BELOW * below.clamp(0)", "0 * below.clamp(0)", "elastic"),
     Fault("rivals_cost_of_all_steps", "train.py", 'steps=ended.meta["step"]', "steps=9", "elastic_runs"),
     Fault("search_takes_the_worst", "elastic.py", "min(candidates, key=loss)", "max(candidates, key=loss)", "elastic"),
     Fault("votes_of_another_budget", "routers.py", "votes[j, k, n] = vote", "votes[j, k, 0] = vote", "elastic"),
