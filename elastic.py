@@ -42,7 +42,6 @@ from torch.utils.checkpoint import checkpoint as recompute
 import nested
 from kernels import selected_logp, wide
 from model import HybridLM, Inside
-from nested import Widths
 from routers import (
     FULL_VOTE,
     Choice,
@@ -315,7 +314,7 @@ def load_family(run_dir: Path) -> tuple[HybridLM, Router, Tokenizer, Config]:
     return model, router, tokenizer, config
 
 
-def widths_for(router: Router, budget: float) -> Widths:
+def widths_for(router: Router, budget: float) -> nested.Widths:
     """`Router.choose`, with a warning where nobody trained what it chooses."""
     widths, share = router.choose(budget), router.one_hot(budget)
     if share.max() < 1:

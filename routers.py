@@ -325,8 +325,8 @@ class Router(nn.Module):
         logp = {a: v - away[a] for a, v in logp.items()}
         tries = [fit_to_budget(logp, self, (1 - less * MET) * self.fraction(budget))
                  for less in (0.0, 0.5, 0.75)]
-        return min(tries, key=lambda choice: sum(  # the first of equals
-            float(away[a][j, k]) for a, picked in choice.items() for j, k in enumerate(picked)))
+        lost = {a: v.tolist() for a, v in away.items()}
+        return min(tries, key=lambda choice: score_of(lost, choice))  # the first of equals
 
     @torch.no_grad()
     def choose(self, budget: float, or_none: bool = False) -> Widths | None:
@@ -407,6 +407,11 @@ def unmeasured_router(config: ModelConfig, c: ElasticConfig) -> Router:
 # ------------------------------------------------------------------------------ choosing for a cost
 
 
+def score_of(scores: dict[str, list[list[float]]], choice: Choice) -> float:
+    """The sum over all decisions of what is chosen; scores: of each axis, decision and width."""
+    return sum(row[k] for a in scores for row, k in zip(scores[a], choice[a], strict=True))
+
+
 def fit_to_budget(logp: dict[str, Tensor], router: Router, budget: float) -> Choice:
     """The likeliest choice, changed where it must be to cost what the budget says.
 
@@ -422,8 +427,7 @@ def fit_to_budget(logp: dict[str, Tensor], router: Router, budget: float) -> Cho
 
     def rank(result: tuple[Choice, float]) -> tuple[float, float]:
         choice, gap = result
-        return max(gap, near), -sum(
-            row[k] for a in scores for row, k in zip(scores[a], choice[a], strict=True))
+        return max(gap, near), -score_of(scores, choice)
 
     # 2. from every width of the stream and every depth towards the target; the best of them
     starts = [{**likeliest, "d_model": [d], "depth": [n]} for d in range(len(scores["d_model"][0]))

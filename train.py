@@ -437,28 +437,29 @@ def train_rival(name: str, t: Trained, widths: dict[float, nested.Widths],
 def equal_flops(config: Config, shape: ModelConfig, budget: float, n_alone: int) -> int:
     """Steps that distil a budget's size alone, for one of n_alone equal shares of the FLOPs that
     the family takes."""
-    c = config.elastic
-    family, size = (estimate.steps_flops(
-        replace(config, mode="elastic", model=shape, elastic=e), None)
-                    for e in (c, one_size(c, budget)))
+    c, whole = config.elastic, replace(config, mode="elastic", model=shape)
+    family, size = (estimate.steps_flops(run, None) for run in (whole, of_one_size(whole, budget)))
     return round(c.steps * family / n_alone / size)
 
 
 def rival_flops(name: str, t: Trained, widths: dict[float, nested.Widths], run_dir: Path) -> float:
     """FLOPs that a baseline took for all its sizes, by the steps of its checkpoints; the parent's,
     which is its full size, left out."""
-    config, shape, total = t.config, t.objective.teacher.config, 0.0
+    whole, total = replace(t.config, mode="elastic", model=t.objective.teacher.config), 0.0
     for b, w in widths.items():
-        own, small = run_dir / f"{b:g}", replace(config, model=nested.shrink(shape, w))
-        phases = ({own / mode: replace(small, mode=mode) for mode in ("pretrain", "warmup")}
-                  if name == "scratch" else
-                  {own: replace(config, mode="elastic", model=shape,
-                                elastic=one_size(config.elastic, b))})
+        own, small = run_dir / f"{b:g}", replace(whole, model=nested.shrink(whole.model, w))
+        phases = {own: of_one_size(whole, b)} if name != "scratch" else {
+            own / mode: replace(small, mode=mode) for mode in ("pretrain", "warmup")}
         for folder, c in phases.items():
             if ended := rundir.newest(folder):
                 fit = replace(getattr(c, c.mode), steps=ended.meta["step"])
                 total += estimate.steps_flops(replace(c, **{c.mode: fit}), None)
     return total
+
+
+def of_one_size(config: Config, budget: float) -> Config:
+    """Settings of a run that distils a budget's size by itself, as its FLOPs are counted."""
+    return replace(config, elastic=one_size(config.elastic, budget))
 
 
 def one_size(c: ElasticConfig, budget: float) -> ElasticConfig:

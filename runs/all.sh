@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All of RESULTS.md but speed: every arm of RLP and Elastic and its seeds, two processes at a time;
-# then the tables. What has ended is kept, so it can be given again. Some twelve hours on two cores.
+# then the tables. What has ended is kept, so it can be given again. Some thirteen hours on two cores.
 #   runs/all.sh quick    RLP, CPT and Elastic (a third of its steps) of seed 0, about half an hour;
 #                        results/ stay as they are
 # PRESET=smoke: every part in minutes, nothing is learned. OUT: another folder. WORDS: of train.py.

@@ -464,15 +464,16 @@ class ElasticConfig(FitConfig):
     def between(self, step: int) -> dict[int, float]:
         """With elastic.together: the budgets between the largest and the least, by number, each
         with the probability that a draw takes it; none where all of them train anyway."""
-        weights = dict(enumerate(self.budget_weights(step)[:-1]))
-        weights.pop(0, None)
-        total = sum(weights.values())
-        return {n: w / total for n, w in weights.items()} if total and (
-            self.draws < len(weights)) else {}
+        weights = self.budget_weights(step)
+        inner = range(1, len(weights) - 1)
+        total = sum(weights[n] for n in inner)
+        return {n: weights[n] / total for n in inner} if total and self.draws < len(inner) else {}
 
-    def shares_together(self, step: int) -> list[float]:
-        """With elastic.together: the share of the steps like this one in which each budget trains,
-        whatever its weight."""
+    def passes(self, step: int) -> list[float]:
+        """How often a sequence passes through each budget at a step, on the mean over draws."""
+        if not self.together:
+            weights = self.budget_weights(step)
+            return [w / sum(weights) for w in weights]
         drawn = self.between(step)
         return [1 - (1 - drawn[n]) ** self.draws if n in drawn else 1.0
                 for n in range(len(self.budgets))]

@@ -1602,7 +1602,7 @@ def test_the_mean_over_draws_between_the_largest_and_the_least_is_the_loss_of_al
     assert every.c.between(7) == {}
     drawn_with = some.c.between(7)
     assert drawn_with == pytest.approx({1: 0.1 / 0.55, 2: 0.3 / 0.55, 3: 0.15 / 0.55})
-    assert some.c.shares_together(7) == pytest.approx([1, *(1 - (1 - p) ** draws for p in drawn_with.values()), 1])
+    assert some.c.passes(7) == pytest.approx([1, *(1 - (1 - p) ** draws for p in drawn_with.values()), 1])
     expected = loss_of(every, model, batch, step=7)[0].detach()
     mean = 0.0
     for drawn in itertools.product((1, 2, 3), repeat=draws):

@@ -170,17 +170,15 @@ def elastic_phases(config: Config) -> list[Phase]:
     for stage, begin, end, n_rows, seq_len in (
             ("stage 1", 0, n_short, c.batch, c.seq_len),
             ("stage 2", n_short, c.steps, c.long_rows(), c.long_len)):
-        drawn = c.budget_weights(begin)
-        weights = [w / sum(drawn) for w in drawn]
+        weights = c.passes(begin)
         whole = forward_flops(full, n_rows, seq_len)
-        n_teachers = (c.kl > 0) + (c.self_kl > 0) * sum(
-            w for w, b in zip(weights, c.budgets, strict=True) if b != 1)
+        n_teachers = int(c.kl > 0)
+        if c.self_kl > 0 and not c.together:  # together, the full model's pass is there already
+            n_teachers += sum(w for w, b in zip(weights, c.budgets, strict=True) if b != 1)
         settled = min(max(n_search, begin), end)
         for name, n_steps, students in (
                 (f"{stage}, search", settled - begin, [whole] * len(sizes)),
                 (stage, end - settled, [forward_flops(s, n_rows, seq_len) for s in sizes])):
-            if c.together:  # every sequence at several; the full model's pass is there already
-                weights, n_teachers = c.shares_together(begin), int(c.kl > 0)
             student = 3 * sum(w * f for w, f in zip(weights, students, strict=True))
             if n_steps:
                 teacher = {"teacher": n_teachers * whole} if n_teachers else {}

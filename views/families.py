@@ -69,18 +69,21 @@ def arm_rows(first: tuple[str, list[dict]], others: dict[str, Arm]) -> list[list
     return rows
 
 
+def beside_rivals(runs: list[dict], others: dict[str, Arm]) -> list[list[str]]:
+    """`arm_rows` of families, the rivals that they were trained beside, and others."""
+    rivals = {told: arm(runs, name) for name, told in RIVALS.items() if name != "elastic"}
+    return arm_rows((RIVALS["elastic"], runs), rivals | others)
+
+
 def family_rows(found: Found) -> list[list[str]]:
     """The default family, its rivals, and families that were trained otherwise."""
-    runs = found["elastic-cpu"]
-    others = {told: arm(runs, name) for name, told in RIVALS.items() if name != "elastic"}
-    return arm_rows((RIVALS["elastic"], runs), others | {
+    return beside_rivals(found["elastic-cpu"], {
         told: arm(found[kind]) for kind, told in FAMILIES.items()})
 
 
 def five_rows(found: Found) -> list[list[str]]:
     """Five sizes for about the cost of three, beside those below the full one alone."""
-    return arm_rows((RIVALS["elastic"], found[FIVE]), {
-        told: arm(found[FIVE], name) for name, told in RIVALS.items() if name != "elastic"})
+    return beside_rivals(found[FIVE], {})
 
 
 def cost_rows(found: Found) -> list[list[str]]:
