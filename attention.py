@@ -49,7 +49,7 @@ class KeyValues(NamedTuple):
 class Fixed(NamedTuple):
     """Keys and values, [B, K, U, P] each, in memory that stays where it is: there is room for U
     tokens, and the next one is written in place. No size hangs on how many there are, nor does the
-    processor know that, so a card can replay the step (`thoughts.Decoder`)."""
+    processor know that, so a card can replay the step (`thoughts.Replayed`)."""
 
     keys: Tensor
     values: Tensor

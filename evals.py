@@ -37,7 +37,7 @@ from kernels import selected_logp, token_logp, wide
 from model import HybridLM
 from nested import Widths, hand_over
 from system import parallel
-from system.config import Config, ModelConfig
+from system.config import N_VALIDATION, Config, ModelConfig
 from system.costs import count_parameters, part_cache_bytes, part_flops, sum_of_parts
 from text.batches import (
     Position,
@@ -56,7 +56,6 @@ from thoughts import Sampling, prefill, sample_thoughts, score_context, score_th
 
 # How much is worked on together: tokens in caches, numbers in a tensor of logits.
 TOKENS_AT_ONCE, LOGITS_AT_ONCE = 2**17, 2**28
-N_VALIDATION = 48  # validation problems of a family, at most
 
 
 def evaluate_base(model: HybridLM, corpus: Corpus, config: Config) -> dict:

@@ -276,15 +276,24 @@ class RLP(Objective):
     def warning(self, metrics: dict[str, float]) -> str | None:
         """Once, if hardly a group of the last LOOK_BACK steps taught anything: why, what helps."""
         self.recent.append(metrics)
-        share, floored, n_tokens = (statistics.fmean(m[name] for m in self.recent)
-                                    for name in ("no_signal", "floored", "thought_tokens"))
+        share, floored, right, n_tokens = (
+            statistics.fmean(found) if (found := [m[name] for m in self.recent if name in m])
+            else float("nan") for name in ("no_signal", "floored", "correct", "thought_tokens"))
         if self.warned or len(self.recent) < LOOK_BACK or share < 0.95:
             return None
         self.warned = True
-        why = (f"nearly all gains are below rlp.reward_floor ({self.config.reward_floor}); lower "
-               "it, or train the base longer" if floored > 0.9 else
-               f"the thoughts of a group are all alike ({n_tokens:.1f} tokens on the mean; 1 is an "
-               "empty thought); raise rlp.temperature, or start from a base whose thoughts differ")
+        if self.config.reward == "match" and right > 0.9:
+            why = (f"{right:.0%} of the answers are right already; give harder problems, such as "
+                   "those of --rlp.more-steps 1")
+        elif self.config.reward == "match" and right < 0.1:
+            why = f"only {right:.0%} of the answers are right; train the base longer"
+        elif self.config.reward != "match" and floored > 0.9:
+            why = (f"nearly all gains are below rlp.reward_floor ({self.config.reward_floor}); "
+                   "lower it, or train the base longer")
+        else:
+            why = (f"the thoughts of a group are all alike ({n_tokens:.1f} tokens on the mean; 1 "
+                   "is an empty thought); raise rlp.temperature, or start from a base whose "
+                   "thoughts differ")
         return (f"rlp learns nothing: in {share:.0%} of the groups of the last {LOOK_BACK} steps "
                 f"all rewards were equal; likely {why}")
 

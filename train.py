@@ -39,7 +39,15 @@ import routers
 from model import HybridLM
 from rlp import RLP
 from system import checkpoint, huggingface, lora, parallel, rundir
-from system.config import Config, ElasticConfig, LoRAConfig, ModelConfig, require_known
+from system.config import (
+    N_VALIDATION,
+    Config,
+    ElasticConfig,
+    LoRAConfig,
+    ModelConfig,
+    RLPConfig,
+    require_known,
+)
 from system.costs import count_parameters, part_parameters, sum_of_parts
 from system.errors import path_and_reason, require
 from system.files import fingerprint
@@ -138,7 +146,8 @@ def run(config: Config) -> dict:
         "parameters": n_parameters, **base_facts, **found,
         "seconds_to_90": rundir.seconds_to(run_dir, "correct", 0.9),
         "steps_s": rundir.logged_seconds(run_dir), "steps_flops": estimate.steps_flops(
-            replace(config, model=model.config), rundir.logged_mean(run_dir, "thought_tokens")),
+            replace(config, model=model.config), rundir.logged_mean(run_dir, "thought_tokens"),
+            1 - (rundir.logged_mean(run_dir, "no_signal") or 0)),
         "wall_s": time.perf_counter() - began, "peak_memory_gib": peak_memory_gib(device),
         **hardware(device), "versions": versions()}
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
@@ -482,13 +491,26 @@ class Pretraining(NextToken):
             return ""
         with parallel.compute():
             whole = parallel.whole(model, for_sampling=True)
-            found = evals.validate(whole, self.corpus, self.config)
+            found = evals.validate(whole, self.corpus, self.measured())
         said = "accuracy by family: " + ", ".join(f"{k} {v:.2f}" for k, v in found.items())
         if min(found.values()) >= c.enough:
             return said
         if step == c.steps and parallel.is_first():
             console.print(f"pretrain took all its {step} steps; {said}")
         return ""
+
+    def measured(self) -> Config:
+        """The settings with whole questions and answers, and thoughts as long as the longest that
+        is worked: a base that is kept for all settings of RLP ends by none of them."""
+        c, tokenizer, default = self.config, self.corpus.tokenizer, RLPConfig()
+        problems = held_out_problems("val", min(c.eval.problems_per_family, N_VALIDATION), c.seed,
+                                     self.corpus.held_out_percent, self.corpus.families)
+        pairs = [batches.problem_tokens(tokenizer, p) for p in problems]
+        worked = [len(tokenizer.encode(p.thought)) + 1 for p in problems if p.thought]
+        return replace(c, rlp=replace(
+            default, thought_len=max(worked, default=default.thought_len),
+            context_len=max(default.context_len, *(len(prompt) for prompt, _ in pairs)),
+            horizon=max(len(answer) for _, answer in pairs) - 1))
 
 
 MODES: dict[str, Mode] = {
@@ -526,7 +548,7 @@ def with_horizon(config: Config, corpus: Corpus) -> tuple[Config, list[str]]:
     and lines that say so, and where contexts are too short. All problems that will be measured are
     drawn for that: raises ValueError if a family has too few, or lacks what the mode needs."""
     fit, n = config.rlp, config.eval.problems_per_family
-    sizes = {"train": 4, "val": min(n, evals.N_VALIDATION), config.eval.split: n}
+    sizes = {"train": 4, "val": min(n, N_VALIDATION), config.eval.split: n}
     problems = [p for split, size in sizes.items() for p in held_out_problems(
         split, size, config.seed, corpus.held_out_percent, corpus.families)]
     tokens = [batches.problem_tokens(corpus.tokenizer, p) for p in problems]

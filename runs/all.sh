@@ -25,7 +25,7 @@ seeds "0 1 2 3 4" --arms rlp cpt rlp-longer cpt-longer rlp-distractors cpt-distr
 seeds "0 1 2"
 if [ "$preset" = cpu ]; then  # random positions, where thinking pays
     preset=computed seeds "0 1 2 3 4" --arms rlp
-    preset=computed seeds "0 1 2" --arms cpt
+    preset=computed seeds "0 1 2" --arms cpt rlp-paper
 fi
 seeds "0 1 2 3 4" --what elastic --arms elastic elastic-third
 seeds "0 1 2" --what elastic --arms elastic-five elastic-sensitivity elastic-drawn elastic-full \

@@ -19,6 +19,7 @@ from system.files import fingerprint, read_json
 
 # The kinds of layers, by their letters in a pattern, with the widths that each has.
 WIDTH_FIELDS = {"M": ("mamba_heads", "mamba_head_dim"), "*": ("n_heads",), "-": ("d_ff",)}
+N_VALIDATION = 48  # validation problems of a family, at most
 
 
 class Rule(NamedTuple):
@@ -467,16 +468,16 @@ class ElasticConfig(FitConfig):
         weights = self.budget_weights(step)
         inner = range(1, len(weights) - 1)
         total = sum(weights[n] for n in inner)
-        return {n: weights[n] / total for n in inner} if total and self.draws < len(inner) else {}
+        some = total and self.draws < len(inner)
+        return {n: weights[n] / total for n in inner if weights[n]} if some else {}
 
     def passes(self, step: int) -> list[float]:
         """How often a sequence passes through each budget at a step, on the mean over draws."""
+        weights, drawn = self.budget_weights(step), self.between(step)
         if not self.together:
-            weights = self.budget_weights(step)
             return [w / sum(weights) for w in weights]
-        drawn = self.between(step)
-        return [1 - (1 - drawn[n]) ** self.draws if n in drawn else 1.0
-                for n in range(len(self.budgets))]
+        return [1 - (1 - drawn[n]) ** self.draws if n in drawn else float(w > 0)
+                for n, w in enumerate(weights)]
 
     def long_rows(self) -> int:
         """Sequences of a step in stage 2."""
@@ -652,10 +653,11 @@ class Config(Settings):
         more: "warmup", for the base that was warmed up; what follows thoughts `rlp.back` says."""
         # accumulate: next-token prediction gives the same in any number of parts
         free = ("cache_dir", "text_key", "checkpoint_every", "log_every", "accumulate")
-        d = self.to_dict()
+        d, n = self.to_dict(), self.eval.problems_per_family
         groups = [{name: value for name, value in d[group].items() if name not in free}
                   for group in ("model", "data", "pretrain", *more)]
-        return fingerprint([*groups, self.seed, *[self.rlp.back] * len(more)])
+        few = [n] * (n < N_VALIDATION)  # which say when it is good enough
+        return fingerprint([*groups, self.seed, *[self.rlp.back] * len(more), *few])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -155,6 +155,9 @@ def update(model: HybridLM, objective: Objective, parts: list[dict], optimizers:
     gradients = [parallel.local(p.grad) for p in trained if p.grad is not None]
     torch._foreach_div_(gradients, total_count)
     grad_norm = parallel.clip_gradients(list(model.parameters()), settings.clip_norm)
+    others = set(trained) - set(model.parameters())  # routers, whose gradients are not clipped
+    if not all(p.grad.isfinite().all() for p in others if p.grad is not None):
+        grad_norm = np.nan
     # 3. Step at this step's share of the peak rates.
     rate = schedule(step, settings)
     for optimizer in optimizers:

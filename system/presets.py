@@ -40,7 +40,7 @@ PRESETS: dict[str, Config] = {
         pretrain=PretrainConfig(steps=1900, batch=8, lr=3e-3, muon_lr=0.02, checkpoint_every=500),
         warmup=WarmupConfig(steps=1100, batch=8, lr=3e-3, muon_lr=0.02, warmup=0, decay=1.0),
         rlp=RLPConfig(steps=150, batch=32, lr=2e-4, decay=0.5, back=4),
-        cpt=CPTConfig(steps=1000, batch=8, lr=7.5e-4, muon_lr=0.01, decay=1.0),
+        cpt=CPTConfig(steps=700, batch=8, lr=7.5e-4, muon_lr=0.01, decay=1.0),
         sft=SFTConfig(steps=200, batch=8, lr=2e-3, muon_lr=0.005, decay=1.0),
         rlvr=RLVRConfig(steps=150, batch=32, lr=2e-4, decay=0.5),
         elastic=ElasticConfig(steps=900, batch=8, lr=3e-3, muon_lr=0.02, decay=1.0,
@@ -81,7 +81,7 @@ PRESETS["computed"] = replace(
     warmup=replace(PRESETS["cpu"].warmup, steps=2500, computed_share=0.45, decay=0.6),
     rlp=replace(PRESETS["cpu"].rlp, steps=300, text_share=0.15, computed_share=0.6, back=2,
                 predictor=0.1),
-    cpt=replace(PRESETS["cpu"].cpt, steps=2000))
+    cpt=replace(PRESETS["cpu"].cpt, steps=1150))
 
 # Qwen3-1.7B-Base: 1,720,574,976 parameters.
 QWEN3_1_7B = ModelConfig(pattern="*-" * 28, vocab_size=151936, d_model=2048, d_ff=6144,

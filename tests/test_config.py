@@ -552,7 +552,7 @@ def test_run_folders_are_named_by_mode_preset_and_seed_unless_given():
 @pytest.mark.parametrize(
     "change",
     [{"seed": 1}, {"model__d_ff": 100}, {"data__text_share": 0.5}, {"data__path": "a.txt"}, {"pretrain__lr": 1.0},
-     {"pretrain__enough": 0.5}, {"pretrain__enough_every": 9},
+     {"pretrain__enough": 0.5}, {"pretrain__enough_every": 9}, {"eval__problems_per_family": 47},
      {"model__widths": ((8, 32), (4,), (384,)) * 2}],
     ids=str,
 )  # fmt: skip
@@ -576,6 +576,7 @@ def test_the_key_of_the_warmed_base_changes_with_what_makes_its_weights(change):
     "change",
     [{"rlp__lr": 1.0}, {"elastic__lr": 1.0}, {"elastic__budgets": (1.0,)},
      {"mode": "elastic"}, {"eval__samples": 9}, {"out": "x"}, {"mode": "pretrain"}, {"preset": "x"}, {"resume": True},
+     {"eval__problems_per_family": 48}, {"rlp__thought_len": 48},
      {"data__cache_dir": "x"}, {"pretrain__log_every": 9}, {"pretrain__checkpoint_every": 9}, {"kernels": "reference"},
      {"pretrain__accumulate": 2}, {"warmup__accumulate": 2}, {"warmup__log_every": 9}],
     ids=str,

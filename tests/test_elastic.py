@@ -1614,6 +1614,19 @@ def test_the_mean_over_draws_between_the_largest_and_the_least_is_the_loss_of_al
     assert_close(mean, expected, **EXACT)
 
 
+@pytest.mark.parametrize(("weights", "trained"), [((0.4, 0, 0.3, 0, 0.3), (0, 2, 4)), ((0.5, 0, 0, 0, 0.5), (0, 4))])
+def test_a_budget_of_weight_0_is_passed_over(weights, trained):
+    """In stage 2, where what is drawn of those between is always the one that has a weight, if there is one."""
+    model = tiny_model()
+    changes = {"together": True, "budgets": (1.0, 0.85, 0.75, 0.6, 0.5), "long_share": 1.0, "long_weights": weights}
+    objective = make_objective(model, **changes, draws=1)
+    batch = batch_of([0, 0]) | {"drawn_Bk": torch.full((2, 1), 2)}
+    total, _, metrics = loss_of(objective, model, batch, step=7)
+    assert torch.isfinite(total)
+    assert {name for name in metrics if name.startswith("loss_")} == {f"loss_{objective.c.budgets[n]:g}" for n in trained}
+    assert objective.c.passes(7) == [float(n in trained) for n in range(5)]
+
+
 @pytest.mark.parametrize(("together", "n_full"), [(True, 1), (False, 2)])
 def test_one_pass_of_the_parent_serves_all_budgets_and_the_full_model_teaches_with_its_own(together, n_full):
     """Together: one pass of either. Apart: one of the parent too, for the sequences of all budgets at once."""

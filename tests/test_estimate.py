@@ -519,7 +519,27 @@ def test_flops_of_a_runs_own_steps_count_thoughts_as_long_as_they_were():
     same = run_of("rlvr", rlp=dataclasses.replace(c, steps=9, text_share=0.5), rlvr=RLVRConfig(steps=3, batch=2))
     assert estimate.steps_flops(same, 2.1) == pytest.approx(expected)
     cpt = run_of("cpt")
-    assert estimate.steps_flops(cpt, None) == sum(p.n_steps * sum(p.flops.values()) for p in estimate.phases(cpt)[-1:])
+    own = estimate.phases(cpt)[-1]
+    assert estimate.steps_flops(cpt) == estimate.steps_flops(cpt, 2.0, 0.5) == own.n_steps * sum(own.flops.values())
+
+
+def test_flops_of_a_run_that_has_ended_leave_out_groups_that_taught_nothing():
+    """A quarter of the groups taught: of the policy's three passes over thoughts a quarter is left, those over contexts
+    stay. A KL term runs them all. The predictor's term reads one thought of each group again."""
+    c = RLPConfig(steps=2, batch=2, group_size=4, thought_len=9, context_len=8, text_share=0.0)
+    (whole,) = estimate.rlp_phases(run_of("rlp", rlp=c))
+    (part,) = estimate.rlp_phases(run_of("rlp", rlp=c), 0.25)
+    longer = estimate.rlp_phases(run_of("rlp", rlp=dataclasses.replace(c, thought_len=10)), 1.0)[0]
+    assert part.flops["rollout"] == whole.flops["rollout"]
+    thoughts = 2 * 4 * (estimate.body_flops(PLAIN, 9, 8) + estimate.head_flops(PLAIN, 9))
+    assert whole.flops["policy"] - part.flops["policy"] == pytest.approx(3 * 0.75 * thoughts)
+    assert longer.flops["policy"] > whole.flops["policy"]
+    assert estimate.steps_flops(run_of("rlp", rlp=c), None, 0.25) == pytest.approx(2 * sum(part.flops.values()))
+    with_kl = run_of("rlp", rlp=dataclasses.replace(c, kl=0.1))
+    assert estimate.rlp_phases(with_kl, 0.25) == estimate.rlp_phases(with_kl)
+    with_term = estimate.rlp_phases(run_of("rlp", rlp=dataclasses.replace(c, predictor=0.1)), 0.25)[0]
+    after = 2 * (estimate.body_flops(PLAIN, c.horizon, 17) + estimate.head_flops(PLAIN, c.horizon))
+    assert with_term.flops["policy"] - part.flops["policy"] == pytest.approx(3 * after)
 
 
 def test_figures_at_the_end_need_room_for_one_network():

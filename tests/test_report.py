@@ -256,7 +256,7 @@ def test_claims_are_judged_by_what_results_hold(tmp_path):
     found = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
     verdicts = [row["here"] for name, row in found.items() if name.startswith("RLP")]
     untested = "not tested here"
-    first = ["reproduced", "reproduced", "**not reproduced**", "reproduced", *[untested] * 2, "reproduced", "in part"]
+    first = ["reproduced", "reproduced", "**not reproduced**", "reproduced", *[untested] * 4, "reproduced", "in part"]
     assert verdicts == [*first, *[untested] * 9]  # rivals and controls: see test_rivals
     assert all(row["here"] == "not tested here" for name, row in found.items() if name.startswith("Elastic"))
     first = found["RLP: thoughts learn to answer where thinking is needed"]

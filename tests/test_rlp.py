@@ -529,6 +529,19 @@ def test_a_run_without_signal_says_so_once_with_the_reason(floored, said):
     assert heard[20:] == [None] * 40
 
 
+@pytest.mark.parametrize(
+    ("correct", "said"),
+    [({"correct": 0.97}, "97% of the answers are right already"), ({"correct": 0.04}, "only 4% of the answers are right"),
+     ({"correct": 0.5}, "all alike (9.0"), ({}, "all alike (9.0")],
+)  # fmt: skip
+def test_a_run_by_right_answers_without_signal_says_whether_they_are_right_or_wrong(correct, said):
+    """However low the gains are, for the floor is not in this reward; `correct` is missing where there are no answers."""
+    objective = objective_of(reward="match")
+    step = {"no_signal": 0.97, "floored": 0.95, "thought_tokens": 9.0, **correct}
+    heard = [objective.warning(step) for _ in range(20)]
+    assert said in heard[19]
+
+
 def test_a_run_with_signal_in_a_tenth_of_its_groups_is_left_in_peace():
     objective = objective_of()
     step = {"no_signal": 0.9, "floored": 0.0, "thought_tokens": 1.0}

@@ -23,7 +23,7 @@ from system.files import fingerprint
 from system.presets import PRESETS
 from text import corpus as corpus_module
 from text.batches import pretrain_batch, rlp_batch
-from text.problems import FAMILIES
+from text.problems import FAMILIES, held_out_problems
 from text.tokenizer import THINK
 
 CPU = torch.device("cpu")
@@ -156,6 +156,33 @@ def test_a_non_finite_gradient_stops_the_run_with_the_weights_before_it_saved(tm
     pretrain_on_counting(tmp_path / "three", steps=3)
     assert weights_of(tmp_path / "stopped") == weights_of(tmp_path / "three")
     assert metrics_of(tmp_path / "stopped") == metrics_of(tmp_path / "three")
+
+
+def test_a_non_finite_gradient_of_a_router_stops_the_run_too(tmp_path):
+    """A number beside the model learns as well; its gradient is NaN at the fourth step, the model's is not."""
+
+    class Routed(train.NextToken):
+        n_calls = 0
+
+        def __init__(self):
+            super().__init__()
+            self.networks["router"] = self.router = torch.nn.Linear(1, 1, bias=False)
+            torch.nn.init.zeros_(self.router.weight)
+
+        def optimizers(self):
+            return [torch.optim.SGD(self.router.parameters(), lr=0.1)]
+
+        def loss(self, model, batch):
+            self.n_calls += 1
+            loss, count, metrics = super().loss(model, batch)
+            own = self.router.weight.sum() * (float("nan") if self.n_calls == 4 else 1.0)
+            return loss + own - own.detach(), count, metrics
+
+    with pytest.raises(FloatingPointError, match=r"step 3: the gradient is not finite"):
+        pretrain_on_counting(tmp_path / "stopped", objective=Routed())
+    pretrain_on_counting(tmp_path / "three", steps=3, objective=Routed())
+    assert weights_of(tmp_path / "stopped") == weights_of(tmp_path / "three")
+    assert checkpoint.newest(tmp_path / "stopped").tensors("router")["weight"].isfinite().all()
 
 
 def fit(mode, corpus, run_dir, before_step=None, start=None, log_to="jsonl"):
@@ -335,6 +362,24 @@ def test_pretraining_is_enough_when_the_worst_family_is_and_looks_now_and_then(c
     assert said[89] == "accuracy by family: easy 1.00, hard 0.80"
     assert "took all its 98 steps; accuracy by family: easy 1.00, hard 0.79" in capsys.readouterr().out
     assert not any(said[:89] + said[90:])
+
+
+def test_whether_a_base_is_good_enough_hangs_on_no_setting_of_rlp(corpus, monkeypatch):
+    """It is kept for all of them. Thoughts may be as long as the longest that is worked, with its closing tag; questions
+    and answers are whole."""
+    seen, plain = [], PRESETS["cpu"]
+    monkeypatch.setattr(train.evals, "validate", lambda _, __, config: (seen.append(config), {"all": 1.0})[1])
+    other = dataclasses.replace(plain, rlp=dataclasses.replace(
+        plain.rlp, thought_len=3, context_len=9, horizon=7, temperature=0.1, prompt="Think."))  # fmt: skip
+    for config in (plain, other):
+        train.Pretraining(corpus, config).enough(torch.nn.Linear(1, 1), config.pretrain.steps)
+    assert seen[0].rlp == seen[1].rlp
+    assert plain.base_fingerprint() == other.base_fingerprint()
+    problems = held_out_problems("val", 48, plain.seed, corpus.held_out_percent, corpus.families)
+    lengths = [[len(corpus.tokenizer.encode(text)) for text in (p.prompt, p.thought, p.answer)] for p in problems]
+    prompt, thought, answer = map(max, zip(*lengths, strict=True))
+    assert (seen[0].rlp.thought_len, seen[0].rlp.horizon) == (thought + 1, answer)
+    assert seen[0].rlp.context_len == max(prompt, 128)
 
 
 def test_a_base_that_is_good_enough_is_taken_as_it_is(program, tmp_path, monkeypatch, capsys):

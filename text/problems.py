@@ -13,8 +13,9 @@ A family is a function from a random generator to a `Problem`, and its entry in 
 figures and samples read that table, and the base reads the first of them alone at first. Tables of
 other people's problems come from problem_sources.py (`data.problems`).
 
-Twins, questions that differ in names or order alone, share a canonical form, and with it the split.
-Different forms there are: lookup 17,640, chain 1.1 million, word .66 million, sum 3.0 million.
+Twins, questions that differ in names alone (sums: in order), share a canonical form, and with it
+the split. Rings are alike but for their order, so those that differ in it are no twins. Different
+forms there are: lookup 17,640, chain 1.1 million, word .66 million, sum 3.0 million.
 """
 
 import functools

@@ -26,11 +26,12 @@ from system.presets import PRESETS
 from system.rundir import newest
 from tools import controls, report
 
-# `--init ARM` begins with what that arm became. cpt takes as many FLOPs as rlp, and about its time.
-# Arms that are longer read problems of up to a step more than were ever worked, and nobody works
-# them; distractors stand in those of the last three. Of equal FLOPs, one more arm reads worked ones
-# of as many steps as ever. Where most worked thoughts go wrong, a floor of 0 keeps RLP from fleeing
-# into filler, which costs nothing.
+# `--init ARM` begins with what that arm became. cpt takes as many FLOPs as rlp, cpt-more half as
+# many again, in about its time. Arms that are longer read problems of up to a step more than were
+# ever worked, and nobody works them; distractors stand in those of the last three. CPT beside those
+# takes about one and a half times RLP's FLOPs, and one more arm reads worked ones of as many steps
+# as ever. Where most worked thoughts go wrong, a floor of 0 keeps RLP from fleeing into filler,
+# which costs nothing.
 MATCH = "--mode rlp --rlp.reward match --rlp.min-entropy 1 --rlp.lr 4e-4"
 PLAIN = "--mode cpt --cpt.no-thoughts --cpt.muon-lr 0 --cpt.lr 1e-4"
 MORE = "--rlp.more-steps 1 --rlp.thought-len 48"
@@ -40,13 +41,14 @@ ARMS = {
     "rlp": "--mode rlp",
     "match": MATCH,
     "cpt": "--mode cpt",
+    "cpt-more": "--mode cpt --cpt.steps 1000",
     "cpt-plain": PLAIN,
     "cpt-tokens": "--mode cpt --cpt.steps 300",  # as many as rlp reads in contexts
     "sft": "--mode sft",
     "rlvr": "--mode rlvr --init sft",
     "rlp-sft": "--mode sft --init rlp",
     "rlp-rlvr": "--mode rlvr --init rlp-sft",
-    "cpt-sft": "--mode sft --init cpt",
+    "cpt-sft": "--mode sft --init cpt-more",
     "cpt-rlvr": "--mode rlvr --init cpt-sft",
     "rlp-longer": f"--mode rlp {LONGER}",
     "match-longer": f"{MATCH} {LONGER}",
@@ -72,6 +74,7 @@ ABLATIONS = {
         "predictor": "--rlp.predictor 0.1",
         "predictor1": "--rlp.predictor 1",
         "nofloor": "--rlp.reward-floor -inf"}.items()}
+COMPUTED = {"rlp-paper": "--mode rlp --rlp.predictor 0"}  # of preset computed, which has the term
 # Elastic, other ways to choose widths, shorter, and a budget a sequence; then, at a third of its
 # steps, one setting at a time, and units in other orders at equal widths, by hand.
 UNITS = " ".join(f"--elastic.score-{axis} random" for axis in ("ffn", "mamba", "attn", "depth"))
@@ -121,7 +124,7 @@ def rivals(seeds: tuple[int, ...] = (0, 1, 2, 3, 4), preset: str = "cpu",
         arms: Only these, and what they begin with.
         words: More words for every run, such as --words="--threads 1".
     """
-    known = ARMS | ABLATIONS | ELASTIC
+    known = ARMS | ABLATIONS | ELASTIC | COMPUTED
     for name in arms:
         require(name in known, f"arms ({name}) is unknown; choose from {', '.join(known)}")
         require(what != "rates" or name in RATES, f"arms ({name}) has no rates to try; choose from "

@@ -8,14 +8,17 @@ what attention and the scan add at length t), a backward pass is 2 f, a training
     rlp, rlvr   rollout: the context once and G thoughts of L tokens from its cache, 1 f each;
                 scoring: the teacher on the context, and the closing tag and the targets after
                 every thought, 1 f (with `rlp.back` the thoughts and the text behind them as well);
-                policy: the context once and the thoughts, 3 f, each epoch
+                policy: the context once and the thoughts, 3 f, each epoch; of a run that has ended
+                only the thoughts of groups whose rewards differ, for others are not run
+                (`rlp.kl` runs them all); with `rlp.predictor` one thought of each group once more
     elastic     the parent 1 f, the full model as a teacher of smaller budgets 1 f; student 3 f of
                 the model of each budget, weighted by how often it is drawn; the full model for
                 every budget while routers search on masks
 
 A token that goes on from a cache of T tokens sees T more positions than one that begins; contexts
-and thoughts count at their full length, an upper bound. Not counted: optimizer, norms and
-activation functions, the logits that losses make twice, and held-out evaluation.
+and thoughts count at their full length, an upper bound, and those of a run that has ended as long
+as they were on the mean. Not counted: optimizer, norms and activation functions, what pads thoughts
+of a pass to one length, the logits that losses make twice, and held-out evaluation.
 
 Memory counts what stays between steps in fp32 (weights, gradients, optimizer, moving averages and
 frozen copies), divided among the GPUs, and what a step needs: whole weights for rollouts, layers
@@ -82,11 +85,13 @@ def thinks(config: Config) -> bool:
     return PHASES.get(config.mode) is rlp_phases
 
 
-def steps_flops(config: Config, thought_tokens: float | None) -> float:
-    """FLOPs of a run's own steps, its base left out, with thoughts as long as they were."""
+def steps_flops(config: Config, thought_tokens: float | None = None, signal: float = 1.0) -> float:
+    """FLOPs of a run's own steps, its base left out, with thoughts as long as they were; signal:
+    the share of groups whose rewards differed."""
     if thinks(config) and thought_tokens:
         config = replace(config, rlp=replace(config.rlp, thought_len=round(thought_tokens)))
-    return sum(p.n_steps * sum(p.flops.values()) for p in own_phases(config))
+    found = rlp_phases(config, signal) if thinks(config) else own_phases(config)
+    return sum(p.n_steps * sum(p.flops.values()) for p in found)
 
 
 def facts(config: Config) -> dict:
@@ -142,8 +147,9 @@ def next_token_phases(config: Config) -> list[Phase]:
     return [Phase(config.mode, fit.steps, fit.batch, seq_len, flops)]
 
 
-def rlp_phases(config: Config) -> list[Phase]:
-    """RLP: the context is run once for its G thoughts, in the rollout and in the update."""
+def rlp_phases(config: Config, signal: float = 1.0) -> list[Phase]:
+    """RLP: the context is run once for its G thoughts, in the rollout and in the update. signal:
+    the share of groups that teach something."""
     shape, c = config.model, config.rollouts()
     B, G, T, L, X = c.batch, c.group_size, c.context_len, c.thought_len, c.horizon
     context = B * body_flops(shape, T)
@@ -155,8 +161,9 @@ def rlp_phases(config: Config) -> list[Phase]:
                  + n_back * body_flops(shape, L + c.back + X, T - c.back))
         after += G * (again + B * head_flops(shape, X))
     plain = context + B * (body_flops(shape, X - 1, T) + head_flops(shape, X))
+    taught = (1.0 if c.kl > 0 else signal) * thoughts + (c.predictor > 0) * after / G
     flops = {"rollout": context + thoughts, "scoring": plain + after,
-             "policy": (2 if config.lora.rank else 3) * c.inner_epochs * (context + thoughts)}
+             "policy": (2 if config.lora.rank else 3) * c.inner_epochs * (context + taught)}
     if c.kl > 0:
         flops["reference"] = context + thoughts
     return [Phase(config.mode, c.steps, B, T, flops, G * L)]
@@ -192,7 +199,8 @@ PHASES = {"rlp": rlp_phases, "rlvr": rlp_phases, "elastic": elastic_phases}
 
 @functools.cache
 def family(full: ModelConfig, c: ElasticConfig) -> list[ModelConfig]:
-    """The shape of each budget, with widths by hand: what a router will choose costs as much."""
+    """The shape of each budget, with widths by hand. What a router will choose has as many weights
+    and other FLOPs: at 50 % of the small model a fifth more, in the family as in sizes alone."""
     if c.cost == "latency":  # is not measured here: the full model is an upper bound
         return [full] * len(c.budgets)
     router = routers.build_router(full, c, None, torch.device("cpu"))

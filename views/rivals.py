@@ -13,12 +13,14 @@ T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # of a 95 % interval from so many s
 ARMS = {  # by their names in results/, what tables call them
     "rlp-cpu": "RLP", "rlp-paper-cpu": "RLP without the predictor's term (the paper's)",
     "match-cpu": "the reward of RPT", "cpt-cpu": "CPT, FLOPs of RLP",
+    "cpt-more-cpu": "CPT, half as many FLOPs again",
     "cpt-plain-cpu": "CPT on what RLP reads, its FLOPs", "cpt-tokens-cpu": "CPT, tokens of RLP",
     "sft-cpu": "SFT", "rlvr-cpu": "SFT, RLVR", "rlp-sft-cpu": "RLP, SFT",
-    "rlp-rlvr-cpu": "RLP, SFT, RLVR", "cpt-sft-cpu": "CPT, SFT", "cpt-rlvr-cpu": "CPT, SFT, RLVR",
+    "rlp-rlvr-cpu": "RLP, SFT, RLVR", "cpt-sft-cpu": "more CPT, SFT",
+    "cpt-rlvr-cpu": "more CPT, SFT, RLVR",
     "rlp-longer-cpu": "RLP, problems a step longer too",
     "match-longer-cpu": "the reward of RPT, problems a step longer too",
-    "cpt-worked-longer-cpu": "CPT, as many FLOPs as with problems a step longer",
+    "cpt-worked-longer-cpu": "CPT of worked problems as long as ever, for longer",
     "cpt-longer-cpu": "CPT on what RLP reads, problems a step longer too",
     "rlp-distractors-cpu": "RLP, lines that lead nowhere too",
     "match-distractors-cpu": "the reward of RPT, lines that lead nowhere too",
@@ -92,11 +94,14 @@ def arm_rows(found: Found) -> list[list[str]]:
                    ("loss_nats/no_think_text_change", "+.1%")]
         rows.append([name, str(len(runs)), *(spread(list(means(runs, path).values()), form)
                                              for path, form in columns),
-                     spread([run["steps_flops"] / 1e12 for run in runs if "steps_flops" in run],
-                            ".1f").split(" ")[0],
-                     spread([run["steps_s"] for run in runs if "steps_s" in run],
-                            ".0f").split(" ")[0]])
+                     *cost(runs)])
     return rows
+
+
+def cost(runs: list[dict]) -> list[str]:
+    """Mean TFLOP and seconds of the steps of runs."""
+    return [spread([run[name] / unit for run in runs if name in run], form).split(" ")[0]
+            for name, unit, form in (("steps_flops", 1e12, ".1f"), ("steps_s", 1, ".0f"))]
 
 
 def ablation_rows(found: Found) -> list[list[str]]:
@@ -119,7 +124,8 @@ def lead_rows(found: Found) -> list[list[str]]:
     """RLP minus each arm, in accuracy; of what comes after SFT and RLVR, RLP's minus theirs. Said
     where that is of runs before the default changed."""
     rows = [["accuracy, RLP minus", "seeds", "sampled", "greedy"]]
-    pairs = [("rlp-cpu", f"{name}-cpu") for name in ("match", "cpt", "cpt-plain", "cpt-tokens")]
+    pairs = [("rlp-cpu", f"{name}-cpu")
+             for name in ("match", "cpt", "cpt-more", "cpt-plain", "cpt-tokens")]
     pairs += [("rlp-sft-cpu", "sft-cpu"), ("rlp-rlvr-cpu", "rlvr-cpu"),
               ("rlp-sft-cpu", "cpt-sft-cpu"), ("rlp-rlvr-cpu", "cpt-rlvr-cpu")]
     for ours, theirs in pairs:
@@ -136,7 +142,7 @@ def position_rows(found: Found) -> list[list[str]]:
     and after CPT of the same base, where that was run."""
     runs, cpt = found["rlp-computed"], found["cpt-computed"]
     rows = [["random positions, preset computed", "base", "RLP", "RLP - base"]]
-    rows[0] += ["CPT, equal FLOPs", "RLP - CPT"] * bool(cpt)
+    rows[0] += [f"CPT, {len(cpt)} of the {len(runs)} seeds", "RLP - CPT, of the same"] * bool(cpt)
     there, text = "positions/computed/WHO", "positions/text/WHO"
     kinds = list(runs[0]["positions"]["computed"]["base"]["gain_nats_by_kind"]) if runs else []
     paths = {"gain over the frozen base, nats": f"{there}/gain_nats/frozen_base",
@@ -154,7 +160,8 @@ def position_rows(found: Found) -> list[list[str]]:
         if cpt:
             theirs = means(cpt, path)
             rows[-1] += [spread(list(theirs.values())), spread(difference(ours, theirs), "+.3f")]
-    return rows
+    took = ["TFLOP", "", cost(runs)[0], "", *[cost(cpt)[0], ""] * bool(cpt)]
+    return rows + [took] * (took[2] != "")
 
 
 def gate_rows(found: Found) -> list[list[str]]:
