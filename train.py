@@ -39,24 +39,17 @@ import routers
 from model import HybridLM
 from rlp import RLP
 from system import checkpoint, huggingface, lora, parallel, rundir
-from system.config import (
-    N_VALIDATION,
-    Config,
-    ElasticConfig,
-    LoRAConfig,
-    ModelConfig,
-    RLPConfig,
-    require_known,
-)
+from system.config import Config, ElasticConfig, LoRAConfig, ModelConfig, require_known
 from system.costs import count_parameters, part_parameters, sum_of_parts
 from system.errors import path_and_reason, require
-from system.files import fingerprint
+from system.files import fingerprint, read_json, write_whole
 from system.loop import check_rows, console, fit, split_batch, warn
 from system.machine import hardware, peak_memory_gib, pick_device, pick_dtype, set_threads, versions
 from system.objective import NextToken, Objective
 from system.presets import PAPERS, PRESETS
 from text import batches
 from text.corpus import Corpus
+from text.lengths import with_horizon, worked_lengths
 from text.problems import held_out_problems
 from text.shards import ShardSet, is_shards
 from text.tokenizer import named_tokenizer
@@ -105,7 +98,8 @@ def run(config: Config) -> dict:
     # 2. The parts. Whatever does not fit together is refused before anything is written.
     start = rundir.resume_point(config, run_dir)
     corpus = parallel.in_turn(lambda: Corpus.load(config.data))
-    config, said = with_horizon(config, corpus)
+    rooms = {p.name: p.row_tokens for p in estimate.phases(config) if p.name in NEXT_TOKEN}
+    config, said = with_horizon(config, corpus, rooms)
     if start:
         rundir.require_same(start, config, corpus.key)
     model = rundir.build_model(config, corpus.tokenizer.n_vocab, device, config.seed)
@@ -150,7 +144,8 @@ def run(config: Config) -> dict:
             1 - (rundir.logged_mean(run_dir, "no_signal") or 0)),
         "wall_s": time.perf_counter() - began, "peak_memory_gib": peak_memory_gib(device),
         **hardware(device), "versions": versions()}
-    (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    text = json.dumps(summary, indent=1) + "\n"
+    write_whole(run_dir / "summary.json", lambda file: file.write(text.encode()))
     plots.plot_run(run_dir)
     tables.print_summary(summary, console)
     samples = "samples.txt, " if (run_dir / "samples.txt").exists() else ""
@@ -296,7 +291,8 @@ def refuse_elastic(shape: ModelConfig, config: Config, device: torch.device) -> 
     n, world = config.elastic.calibration_rows, parallel.team.world
     require(n >= world, f"elastic.calibration_rows ({n}) must be at least the number of processes "
             f"({world}); give {world} or more")
-    routers.build_router(shape, config.elastic, None, device)
+    if not config.resume:  # else the checkpoint's costs are what was met
+        routers.build_router(shape, config.elastic, None, device)
     require(not config.init or "scratch" not in config.elastic.baseline, "elastic.baseline: "
             f"scratch trains each size as the base of init ({config.init}) was, and how that was "
             "is not known here; leave it out")
@@ -306,12 +302,13 @@ def make_elastic(model: HybridLM, corpus: Corpus, config: Config) -> elastic.Ela
     """Order the parent's units, in place, but for a run that goes on: its weights and its routers
     have the order. Returns the objective that trains both."""
     c, parent, device = config.elastic, parallel.frozen_twin(model), parallel.device_of(model)
-    pieces = [] if config.resume else calibration(model, corpus, config)
-    depth = None if config.resume else order_parent(model, pieces, config).depth
+    if config.resume:
+        return elastic.Elastic(c, routers.unmeasured_router(model.config, c).to(device), parent)
+    pieces = calibration(model, corpus, config)
+    depth = order_parent(model, pieces, config).depth
     torch.manual_seed(config.seed)
     made = elastic.Elastic(c, routers.build_router(model.config, c, depth, device), parent)
-    if not config.resume:
-        made.begin(model, pieces)
+    made.begin(model, pieces)
     return made
 
 
@@ -340,7 +337,7 @@ def figures_of_family(t: Trained) -> dict | None:
     midway = {(a + b) / 2: w for a, b in itertools.pairwise(c.budgets)
               if (w := router.choose((a + b) / 2, or_none=True))}
     earlier = t.run_dir / "summary.json"  # a resumed run keeps the rivals that it had
-    had = json.loads(earlier.read_text())["baselines"] if config.resume and earlier.exists() else {}
+    had = read_json(earlier)["baselines"] if config.resume and earlier.exists() else {}
     rivals = list(dict.fromkeys([*had, *c.baseline]))
     kept = parallel.whole if rivals else parallel.in_host_memory
     parent = t.objective.teacher = kept(t.objective.teacher)
@@ -491,26 +488,13 @@ class Pretraining(NextToken):
             return ""
         with parallel.compute():
             whole = parallel.whole(model, for_sampling=True)
-            found = evals.validate(whole, self.corpus, self.measured())
+            found = evals.validate(whole, self.corpus, worked_lengths(self.config, self.corpus))
         said = "accuracy by family: " + ", ".join(f"{k} {v:.2f}" for k, v in found.items())
         if min(found.values()) >= c.enough:
             return said
         if step == c.steps and parallel.is_first():
             console.print(f"pretrain took all its {step} steps; {said}")
         return ""
-
-    def measured(self) -> Config:
-        """The settings with whole questions and answers, and thoughts as long as the longest that
-        is worked: a base that is kept for all settings of RLP ends by none of them."""
-        c, tokenizer, default = self.config, self.corpus.tokenizer, RLPConfig()
-        problems = held_out_problems("val", min(c.eval.problems_per_family, N_VALIDATION), c.seed,
-                                     self.corpus.held_out_percent, self.corpus.families)
-        pairs = [batches.problem_tokens(tokenizer, p) for p in problems]
-        worked = [len(tokenizer.encode(p.thought)) + 1 for p in problems if p.thought]
-        return replace(c, rlp=replace(
-            default, thought_len=max(worked, default=default.thought_len),
-            context_len=max(default.context_len, *(len(prompt) for prompt, _ in pairs)),
-            horizon=max(len(answer) for _, answer in pairs) - 1))
 
 
 MODES: dict[str, Mode] = {
@@ -523,6 +507,7 @@ MODES: dict[str, Mode] = {
     "rlvr": Mode(batches.rlp_batch, thinking, figures_before_and_after, refuse_rlp),
     "elastic": Mode(batches.elastic_batch, make_elastic, figures_of_family, refuse_elastic),
 }
+NEXT_TOKEN = ("pretrain", "warmup", "cpt", "sft")  # whose sequences should hold whole problems
 
 
 # ------------------------------------------------------------------------------------- the program
@@ -541,37 +526,6 @@ def fitting(config: Config) -> Config:
             "warm-up trains all weights; warm up by --mode warmup first, with adapters too, and "
             "give its folder as --init")
     return config
-
-
-def with_horizon(config: Config, corpus: Corpus) -> tuple[Config, list[str]]:
-    """The settings with an rlp.horizon that sees whole answers, where thoughts stand before them;
-    and lines that say so, and where contexts are too short. All problems that will be measured are
-    drawn for that: raises ValueError if a family has too few, or lacks what the mode needs."""
-    fit, n = config.rlp, config.eval.problems_per_family
-    sizes = {"train": 4, "val": min(n, N_VALIDATION), config.eval.split: n}
-    problems = [p for split, size in sizes.items() for p in held_out_problems(
-        split, size, config.seed, corpus.held_out_percent, corpus.families)]
-    tokens = [batches.problem_tokens(corpus.tokenizer, p) for p in problems]
-    n_prompt = max(len(prompt) for prompt, _ in tokens)
-    longest, said = max(len(answer) for _, answer in tokens) - 1, []
-    mute = sorted({p.family for p in problems if not p.thought})
-    require(config.mode != "sft" or not mute, f"sft learns from worked thoughts, and the problems "
-            f"of {', '.join(mute)} have none; give them `thought`, or leave them out "
-            "(data.problems)")
-    if n_prompt > fit.context_len:
-        said.append(f"questions take up to {n_prompt} tokens of this tokenizer, and rlp.context_len"
-                    f" ({fit.context_len}) looks at the last; with --rlp.context-len {n_prompt} "
-                    "they are whole")
-    if longest > fit.horizon and config.rollouts().positions == "answer":
-        said.append(f"answers take up to {longest} tokens of this tokenizer: rlp.horizon is "
-                    f"{longest} instead of {fit.horizon}, so that accuracy and reward are those of "
-                    "whole answers")
-        config = replace(config, rlp=replace(fit, horizon=longest))
-    elif longest > fit.horizon:
-        said.append(f"answers take up to {longest} tokens of this tokenizer, and rlp.horizon "
-                    f"({fit.horizon}) looks at the first; with --rlp.horizon {longest} "
-                    "accuracy is that of the whole answer")
-    return config, said
 
 
 def about_warmup(config: Config) -> list[str]:
@@ -630,9 +584,13 @@ def main(argv: list[str] | None = None, settings: type[Config] = Config) -> int:
     except ValueError as error:
         console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         return 2
-    except (KeyboardInterrupt, FloatingPointError) as stop:
-        console.print(f"[yellow]{escape(str(stop)) or 'stopped'}[/yellow]", soft_wrap=True)
-        return 130 if isinstance(stop, KeyboardInterrupt) else 1
+    except FloatingPointError as stop:
+        console.print(f"[yellow]{escape(str(stop))}[/yellow]", soft_wrap=True)
+        return 1
+    except KeyboardInterrupt as stop:
+        how = f"; go on {how_to_go_on(config)}" if str(stop) else ""
+        console.print(f"[yellow]{escape(str(stop)) or 'stopped'}{how}[/yellow]", soft_wrap=True)
+        return 130
     except OSError as error:
         return give_up(f"[red]error:[/red] {escape(path_and_reason(error))}; mend that, or give "
                        "another path; what was saved goes on with --resume")
@@ -653,13 +611,19 @@ def give_up(message: str) -> int:
     return parallel.leave(1)
 
 
+def how_to_go_on(config: Config) -> str:
+    """After a run that ended early: until it has a checkpoint of its own, its base goes on."""
+    saved = any((config.run_dir() / "checkpoint").glob("step_*[0-9]"))
+    return "with --resume" if saved else "with the same command"
+
+
 def broke_off(error: Exception, config: Config) -> str:
     """What to say of a run that ran out of memory or lost a process; '' for any other error."""
     who = f"process {parallel.team.rank}: " if parallel.team.world > 1 else ""
     first_line = str(error).strip().split("\n")[0][:200]
-    how, go_on = "with the same command", "no step of this run was saved yet"
-    if any((config.run_dir() / "checkpoint").glob("step_*[0-9]")):
-        how, go_on = "with --resume", f"what was saved in {config.run_dir()} stays usable"
+    how, go_on = how_to_go_on(config), "no step of this run was saved yet"
+    if how == "with --resume":
+        go_on = f"what was saved in {config.run_dir()} stays usable"
     is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
     if is_memory or "DefaultCPUAllocator: can't allocate" in str(error):
         return (f"{who}out of memory ({first_line}); {go_on}; go on {how} and a larger "

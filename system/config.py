@@ -41,8 +41,8 @@ def within(low: int, high: int, note: str = "") -> Rule:
 
 
 def positive(note: str = "") -> Rule:
-    """A number is above 0; the note says what is usual."""
-    return Rule(f"must be positive{note}", lambda value: value > 0)
+    """A number is above 0, and finite; the note says what is usual."""
+    return Rule(f"must be positive{note}", lambda value: 0 < value < math.inf)
 
 
 Count = Annotated[int, at_least(1)]
@@ -50,6 +50,7 @@ Length = Annotated[int, at_least(16)]
 Weight = Annotated[float, at_least(0)]
 Positive = Annotated[float, positive()]
 Share = Annotated[float, within(0, 1)]
+Seed = Annotated[int, Rule("must be 0 or more, and below 4294967296", lambda n: 0 <= n < 2**32)]
 
 
 @dataclass(frozen=True)
@@ -363,7 +364,7 @@ class ElasticConfig(FitConfig):
     # What a router begins with: a head start of the full widths, or a vote for sensitivity's.
     router_start: Literal["full", "sensitivity"] = "full"
     router_vote: Weight = 2.0  # That vote, in logits.
-    choose_seed: Annotated[int, at_least(0)] = 0  # Which random ones.
+    choose_seed: Seed = 0  # Which random ones.
     # A router's choice while it learns: the weighted sum of all masks (soft, the paper's mode 2),
     # the likeliest mask times its probability (top1, mode 1), or with the gradient of the sum.
     mask: Literal["soft", "top1", "straight-through"] = "soft"
@@ -410,8 +411,9 @@ class ElasticConfig(FitConfig):
         super().check(group)
         budgets, weights = self.budgets, self.long_weights
         require(budgets, "elastic.budgets is empty: give at least one, such as 1.0")
-        require(budgets == tuple(sorted(set(budgets), reverse=True)),
-                f"elastic.budgets {budgets} must be different and fall, the largest first")
+        require(budgets == tuple(sorted(budgets, reverse=True))
+                and len({f"{b:g}" for b in budgets}) == len(budgets), f"elastic.budgets {budgets} "
+                "must be different and fall, the largest first; six digits of each count")
         require(budgets[0] <= 1 or budgets[-1] > 1, f"elastic.budgets {budgets} mixes absolute "
                 "costs and fractions; give either, for example all as fractions")
         require(len(weights) == len(budgets), f"elastic.long_weights {weights} must have one entry "
@@ -536,14 +538,14 @@ class Config(Settings):
     mode: str = "rlp"  # What to train with: a group of settings below that has steps.
     preset: str = "cpu"  # Named settings that the other options change; they stand in presets.py.
     out: str = ""  # Run folder; empty means runs/MODE-PRESET-seedN.
-    seed: Annotated[int, at_least(0)] = 0  # Seed of the weights, the batches and the sampling.
+    seed: Seed = 0  # Seed of the weights, the batches and the sampling.
     resume: bool = False  # Go on from the newest checkpoint of the run folder.
     # Starting weights: a run folder or a Hugging Face directory. Its shape replaces model.*, its
     # tokenizer data.tokenizer. Empty: a base that is trained once and kept in data.cache_dir.
     init: str = ""
     device: Literal["auto", "cpu", "cuda"] = "auto"  # Device: auto, cpu or cuda.
     # Threads of the CPU; 0: OMP_NUM_THREADS, or else as many as are fastest at the start.
-    threads: Annotated[int, at_least(0, "; 0 measures which number is fastest")] = 0
+    threads: Annotated[int, within(0, 1024, "; 0 measures which number is fastest")] = 0
     # The hot operations: auto (Triton on CUDA, else fast PyTorch), reference (slow) or triton.
     kernels: Literal["auto", "reference", "triton"] = "auto"
     # Where each step's metrics go: metrics.jsonl alone, or TensorBoard's event files beside it too.
@@ -668,6 +670,8 @@ class Config(Settings):
 NEEDS: dict[str, tuple[str, Callable[[Config], bool]]] = {
     "dry_run_gpus": ("dry_run", lambda c: c.dry_run),
     "data.text_key": ("data.path", lambda c: bool(c.data.path)),
+    "data.vocab_size": ("a tokenizer that is trained: data.tokenizer corpus, and no init",
+                        lambda c: c.data.tokenizer == "corpus" and not c.init),
     "lora.alpha": ("adapters: lora.rank", lambda c: c.lora.rank > 0),
     **dict.fromkeys(("rlp.eps_low", "rlp.eps_high"), (
         "rlp.inner_epochs of 2 or more: until then all ratios are 1",

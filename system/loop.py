@@ -51,7 +51,7 @@ def fit(model: HybridLM, objective: Objective, make_batch: Callable[[int], dict[
     device, plain, model = parallel.device_of(model), model, parallel.shard(model)
     optimizers = build_optimizers(model, settings) + objective.optimizers()
     step, ended = (start.meta["step"], start.meta["ended"]) if start else (0, False)
-    ended = ended or settings.steps == 0
+    first, ended = step, ended or settings.steps == 0
     if start:
         restore(start, model, objective, optimizers)
     log_file, sample_file = ((run_dir / name) if parallel.is_first() else Path(os.devnull)
@@ -73,7 +73,14 @@ def fit(model: HybridLM, objective: Objective, make_batch: Callable[[int], dict[
         began = time.perf_counter()
         while not ended:
             # 2. The batch is cut into equal parts; this process prepares its own.
-            pieces = split_batch(make_batch(step), parallel.team.world * settings.accumulate)
+            try:
+                batch = make_batch(step)
+            except ValueError as error:  # problems are made by programs of others
+                if step == first:
+                    raise
+                raise ValueError(f"step {step}: {error}; the weights before it are in {save()}, to "
+                                 "begin another run from with --init and --out") from error
+            pieces = split_batch(batch, parallel.team.world * settings.accumulate)
             parts = []
             with parallel.gathering_once(), parallel.compute():
                 for i in parallel.parts_of(settings):
@@ -109,7 +116,7 @@ def fit(model: HybridLM, objective: Objective, make_batch: Callable[[int], dict[
             # 5. Stop if any process was asked to; save what is due.
             if any(parallel.everyone(interrupt.asked)):
                 raise KeyboardInterrupt(
-                    f"stopped after step {step}; saved in {save()}; go on with --resume")
+                    f"stopped after step {step}; saved in {save()}")
             if step % settings.checkpoint_every == 0 or ended:
                 save()
             if enough:
@@ -150,6 +157,8 @@ def update(model: HybridLM, objective: Objective, parts: list[dict], optimizers:
     # 2. Over all processes: summed gradients over summed counts are the gradient of the mean.
     totals = add_up(parallel.everyone(add_up(sums)))
     total_count = totals["loss"][1]
+    require(total_count > 0, f"step {step}: nothing in the batch is to be predicted; documents are "
+            "cut before the first token that is: give a larger seq_len")
     trained = [p for o in optimizers for group in o.param_groups for p in group["params"]]
     parallel.sum_gradients(trained)
     gradients = [parallel.local(p.grad) for p in trained if p.grad is not None]

@@ -58,6 +58,8 @@ def load_hf_weights(model: HybridLM, folder: Path, tokenizer: Tokenizer) -> None
     _, tensors = huggingface.load_hf(folder)
     n_known = len(tensors["embed.weight"])
     beyond = [i for i in range(n_known, model.config.vocab_size) if i not in tokenizer.new_ids]
+    warn(beyond and f"{folder}: the tokenizer has {len(beyond)} tokens that the weights have no "
+         "rows for; they get new ones, which know nothing: is it this model's?")
     tensors = huggingface.add_rows(tensors, sorted([*tokenizer.new_ids, *beyond]))
     checkpoint.load_weights(model, tensors, folder)
 
@@ -142,6 +144,8 @@ def resume_point(config: Config, run_dir: Path) -> checkpoint.Checkpoint | None:
     and resume was not asked for (nothing saved is overwritten), or if there is nothing to resume.
     """
     found = newest(run_dir)
+    require(not huggingface.is_hf(run_dir), f"out ({run_dir}) holds a config.json that no run "
+            "wrote, such as that of a Hugging Face directory; choose another --out")
     if not config.resume:
         require(not found, f"out ({run_dir}) already holds a run; add --resume to go on with it, "
                 "or choose another --out")

@@ -5,6 +5,7 @@ no setting is ignored.
 import ast
 import dataclasses
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,6 +95,7 @@ REFUSED = [  # setting, value, the rule that the message must give
     ("rlp__horizon", 0, "must be at least 1"),
     ("rlp__context_len", 7, "must be at least 8"),
     ("rlp__temperature", 0.0, "must be positive"),
+    ("rlp__temperature", math.inf, "must be positive"),
     ("rlp__tau", -0.1, r"must lie in \[0, 1\]"),
     ("rlp__tau", 1.001, r"must lie in \[0, 1\]; the paper's is 0.999"),
     ("rlp__text_share", 2.0, r"must lie in \[0, 1\]"),
@@ -106,6 +108,7 @@ REFUSED = [  # setting, value, the rule that the message must give
     ("elastic__budgets", (1.0, 0.5, -2.0), r"must lie in \(0, 1\] as a fraction, or above 1 as an absolute cost"),
     ("elastic__budgets", (0.5, 0.75, 1.0), "must be different and fall, the largest first"),
     ("elastic__budgets", (1.0, 0.5, 0.5), "must be different and fall, the largest first"),
+    ("elastic__budgets", (1.0, 0.5000001, 0.5), "must be different and fall, the largest first; six digits of each count"),
     (
         "elastic__budgets",
         (5000.0, 1.0, 0.5),
@@ -142,6 +145,8 @@ REFUSED = [  # setting, value, the rule that the message must give
     ("parallel__timeout_s", 0, "must be at least 1; 1800 is usual"),
     ("kernels", "fast", "is unknown; choose one of auto, reference, triton"),
     ("seed", -1, "must be 0 or more"),
+    ("seed", 2**32, "must be 0 or more, and below 4294967296"),
+    ("threads", 1025, r"must lie in \[0, 1024\]; 0 measures which number is fastest"),
     ("mode", "model", "is unknown; choose one of pretrain, warmup, rlp, cpt, sft, rlvr, elastic"),
     ("model__d_model", "128", "must be at least 1"),
 ]
@@ -395,6 +400,14 @@ def test_command_line_changes_the_preset_it_names():
         ("--init x --pretrain.lr 1", "pretrain.lr (1.0) is not read where init is given; leave it out"),
         ("--lora.alpha 8", "lora.alpha (8.0) is for adapters: lora.rank; leave it out, or give that"),
         ("--data.text-key t", "data.text_key (t) is for data.path; leave it out, or give that"),
+        *(
+            (
+                f"--data.vocab-size 700 {other}",
+                "data.vocab_size (700) is for a tokenizer that is trained: data.tokenizer corpus, and no init; "
+                "leave it out, or give that",
+            )
+            for other in ("--init x", "--data.tokenizer gpt2")
+        ),
         ("--dry-run-gpus 2", "dry_run_gpus (2) is for dry_run; leave it out, or give that"),
         (
             "--rlp.eps-high .3",

@@ -814,6 +814,11 @@ def test_other_documents_enter_after_the_first_family(share_of, step, expected):
     assert found == pytest.approx(expected, abs=0.03)
 
 
+def test_where_there_are_no_problems_the_first_family_is_not_read_either(share_of):
+    fit = {"steps": 100, "intro_share": 0.2, "batch": 8}
+    assert share_of(pretrain_batch, config_of(data={"text_share": 1.0}, pretrain=fit), 0) == pytest.approx([1.0, 0.0])
+
+
 def documents_of(batch, tokenizer):
     """The texts of all documents that end with the end of the text."""
     return [d for row in batch["tokens_BT"].tolist() for d in tokenizer.decode(row).split(END)[:-1]]

@@ -31,7 +31,7 @@ import train
 from nested import Widths
 from system import checkpoint, rundir
 from system.config import Config, from_dict
-from system.costs import count_parameters, part_cache_bytes
+from system.costs import count_parameters, part_cache_bytes, part_parameters
 from system.objective import NextToken
 from system.presets import PRESETS
 from text import batches
@@ -392,6 +392,20 @@ def test_widths_without_a_search_are_settled_before_the_first_step_and_stay_afte
         assert again.router.choose(budget) == objective.router.choose(budget)
         cost = routers.total_cost(nested.shrink(model.config, objective.router.choose(budget)), config.elastic, CPU)
         assert cost / objective.router.full_cost == pytest.approx(budget, rel=0.02)
+
+
+def test_a_run_that_goes_on_does_not_measure_latencies_again(program, tmp_path, monkeypatch):
+    """The clock may say otherwise now, and budgets that were met would be refused: the checkpoint's costs count."""
+    words = ("--mode", "elastic", "--elastic.cost", "latency", "--elastic.checkpoint-every", 1)
+    monkeypatch.setattr(routers, "part_latency_ns", lambda kind, shape, *_: float(part_parameters(kind, shape)))
+    with monkeypatch.context() as patch:
+        disturb(patch, "elastic", 2, press_ctrl_c)
+        assert program(tmp_path, *words) == 130
+    before = checkpoint.newest(tmp_path).tensors("router")
+    monkeypatch.setattr(train.routers, "build_router", lambda *_: pytest.fail("measured again"))
+    assert program(tmp_path, *words, "--resume") == 0
+    after = checkpoint.newest(tmp_path).tensors("router")
+    assert all(torch.equal(after[name], before[name]) for name in before if "cost" in name)
 
 
 def test_a_baseline_trains_weights_of_its_own(corpus, monkeypatch, tmp_path):
@@ -932,6 +946,11 @@ def test_scores_of_every_axis_are_compared_on_a_trained_model(finished, capsys):
         losses = [float(x) for x in re.findall(r"\d\.\d+", line)]
         assert len(losses) == (4 if axis == "d_model" else 3)
         assert all(abs(loss - math.log(512)) < 0.5 for loss in losses)
+
+
+def test_scores_of_one_size_of_a_family_are_refused(extracted, capsys):
+    assert scores.main([str(extracted)]) == 2
+    assert f"error: {extracted} is one size of a family, which has no widths left to choose" in capsys.readouterr().err
 
 
 def test_scores_of_a_model_with_tied_embeddings_leave_out_the_one_that_it_cannot_have(corpus):

@@ -103,6 +103,32 @@ def trained(run_dir):
     return checkpoint.newest(run_dir).tensors("model")
 
 
+def test_a_run_is_not_written_over_a_model(program, hf, tmp_path, capsys):
+    """Its config.json would be lost, and with it the model."""
+    shutil.copytree(hf, tmp_path / "copy")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "copy").iterdir()}
+    for more in (["--init", tmp_path / "copy"], [], ["--resume"]):
+        assert program("copy", *more) == 2
+        said = " ".join(capsys.readouterr().out.split())
+        assert "holds a config.json that no run wrote, such as that of a Hugging Face directory; choose another" in said
+    assert {file.name: file.read_bytes() for file in (tmp_path / "copy").iterdir()} == before
+
+
+def test_the_tokenizer_of_a_larger_model_is_warned_of(program, hf, tmp_path, capsys):
+    """Of 100 tokens more than the model has rows; the directory's own lacks the two tags alone."""
+    larger = tmp_path / "larger"
+    shutil.copytree(hf, larger)
+    own = Tokenizer.from_file(str(larger / "tokenizer.json"))
+    own.add_tokens([f"|x{i}|" for i in range(100)])
+    own.save(str(larger / "tokenizer.json"))
+    for init, warned in ((hf, False), (larger, True)):
+        capsys.readouterr()
+        steps = ("--warmup.steps", 0, "--rlp.steps", 0)
+        assert program(f"of_{init.name}", "--init", init, *steps) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert ("the tokenizer has 100 tokens that the weights have no rows for" in said) == warned
+
+
 # ----------------------------------------------------------------------------------------------------------- tokenizer
 
 

@@ -8,11 +8,12 @@ import sys
 
 import pytest
 import torch
-from conftest import paragraphs, summary_of
+from conftest import disturb, paragraphs, summary_of
 
 import evals
 import thoughts
 import train
+from system import checkpoint
 from system.config import Config, DataConfig, RLPConfig
 from text.batches import Position, collate_contexts, pretrain_batch, warmup_batch
 from text.corpus import Corpus
@@ -155,6 +156,7 @@ def test_reasoning_gym_is_asked_for_where_it_is_missing(monkeypatch):
         ('{"question": "q", "answer": "a", "thought": "one"}', "mine.jsonl line 2: \"thought\" ('one') is one word; give"),
         ('{"question": "q", "answer": "a", "thought": {}}', 'mine.jsonl line 2: "thought" ({}) must be text'),
         ('{"question": "q", "answer": "a", "family": "all"}', "the family 'all' must have a name of letters"),
+        ('{"question": "q", "answer": "a", "family": "mean"}', "the family 'mean' must have a name of letters"),
         ('{"question": "q", "answer": "a", "family": "a/b"}', "the family 'a/b' must have a name of letters"),
     ],
 )
@@ -172,6 +174,20 @@ def test_a_bad_line_is_refused_by_file_and_line(tmp_path, line, message):
         ("def one_problem(rng):\n    return 1 / 0\n", "own.py line 2: ZeroDivisionError: division by zero; mend it"),
         ("def one_problem(rng):\n    return 7\n", "own.py: one_problem made 7; it must return a text.problems.Problem"),
         ("x = 1\n", "own.py) holds no problems; put some into it"),
+        ("import sys\nsys.exit(0)\n", "own.py line 2: SystemExit: 0; mend it"),
+        *(
+            (
+                f"from text.problems import Problem\ndef one_problem(rng):\n    return Problem('one', {rest})\n",
+                "own.py: one_problem made Problem(",
+            )
+            for rest in (
+                "'q', (1, 2), ' a'",
+                "'q', ' steps', ' a'",
+                "'q', (' ',' x'), ' a'",
+                "'q\\ud800', (), ' a'",
+                "'q', (), ' a', 7",
+            )
+        ),
         (
             "import random\nfrom text.problems import Problem\n"
             "def one_problem(rng):\n    return Problem('one', f'{random.random()}', (), ' a')\n",
@@ -182,6 +198,20 @@ def test_a_bad_line_is_refused_by_file_and_line(tmp_path, line, message):
 def test_bad_functions_are_refused_by_file_and_line(tmp_path, text, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         load_families(program_of(tmp_path / "own.py", text))
+
+
+@pytest.mark.parametrize(
+    ("scorer", "message"),
+    [("lambda said: None", "the scorer of one_problem made None of 'said'; it must return a number, 1 for what is right"),
+     ("float", "own.py line 1: ValueError: could not convert string to float: 'said'; mend it"),
+     ("lambda said: 1 / 0", "own.py line 3: ZeroDivisionError: division by zero; mend it")],
+)  # fmt: skip
+def test_a_scorer_that_fails_is_refused_by_file(tmp_path, scorer, message):
+    body = f"    return Problem('one', 'q', (), ' a', '', {scorer})\n"
+    made = f"from text.problems import Problem\ndef one_problem(rng):\n{body}"
+    families, _ = load_families(program_of(tmp_path / "own.py", made))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        families["one"](random.Random(0)).scorer("said")
 
 
 @pytest.mark.parametrize(
@@ -206,6 +236,48 @@ def test_too_few_problems_are_refused_before_anything_is_written(program, tmp_pa
     assert program(tmp_path / "run", "--data.problems", mine) == 2
     assert "problem family 'double' makes" in " ".join(capsys.readouterr().out.split())
     assert not (tmp_path / "run").exists()
+
+
+def test_a_file_that_fails_after_some_steps_leaves_the_weights_before_it(program, tmp_path, monkeypatch, capsys):
+    """A rare error of somebody's program: the base's steps before it are saved, and the message says where."""
+    fails = tmp_path / "now"
+    made = (
+        PROGRAM
+        + f"""
+import os
+
+def rare_problem(rng):
+    if os.path.exists({str(fails)!r}):
+        raise ZeroDivisionError("rare")
+    n = rng.randrange(10_000)
+    return Problem("rare", f"Is it {{n}}?", (), f" {{n % 10}}")
+"""
+    )
+    words = ["--data.problems", program_of(tmp_path / "own.py", made.replace("no_problem", "_no_problem"))]
+    words += ["--mode", "pretrain", "--pretrain.intro-share", "0", "--data.text-share", "0", "--pretrain.steps", "9"]
+    disturb(monkeypatch, "pretrain", 3, lambda: fails.write_text(""))
+    assert program(tmp_path / "run", *words) == 2
+    said = " ".join(capsys.readouterr().out.split())
+    assert "step 3:" in said
+    assert "ZeroDivisionError: rare; mend it; the weights before it are in" in said
+    assert checkpoint.newest(tmp_path / "run").meta["step"] == 3
+
+
+def test_questions_longer_than_a_sequence_are_refused_and_longer_problems_are_said(program, tmp_path, capsys):
+    """Before anything is written. Each question takes some 40 tokens, its thought as many; contexts see all of it."""
+    words = " ".join(f"w{i}" for i in range(16))
+    lines = [{"question": f"{i} {words}?", "answer": i % 10, "thought": f"{words} {i}"} for i in range(400)]
+    mine = ["--data.problems", lines_of(tmp_path / "long.jsonl", *lines), "--rlp.context-len", "256"]
+    assert program(tmp_path / "run", *mine, "--pretrain.seq-len", "16") == 2
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"error: pretrain cuts problems after \d+ tokens; .* give a longer pretrain.seq_len", said)
+    assert not (tmp_path / "run").exists()
+    assert program(tmp_path / "run", *mine, "--pretrain.seq-len", "256", "--rlp.steps", "0") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search(
+        r"warmup cuts problems after \d+ tokens; .* with thought and answer; give a longer warmup.seq_len", said
+    )
+    assert "pretrain cuts" not in said
 
 
 # ------------------------------------------------------------------------------------------------ how they are used

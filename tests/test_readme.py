@@ -181,6 +181,15 @@ def test_the_picture_refuses_runs_without_thoughts(tmp_path):
         picture.picture(tmp_path)
 
 
+@pytest.mark.parametrize("line", ["", '{"step": 1, "gain_text_nats": 0.5}\n'])
+def test_the_picture_refuses_runs_of_rlp_without_a_gain_at_problems(tmp_path, line):
+    """No steps, or none that read problems."""
+    (tmp_path / "summary.json").write_text('{"mode": "rlp"}')
+    (tmp_path / "metrics.jsonl").write_text(line)
+    with pytest.raises(ValueError, match="has logged no gain at answers of problems"):
+        picture.picture(tmp_path)
+
+
 def test_pip_installs_what_the_commands_name():
     assert "pip install -r requirements-dev.txt && pytest -n auto --dist loadfile`" in README
     assert "-r requirements.txt" in (ROOT / "requirements-dev.txt").read_text()

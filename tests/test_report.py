@@ -377,6 +377,23 @@ def test_a_run_is_collected_and_both_files_are_written(tmp_path):
     assert {f.name for f in (tmp_path / "results").iterdir()} == {"rlp-cpu-seed0.json", "rlp-cpu-seed0.txt", "accuracy.png"}
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("rlp-cpu-seed1", {}),
+        ("rlp-cpu-seed0", {"preset": "smoke"}),
+        ("mine", {}),
+        ("rlp-computed-seed0", {"preset": "cpu"}),
+    ],
+)
+def test_a_run_whose_folder_says_another_seed_or_preset_is_refused(tmp_path, capsys, name, changes):
+    """Results are known by the folder's name. Nothing is taken in."""
+    run = write(tmp_path / name, summary=thinking() | changes)
+    with pytest.raises(ValueError, match=r"holds a run of preset .* and seed 0, which its name does not say"):
+        report.report([str(run)], tmp_path)
+    assert not list((tmp_path / "results").iterdir())
+
+
 def test_rates_that_were_tried_are_added_to_those_of_before(tmp_path):
     (tmp_path / "README.md").write_text("")
     (tmp_path / "runs").mkdir()

@@ -113,6 +113,34 @@ def test_a_folder_of_nothing_but_hidden_and_empty_files_is_refused(tmp_path):
         input_files(tmp_path, "data.path")
 
 
+def test_links_to_folders_and_to_nothing_are_skipped_with_a_line(tmp_path):
+    folder, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
+    for one in (folder, elsewhere):
+        one.mkdir()
+        (one / "a.txt").write_text("text")
+    for name, target in (("more", elsewhere), ("gone.txt", tmp_path / "nowhere"), ("b.txt", elsewhere / "a.txt")):
+        (folder / name).symlink_to(target)
+    files, skipped = input_files(folder, "data.path")
+    assert [file.name for file in files] == ["a.txt", "b.txt"]
+    assert [line.split(" is ", 1)[1] for line in skipped] == ["a link to nothing; skipped", "a link to a folder; skipped"]
+
+
+def test_files_of_equal_name_in_several_folders_are_told_apart(tmp_path):
+    """By their folder, below the one that is given: by name alone all of them would be one cluster of documents."""
+    for name in ("a", "b/c"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "text.txt").write_text(f"of {name}")
+    files, _ = input_files(tmp_path, "data.path")
+    assert dict(read_texts(files, "text", 100, tmp_path)) == {"a/text.txt 0": "of a", "b/c/text.txt 0": "of b/c"}
+
+
+@pytest.mark.parametrize("value", [None, ["a", "b"], 3])
+def test_what_stands_under_the_key_and_is_no_text_is_named(tmp_path, value):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": value}) + "\n")
+    with pytest.raises(ValueError, match=r'a.jsonl line 1: "text" \(.*\) is no string; mend it, or leave it out'):
+        texts_of(tmp_path / "a.jsonl")
+
+
 def test_end_of_text_is_a_boundary(tmp_path):
     """By hand: on a line of its own, within a line, and twice."""
     (tmp_path / "a.txt").write_text(f"one\n{END}\ntwo{END}three\n{END}{END}\n")

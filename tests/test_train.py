@@ -706,6 +706,14 @@ def test_a_run_stopped_by_ctrl_c_and_resumed_equals_the_uninterrupted_one(progra
     assert differing <= {"wall_s", "steps_s", "peak_memory_gib", "base_was_cached"}
 
 
+@pytest.mark.parametrize(("mode", "said"), [("rlp", "go on with --resume"), ("pretrain", "go on with the same command")])
+def test_a_stopped_run_says_how_to_go_on(program, tmp_path, monkeypatch, capsys, mode, said):
+    """In its base there is nothing yet that --resume finds."""
+    disturb(monkeypatch, mode, 0, press_ctrl_c)
+    assert program(tmp_path / "run", "--data.cache-dir", tmp_path / "cache") == 130
+    assert said in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_base_stopped_by_ctrl_c_is_finished_by_the_next_run(program, finished, tmp_path, monkeypatch):
     """In a cache of its own. The base is then the one that was never stopped, and so is what it becomes in the warm-up."""
     words = ("--data.cache-dir", tmp_path / "cache")

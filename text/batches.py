@@ -120,7 +120,7 @@ def pretrain_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tenso
     little there is to learn from the steps of a thought."""
     fit, tokenizer, percent = config.pretrain, corpus.tokenizer, corpus.held_out_percent
     rng = random.Random(f"pretrain-{config.seed}-{step}")
-    intro = step < fit.intro_share * fit.steps
+    intro = step < fit.intro_share * fit.steps and config.data.text_share < 1
     families = list(corpus.families)
 
     def draw(kind: str) -> Marked:

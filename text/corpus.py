@@ -65,7 +65,8 @@ class Corpus:
         #    two splits.
         first: dict[str, tuple[str, str]] = {}
         files, notes = input_files(Path(config.path), "data.path") if config.path else ([], [])
-        own_texts = read_texts(files, config.text_key, size=2000)
+        root = Path(config.path) if Path(config.path).is_dir() else None
+        own_texts = read_texts(files, config.text_key, 2000, root)
         for name, text in own_texts if config.path else python_documents():
             first.setdefault(text.strip(), (name, text))
         named = [pair for stripped, pair in first.items() if stripped]

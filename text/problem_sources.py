@@ -46,9 +46,9 @@ def load_families(source: str) -> tuple[Families, list[str]]:
         families, origin = kinds[0](file), sha256(file)
     require(families, f"data.problems ({source}) holds no problems; put some into it")
     for name, make in families.items():
-        require(re.fullmatch(r"[\w .-]+", name) and name != "all", f"data.problems ({source}): the "
-                f"family {name!r} must have a name of letters, digits, spaces and _.-, and not all;"
-                " give it another")
+        require(re.fullmatch(r"[\w .-]+", name) and name not in ("all", "mean"), "data.problems "
+                f"({source}): the family {name!r} must have a name of letters, digits, spaces and "
+                "_.-, but not all or mean, which figures have; give it another")
         first, again = (make(random.Random(0)) for _ in range(2))
         require(first == again, f"data.problems ({source}): the family {name!r} makes different "
                 "problems from the same generator; let it draw from that generator alone")
@@ -114,19 +114,27 @@ def _made_by(file: Path, name: str, function: Callable[[random.Random], Problem]
              rng: random.Random) -> Problem:
     """What a function makes, under its own family's name."""
     found = _run(file, lambda: function(rng))
-    require(isinstance(found, Problem) and all(
-        isinstance(text, str) and text.strip() for text in (found.question, found.answer)),
+    require(isinstance(found, Problem) and isinstance(found.steps, tuple | list) and all(
+        isinstance(text, str) and text.strip() and text == valid(text)
+        for text in (found.question, found.answer, found.canonical, *found.steps)),
         f"{file}: {name} made {found!r:.200}; it must return a text.problems.Problem whose "
-        "question and answer are text")
-    return Problem(name.removesuffix("_problem"), found.question, found.steps, found.answer,
-                   found.canonical, found.scorer)
+        "question, answer and canonical are text, and its steps a tuple of texts")
+
+    def scorer(said: str) -> float:
+        score = _run(file, lambda: found.scorer(said))
+        require(isinstance(score, int | float), f"{file}: the scorer of {name} made {score!r:.60} "
+                f"of {said!r:.60}; it must return a number, 1 for what is right")
+        return score
+
+    return Problem(name.removesuffix("_problem"), found.question, tuple(found.steps), found.answer,
+                   found.canonical, found.scorer and scorer)
 
 
 def _run(file: Path, call: Callable[[], Any]) -> Any:
     """What a file's code returns. Raises ValueError with the line at which it fails."""
     try:
         return call()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
                  if frame.filename == str(file)]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else 1

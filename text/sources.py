@@ -22,26 +22,31 @@ from text.tokenizer import END, valid
 
 def input_files(path: Path, name: str) -> tuple[list[Path], list[str]]:
     """The files named or in the folder named, and a line for each that is skipped there: hidden
-    and empty ones. Raises ValueError if none are left. name: of the setting, for messages."""
+    and empty ones, links to folders or to nothing. Raises ValueError if none are left. name: of the
+    setting, for messages."""
     require(path.exists(), f"{name} ({path}) does not exist; give a file of text, *.jsonl or "
             "*.parquet, or a folder of them")
     if not path.is_dir():
         return [path], []
     files, skipped = [], []
-    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+    for file in sorted(p for p in path.rglob("*") if p.is_file() or p.is_symlink()):
         hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-        why = "hidden" if hidden else "empty" if not file.stat().st_size else ""
+        why = ("hidden" if hidden else "a link to a folder" if file.is_dir() else
+               "a link to nothing" if not file.exists() else
+               "empty" if not file.stat().st_size else "")
         files += [] if why else [file]
         skipped += [f"{name}: {file} is {why}; skipped"] if why else []
     require(files, f"{name} ({path}) is a folder without files that hold text; put some into it")
     return files, skipped
 
 
-def read_texts(files: Iterable[Path], key: str, size: int) -> Iterator[tuple[str, str]]:
+def read_texts(files: Iterable[Path], key: str, size: int, root: Path | None = None
+               ) -> Iterator[tuple[str, str]]:
     """(name, text) of every document of some files that is not blank.
 
     key: what the text stands under in JSON and Parquet; size: characters of the pieces that other
-    files are cut into. Raises ValueError with file and line for what is no text, and where a
+    files are cut into; root: the folder in which names begin, of files of equal name in several
+    folders. Raises ValueError with file and line for what is no text, and where a
     format needs a package that is not installed.
     """
     for file in files:
@@ -52,7 +57,7 @@ def read_texts(files: Iterable[Path], key: str, size: int) -> Iterator[tuple[str
         try:
             texts = kinds[0](file, key) if kinds else _pieces(_lines(file), size)
             for n, text in enumerate(t for t in texts if t.strip()):
-                yield f"{file.name} {n}", text
+                yield f"{file.relative_to(root) if root else file.name} {n}", text
         except Exception as error:  # the packages raise nothing narrower
             if str(file) in str(error):
                 raise
@@ -161,8 +166,11 @@ def _text_of(value: Any, key: str, where: str) -> str:
     """The text under a key, with U+FFFD for what no text holds."""
     text = value.get(key) if isinstance(value, dict) else None
     others = f"it has {', '.join(value)}" if isinstance(value, dict) else "it is no object"
-    require(isinstance(text, str), f'{where} has no "{key}" that is a string ({others[:200]}); '
-            "name the key with --data.text-key (of tools.shards: --text-key)")
+    require(isinstance(value, dict) and key in value, f'{where} has no "{key}" that is a '
+            f"string ({others[:200]}); name the key with --data.text-key (of tools.shards: "
+            "--text-key)")
+    require(isinstance(text, str),
+            f'{where}: "{key}" ({text!r:.60}) is no string; mend it, or leave it out')
     return valid(text).replace("\0", "\ufffd")
 
 

@@ -105,7 +105,12 @@ def picture(run: tyro.conf.Positional[Path], family: str = "word",
             out: Path = Path("results/hero.png")) -> None:
     """Draw what a thought does in a held-out problem of a family, from a finished run of RLP."""
     summary = read_json(run / "summary.json")
-    require(summary["mode"] == "rlp", f"{run} is of --mode {summary['mode']}; give a run of rlp")
+    mode = summary.get("mode")
+    require(mode == "rlp", f"{run} is of --mode {mode}; give a run of rlp")
+    log, _ = read_log(run / "metrics.jsonl")
+    gain_nats = [line["gain_problems_nats"] for line in log if "gain_problems_nats" in line]
+    require(gain_nats, f"{run} has logged no gain at answers of problems; give a run of rlp that "
+            "has taken steps, and reads problems")
     (model, tokenizer, c), (base, *_) = load_run(run), load_model(Path(summary["base_dir"]))
     problems = held_out_problems("test", c.eval.problems_per_family, c.seed,
                                  c.data.held_out_percent, load_families(c.data.problems)[0])
@@ -113,8 +118,6 @@ def picture(run: tyro.conf.Positional[Path], family: str = "word",
     problem, before = next((pair for pair in tried if not pair[1]["right"]), (None, None))
     require(problem, f"family ({family}) has no problem that the base gets wrong; give another")
     thoughts = think(model, tokenizer, problem, c), before
-    log, _ = read_log(run / "metrics.jsonl")
-    gain_nats = [line["gain_problems_nats"] for line in log if "gain_problems_nats" in line]
     draw(problem.question, thoughts, tokenizer, gain_nats).savefig(out, dpi=200, transparent=True)
     print(f"wrote {out}")
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from system.errors import exit_code, require
 from system.files import read_json
+from system.presets import PRESETS
 from views import families, plots, rivals
 from views import tables as view
 
@@ -537,6 +538,11 @@ def report(run_dirs: list[str], root: Path = Path(__file__).parent.parent) -> No
         require((run_dir / "summary.json").is_file(), f"{run_dir} holds no summary.json, so no run "
                 "has ended there; give the folder of a finished run")
         summary = read_json(run_dir / "summary.json")
+        *_, named, number = ["", "", *run_dir.resolve().name.split("-")]
+        preset, seed = summary.get("preset", named), summary.get("seed")
+        require(number == f"seed{seed}" and (named == preset or named not in PRESETS),
+                f"{run_dir} holds a run of preset {preset} and seed {seed}, which its name does "
+                "not say; results are known as ARM-PRESET-seedN: rename the folder")
         require(summary.get("split", "test") == "test", f"{run_dir} was measured on validation "
                 "documents, to choose settings; give a run without --eval.split val")
         summary.pop("base_dir", None)  # a path of one machine

@@ -10,7 +10,7 @@ from evals import compare, to_device
 from importance import score_table
 from model import HybridLM
 from system.config import Config
-from system.errors import exit_code
+from system.errors import exit_code, require
 from system.rundir import load_run
 from text.batches import mixture
 from text.corpus import Corpus
@@ -35,6 +35,8 @@ def scores(run: tyro.conf.Positional[Path]) -> None:
         run: Folder of the run.
     """
     model, _, config = load_run(run)
+    require(not config.model.widths, f"{run} is one size of a family, which has no widths left to "
+            "choose; give the run that it was cut from")
     for axis, losses in table_of(model, Corpus.load(config.data), config).items():
         print(f"{axis:>15}  " + "  ".join(f"{kind} {loss:.3f}" for kind, loss in losses.items()))
 
