@@ -97,8 +97,11 @@ def run(config: Config) -> dict:
     check_rows(getattr(config, config.mode), config.mode)
     # 2. The parts. Whatever does not fit together is refused before anything is written.
     start = rundir.resume_point(config, run_dir)
+    require(start or not config.init or Path(config.init).exists(), f"init ({config.init}) does "
+            "not exist; give the folder of an earlier run, or a Hugging Face directory")
     corpus = parallel.in_turn(lambda: Corpus.load(config.data))
-    rooms = {p.name: p.row_tokens for p in estimate.phases(config) if p.name in NEXT_TOKEN}
+    own = estimate.own_phases(config) if config.mode in NEXT_TOKEN else []
+    rooms = {p.name: p.row_tokens for p in estimate.phases_before(config) + own}
     config, said = with_horizon(config, corpus, rooms)
     if start:
         rundir.require_same(start, config, corpus.key)

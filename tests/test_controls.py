@@ -179,3 +179,9 @@ def test_what_is_no_finished_run_with_thoughts_is_refused(tmp_path, content, cap
     assert controls.main([str(tmp_path)]) == 2
     said = capsys.readouterr()
     assert ("give a run of rlp" if content else "holds no summary.json") in said.out + said.err
+
+
+def test_controls_of_no_run_are_refused(capsys):
+    assert controls.main([]) == 2
+    said = capsys.readouterr()
+    assert "no run is named; give the folder of one" in said.out + said.err

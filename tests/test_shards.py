@@ -383,6 +383,13 @@ def test_too_few_documents_are_refused(tmp_path, program):
         load(tmp_path / "set", tmp_path)
 
 
+def test_a_vocabulary_without_room_for_bytes_is_refused(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("One text only.\n")
+    assert shards_program.main(["build", str(tmp_path), "--out", str(tmp_path / "set"), "--vocab-size", "2"]) == 2
+    assert "vocab-size (2) must be at least 300" in capsys.readouterr().err
+    assert not (tmp_path / "set").exists()
+
+
 def test_a_run_on_shards_trains_measures_resumes_and_is_found_again(program, tmp_path):
     words = ["--preset", "smoke", "--mode", "pretrain", "--data.path", str(program), "--data.cache-dir", str(tmp_path),
              "--data.held-out-percent", "10", "--out", str(tmp_path / "run")]  # fmt: skip

@@ -807,6 +807,12 @@ def test_init_without_a_checkpoint_is_refused(program, tmp_path, capsys):
     assert f"init ({tmp_path / 'empty'}) holds no checkpoint" in capsys.readouterr().out
 
 
+def test_init_that_does_not_exist_is_refused_before_anything_is_written(program, tmp_path, capsys):
+    assert program(tmp_path / "run", "--init", tmp_path / "nowhere") == 2
+    assert f"init ({tmp_path / 'nowhere'}) does not exist; give the folder of" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("option", ["out", "data.cache_dir"])
 def test_a_folder_that_cannot_be_written_is_refused_by_name(program, text_file, tmp_path, capsys, option):
     """Below a file there is no folder."""

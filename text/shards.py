@@ -46,6 +46,8 @@ def shard_tokenizer(name: str, vocab_size: int, texts: Iterable[str]) -> Tokeniz
         n += len(text)
         if n >= 20_000_000:
             break
+    require(vocab_size >= 300, f"vocab-size ({vocab_size}) must be at least 300: there are 256 "
+            "bytes and the special tokens")
     return CorpusTokenizer.train(sample + tokenizer_examples(5, FAMILIES), vocab_size)
 
 

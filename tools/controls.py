@@ -238,6 +238,7 @@ def write(runs: tyro.conf.Positional[tuple[Path, ...]], parts: tuple[Part, ...] 
         runs: Folders of finished runs of rlp, rlvr, sft or cpt, whose base is still there.
         parts: Which parts of it; others that were measured before stay.
     """
+    require(runs, "no run is named; give the folder of one")
     for run in runs:
         file = run / "controls.json"
         kept = read_json(file) if file.exists() else {}

@@ -66,13 +66,18 @@ class Phase:
 
 
 def phases(config: Config) -> list[Phase]:
-    """The steps that a run would take, in order; of its base too, unless `init` brings one, and of
-    the warm-up. Training of the base may end earlier (`pretrain.enough`)."""
+    """The steps that a run would take, in order: those of `phases_before`, then its own."""
+    return phases_before(config) + own_phases(config)
+
+
+def phases_before(config: Config) -> list[Phase]:
+    """The steps of a run's base, unless `init` brings one, and of the warm-up. Training of the base
+    may end earlier (`pretrain.enough`)."""
     before = {"pretrain": [], "warmup": ["pretrain"]}.get(config.mode, ["pretrain", "warmup"])
     if config.init:
         before = before[1:]
     found = [p for mode in before for p in next_token_phases(replace(config, mode=mode))]
-    return [p for p in found if p.n_steps] + own_phases(config)
+    return [p for p in found if p.n_steps]
 
 
 def own_phases(config: Config) -> list[Phase]:
