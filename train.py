@@ -100,9 +100,8 @@ def run(config: Config) -> dict:
     require(start or not config.init or Path(config.init).exists(), f"init ({config.init}) does "
             "not exist; give the folder of an earlier run, or a Hugging Face directory")
     corpus = parallel.in_turn(lambda: Corpus.load(config.data))
-    own = estimate.own_phases(config) if config.mode in NEXT_TOKEN else []
-    rooms = {p.name: p.row_tokens for p in estimate.phases_before(config) + own}
-    config, said = with_horizon(config, corpus, rooms)
+    config, said = with_horizon(config, corpus, {
+        phase.name: phase.row_tokens for phase in estimate.next_token_phases_of(config)})
     if start:
         rundir.require_same(start, config, corpus.key)
     model = rundir.build_model(config, corpus.tokenizer.n_vocab, device, config.seed)
@@ -510,7 +509,6 @@ MODES: dict[str, Mode] = {
     "rlvr": Mode(batches.rlp_batch, thinking, figures_before_and_after, refuse_rlp),
     "elastic": Mode(batches.elastic_batch, make_elastic, figures_of_family, refuse_elastic),
 }
-NEXT_TOKEN = ("pretrain", "warmup", "cpt", "sft")  # whose sequences should hold whole problems
 
 
 # ------------------------------------------------------------------------------------- the program

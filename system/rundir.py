@@ -58,8 +58,9 @@ def load_hf_weights(model: HybridLM, folder: Path, tokenizer: Tokenizer) -> None
     _, tensors = huggingface.load_hf(folder)
     n_known = len(tensors["embed.weight"])
     beyond = [i for i in range(n_known, model.config.vocab_size) if i not in tokenizer.new_ids]
-    warn(beyond and f"{folder}: the tokenizer has {len(beyond)} tokens that the weights have no "
-         "rows for; they get new ones, which know nothing: is it this model's?")
+    if beyond:
+        warn(f"{folder}: the tokenizer has {len(beyond)} tokens that the weights have no rows for; "
+             "they get new ones, which know nothing: is it this model's?")
     tensors = huggingface.add_rows(tensors, sorted([*tokenizer.new_ids, *beyond]))
     checkpoint.load_weights(model, tensors, folder)
 

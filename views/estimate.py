@@ -80,6 +80,12 @@ def phases_before(config: Config) -> list[Phase]:
     return [p for p in found if p.n_steps]
 
 
+def next_token_phases_of(config: Config) -> list[Phase]:
+    """Those in which whole documents are read, and every token of them predicted."""
+    own = [] if config.mode in PHASES else next_token_phases(config)
+    return phases_before(config) + own
+
+
 def own_phases(config: Config) -> list[Phase]:
     """Those of the run's own mode alone."""
     return PHASES.get(config.mode, next_token_phases)(config)
