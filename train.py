@@ -480,7 +480,7 @@ class Pretraining(NextToken):
 
     def __init__(self, corpus: Corpus, config: Config):
         super().__init__()
-        self.corpus, self.config = corpus, config
+        self.corpus, self.config = corpus, worked_lengths(config, corpus)
 
     def enough(self, model: HybridLM, step: int) -> str:
         """Greedy accuracy of each family on validation problems, if the worst is good enough; if it
@@ -490,7 +490,7 @@ class Pretraining(NextToken):
             return ""
         with parallel.compute():
             whole = parallel.whole(model, for_sampling=True)
-            found = evals.validate(whole, self.corpus, worked_lengths(self.config, self.corpus))
+            found = evals.validate(whole, self.corpus, self.config)
         said = "accuracy by family: " + ", ".join(f"{k} {v:.2f}" for k, v in found.items())
         if min(found.values()) >= c.enough:
             return said
@@ -589,7 +589,7 @@ def main(argv: list[str] | None = None, settings: type[Config] = Config) -> int:
         console.print(f"[yellow]{escape(str(stop))}[/yellow]", soft_wrap=True)
         return 1
     except KeyboardInterrupt as stop:
-        how = f"; go on {how_to_go_on(config)}" if str(stop) else ""
+        how = f"; go on {TO_GO_ON[has_saved(config)]}" if str(stop) else ""
         console.print(f"[yellow]{escape(str(stop)) or 'stopped'}{how}[/yellow]", soft_wrap=True)
         return 130
     except OSError as error:
@@ -612,19 +612,21 @@ def give_up(message: str) -> int:
     return parallel.leave(1)
 
 
-def how_to_go_on(config: Config) -> str:
-    """After a run that ended early: until it has a checkpoint of its own, its base goes on."""
-    saved = any((config.run_dir() / "checkpoint").glob("step_*[0-9]"))
-    return "with --resume" if saved else "with the same command"
+TO_GO_ON = ("with the same command", "with --resume")  # before a run has saved steps, and then
+
+
+def has_saved(config: Config) -> bool:
+    """Whether a run has saved steps of its own; its base's are elsewhere."""
+    return any((config.run_dir() / "checkpoint").glob("step_*[0-9]"))
 
 
 def broke_off(error: Exception, config: Config) -> str:
     """What to say of a run that ran out of memory or lost a process; '' for any other error."""
     who = f"process {parallel.team.rank}: " if parallel.team.world > 1 else ""
     first_line = str(error).strip().split("\n")[0][:200]
-    how, go_on = how_to_go_on(config), "no step of this run was saved yet"
-    if how == "with --resume":
-        go_on = f"what was saved in {config.run_dir()} stays usable"
+    saved = has_saved(config)
+    how, go_on = TO_GO_ON[saved], (f"what was saved in {config.run_dir()} stays usable" if saved
+                                   else "no step of this run was saved yet")
     is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
     if is_memory or "DefaultCPUAllocator: can't allocate" in str(error):
         return (f"{who}out of memory ({first_line}); {go_on}; go on {how} and a larger "

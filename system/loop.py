@@ -115,8 +115,7 @@ def fit(model: HybridLM, objective: Objective, make_batch: Callable[[int], dict[
             progress.update(task, completed=step, note=f"{objective.headline} {shown:.3f}")
             # 5. Stop if any process was asked to; save what is due.
             if any(parallel.everyone(interrupt.asked)):
-                raise KeyboardInterrupt(
-                    f"stopped after step {step}; saved in {save()}")
+                raise KeyboardInterrupt(f"stopped after step {step}; saved in {save()}")
             if step % settings.checkpoint_every == 0 or ended:
                 save()
             if enough:

@@ -216,7 +216,7 @@ FAULTS = [
     Fault("budget_of_weight_0_is_drawn", "system/config.py", "for n in inner if weights[n]}", "for n in inner}", "elastic"),
     Fault("all_groups_cost_flops", "views/estimate.py", "(1.0 if c.kl > 0 else signal) * thoughts", "thoughts", "estimate"),
     Fault("routers_gradient_unseen", "system/loop.py", "grad_norm = np.nan", "pass", "train"),
-    Fault("enough_by_the_lengths_of_rlp", "train.py", "worked_lengths(self.config, self.corpus)", "self.config", "train"),
+    Fault("enough_by_the_lengths_of_rlp", "train.py", "worked_lengths(config, corpus)", "config", "train"),
     Fault("equal_names_in_two_folders", "text/sources.py", "file.relative_to(root) if root else file.name", "file.name",
           "sources"),
     Fault("widened_norm", "nested.py", '(narrow[name].axes["I"] / axes["I"]) ** 0.5',

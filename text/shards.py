@@ -40,14 +40,14 @@ def shard_tokenizer(name: str, vocab_size: int, texts: Iterable[str]) -> Tokeniz
     characters of texts that no setting holds out: val and test have at most 25 per cent each."""
     if name != "corpus":
         return named_tokenizer(name)
+    require(vocab_size >= 300, f"vocab-size ({vocab_size}) must be at least 300: there are 256 "
+            "bytes and the special tokens")
     sample, n = [], 0
     for text in (t for t in texts if bucket_of(t.strip()) >= N_BUCKETS // 2):
         sample.append(text)
         n += len(text)
         if n >= 20_000_000:
             break
-    require(vocab_size >= 300, f"vocab-size ({vocab_size}) must be at least 300: there are 256 "
-            "bytes and the special tokens")
     return CorpusTokenizer.train(sample + tokenizer_examples(5, FAMILIES), vocab_size)
 
 

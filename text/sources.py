@@ -46,8 +46,8 @@ def read_texts(files: Iterable[Path], key: str, size: int, root: Path | None = N
 
     key: what the text stands under in JSON and Parquet; size: characters of the pieces that other
     files are cut into; root: the folder in which names begin, of files of equal name in several
-    folders. Raises ValueError with file and line for what is no text, and where a
-    format needs a package that is not installed.
+    folders. Raises ValueError with file and line for what is no text, and where a format needs a
+    package that is not installed.
     """
     for file in files:
         require_content(file)
@@ -164,14 +164,13 @@ def _parquet(file: Path, key: str) -> Iterator[str]:
 
 def _text_of(value: Any, key: str, where: str) -> str:
     """The text under a key, with U+FFFD for what no text holds."""
-    text = value.get(key) if isinstance(value, dict) else None
+    if isinstance(value, dict) and key in value:
+        if isinstance(text := value[key], str):
+            return valid(text).replace("\0", "\ufffd")
+        raise ValueError(f'{where}: "{key}" ({text!r:.60}) is no string; mend it, or leave it out')
     others = f"it has {', '.join(value)}" if isinstance(value, dict) else "it is no object"
-    require(isinstance(value, dict) and key in value, f'{where} has no "{key}" that is a '
-            f"string ({others[:200]}); name the key with --data.text-key (of tools.shards: "
-            "--text-key)")
-    require(isinstance(text, str),
-            f'{where}: "{key}" ({text!r:.60}) is no string; mend it, or leave it out')
-    return valid(text).replace("\0", "\ufffd")
+    raise ValueError(f'{where} has no "{key}" that is a string ({others[:200]}); name the key with '
+                     "--data.text-key (of tools.shards: --text-key)")
 
 
 READERS = {".jsonl": _json_lines, ".json": _json, ".parquet": _parquet}

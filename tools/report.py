@@ -102,7 +102,12 @@ def kept(runs: list[dict], how: str, rival: str = "") -> list[list[dict]]:
     families = [run["baselines"][rival] if rival else run["budgets"] for run in runs]
     shares = [[e["accuracy"][how]["all"]["mean"] / parent for e in family]
               for family, parent in zip(families, parents, strict=True)]
-    return [[{"mean": x, "low": x, "high": x} for x in size] for size in zip(*shares, strict=True)]
+    return [[exact(x) for x in size] for size in zip(*shares, strict=True)]
+
+
+def exact(x: float) -> dict:
+    """A figure without an interval of its own."""
+    return {"mean": x, "low": x, "high": x}
 
 
 def over_sizes(families: list[list[dict]], key: str, form: str) -> list[str]:
@@ -160,9 +165,21 @@ def above(leaves: list[dict], others: list[dict] | None = None) -> bool:
     """Whether figures are surely larger than others, or than 0 if there are none: see RULE."""
     if len(leaves) < 2:
         return bool(leaves) and leaves[0]["low"] > (others[0]["high"] if others else 0)
-    others = others or [{"mean": 0}] * len(leaves)
+    others = others or [exact(0)] * len(leaves)
     d = [a["mean"] - b["mean"] for a, b in zip(leaves, others, strict=True)]
     return statistics.mean(d) > rivals.half_width(d)
+
+
+def lower(found: dict[str, list[dict]], ours: str, theirs: str, key: str, first: int = 0
+          ) -> tuple[list[dict], list[bool], str, str]:
+    """Two arms of Elastic on the seeds that both have, by a loss at each budget from the first on:
+    the second's runs, whether ours is surely lower, how far, and of when (`rivals.pair`)."""
+    *pairs, then = rivals.pair(found, ours, theirs)
+    sizes = list(zip(*([[e[key] for e in size] for size in zip(
+        *(run["budgets"][first:] for run in side), strict=True)] for side in pairs), strict=True))
+    shown = ", ".join(rivals.spread([b["mean"] - a["mean"] for a, b in zip(
+        *size, strict=True)], "+.3f") for size in sizes)
+    return pairs[1], [above(others, mine) for mine, others in sizes], shown, then
 
 
 def claims(found: dict[str, list[dict]]) -> list[list[str]]:
@@ -254,20 +271,18 @@ def claims(found: dict[str, list[dict]]) -> list[list[str]]:
     add("Elastic: sizes are cut out with no further training, as good as the parent", alone, runs,
         [e["loss_change"]["high"] < 0.01 for size in sizes for e in size],
         f"loss {', '.join(over_sizes(sizes, 'loss_change', '+.1%'))}")
-    for claim, name in (("better than sizes distilled alone, equal FLOPs in all", "separate"),
-                        ("as good as sizes distilled alone with n times the tokens", "minitron"),
-                        ("better than sizes trained from scratch, as the parent was", "scratch")):
+    for claim, name, margin in (
+            ("better than sizes distilled alone, equal FLOPs in all", "separate", 0),
+            ("as good as sizes distilled alone with n times the tokens", "minitron", 0.01),
+            ("better than sizes trained from scratch, as the parent was", "scratch", 0)):
         theirs, then = families.with_rival(found, name)
         others = [[e for e in run["baselines"][name] if e["parameters"] < run["teacher"][
             "parameters"]] for run in theirs]  # the full one is the parent
         shown = ", ".join(over_sizes(others, "difference_nats", "+.3f"))
-        margins = [0.01 * run["teacher"]["loss_nats"]["mean"] if claim.startswith("as good") else 0
-                   for run in theirs]
-        ahead = [[{k: e["difference_nats"][k] + m for k in ("mean", "low", "high")}
-                  for e, m in zip(size, margins, strict=True)]
-                 for size in zip(*others, strict=True)]
+        least = [exact(-margin * run["teacher"]["loss_nats"]["mean"]) for run in theirs]
         add(f"Elastic: {claim}", f"{alone} --elastic.baseline {name}", theirs,
-            [above(size) for size in ahead],
+            [above([e["difference_nats"] for e in size], least)
+             for size in zip(*others, strict=True)],
             f"{view.RIVALS[name]} minus elastic: {shown} nats{then}")
     for claim, ours, kind in (
             ("the order of importance matters", "elastic-hand-cpu", "elastic-units-cpu"),
@@ -277,30 +292,20 @@ def claims(found: dict[str, list[dict]]) -> list[list[str]]:
             ("the router beats the best of 50 sets of widths", "elastic-third-cpu",
              "elastic-search-cpu"),
             ("the router beats widths by sensitivity", "elastic-cpu", "elastic-sensitivity-cpu")):
-        *pairs, then = rivals.pair(found, ours, kind)
-        losses = [[[e["loss_nats"] for e in size] for size in zip(
-            *(run["budgets"][1:] for run in side), strict=True)] for side in pairs]
-        shown = ", ".join(rivals.spread([b["mean"] - a["mean"] for a, b in zip(
-            mine, others, strict=True)], "+.3f") for mine, others in zip(*losses, strict=True))
-        add(f"Elastic: {claim}", "-m tools.rivals --what elastic", pairs[1],
-            [above(others, mine) for mine, others in zip(*losses, strict=True)],
+        *compared, shown, then = lower(found, ours, kind, "loss_nats", first=1)
+        add(f"Elastic: {claim}", "-m tools.rivals --what elastic", *compared,
             f"{(families.FAMILIES | families.THIRDS)[kind]}, minus that: {shown} nats{then}")
-    both, short, _ = rivals.pair(found, "elastic-third-cpu", "elastic-short-cpu")
-    long = [[[e["long_loss_nats"] for e in size] for size in zip(
-        *(run["budgets"] for run in side), strict=True)] for side in (both, short)]
-    shown = ", ".join(rivals.spread([b["mean"] - a["mean"] for a, b in zip(
-        *sides, strict=True)], "+.3f") for sides in zip(*long, strict=True))
+    *compared, shown, _ = lower(found, "elastic-third-cpu", "elastic-short-cpu", "long_loss_nats")
     add("Elastic: the second stage, of long texts, helps on them", "-m tools.rivals --what elastic",
-        short, [above(others, mine) for mine, others in zip(*long, strict=True)],
-        f"there, short texts alone minus that: {shown} nats")
+        *compared, f"there, short texts alone minus that: {shown} nats")
     memory = [[run["memory"][f"{k}_memory"] / 1e6 for k in ("family", "separate")] for run in runs]
     add("Elastic: a family needs the memory of its largest model and of routers", alone, runs,
         [family < 0.6 * separate for family, separate in memory],
         "; ".join(f"{family:.2f} MB, apart {separate:.2f}" for family, separate in memory[:1]))
     sizes_kept = kept(runs, "greedy")
     add("Elastic: accuracy is kept: 97 % of the parent's at 75 %, 90 % at 50 %", alone,
-        sizes_kept and runs, [above(size, [{"mean": least, "high": least}] * len(size))
-                              for size, least in zip(sizes_kept[1:], (0.97, 0.9), strict=False)],
+        sizes_kept and runs, [above(size, [exact(least)] * len(size)) for size, least in
+                              zip(sizes_kept[1:], (0.97, 0.9), strict=False)],
         ", ".join(view.cell(view.over_seeds(size), ".0%") for size in sizes_kept))
     add("Elastic: it holds for a model of 12B", "--preset nemotron-12b-elastic")
     return rows
