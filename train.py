@@ -42,7 +42,7 @@ from system import checkpoint, huggingface, lora, parallel, rundir
 from system.config import Config, ElasticConfig, LoRAConfig, ModelConfig, require_known
 from system.costs import count_parameters, part_parameters, sum_of_parts
 from system.errors import path_and_reason, require
-from system.files import fingerprint, read_json, write_whole
+from system.files import fingerprint, read_figures, write_figures
 from system.loop import check_rows, console, fit, split_batch, warn
 from system.machine import hardware, peak_memory_gib, pick_device, pick_dtype, set_threads, versions
 from system.objective import NextToken, Objective
@@ -146,8 +146,7 @@ def run(config: Config) -> dict:
             1 - (rundir.logged_mean(run_dir, "no_signal") or 0)),
         "wall_s": time.perf_counter() - began, "peak_memory_gib": peak_memory_gib(device),
         **hardware(device), "versions": versions()}
-    text = json.dumps(summary, indent=1) + "\n"
-    write_whole(run_dir / "summary.json", lambda file: file.write(text.encode()))
+    write_figures(run_dir / "summary.json", summary)
     plots.plot_run(run_dir)
     tables.print_summary(summary, console)
     samples = "samples.txt, " if (run_dir / "samples.txt").exists() else ""
@@ -339,7 +338,7 @@ def figures_of_family(t: Trained) -> dict | None:
     midway = {(a + b) / 2: w for a, b in itertools.pairwise(c.budgets)
               if (w := router.choose((a + b) / 2, or_none=True))}
     earlier = t.run_dir / "summary.json"  # a resumed run keeps the rivals that it had
-    had = read_json(earlier)["baselines"] if config.resume and earlier.exists() else {}
+    had = read_figures(earlier)["baselines"] if config.resume and earlier.exists() else {}
     rivals = list(dict.fromkeys([*had, *c.baseline]))
     kept = parallel.whole if rivals else parallel.in_host_memory
     parent = t.objective.teacher = kept(t.objective.teacher)
@@ -403,7 +402,7 @@ def write_family(t: Trained, entries: list[dict], widths: dict[float, nested.Wid
         **{name: e[name] for name in told},
         "cuts": nested.cuts(t.model.config, widths[e["budget"]])}
         for e in entries}
-    (t.run_dir / "family.json").write_text(json.dumps(family) + "\n")
+    write_figures(t.run_dir / "family.json", family, indent=None)
 
 
 def train_rival(name: str, t: Trained, widths: dict[float, nested.Widths],

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +16,11 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path, object_hook: Callable[[dict], dict] | None = None) -> dict[str, Any]:
     """The object in a JSON file that others made. Raises ValueError if it cannot be read, whatever
     is in it; numbers in it can be infinite, NaN, or of up to 4,300 digits."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"), object_hook=object_hook)
     except (OSError, ValueError, RecursionError) as error:  # ValueError: of too many digits, too
         if file.is_file():
             require_content(file)
@@ -27,6 +28,19 @@ def read_json(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} cannot be read as JSON ({why}); copy it again") from error
     require(isinstance(content, dict), f"{file} holds no JSON object; copy it again")
     return content
+
+
+def write_figures(file: Path, figures: dict[str, Any], indent: int | None = 1) -> None:
+    """Figures as JSON. One observation has no interval: its bounds are NaN, which is no JSON, so
+    null stands there."""
+    plain = json.loads(json.dumps(figures), parse_constant=lambda _: None)
+    write_whole(file, lambda f: f.write((json.dumps(plain, indent=indent) + "\n").encode()))
+
+
+def read_figures(file: Path) -> dict[str, Any]:
+    """What `write_figures` wrote, such bounds as NaN again. Raises as `read_json` does."""
+    return read_json(file, lambda leaf: leaf | {
+        bound: math.nan for bound in ("low", "high") if leaf.get(bound, 0) is None})
 
 
 def read_log(file: Path) -> tuple[list[dict[str, Any]], int]:

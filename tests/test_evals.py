@@ -8,6 +8,7 @@ import contextlib
 import copy
 import dataclasses
 import itertools
+import json
 import math
 import random
 from types import SimpleNamespace
@@ -22,11 +23,13 @@ from torch.testing import assert_close
 import evals
 from evals import interval, over_documents, share
 from system import parallel
+from system.files import read_figures, write_figures
 from system.presets import PRESETS
 from text.computed import draw_computed
 from text.documents import Documents, join
 from text.problems import held_out_problems
 from thoughts import sample_thoughts
+from views.tables import cell, short
 
 SMOKE = PRESETS["smoke"]
 SEED, SAMPLES, CONTEXT, LONGEST, HORIZON, BACK = SMOKE.seed, 3, 40, 5, 2, 3
@@ -141,6 +144,17 @@ def test_one_document_has_no_interval():
     assert found["mean"] == 1.5
     assert math.isnan(found["low"])
     assert math.isnan(found["high"])
+
+
+def test_a_figure_without_an_interval_is_written_as_json(tmp_path):
+    """NaN is no JSON: other programs refuse the whole file."""
+    figures = {"text": over_documents(torch.tensor([1.0, 2.0]), torch.tensor([3, 3])), "never": None, "s": [0.5]}
+    write_figures(tmp_path / "summary.json", figures)
+    plain = json.loads((tmp_path / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert (plain["text"]["low"], plain["text"]["mean"], plain["never"], plain["s"]) == (None, 1.5, None, [0.5])
+    again = read_figures(tmp_path / "summary.json")
+    assert again == figures | {"text": near(figures["text"])}
+    assert cell(again["text"]) == short(again["text"]) == "1.50"
 
 
 def coverage(truth, draw, n=1000):

@@ -336,6 +336,20 @@ def test_rows_of_curves_have_a_stretch_a_column():
     assert second[0] == "widths by hand, 50 %"
 
 
+def test_how_much_longer_other_orders_train():
+    """By hand: 4 nats after 25 steps and 1 after 50 come by 2 at 35.4 steps, where the other order was after 25."""
+
+    def curves(*means):
+        return {b: [{"until": 25 * 2**i, "mean": mean} for i, mean in enumerate(means)] for b in ("1.0", "0.75", "0.5")}
+
+    hand, units = ({"seed": 0, "curves": curves(*means)} for means in ((2.0, 1.0, 0.5), (4.0, 1.0, 0.6)))
+    head, first, second = families.steps_rows(found_of(elastic__hand__cpu=[hand], elastic__units__cpu=[units]))
+    assert head == ["times the steps of units in order, to their loss up to step", "seeds", "25", "50", "100"]
+    assert first == ["by hand, units in random order, 75 %", "1", "1.41", "1.00", "not reached"]
+    assert second[0] == "by hand, units in random order, 50 %"
+    assert families.steps_rows(found_of(elastic__hand__cpu=[hand])) == [[]]
+
+
 def test_rows_of_hand_overs():
     pairs = [{"read": 1.0, "goes_on": 0.5, "own": leaf(0.75), "handed": leaf(0.5), "more_nats": leaf(1.0)}]
     found = found_of(elastic__cpu=[family(seed, (1.0, 1.1, 1.2), hand_over=pairs) for seed in (0, 1)])

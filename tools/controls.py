@@ -16,7 +16,6 @@ Writes controls.json into each run's folder, of the base that it began with and 
 """
 
 import functools
-import json
 import math
 import sys
 from collections.abc import Callable
@@ -35,7 +34,7 @@ from kernels import mask_banned
 from model import HybridLM
 from system.config import Config
 from system.errors import exit_code, require
-from system.files import read_json
+from system.files import read_figures, read_json, write_figures
 from system.rundir import load_model, load_run
 from text.corpus import Corpus
 from text.problems import LEVELS
@@ -241,8 +240,8 @@ def write(runs: tyro.conf.Positional[tuple[Path, ...]], parts: tuple[Part, ...] 
     require(runs, "no run is named; give the folder of one")
     for run in runs:
         file = run / "controls.json"
-        kept = read_json(file) if file.exists() else {}
-        file.write_text(json.dumps({**kept, **controls(run, parts)}, indent=1) + "\n")
+        kept = read_figures(file) if file.exists() else {}
+        write_figures(file, {**kept, **controls(run, parts)})
         print(f"wrote {file}")
 
 

@@ -17,7 +17,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from system.errors import exit_code, require
-from system.files import read_json
+from system.files import read_figures, read_json, write_figures
 from system.presets import PRESETS
 from views import families, plots, rivals
 from views import tables as view
@@ -29,7 +29,7 @@ def load(folder: Path) -> dict[str, list[dict]]:
     for file in sorted(folder.glob("*.json"), key=lambda file: (len(file.stem), file.stem)):
         kind = re.sub(r"-seed\d+$", "", re.sub(r"^bench-.*-", "bench-", file.stem))
         kind = re.sub(r"^checked-.*", "checked", kind)
-        run = read_json(file)
+        run = read_figures(file)
         if "text_positions" in run:  # as older results have it
             run["positions"] = {"text": run["text_positions"]}
         found[kind].append(run)
@@ -413,7 +413,8 @@ def before_parts(found: dict[str, list[dict]]) -> list[str]:
     then = defaultdict(list, {kind.removeprefix("before-"): runs for kind, runs in found.items()
                               if kind.startswith("before-")})
     makes = (rivals.arm_rows, rivals.lead_rows, rivals.ablation_rows, families.family_rows,
-             families.third_rows, families.router_rows, families.curve_rows)
+             families.third_rows, families.router_rows, families.curve_rows,
+             families.steps_rows)
     made = [rows for make in makes if (rows := make(then))[1:]]
     return [BEFORE, *map(view.markdown, made)] if made else []
 
@@ -495,6 +496,7 @@ def results(folder: Path) -> str:
                         ("Single settings, at a third of the steps", families.third_rows(found)),
                         ("The router among random widths, at a third", families.router_rows(found)),
                         ("The order of units, while budgets train", families.curve_rows(found)),
+                        ("How much longer other orders train", families.steps_rows(found)),
                         ("Read by one size, answered by another",
                          families.hand_over_rows(found))):
         if rows[1:]:
@@ -542,7 +544,7 @@ def report(run_dirs: list[str], root: Path = Path(__file__).parent.parent) -> No
             continue
         require((run_dir / "summary.json").is_file(), f"{run_dir} holds no summary.json, so no run "
                 "has ended there; give the folder of a finished run")
-        summary = read_json(run_dir / "summary.json")
+        summary = read_figures(run_dir / "summary.json")
         *_, named, number = ["", "", *run_dir.resolve().name.split("-")]
         preset, seed = summary.get("preset", named), summary.get("seed")
         require(number == f"seed{seed}" and (named == preset or named not in PRESETS),
@@ -551,7 +553,7 @@ def report(run_dirs: list[str], root: Path = Path(__file__).parent.parent) -> No
         require(summary.get("split", "test") == "test", f"{run_dir} was measured on validation "
                 "documents, to choose settings; give a run without --eval.split val")
         summary.pop("base_dir", None)  # a path of one machine
-        (folder / f"{run_dir.name}.json").write_text(json.dumps(summary, indent=1) + "\n")
+        write_figures(folder / f"{run_dir.name}.json", summary)
         if (run_dir / "controls.json").exists():
             shutil.copyfile(run_dir / "controls.json", folder / f"controls-{run_dir.name}.json")
         if (run_dir / "samples.txt").exists():  # pretraining has none

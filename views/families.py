@@ -5,6 +5,8 @@ Made from what `tools.rivals --what elastic` measures. A difference is paired by
 
 import statistics
 
+import numpy as np
+
 from views.rivals import Found, difference, now_or_before, spread
 from views.tables import RIVALS, budget_heads, figure
 
@@ -146,6 +148,32 @@ def curve_rows(found: Found) -> list[list[str]]:
                 spread([run[until] for run in by_stretch if until in run], ".3f")
                 for until in stretches)])
     return rows
+
+
+def steps_rows(found: Found) -> list[list[str]]:
+    """How many times the steps of units in order it takes to come as low as they did in each
+    stretch, by seed. Between stretches a curve is straight in logarithms of steps and loss."""
+    first = {run["seed"]: run for run in found[ORDERS[0]]}
+    rows = [[]]
+    for kind in ORDERS[1:]:
+        pairs = [(first[run["seed"]], run) for run in found[kind] if run["seed"] in first]
+        for budget in [*pairs[0][0]["curves"]][1:] if pairs else ():
+            times = [_times_as_many(*(run["curves"][budget] for run in pair)) for pair in pairs]
+            stretches = sorted(set.intersection(*map(set, times)))
+            rows[0] = rows[0] or ["times the steps of units in order, to their loss up to step",
+                                  "seeds", *map(str, stretches)]
+            rows.append([f"{THIRDS[kind]}, {100 * float(budget):.0f} %", str(len(pairs)), *(
+                "not reached" if np.inf in (x := [of_seed[until] for of_seed in times]) else
+                spread(x, ".2f") for until in stretches)])
+    return rows
+
+
+def _times_as_many(first: list[dict], other: list[dict]) -> dict[int, float]:
+    """By stretch of the first curve; `inf` where the other never comes as low."""
+    until, mean = np.log([(at["until"], at["mean"]) for at in other]).T
+    lowest = np.minimum.accumulate(mean)
+    return {at["until"]: float(np.exp(np.interp(
+        -np.log(at["mean"]), -lowest, until, right=np.inf))) / at["until"] for at in first}
 
 
 def hand_over_rows(found: Found) -> list[list[str]]:

@@ -4,6 +4,7 @@ A figure is a dict of mean, low, high and n; low and high bound its 95 % interva
 `over_seeds`, the rows that are made of them, then what is printed.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,9 +20,12 @@ POSITIONS = {"text": "ordinary text", "computed": "computed documents"}
 
 
 def cell(leaf: dict[str, Any] | None, form: str = ".2f") -> str:
-    """`0.93 (0.91 to 0.95)`: a mean and its interval; "" for a figure that a run lacks."""
+    """`0.93 (0.91 to 0.95)`: a mean and its interval, which one observation does not have; "" for a
+    figure that a run lacks."""
     if leaf is None:
         return ""
+    if math.isnan(leaf["low"]):
+        return f"{leaf['mean']:{form}}"
     return f"{leaf['mean']:{form}} ({leaf['low']:{form}} to {leaf['high']:{form}})"
 
 
@@ -29,6 +33,8 @@ def short(leaf: dict[str, Any] | None, form: str = ".2f") -> str:
     """`0.93 ±0.02`: a mean and the longer side of its interval."""
     if leaf is None:
         return ""
+    if math.isnan(leaf["low"]):
+        return f"{leaf['mean']:{form}}"
     side = max(leaf["high"] - leaf["mean"], leaf["mean"] - leaf["low"])
     return f"{leaf['mean']:{form}} ±{side:{form.lstrip('+')}}"
 
