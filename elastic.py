@@ -63,7 +63,7 @@ from system.costs import count_parameters
 from system.errors import require
 from system.loop import warn
 from system.objective import Metrics, Objective
-from system.rundir import load_run
+from system.rundir import load_run, was_warmed
 from text.tokenizer import Tokenizer
 
 N_CANDIDATES = 50  # sets of widths that `elastic.choose search` compares, as many as Minitron-SSM
@@ -341,7 +341,8 @@ def extract(run_dir: Path, budget: float, out: Path) -> dict:
     checkpoint.save(out, 0, {"model": small}, [], origin)
     facts = {**origin, "parameters": count_parameters(small), "widths": asdict(widths),
              "seconds": time.perf_counter() - began}
-    text = {**facts, "config": replace(config, model=small.config, init=str(run_dir)).to_dict()}
+    settings = replace(config, model=small.config, init=str(run_dir))
+    text = {**facts, "warmed": was_warmed(str(run_dir)), "config": settings.to_dict()}
     file.write_text(json.dumps(text, indent=1) + "\n")
     if (run_dir / "hf").is_dir():  # the tokenizer, where it is not one that the corpus brings
         shutil.copytree(run_dir / "hf", out / "hf")

@@ -318,9 +318,9 @@ def evaluate_thoughts(model: HybridLM, positions: Positions, plain: dict[str, Te
 def evaluate_forced_style(model: HybridLM, positions: Positions) -> dict:
     """Accuracy by temperature if every thought must begin as the problem's worked thought does.
     Part of RLP's gain is the choice to think in steps: only accuracy beyond is better thinking.
-    Of problems with a worked thought; nothing if there are none."""
-    encode, rows = positions.tokenizer.encode, [
-        i for i, p in enumerate(positions.problems) if p.thought]
+    Of problems with a worked thought of two tokens or more; nothing if there are none."""
+    encode = positions.tokenizer.encode
+    rows = [i for i, p in enumerate(positions.problems) if len(encode(p.thought or "")) > 1]
     if not rows:
         return {}
     positions = positions._replace(**{name: [getattr(positions, name)[i] for i in rows]
@@ -436,7 +436,7 @@ def evaluate_sizes(models: list[HybridLM], references: list[int], corpus: Corpus
     Returns for each, weighted as training weighs the kinds (see `stratified`): loss_nats, also as
     KIND_loss_nats; difference_nats (from its reference, paired by sequence); loss_change (against
     the parent, relative, paired); kl_nats (from the parent); top1 (share of tokens where both find
-    the same one likeliest); long_loss_nats (see `long_losses`).
+    the same one likeliest); long_loss_nats (see `long_losses`), if there are texts so long.
     """
     seq_len, shares = config.elastic.seq_len, shares_of(config)
     n = together(16, seq_len * models[0].config.vocab_size, LOGITS_AT_ONCE)
@@ -462,7 +462,7 @@ def evaluate_sizes(models: list[HybridLM], references: list[int], corpus: Corpus
             long = long_losses(here, corpus, config)
         out.append({name: stratified(by_kind, shares) for name, by_kind in figures.items()} | {
             **{f"{kind}_loss_nats": interval(values) for kind, values in loss.items()},
-            "long_loss_nats": over_documents(*long)})
+            **({"long_loss_nats": over_documents(*long)} if len(long[0]) else {})})
     return out
 
 

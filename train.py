@@ -128,7 +128,10 @@ def run(config: Config) -> dict:
     base_facts = base_weights(config, corpus, model) if mode.needs_base or config.init else {}
     if config.lora.rank:
         torch.manual_seed(config.seed)
-        lora.adapt(model, config.lora, low=config.parallel.dtype == "bf16")
+        if (low := config.parallel.dtype == "bf16") and lora.loses(model):
+            warn("in bf16 the weights that adapters leave as they are lose digits, here and in "
+                 "what the run hands on; --parallel.dtype fp32 keeps them")
+        lora.adapt(model, config.lora, low)
         n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         console.print(f"adapters of rank {config.lora.rank} train: {n_trained:,} parameters")
     objective = train(config.mode, model, corpus, config, run_dir, start)
@@ -203,7 +206,7 @@ def base_weights(config: Config, corpus: Corpus, model: HybridLM) -> dict:
 def warms_up(config: Config) -> bool:
     """Whether what training begins with is warmed up first: not a run whose settings say it was."""
     is_phase = config.mode in ("pretrain", "warmup")
-    return not is_phase and config.warmup.steps > 0 and not rundir.was_warmed(Path(config.init))
+    return not is_phase and config.warmup.steps > 0 and not rundir.was_warmed(config.init)
 
 
 def phase(name: str, folder: Path, config: Config, corpus: Corpus, model: HybridLM) -> bool:

@@ -643,6 +643,9 @@ class Config(Settings):
         require(reads, f"{said} is for problems without written thoughts, and mode {self.mode} "
                 "reads some that have them; leave it out, or choose rlp, rlvr, or cpt with "
                 "--cpt.no-thoughts")
+        require(self.mode != "rlp" or self.rlp.text_share + self.rlp.computed_share < 1,
+                f"{said} is for problems, and rlp.text_share and rlp.computed_share leave none; "
+                "leave it out, or lower them")
         require(self.data.problems == "built-in", f"{said} is for the built-in problems, not those "
                 f"of data.problems ({self.data.problems}); leave it out")
 
@@ -659,7 +662,8 @@ class Config(Settings):
         groups = [{name: value for name, value in d[group].items() if name not in free}
                   for group in ("model", "data", "pretrain", *more)]
         few = [n] * (n < N_VALIDATION)  # which say when it is good enough
-        return fingerprint([*groups, self.seed, *[self.rlp.back] * len(more), *few])
+        low = ["bf16"] * (self.parallel.dtype == "bf16")
+        return fingerprint([*groups, self.seed, *[self.rlp.back] * len(more), *few, *low])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -669,6 +673,10 @@ class Config(Settings):
 # Settings on which nothing hangs without others, and those.
 NEEDS: dict[str, tuple[str, Callable[[Config], bool]]] = {
     "dry_run_gpus": ("dry_run", lambda c: c.dry_run),
+    "eval.text_positions": ("modes that think", lambda c: c.mode not in (
+        "pretrain", "warmup", "elastic")),
+    "eval.text_tokens": ("modes other than elastic", lambda c: c.mode != "elastic"),
+    "eval.elastic_rows": ("mode elastic", lambda c: c.mode == "elastic"),
     "data.text_key": ("data.path", lambda c: bool(c.data.path)),
     "data.vocab_size": ("a tokenizer that is trained: data.tokenizer corpus, and no init",
                         lambda c: c.data.tokenizer == "corpus" and not c.init),

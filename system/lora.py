@@ -63,6 +63,12 @@ def adapt(model: nn.Module, settings: LoRAConfig, low: bool = False) -> nn.Modul
     return model
 
 
+def loses(model: nn.Module) -> bool:
+    """Whether a matrix that `adapt` would keep in bf16 has digits that bf16 lacks."""
+    return any((m.weight.bfloat16() != m.weight).any() for m in model.layers.modules()
+               if isinstance(m, nn.Linear))
+
+
 def shared(network: nn.Module) -> set[str]:
     """Names of the weights that copies of a network share: those that an adapted one freezes."""
     names = network.state_dict() if hasattr(network, "lora") else ()

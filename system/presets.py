@@ -39,10 +39,10 @@ PRESETS: dict[str, Config] = {
     "cpu": Config(
         pretrain=PretrainConfig(steps=1900, batch=8, lr=3e-3, muon_lr=0.02, checkpoint_every=500),
         warmup=WarmupConfig(steps=1100, batch=8, lr=3e-3, muon_lr=0.02, warmup=0, decay=1.0),
-        rlp=RLPConfig(steps=150, batch=32, lr=2e-4, decay=0.5, back=4),
+        rlp=RLPConfig(steps=150, batch=32, lr=2e-4, decay=0.5, back=4, checkpoint_every=50),
         cpt=CPTConfig(steps=700, batch=8, lr=7.5e-4, muon_lr=0.01, decay=1.0),
-        sft=SFTConfig(steps=200, batch=8, lr=2e-3, muon_lr=0.005, decay=1.0),
-        rlvr=RLVRConfig(steps=150, batch=32, lr=2e-4, decay=0.5),
+        sft=SFTConfig(steps=200, batch=8, lr=2e-3, muon_lr=0.005, decay=1.0, checkpoint_every=50),
+        rlvr=RLVRConfig(steps=150, batch=32, lr=2e-4, decay=0.5, checkpoint_every=50),
         elastic=ElasticConfig(steps=900, batch=8, lr=3e-3, muon_lr=0.02, decay=1.0,
                               router_start="sensitivity", search_share=0.1, router_width=64,
                               together=True, long_weights=(0.2, 0.3, 0.5))),

@@ -20,7 +20,7 @@ from model import HybridLM
 from system import checkpoint, huggingface, parallel
 from system.config import Config, RLPConfig, saved_config
 from system.errors import require
-from system.files import read_log
+from system.files import read_json, read_log
 from system.loop import warn
 from system.machine import pick_device, versions
 from text.tokenizer import FileTokenizer, Tokenizer, named_tokenizer, valid
@@ -93,12 +93,16 @@ def resolve(config: Config) -> Config:
     return replace(config, model=shape)
 
 
-def was_warmed(run_dir: Path) -> bool:
-    """Whether the settings of a run say that it is a warm-up, or began with one."""
-    if huggingface.is_hf(run_dir) or not (run_dir / "config.json").is_file():
+def was_warmed(init: str) -> bool:
+    """Whether a run is a warm-up, or began with one, or with what was warmed up."""
+    file = Path(init) / "config.json"
+    if not init or huggingface.is_hf(Path(init)) or not file.is_file():
         return False
-    saved = saved_config(run_dir)
-    return saved.mode == "warmup" or (saved.mode != "pretrain" and saved.warmup.steps > 0)
+    saved = saved_config(Path(init))
+    began = read_json(file).get("warmed")  # what it began with may be gone
+    began = was_warmed(saved.init) if began is None else began
+    return saved.mode != "pretrain" and (
+        saved.mode == "warmup" or saved.warmup.steps > 0 or began)
 
 
 def logged_seconds(run_dir: Path) -> float:
@@ -159,6 +163,9 @@ def resume_point(config: Config, run_dir: Path) -> checkpoint.Checkpoint | None:
 def require_same(start: checkpoint.Checkpoint, config: Config, corpus_key: str) -> None:
     """Raises ValueError if a run to be resumed was made with other settings, or from other data."""
     theirs, ours = start.meta["config"], shared_settings(config)
+    gone = config.init == theirs.get("init") and config.init and not Path(config.init).exists()
+    require(not gone, f"resume: init ({config.init}), which {start.path} began with, is gone: its "
+            "shape and its figures are needed; put it back")
     different = [name for name in sorted(ours) if theirs.get(name) != ours[name]]
     changes = [f"{name} was {theirs.get(name)}, now {ours[name]}" for name in different[:5]]
     require(not different, f"resume: {start.path} was made with other settings: "
@@ -178,6 +185,8 @@ def shared_settings(config: Config) -> dict:
     # text_key: the text itself is compared.
     free = ("cache_dir", "text_key", "checkpoint_every", "log_every", "accumulate", "baseline")
     flat = {"rlp.back": config.rlp.back} if "warmup" in groups else {}
+    for name in ("more_steps", "distractors") if config.mode == "cpt" else ():
+        flat[f"rlp.{name}"] = getattr(config.rlp, name) or None  # as runs have it that lack it
     flat["lora"] = vars(config.lora) if config.lora.rank else None  # as runs have it that lack it
     for name, value in json.loads(json.dumps(config.to_dict())).items():
         if name in groups:
@@ -192,7 +201,8 @@ def prepare_run_dir(config: Config, tokenizer: Tokenizer) -> None:
     run_dir = config.run_dir()
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        text = {"command": " ".join(sys.argv), "versions": versions(), "config": config.to_dict()}
+        text = {"command": " ".join(sys.argv), "versions": versions(),
+                "warmed": was_warmed(config.init), "config": config.to_dict()}
         (run_dir / "config.json").write_text(json.dumps(text, indent=1) + "\n")
         if tokenizer.json:  # from files or from the text, which may change
             tokenizer.save(run_dir / "hf")

@@ -255,6 +255,10 @@ def test_the_kinds_of_layers_stand_in_one_table(monkeypatch):
         ),
         ({"rlp__more_steps": 1, "mode": "cpt"}, "leave it out, or choose rlp, rlvr, or cpt with --cpt.no-thoughts"),
         ({"rlp__distractors": True, "mode": "sft"}, "rlp.distractors (True) is for problems without written thoughts"),
+        (
+            {"rlp__more_steps": 1, "rlp__text_share": 1.0},
+            "is for problems, and rlp.text_share and rlp.computed_share leave",
+        ),
         ({"rlp__more_steps": 1, "data__problems": "a.jsonl"}, "built-in problems, not those of data.problems (a.jsonl)"),
         ({"elastic__long_len": 80}, "elastic.long_len (80) must be a multiple of elastic.seq_len (32); nearest is 64"),
         ({"elastic__long_len": 16}, "elastic.long_len (16) must be a multiple of elastic.seq_len (32); nearest is 32"),
@@ -409,6 +413,15 @@ def test_command_line_changes_the_preset_it_names():
             for other in ("--init x", "--data.tokenizer gpt2")
         ),
         ("--dry-run-gpus 2", "dry_run_gpus (2) is for dry_run; leave it out, or give that"),
+        (
+            "--mode elastic --eval.text-positions 9",
+            "eval.text_positions (9) is for modes that think; leave it out, or give that",
+        ),
+        (
+            "--mode elastic --eval.text-tokens 9",
+            "eval.text_tokens (9) is for modes other than elastic; leave it out, or give that",
+        ),
+        ("--eval.elastic-rows 9", "eval.elastic_rows (9) is for mode elastic; leave it out, or give that"),
         (
             "--rlp.eps-high .3",
             "rlp.eps_high (0.3) is for rlp.inner_epochs of 2 or more: until then all ratios are 1; "
@@ -566,6 +579,7 @@ def test_run_folders_are_named_by_mode_preset_and_seed_unless_given():
     "change",
     [{"seed": 1}, {"model__d_ff": 100}, {"data__text_share": 0.5}, {"data__path": "a.txt"}, {"pretrain__lr": 1.0},
      {"pretrain__enough": 0.5}, {"pretrain__enough_every": 9}, {"eval__problems_per_family": 47},
+     {"parallel__dtype": "bf16"},
      {"model__widths": ((8, 32), (4,), (384,)) * 2}],
     ids=str,
 )  # fmt: skip
@@ -605,6 +619,13 @@ def test_a_run_shares_the_settings_of_the_phases_before_it(mode, change):
     """Else a resumed run would compare with a base that it did not begin with, or read another mixture."""
     first, second = (rundir.shared_settings(override(PRESETS["cpu"], mode=mode, **c)) for c in ({}, change))
     assert first != second
+
+
+@pytest.mark.parametrize("change", [{"rlp__more_steps": 2}, {"rlp__distractors": True}], ids=str)
+def test_continued_pretraining_shares_the_settings_of_the_problems_that_it_reads(change):
+    plain, other = (rundir.shared_settings(override(PRESETS["cpu"], mode="cpt", **c)) for c in ({}, change))
+    (name,) = change
+    assert (plain[name.replace("__", ".")], other[name.replace("__", ".")]) == (None, change[name])
 
 
 def test_pretraining_shares_no_settings_of_what_comes_after_it():

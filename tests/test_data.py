@@ -6,6 +6,7 @@ The solver reads a question as a person would: it knows nothing of how problems 
 import dataclasses
 import functools
 import itertools
+import json
 import random
 import re
 import statistics
@@ -600,6 +601,15 @@ def test_unusable_text_is_refused_by_name(tmp_path, content, problem, in_folder)
 def test_text_of_too_few_documents_for_a_split_is_refused(tmp_path, text_file):
     with pytest.raises(ValueError, match=r"data.path .* leaves no document for the val split; add documents or raise"):
         load(text_file, tmp_path, held_out_percent=1)
+
+
+def test_texts_that_all_share_passages_are_refused_as_one_cluster(tmp_path):
+    """Neither more of them nor a larger share of them would help."""
+    lines = [line for text in paragraphs(20) for line in text.split("\n") if line]
+    file = tmp_path / "windows.jsonl"
+    file.write_text("".join(json.dumps({"text": "\n".join(lines[40 * i :][:80])}) + "\n" for i in range(12)))
+    with pytest.raises(ValueError, match=r"leaves no document .*; its 12 texts are 1 clusters that share no passages"):
+        load(file, tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------------ batches

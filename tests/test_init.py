@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import paragraphs
 from safetensors.torch import load_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, NemotronHConfig, NemotronHForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -224,6 +224,45 @@ def test_truncation_and_padding_are_switched_off_in_the_copy_of_a_run_too(tmp_pa
     copied = Tokenizer.from_file(str(tmp_path / "copy" / "tokenizer.json"))
     assert copied.truncation is copied.padding is None
     assert first.fingerprint == FileTokenizer(tmp_path / "plain").fingerprint
+
+
+def vocabulary_of_pieces(folder):
+    """In the manner of Llama 2: every text begins with a space, and a piece with the space before it."""
+    made = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    made.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    words = list("abcdefghijklmnopqrstuvwxyzAnswr:?0123456789\n\u2581")
+    trainer = trainers.BpeTrainer(vocab_size=90, initial_alphabet=words, special_tokens=["<unk>", END], show_progress=False)
+    made.train_from_iterator(["an answer", "the end"], trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    made.save(str(folder / "tokenizer.json"))
+
+
+def pieces_of_metaspace(folder):
+    """The same by the step before the model, as newer files have it."""
+    vocabulary_of_pieces(folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    step = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": False}
+    (folder / "tokenizer.json").write_text(json.dumps(content | {"normalizer": None, "pre_tokenizer": step}))
+
+
+@pytest.mark.parametrize("write", [vocabulary_of_pieces, pieces_of_metaspace])
+def test_a_text_in_parts_has_no_space_that_it_lacks(tmp_path, write):
+    """A tokenizer that puts a space before every text does not put one before what goes on with one, or with a line."""
+    write(tmp_path)
+    tk = FileTokenizer(tmp_path)
+    assert tk.encode("Answer: 7\n3 5") == tk.encode("Answer:") + tk.encode(" 7") + tk.encode("\n3 5")
+    assert tk.encode("a") == tk.encode(" a")  # at the beginning there is one
+
+
+def test_a_tag_that_is_an_ordinary_word_is_refused(tmp_path):
+    """Text that spells it would become the tag."""
+    words = {"[UNK]": 0, "a": 1, THINK: 2, CLOSE: 3, END: 4}
+    made = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"makes the control token of a <think> that stands in a text"):
+        FileTokenizer(tmp_path)
 
 
 def test_halves_of_surrogate_pairs_become_replacement_characters(tmp_path):

@@ -143,6 +143,13 @@ def test_bf16_keeps_matrices_of_layers_once_in_bf16_and_everything_else_in_fp32(
     assert model.layers[0].mixer.out_proj.lora_b.grad.dtype == torch.float32
 
 
+def test_digits_that_bf16_lacks_are_seen():
+    model = tiny_model(**ALL_KINDS).float()
+    assert lora.loses(model)
+    model.to(torch.bfloat16).float()
+    assert not lora.loses(model)
+
+
 # --------------------------------------------------------------------------------------------------------- whole runs
 
 WORDS = ["--lora.rank", 4, "--rlp.kl", 0.1, "--rlp.lr", 1e-2, "--rlp.checkpoint-every", 1]

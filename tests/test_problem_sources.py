@@ -214,6 +214,35 @@ def test_a_scorer_that_fails_is_refused_by_file(tmp_path, scorer, message):
         families["one"](random.Random(0)).scorer("said")
 
 
+MADE = """from text.problems import Problem
+def one_problem(rng):
+    return Problem("one", f"Which, {rng.randrange(10**6)}?", (" t", "he"), " a")
+def two_problem(rng):
+    return Problem("two", f"What, {rng.randrange(10**6)}?", (" then", " it"), " b", scorer=SCORER)
+"""
+
+
+def test_a_thought_of_one_token_has_no_forced_style(program, tmp_path):
+    """That is two tokens: the figures are of the other families."""
+    file = program_of(tmp_path / "own.py", MADE.replace("SCORER", "None"))
+    assert program(tmp_path / "run", "--data.problems", file) == 0
+    assert set(summary_of(tmp_path / "run")["forced_style_base"]["temperature_1"]) == {"all", "two"}
+
+
+def test_a_scorer_that_fails_is_refused_before_the_run(program, tmp_path, capsys):
+    """What is no answer is asked of it first; mended, the run begins."""
+    file = program_of(tmp_path / "own.py", MADE.replace("SCORER", "lambda said: float(int(said) > 2)"))
+    assert program(tmp_path / "run", "--mode", "sft", "--data.problems", file) == 2
+    assert "invalid literal for int()" in " ".join(capsys.readouterr().out.split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_that_scorers_have_no_say_in_is_told(program, tmp_path, capsys):
+    file = program_of(tmp_path / "own.py", MADE.replace("SCORER", "lambda said: float(len(said) > 2)"))
+    assert program(tmp_path / "run", "--mode", "rlvr", "--data.problems", file, "--rlvr.steps", "1") == 0
+    assert "the reward of mode rlvr is for the answers themselves" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
@@ -352,6 +381,8 @@ def test_rlp_trains_on_a_file_of_two_families_and_measures_both(program, tmp_pat
     horizon = json.loads((tmp_path / "run/config.json").read_text())["config"]["rlp"]["horizon"]
     assert horizon > 1
     assert f"answers take up to {horizon} tokens of this tokenizer: rlp.horizon is {horizon} instead of 1" in shown
+    assert program(tmp_path / "text", *words[:-1], "1", "--rlp.steps", "1") == 0  # which reads no problem
+    assert f"rlp.horizon (1) looks at the first; with --rlp.horizon {horizon}" in " ".join(capsys.readouterr().out.split())
     accuracy = summary_of(tmp_path / "run")["accuracy"]
     for how in ("sampled", "greedy", "no_think"):
         assert set(accuracy[how]) == {"all", "double", "mine"}

@@ -479,6 +479,35 @@ def test_a_run_is_warmed_up_once(program, finished, unwarmed, phases, tmp_path, 
         assert "is warmed up: the 2 steps of warmup.steps are not taken again" in " ".join(capsys.readouterr().out.split())
 
 
+def test_what_began_with_a_warmed_model_is_warmed_up(program, finished, phases, tmp_path):
+    """Also where the run between had no warm-up of its own, and where the first one is gone."""
+    first = shutil.copytree(finished, tmp_path / "first")
+    assert program(tmp_path / "between", "--init", first, "--warmup.steps", 0) == 0
+    shutil.rmtree(first)
+    phases.clear()
+    assert program(tmp_path / "last", "--mode", "rlvr", "--init", tmp_path / "between") == 0
+    assert phases == ["rlvr"]
+    assert rundir.was_warmed(str(tmp_path / "last"))
+    assert not rundir.was_warmed("")
+
+
+def test_resume_without_the_weights_that_the_run_began_with_says_so(program, finished, tmp_path, capsys):
+    """The figures compare with them."""
+    first = shutil.copytree(finished, tmp_path / "first")
+    words = ("--mode", "sft", "--init", first)
+    assert program(tmp_path / "run", *words) == 0
+    shutil.rmtree(first)
+    assert program(tmp_path / "run", *words, "--resume") == 2
+    assert f"resume: init ({first}), which" in " ".join(capsys.readouterr().out.split()).replace("- ", "-")
+
+
+def test_rows_beyond_the_vocabulary_are_no_text(program, tmp_path):
+    """As in models whose number of rows is rounded up: an untrained one thinks of them too."""
+    words = ("--model.vocab-size", 640, "--pretrain.steps", 0, "--warmup.steps", 0, "--rlp.steps", 10)
+    assert program(tmp_path / "run", *words) == 0
+    assert (tmp_path / "run/thoughts.jsonl").exists()
+
+
 def test_a_run_from_given_weights_keeps_its_warm_up_in_its_folder_and_resumes_with_it(
     program, unwarmed, phases, tmp_path, monkeypatch
 ):

@@ -78,7 +78,8 @@ class Corpus:
         for split in SPLITS:
             buckets = buckets_of(split, percent)
             texts[split] = [text for name, text in named if bucket_of(cluster[name]) in buckets]
-            _require_some(texts[split], split, config)
+            _require_some(texts[split], split, config, f"; its {len(named)} texts are "
+                          f"{len(set(cluster.values()))} clusters that share no passages")
         # 3. What an earlier run kept. Its key has all that the tokens depend on; of a folder with
         #    a tokenizer.json that is the content, which may change under the same name.
         examples = tokenizer_examples(percent, families) + computed_examples(percent)
@@ -121,9 +122,10 @@ class Corpus:
         return self.documents[split].window(rng, length)
 
 
-def _require_some(documents: Documents | list[str], split: str, config: DataConfig) -> None:
+def _require_some(documents: Documents | list[str], split: str, config: DataConfig,
+                  why: str = "") -> None:
     require(len(documents), f"data.path ({config.path}) leaves no document for the {split} split; "
-            "add documents or raise data.held_out_percent")
+            f"add documents or raise data.held_out_percent{why}")
 
 
 def _load_arrays(file: Path) -> dict[str, np.ndarray] | None:

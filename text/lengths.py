@@ -20,6 +20,8 @@ def with_horizon(config: Config, corpus: Corpus, rooms: dict[str, int]) -> tuple
     problems = [p for split, size in sizes.items() for p in held_out_problems(
         split, size, config.seed, corpus.held_out_percent, corpus.families)]
     n_prompt, n_answer = _longest(corpus.tokenizer, problems)
+    for p in {p.family: p for p in problems if p.scorer}.values():
+        p.scorer("x"), p.scorer("")  # it must bear these; the figures at the end would tell late
     mute = sorted({p.family for p in problems if not p.thought})
     require(config.mode != "sft" or not mute, f"sft learns from worked thoughts, and the problems "
             f"of {', '.join(mute)} have none; give them `thought`, or leave them out "
@@ -30,10 +32,15 @@ def with_horizon(config: Config, corpus: Corpus, rooms: dict[str, int]) -> tuple
         said.append(f"questions take up to {n_prompt} tokens of this tokenizer, and rlp.context_len"
                     f" ({fit.context_len}) looks at the last; with --rlp.context-len {n_prompt} "
                     "they are whole")
-    if n_answer > fit.horizon and config.rollouts().positions == "answer":
+    c = config.rollouts()
+    if c.reward == "match" and config.mode in ("rlp", "rlvr") and any(p.scorer for p in problems):
+        said.append("what scorers of problems accept counts in the figures; the reward of mode "
+                    f"{config.mode} is for the answers themselves")
+    at_text = config.mode == "rlp" and c.text_share + c.computed_share == 1
+    if n_answer > fit.horizon and c.positions == "answer" and not at_text:
         said.append(f"answers take up to {n_answer} tokens of this tokenizer: rlp.horizon is "
                     f"{n_answer} instead of {fit.horizon}, so that accuracy and reward are those "
-                    "of whole answers")
+                    "of whole answers; at text as many tokens count")
         config = replace(config, rlp=replace(fit, horizon=n_answer))
     elif n_answer > fit.horizon:
         said.append(f"answers take up to {n_answer} tokens of this tokenizer, and rlp.horizon "

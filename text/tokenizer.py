@@ -51,6 +51,7 @@ class Tokenizer:
             base.name, pat_str=base._pat_str, mergeable_ranks=ranks, special_tokens=special)
         self.end, self.think, self.close = (special[t] for t in (END, THINK, CLOSE))
         self.ends, self.n_vocab = (self.end,), self.encoding.n_vocab
+        self.known = {*ranks.values(), *special.values()}
 
     @property
     def fingerprint(self) -> str:
@@ -75,8 +76,9 @@ class Tokenizer:
         return self.encoding.encode_ordinary(text)
 
     def decode(self, tokens: list[int]) -> str:
-        """Text of token ids, special tokens included; what is no UTF-8 becomes U+FFFD."""
-        return self.encoding.decode([int(t) for t in tokens])
+        """Text of token ids, special tokens included; what is no UTF-8 becomes U+FFFD. Ids beyond
+        the vocabulary, for which a model may have rows, are left out."""
+        return self.encoding.decode([t for t in map(int, tokens) if t in self.known])
 
     def save(self, folder: Path) -> None:
         """Write what FileTokenizer reads: tokenizer.json, with the tags, and its config.json."""
@@ -137,6 +139,13 @@ class FileTokenizer(Tokenizer):
             token["special"] = token["special"] or token["content"] in (END, THINK, CLOSE)
         self.file = HFTokenizer.from_str(json.dumps(content))
         self.file.encode_special_tokens = True
+        #    Some put a space before every text; none belongs before what goes on with one.
+        going_on = content | {name: _without_space(content.get(name))
+                              for name in ("normalizer", "pre_tokenizer")}
+        self.going_on = self.file
+        if going_on != content:
+            self.going_on = HFTokenizer.from_str(json.dumps(going_on))
+            self.going_on.encode_special_tokens = True
         # 5. what it puts before every text: all that stands before the first token of "a"
         try:
             framed, plain = self.file.encode("a").ids, self.encode("a")
@@ -145,14 +154,30 @@ class FileTokenizer(Tokenizer):
         require(plain, f"{file} has no token for the letter a, nor one for what it does not know: "
                 "text would be lost; use another tokenizer")
         self.begin = tuple(framed[: framed.index(plain[0])])
+        for text in (THINK, CLOSE, END):
+            require(base.token_to_id(text) not in self.encode(text), f"{file} makes the control "
+                    f"token of a {text} that stands in a text: it is an ordinary entry of the "
+                    "vocabulary; move it to added_tokens alone")
 
     def encode_part(self, text: str) -> list[int]:
         """Token ids of valid text without very long runs."""
-        return self.file.encode(text, add_special_tokens=False).ids
+        file = self.going_on if text[:1].isspace() else self.file
+        return file.encode(text, add_special_tokens=False).ids
 
     def decode(self, tokens: list[int]) -> str:
         """Text of token ids, special tokens included; ids beyond the vocabulary are left out."""
         return self.file.decode([int(t) for t in tokens], skip_special_tokens=False)
+
+
+def _without_space(step: dict | None) -> dict | None:
+    """A step of a tokenizer.json, without the space that it puts before every text."""
+    if step is None or step["type"] == "Prepend":
+        return None
+    if step["type"] == "Sequence":
+        (name, steps), = ((name, steps) for name, steps in step.items() if name != "type")
+        return step | {name: [kept for one in steps if (kept := _without_space(one))]}
+    without = {"prepend_scheme": "never", "add_prefix_space": False}
+    return step | {name: value for name, value in without.items() if name in step}
 
 
 class CorpusTokenizer(Tokenizer):

@@ -142,8 +142,9 @@ def budget_rows(summary: dict, show: Callable[..., str] = cell) -> list[list[str
     rows = [[f"{parent['loss_nats']['n']} sequences", "parent", *budget_heads(summary)],
             *([name, *map(f, [parent, *entries])] for name, f in facts.items())]
     for stage, sizes in ((1, summary["stage1"]), (2, entries)) if summary["stage1"] else ():
-        losses = [f"{e['long_loss_nats']['mean']:.3f}" for e in [parent, *sizes]]
-        rows.append([f"long text, stage {stage}", *losses])
+        if "long_loss_nats" in parent:
+            losses = [f"{e['long_loss_nats']['mean']:.3f}" for e in [parent, *sizes]]
+            rows.append([f"long text, stage {stage}", *losses])
     return rows
 
 
