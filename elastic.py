@@ -203,7 +203,10 @@ class Elastic(Distillation):
 
         lost = sensitivities(router, loss) if how == "sensitivity" else {}
         vote = c.router_vote if c.choose == "router" else FULL_VOTE
-        router.settle({b: chosen(b) for b in c.budgets if not router.is_full(b)}, vote)
+        choices = {b: chosen(b) for b in c.budgets if not router.is_full(b)}
+        for b, choice in choices.items():
+            router.check_met(choice, b)
+        router.settle(choices, vote)
 
     def prepare(self, model: HybridLM, batch: dict[str, Tensor], step: int,
                 generator: torch.Generator) -> dict:
@@ -294,7 +297,7 @@ class Elastic(Distillation):
 
     def after_step(self, model: HybridLM) -> None:
         """Keep the weights at the end of stage 1, to see what stage 2 brings."""
-        if self.step + 1 == self.c.stage_1_steps():
+        if self.step + 1 == self.c.stage_1_steps() < self.c.steps:
             self.networks["stage1"] = parallel.frozen_copy(model)
 
     def optimizers(self) -> list[torch.optim.Optimizer]:

@@ -547,7 +547,7 @@ def long_losses(model: HybridLM, corpus: Corpus, config: Config) -> tuple[Tensor
     """Mean loss of each held-out text of long_len tokens, at positions that stage 1 never had; and
     the document of each."""
     c, device, losses = config.elastic, parallel.device_of(model), []
-    split, n = config.eval.split, config.eval.elastic_rows
+    split, n = config.eval.split, config.eval.elastic_rows * (c.long_len > c.seq_len)
     rng = random.Random(f"long-{split}-{config.seed}")
     texts = text_windows(corpus.documents[split], n, c.long_len, rng, least=c.long_len + 1)
     for i in range(0, len(texts), 4):

@@ -259,12 +259,22 @@ def score_table(model: HybridLM, batches: list[dict[str, Tensor]], c: ElasticCon
                 loss: Callable[[HybridLM], float]) -> dict[str, dict[str, float]]:
     """How well each score orders each axis: the loss with half of it (one layer less), untrained.
 
+    Of groups all keep as many. Axes that the model lacks, or of which nothing can go, are left out.
     Args: batches: to rank on; loss: a model's, on held-out text. `random` is the mean of three.
     """
-    full = full_widths(model.config)
+    config, full = model.config, full_widths(model.config)
+    units = {"mamba_heads": config.mamba_groups, "attn_heads": config.n_kv_heads}
+
+    def halved(axis: str) -> list[tuple[int, ...]]:
+        """The widths of every layer."""
+        _, kind, shares = HALVES[axis]
+        unit = units.get(axis, 1)
+        return [tuple(w if share == 1 else max(unit, int(w * share) // unit * unit)
+                      for w, share in zip(own, shares, strict=True)) if k == kind else own
+                for k, own in zip(config.pattern, full.layers, strict=True)]
 
     def half(axis: str, score: str, seed: int) -> float:
-        field, kind, shares = HALVES[axis]
+        field = HALVES[axis][0]
         # 1. rank by that score; pca is not for all models, and no other axis depends on it
         ordered, n = copy.deepcopy(model), len(full.layers)
         depths = (n, n - 1) if axis == "depth" else ()
@@ -272,15 +282,17 @@ def score_table(model: HybridLM, batches: list[dict[str, Tensor]], c: ElasticCon
         ranking = rank(ordered, batches, replace(c, **changes), seed)
         order_weights(ordered, ranking)
         # 2. cut
-        layers = [tuple(int(w * s) for w, s in zip(own, shares, strict=True)) if k == kind else own
-                  for k, own in zip(model.config.pattern, full.layers, strict=True)]
+        layers = halved(axis)
         if axis == "depth":
             layers[ranking.depth[0]] = ()
         d_model = full.d_model // (2 if axis == "d_model" else 1)
         return loss(submodel(ordered, Widths(d_model, tuple(layers))))
 
     table = {}
-    for axis, (field, *_) in HALVES.items():
+    for axis, (field, kind, _) in HALVES.items():
+        nothing = halved(axis) == list(full.layers) if kind else len(full.layers) == 1
+        if nothing and axis != "d_model":
+            continue
         known = [s for s in SCORES[field] if s != "pca" or not model.config.tie_embeddings]
         table[axis] = {score: half(axis, score, 0) for score in known}
         table[axis]["random"] = sum(half(axis, "random", seed) for seed in range(3)) / 3

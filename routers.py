@@ -324,7 +324,7 @@ class Router(nn.Module):
                 away[a][j] = ABOVE * above.clamp(0) + BELOW * below.clamp(0)
         logp = {a: v - away[a] for a, v in logp.items()}
         tries = [fit_to_budget(logp, self, (1 - less * MET) * self.fraction(budget))
-                 for less in (0.0, 0.5, 0.75)]
+                 for less in (0.0, 0.5, 0.75, -0.5, -0.75)]
         lost = {a: v.tolist() for a, v in away.items()}
         return min(tries, key=lambda choice: score_of(lost, choice))  # the first of equals
 
@@ -432,12 +432,18 @@ def fit_to_budget(logp: dict[str, Tensor], router: Router, budget: float) -> Cho
     # 2. from every width of the stream and every depth towards the target; the best of them
     starts = [{**likeliest, "d_model": [d], "depth": [n]} for d in range(len(scores["d_model"][0]))
               for n in range(len(scores["depth"][0]))]
+    results = []
     for n_at_once in (1, 2):
-        results = [_approach(start, scores, cost, target, near, n_at_once) for start in starts]
-        choice, gap = min(results, key=rank)
-        if gap <= near:
+        results += [_approach(start, scores, cost, target, near, n_at_once) for start in starts]
+        if (best := min(results, key=rank))[1] <= near:
             break
-    return choice
+    # 3. Stuck: from the full widths, whatever is likely, as `build_router` has tried before.
+    if best[1] > MET * target:
+        alike = {a: [[0.0] * len(row) for row in rows] for a, rows in scores.items()}
+        results += [_approach(router.space.extreme() | {a: start[a] for a in ("d_model", "depth")},
+                              alike, cost, target, near, n) for start in starts for n in (1, 2)]
+        best = min(results, key=rank)
+    return best[0]
 
 
 def _approach(choice: Choice, scores: dict[str, list], cost: Callable[[Choice], float],

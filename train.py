@@ -142,11 +142,11 @@ def run(config: Config) -> dict:
     summary = {
         "mode": config.mode, "preset": config.preset, "seed": config.seed,
         "split": config.eval.split,
-        "parameters": n_parameters, **base_facts, **found,
-        "seconds_to_90": rundir.seconds_to(run_dir, "correct", 0.9),
-        "steps_s": rundir.logged_seconds(run_dir), "steps_flops": estimate.steps_flops(
+        "parameters": n_parameters, **base_facts, "steps_flops": estimate.steps_flops(
             replace(config, model=model.config), rundir.logged_mean(run_dir, "thought_tokens"),
-            1 - (rundir.logged_mean(run_dir, "no_signal") or 0)),
+            1 - (rundir.logged_mean(run_dir, "no_signal") or 0)), **found,
+        "seconds_to_90": rundir.seconds_to(run_dir, "correct", 0.9),
+        "steps_s": rundir.logged_seconds(run_dir),
         "wall_s": time.perf_counter() - began, "peak_memory_gib": peak_memory_gib(device),
         **hardware(device), "versions": versions()}
     write_figures(run_dir / "summary.json", summary)
@@ -345,6 +345,7 @@ def figures_of_family(t: Trained) -> dict | None:
     rivals = list(dict.fromkeys([*had, *c.baseline]))
     kept = parallel.whole if rivals else parallel.in_host_memory
     parent = t.objective.teacher = kept(t.objective.teacher)
+    shapes = [nested.shrink(t.model.config, w) for w in widths.values()]
     alone, flops = {}, {}
     for name in rivals:
         console.print(f"baseline {name}")
@@ -361,6 +362,7 @@ def figures_of_family(t: Trained) -> dict | None:
     sizes = [(name, b, m) for name, family in families.items()
              for b, m in zip(c.budgets, family, strict=True)]
     sizes += [("between", b, nested.submodel(t.model, w)) for b, w in midway.items()]
+    costs = {b: router.costs.exact(router.choice(b), router.depth_order) for b in widths | midway}
     chosen = ("elastic", "between")  # by the router, and compared with the parent
     references = [0, *(0 if name in chosen else 1 + c.budgets.index(b) for name, b, _ in sizes)]
     models = [parent, *(m for _, _, m in sizes)]
@@ -373,7 +375,7 @@ def figures_of_family(t: Trained) -> dict | None:
         entries.setdefault(name, []).append({
             "budget": b, "fraction": router.fraction(b),
             "target": router.fraction(b) * router.full_cost,
-            "cost": routers.total_cost(size.config, c, parallel.team.device),
+            "cost": costs[b],
             "widths": asdict(own), **evals.size_facts(size, config), **found})
     write_family(t, entries["elastic"], widths)
     named = {f"{b:g}": m for b, m in zip(c.budgets, families["elastic"], strict=True)}
@@ -392,6 +394,8 @@ def figures_of_family(t: Trained) -> dict | None:
         "curves": {f"{b:g}": rundir.logged_curve(t.run_dir, f"loss_{b:g}") for b in c.budgets},
         "train_s": {"elastic": rundir.logged_seconds(t.run_dir), **seconds},
         "baselines_flops": flops,
+        "steps_flops": estimate.steps_flops(
+            replace(config, model=t.model.config), sizes=shapes),
         "hand_over": handed_over,
         "memory": evals.family_bytes(t.model, router, families["elastic"]),
         "n_tokens": c.n_tokens()}
@@ -435,8 +439,9 @@ def train_rival(name: str, t: Trained, widths: dict[float, nested.Widths],
                 fit_alone(phase, size, folder / phase, t.config)
         else:
             size = parallel.frozen_copy(nested.submodel(model, w)).requires_grad_(True)
-            steps = (equal_flops(t.config, parent.config, b, n_alone) if name == "separate"
-                     else c.steps)
+            shapes = {b: nested.shrink(parent.config, w) for b, w in widths.items()}
+            steps = (equal_flops(t.config, parent.config, b, n_alone, shapes)
+                     if name == "separate" else c.steps)
             config = replace(t.config, elastic=replace(one_size(c, 1.0), steps=steps))
             fit_alone("elastic", size, folder, config,
                       elastic.Distillation(config.elastic, parent))
@@ -444,12 +449,14 @@ def train_rival(name: str, t: Trained, widths: dict[float, nested.Widths],
     return sizes
 
 
-def equal_flops(config: Config, shape: ModelConfig, budget: float, n_alone: int) -> int:
+def equal_flops(config: Config, shape: ModelConfig, budget: float, n_alone: int,
+                shapes: dict[float, ModelConfig] | None = None) -> int:
     """Steps that distil a budget's size alone, for one of n_alone equal shares of the FLOPs that
-    the family takes."""
+    the family takes. shapes: of each budget; until they are known see `estimate.family`."""
     c, whole = config.elastic, replace(config, mode="elastic", model=shape)
-    family, size = (estimate.steps_flops(run, None) for run in (whole, of_one_size(whole, budget)))
-    return round(c.steps * family / n_alone / size)
+    family = estimate.steps_flops(whole, sizes=shapes and [*shapes.values()])
+    size = estimate.steps_flops(of_one_size(whole, budget), sizes=shapes and [shapes[budget]])
+    return round(c.steps * family / n_alone / size) if c.steps else 0
 
 
 def rival_flops(name: str, t: Trained, widths: dict[float, nested.Widths], run_dir: Path) -> float:
@@ -457,13 +464,14 @@ def rival_flops(name: str, t: Trained, widths: dict[float, nested.Widths], run_d
     which is its full size, left out."""
     whole, total = replace(t.config, mode="elastic", model=t.objective.teacher.config), 0.0
     for b, w in widths.items():
-        own, small = run_dir / f"{b:g}", replace(whole, model=nested.shrink(whole.model, w))
+        shape = nested.shrink(whole.model, w)
+        own, small = run_dir / f"{b:g}", replace(whole, model=shape)
         phases = {own: of_one_size(whole, b)} if name != "scratch" else {
             own / mode: replace(small, mode=mode) for mode in ("pretrain", "warmup")}
         for folder, c in phases.items():
             if ended := rundir.newest(folder):
                 fit = replace(getattr(c, c.mode), steps=ended.meta["step"])
-                total += estimate.steps_flops(replace(c, **{c.mode: fit}), None)
+                total += estimate.steps_flops(replace(c, **{c.mode: fit}), sizes=[shape])
     return total
 
 

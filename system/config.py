@@ -30,9 +30,9 @@ class Rule(NamedTuple):
 
 
 def at_least(least: int, note: str = "") -> Rule:
-    """A number is `least` or more; the note says why."""
+    """A number is `least` or more, and finite; the note says why."""
     bound = f"at least {least}" if least else "0 or more"
-    return Rule(f"must be {bound}{note}", lambda value: value >= least)
+    return Rule(f"must be {bound}{note}", lambda value: least <= value < math.inf)
 
 
 def within(low: int, high: int, note: str = "") -> Rule:
@@ -351,7 +351,7 @@ class ElasticConfig(FitConfig):
     # Numbers of Mamba heads, multiples of model.mamba_groups; empty: eighths or groups, to half.
     mamba_head_choices: tuple[int, ...] = ()
     mamba_channel_choices: tuple[int, ...] = ()  # Channels of a head; empty: all, 3/4, half.
-    # Numbers of query heads, multiples of model.n_kv_heads; empty: every multiple, down to half.
+    # Numbers of query heads, multiples of model.n_kv_heads; empty: every multiple, to about half.
     attn_head_choices: tuple[int, ...] = ()
     depth_choices: tuple[int, ...] = ()  # Numbers of layers that are kept; empty: all.
     # Axes on which each layer has its own choice; on the others all layers of a kind share one.
@@ -429,8 +429,10 @@ class ElasticConfig(FitConfig):
         require(self.kl + self.ce > 0 or not set(self.baseline) & {"separate", "minitron"},
                 "elastic.baseline: separate and minitron learn by elastic.kl and elastic.ce, and "
                 "both are 0; give one a weight")
-        _divides("elastic.long_len", self.long_len, "elastic.seq_len", self.seq_len)
-        if self.long_batch == 0:
+        has_stage_2 = self.stage_1_steps() < self.steps
+        if has_stage_2:
+            _divides("elastic.long_len", self.long_len, "elastic.seq_len", self.seq_len)
+        if has_stage_2 and self.long_batch == 0:
             times = self.long_len // self.seq_len
             _divides("elastic.batch", self.batch, "elastic.long_len / elastic.seq_len", times)
         most = max(1, len(budgets) - 2)
@@ -689,6 +691,8 @@ NEEDS: dict[str, tuple[str, Callable[[Config], bool]]] = {
         "stage 2: elastic.long_share", lambda c: c.elastic.long_share > 0)),
     "elastic.cost_batch": ("elastic.cost memory or latency",
                            lambda c: c.elastic.cost in ("memory", "latency")),
+    "elastic.kl_temperature": ("elastic.kl or elastic.self_kl",
+                               lambda c: c.elastic.kl + c.elastic.self_kl > 0),
     "elastic.choose_seed": ("elastic.choose random or search",
                             lambda c: c.elastic.choose in ("random", "search")),
     **{f"elastic.{name}": ("elastic.choose router", lambda c: c.elastic.choose == "router")

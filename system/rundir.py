@@ -156,6 +156,8 @@ def resume_point(config: Config, run_dir: Path) -> checkpoint.Checkpoint | None:
                 "or choose another --out")
         return None
     require(found, f"resume: {run_dir} holds no checkpoint; leave --resume out to start")
+    require("config" in found.meta, f"resume: {run_dir} holds an extracted size, which was not "
+            "trained there; give it as --init")
     warn(found.warning)
     return found
 

@@ -116,6 +116,7 @@ REFUSED = [  # setting, value, the rule that the message must give
     ),
     ("elastic__long_weights", (1.0, 1.0), "must have one entry for each of the 3 budgets"),
     ("elastic__long_weights", (1.0, 1.0, -1.0), "must be 0 or more, and not all 0"),
+    ("elastic__long_weights", (math.inf, 1.0, 1.0), "must be 0 or more, and not all 0"),
     ("elastic__long_weights", (0.0, 0.0, 0.0), "must be 0 or more, and not all 0"),
     *(
         (f"elastic__{name}", 0, "must be at least 1")
@@ -420,6 +421,10 @@ def test_command_line_changes_the_preset_it_names():
         (
             "--mode elastic --eval.text-tokens 9",
             "eval.text_tokens (9) is for modes other than elastic; leave it out, or give that",
+        ),
+        (
+            "--mode elastic --elastic.kl 0 --elastic.ce 1 --elastic.kl-temperature 2",
+            "elastic.kl_temperature (2.0) is for elastic.kl or elastic.self_kl; leave it out, or give that",
         ),
         ("--eval.elastic-rows 9", "eval.elastic_rows (9) is for mode elastic; leave it out, or give that"),
         (

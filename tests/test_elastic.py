@@ -1068,6 +1068,18 @@ def test_a_repair_never_goes_further_from_the_budget(seed, budget, heterogeneous
         assert repaired == likeliest
 
 
+def test_a_budget_that_can_be_met_is_met_from_any_scores():
+    """Few coarse widths: from the likeliest ones no single change and no two come near .8, from the full ones they do."""
+    shape = replace(
+        PRESETS["smoke"].model, pattern="M-", d_model=128, d_ff=384, mamba_heads=2, mamba_head_dim=32, vocab_size=512
+    )
+    c = replace(PRESETS["smoke"].elastic, d_model_choices=(128, 64), ffn_choices=(384, 288, 192), heterogeneous=("ffn",),
+                budgets=(1.0, 0.9, 0.8))  # fmt: skip
+    router = routers.build_router(shape, c, [0, 1], CPU)
+    for choice in (routers.by_hand(router, 0.8), *(routers.at_random(router, 0.8, seed) for seed in range(6))):
+        router.check_met(choice, 0.8)
+
+
 def test_a_repair_changes_what_costs_least_likelihood():
     """Of two FFN layers the second is nearly indifferent between 12 and 1 neurons, so that one is cut."""
     router = make_router(tiny_model(), ffn_choices=(12, 1))

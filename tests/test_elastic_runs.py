@@ -7,6 +7,7 @@ import collections
 import copy
 import gc
 import json
+import itertools
 import math
 import re
 import shutil
@@ -506,6 +507,46 @@ def test_the_slicer_without_this_project_gives_the_bits_of_extraction(finished, 
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_an_extracted_size_cannot_be_resumed(program, extracted, capsys):
+    assert program(extracted, "--mode", "elastic", "--resume") == 2
+    assert "holds an extracted size, which was not trained there; give it as --init" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
+def test_without_steps_rivals_have_none_either(program, tmp_path):
+    words = ("--mode", "elastic", "--elastic.steps", 0, "--elastic.baseline", "separate")
+    assert program(tmp_path / "run", *words) == 0
+    assert summary_of(tmp_path / "run")["baselines_flops"] == {"separate": 0}
+
+
+def test_without_stage_2_nothing_is_said_of_it(program, tmp_path):
+    """Its length may be any, no copy of stage 1 is kept, and of texts that are too short there is no figure."""
+    words = ("--mode", "elastic", "--elastic.long-share", 0, "--elastic.seq-len", 48, "--elastic.batch", 3)
+    assert program(tmp_path / "run", *words) == 0
+    summary = summary_of(tmp_path / "run")
+    assert summary["stage1"] == []
+    assert "stage1" not in checkpoint.newest(tmp_path / "run").networks()
+
+
+@pytest.mark.parametrize("cost", ["latency", "flops"])
+def test_a_size_costs_what_its_router_says_and_its_steps_what_its_widths_do(program, tmp_path, monkeypatch, cost):
+    """Also by a clock, which would tell another time now; FLOPs are those of the widths that were chosen."""
+    late = itertools.count(1e4)
+    monkeypatch.setattr(
+        routers, "part_latency_ns", lambda kind, shape, *_: next(late) * routers.part_flops(kind, shape, 64)
+    )
+    words = ("--mode", "elastic", "--elastic.cost", cost, "--elastic.choose", "random", "--elastic.steps", 4)
+    assert program(tmp_path / "run", *words) == 0
+    summary, (model, router, _, config) = summary_of(tmp_path / "run"), elastic.load_family(tmp_path / "run")
+    full, *smaller = summary["budgets"]
+    assert full["cost"] == full["target"] == router.full_cost
+    assert [e["cost"] for e in smaller] == [router.costs.exact(router.choice(b), router.depth_order) for b in (0.75, 0.5)]
+    sizes = [nested.shrink(model.config, router.choose(b)) for b in (1.0, 0.75, 0.5)]
+    config = replace(config, model=model.config)
+    assert summary["steps_flops"] == estimate.steps_flops(config, sizes=sizes)
+
+
 def test_the_slicer_refuses_a_budget_that_was_not_trained(finished, tmp_path):
     with pytest.raises(SystemExit, match=r"budget \(0.6\) is not in .*; it has 1, 0.75, 0.5"):
         slicer.cut("", str(finished / "family.json"), "0.6", "")
@@ -946,6 +987,22 @@ def test_scores_of_every_axis_are_compared_on_a_trained_model(finished, capsys):
         losses = [float(x) for x in re.findall(r"\d\.\d+", line)]
         assert len(losses) == (4 if axis == "d_model" else 3)
         assert all(abs(loss - math.log(512)) < 0.5 for loss in losses)
+
+
+@pytest.mark.parametrize(
+    ("changes", "axes"),
+    [
+        ({"n_heads": 3, "n_kv_heads": 1, "mamba_heads": 6, "mamba_groups": 2}, {"d_model", "depth", *routers.KIND_OF}),
+        ({"n_heads": 2, "n_kv_heads": 2, "mamba_heads": 2, "mamba_groups": 2},
+         {"d_model", "depth", *routers.KIND_OF} - {"attn_heads", "mamba_heads"}),
+        ({"pattern": "*"}, {"d_model", "attn_heads"}),
+        ({"pattern": "MM"}, {"d_model", "depth", "mamba_heads", "mamba_channels"}),
+    ],
+)  # fmt: skip
+def test_scores_are_of_what_a_model_can_lose(corpus, changes, axes):
+    """Whole groups of heads; an axis that it lacks, or of which nothing can go, has no row."""
+    config = replace(SMOKE, model=replace(SMOKE.model, **changes), elastic=replace(SMOKE.elastic, calibration_rows=2))
+    assert set(scores.table_of(noisy_model(config, corpus), corpus, config)) == axes
 
 
 def test_scores_of_one_size_of_a_family_are_refused(extracted, capsys):

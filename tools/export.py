@@ -43,9 +43,10 @@ def export(run: tyro.conf.Positional[Path], out: Path,
         n = sum(t.numel() for t in tensors.values())
         config, tensors = widen(config, tensors)
         wide = sum(t.numel() for t in tensors.values())
+        norm = "; the eps of a gated norm grows with its channels" * ("M" in config.pattern)
         warn(f"padding brings {n:,} parameters to {wide:,} ({wide / n:.3f} times as many): layers "
              "that differ get the widths of the widest; --widths listed keeps them as they are"
-             if wide > n else None)
+             f"{norm}" if wide > n else None)
     theirs = read_json(hf / "config.json") if hf.is_dir() else {}
     more = {key: theirs[key] for key in KEPT if key in theirs}
     save_hf(out, config, tensors, getattr(torch, dtype), more=more, listed=widths == "listed")

@@ -96,12 +96,14 @@ def thinks(config: Config) -> bool:
     return PHASES.get(config.mode) is rlp_phases
 
 
-def steps_flops(config: Config, thought_tokens: float | None = None, signal: float = 1.0) -> float:
+def steps_flops(config: Config, thought_tokens: float | None = None, signal: float = 1.0,
+                sizes: list[ModelConfig] | None = None) -> float:
     """FLOPs of a run's own steps, its base left out, with thoughts as long as they were; signal:
-    the share of groups whose rewards differed."""
+    the share of groups whose rewards differed; sizes: see `elastic_phases`."""
     if thinks(config) and thought_tokens:
         config = replace(config, rlp=replace(config.rlp, thought_len=round(thought_tokens)))
-    found = rlp_phases(config, signal) if thinks(config) else own_phases(config)
+    found = (rlp_phases(config, signal) if thinks(config) else elastic_phases(config, sizes)
+             if config.mode == "elastic" else own_phases(config))
     return sum(p.n_steps * sum(p.flops.values()) for p in found)
 
 
@@ -180,10 +182,11 @@ def rlp_phases(config: Config, signal: float = 1.0) -> list[Phase]:
     return [Phase(config.mode, c.steps, B, T, flops, G * L)]
 
 
-def elastic_phases(config: Config) -> list[Phase]:
-    """Nemotron Elastic: short sequences, then long ones, each first while routers search."""
+def elastic_phases(config: Config, sizes: list[ModelConfig] | None = None) -> list[Phase]:
+    """Nemotron Elastic: short sequences, then long ones, each first while routers search.
+    sizes: the shape of each budget, once it is known; until then see `family`."""
     c, full = config.elastic, config.model
-    sizes, found = family(full, c), []
+    sizes, found = sizes or family(full, c), []
     n_short, n_search = c.stage_1_steps(), c.search_steps()
     for stage, begin, end, n_rows, seq_len in (
             ("stage 1", 0, n_short, c.batch, c.seq_len),
@@ -192,7 +195,8 @@ def elastic_phases(config: Config) -> list[Phase]:
         whole = forward_flops(full, n_rows, seq_len)
         n_teachers = int(c.kl > 0)
         if c.self_kl > 0 and not c.together:  # together, the full model's pass is there already
-            n_teachers += sum(w for w, b in zip(weights, c.budgets, strict=True) if b != 1)
+            has_full = parameters(sizes[0]) == parameters(full)  # which needs none
+            n_teachers += sum(weights[has_full:])
         settled = min(max(n_search, begin), end)
         for name, n_steps, students in (
                 (f"{stage}, search", settled - begin, [whole] * len(sizes)),
@@ -211,7 +215,7 @@ PHASES = {"rlp": rlp_phases, "rlvr": rlp_phases, "elastic": elastic_phases}
 @functools.cache
 def family(full: ModelConfig, c: ElasticConfig) -> list[ModelConfig]:
     """The shape of each budget, with widths by hand. What a router will choose has as many weights
-    and other FLOPs: at 50 % of the small model a fifth more, in the family as in sizes alone."""
+    and other FLOPs: at 50 % of the small model a fifth more."""
     if c.cost == "latency":  # is not measured here: the full model is an upper bound
         return [full] * len(c.budgets)
     router = routers.build_router(full, c, None, torch.device("cpu"))
