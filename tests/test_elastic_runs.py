@@ -6,8 +6,8 @@ One smoke run with two baselines (`finished`) serves most tests. What a step com
 import collections
 import copy
 import gc
-import json
 import itertools
+import json
 import math
 import re
 import shutil
