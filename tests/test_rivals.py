@@ -336,6 +336,16 @@ def test_rows_of_curves_have_a_stretch_a_column():
     assert second[0] == "widths by hand, 50 %"
 
 
+def test_single_settings_stand_beside_the_router_of_their_seeds():
+    """Seed 2, which no other arm has, is left out of its mean; without others all are there."""
+    third = [family(seed, (1.0, 1.1, loss)) for seed, loss in ((0, 1.2), (1, 1.4), (2, 9.0))]
+    hand = [family(seed, (1.0, 1.1, 1.5)) for seed in (0, 1)]
+    rows = families.third_rows(found_of(elastic__third__cpu=third, elastic__hand__cpu=hand))
+    assert [(row[0], row[1]) for row in rows[2:]] == [("the router", "2"), ("widths by hand", "2")]
+    assert rows[2][-1].startswith("1.300")
+    assert families.third_rows(found_of(elastic__third__cpu=third))[2][1] == "3"
+
+
 def test_how_much_longer_other_orders_train():
     """By hand: 4 nats after 25 steps and 1 after 50 come by 2 at 35.4 steps, where the other order was after 25."""
 

@@ -102,10 +102,13 @@ def cost_rows(found: Found) -> list[list[str]]:
 
 
 def third_rows(found: Found) -> list[list[str]]:
-    """At a third of the steps: the router, other ways to choose widths, other orders of units."""
+    """At a third of the steps: the router, other ways to choose widths, other orders of units; of
+    the router the seeds that some other has, for right answers stand there side by side."""
     first, *others = THIRDS
-    return arm_rows((THIRDS[first], found[first]), {
-        THIRDS[kind]: arm(found[kind]) for kind in others})
+    arms = {THIRDS[kind]: arm(found[kind]) for kind in others}
+    shared = set().union(*arms.values())
+    return arm_rows((THIRDS[first], [
+        run for run in found[first] if run["seed"] in shared or not shared]), arms)
 
 
 def router_rows(found: Found) -> list[list[str]]:
