@@ -87,6 +87,9 @@ def resolve(config: Config) -> Config:
     shape = huggingface.read_config(folder)[0] if is_hf else saved_config(folder).model
     tokenizer = folder if is_hf else folder / "hf"
     if tokenizer.is_dir():
+        require(config.data.tokenizer in ("corpus", str(tokenizer)), f"data.tokenizer "
+                f"({config.data.tokenizer}) is not read where init brings one, {tokenizer}; leave "
+                "it out")
         n_vocab = max(shape.vocab_size, FileTokenizer(tokenizer).n_vocab)
         shape = replace(shape, vocab_size=n_vocab)
         config = replace(config, data=replace(config.data, tokenizer=str(tokenizer)))

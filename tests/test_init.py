@@ -349,6 +349,11 @@ def test_thoughts_in_text_that_a_model_was_not_warmed_up_for_are_told(program, h
     assert ("--warmup.gap 0 leaves them out" in " ".join(capsys.readouterr().out.split())) == warned
 
 
+def test_another_tokenizer_than_that_of_the_weights_is_refused(program, hf, capsys):
+    assert program("run", "--mode", "cpt", "--init", hf, "--data.tokenizer", "gpt2") == 2
+    assert "data.tokenizer (gpt2) is not read where init brings one" in " ".join(capsys.readouterr().out.split())
+
+
 def test_an_rlp_run_trains_measures_and_keeps_its_tokenizer(finished, hf):
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["gain_nats"]["frozen_base"]["n"] == 16
