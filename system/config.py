@@ -656,7 +656,8 @@ class Config(Settings):
         return Path(self.out or f"runs/{self.mode}-{self.preset}-seed{self.seed}")
 
     def base_fingerprint(self, *more: str) -> str:
-        """Key of the base's settings: equal exactly when the same text would give the same base.
+        """Key of the base's settings: equal exactly when the same text would give the same base,
+        but for rounding, which processes and bf16 change.
         more: "warmup", for the base that was warmed up; what follows thoughts `rlp.back` says."""
         # accumulate: next-token prediction gives the same in any number of parts
         free = ("cache_dir", "text_key", "checkpoint_every", "log_every", "accumulate")
@@ -664,8 +665,7 @@ class Config(Settings):
         groups = [{name: value for name, value in d[group].items() if name not in free}
                   for group in ("model", "data", "pretrain", *more)]
         few = [n] * (n < N_VALIDATION)  # which say when it is good enough
-        low = ["bf16"] * (self.parallel.dtype == "bf16")
-        return fingerprint([*groups, self.seed, *[self.rlp.back] * len(more), *few, *low])
+        return fingerprint([*groups, self.seed, *[self.rlp.back] * len(more), *few])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -227,7 +227,6 @@ FAULTS = [
           "sizes, found = family(full, c), []", "elastic_runs"),
     Fault("space_before_every_part", "text/tokenizer.py", "self.going_on if text[:1].isspace() else self.file", "self.file",
           "init"),
-    Fault("bf16_bases_for_all", "system/config.py", '["bf16"] * (self.parallel.dtype == "bf16")', "[]", "config"),
     Fault("cpt_of_other_problems", "system/rundir.py", "getattr(config.rlp, name) or None", "None", "config"),
     Fault("widened_norm", "nested.py", '(narrow[name].axes["I"] / axes["I"]) ** 0.5',
           '(narrow[name].axes["I"] / axes["I"]) ** 1.0', "widen"),

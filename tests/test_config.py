@@ -584,7 +584,6 @@ def test_run_folders_are_named_by_mode_preset_and_seed_unless_given():
     "change",
     [{"seed": 1}, {"model__d_ff": 100}, {"data__text_share": 0.5}, {"data__path": "a.txt"}, {"pretrain__lr": 1.0},
      {"pretrain__enough": 0.5}, {"pretrain__enough_every": 9}, {"eval__problems_per_family": 47},
-     {"parallel__dtype": "bf16"},
      {"model__widths": ((8, 32), (4,), (384,)) * 2}],
     ids=str,
 )  # fmt: skip
