@@ -42,10 +42,11 @@ def load(folder: Path) -> dict[str, list[dict]]:
 def tables(folder: Path) -> dict[str, str]:
     """Every generated part of README.md by its name; `Not run.` where results/ lacks it."""
     found, shown = load(folder), folder / "rlp-cpu-seed0.txt"
+    rows = [row for row in rivals.lead_rows(found) if row[0] != rivals.ARMS["cpt-more-cpu"]]
     made = {"rlp": found["rlp-cpu"] and rlp_table(found),
             "elastic": found["elastic-cpu"] and elastic_table(found["elastic-cpu"]),
             "positions": found["rlp-computed"] and position_table(found),
-            "rivals": (rows := rivals.lead_rows(found))[1:] and view.markdown(rows),
+            "rivals": rows[1:] and view.markdown(rows),
             "speed": speed_table(found["bench-cpu"]), "samples": shown.exists() and samples(shown)}
     return {name: text or "Not run." for name, text in made.items()}
 
