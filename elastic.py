@@ -297,7 +297,7 @@ class Elastic(Distillation):
 
     def after_step(self, model: HybridLM) -> None:
         """Keep the weights at the end of stage 1, to see what stage 2 brings."""
-        if self.step + 1 == self.c.stage_1_steps() < self.c.steps:
+        if self.c.has_stage_2() and self.step + 1 == self.c.stage_1_steps():
             self.networks["stage1"] = parallel.frozen_copy(model)
 
     def optimizers(self) -> list[torch.optim.Optimizer]:

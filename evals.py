@@ -319,13 +319,13 @@ def evaluate_forced_style(model: HybridLM, positions: Positions) -> dict:
     """Accuracy by temperature if every thought must begin as the problem's worked thought does.
     Part of RLP's gain is the choice to think in steps: only accuracy beyond is better thinking.
     Of problems with a worked thought of two tokens or more; nothing if there are none."""
-    encode = positions.tokenizer.encode
-    rows = [i for i, p in enumerate(positions.problems) if len(encode(p.thought or "")) > 1]
+    begins = [positions.tokenizer.encode(p.thought or "")[:2] for p in positions.problems]
+    rows = [i for i, begin in enumerate(begins) if len(begin) > 1]
     if not rows:
         return {}
     positions = positions._replace(**{name: [getattr(positions, name)[i] for i in rows]
                                       for name in ("places", "kinds", "problems")})
-    forced_Bl = torch.tensor([encode(p.thought)[:2] for p in positions.problems])
+    forced_Bl = torch.tensor([begins[i] for i in rows])
     found = {f"temperature_{t:g}": measure_thoughts(model, positions, t, 1, forced_Bl)["correct"]
              for t in (0.0, 0.7, 1.0)}
     return {name: positions.by_kind(correct, 1) for name, correct in found.items()}
@@ -547,9 +547,11 @@ def long_losses(model: HybridLM, corpus: Corpus, config: Config) -> tuple[Tensor
     """Mean loss of each held-out text of long_len tokens, at positions that stage 1 never had; and
     the document of each."""
     c, device, losses = config.elastic, parallel.device_of(model), []
-    split, n = config.eval.split, config.eval.elastic_rows * (c.long_len > c.seq_len)
+    split, n = config.eval.split, config.eval.elastic_rows
     rng = random.Random(f"long-{split}-{config.seed}")
-    texts = text_windows(corpus.documents[split], n, c.long_len, rng, least=c.long_len + 1)
+    texts = []
+    if c.long_len > c.seq_len:
+        texts = text_windows(corpus.documents[split], n, c.long_len, rng, least=c.long_len + 1)
     for i in range(0, len(texts), 4):
         window = np.stack([tokens for _, tokens in texts[i : i + 4]])
         tokens_BT = torch.from_numpy(window).long().to(device)

@@ -290,10 +290,9 @@ def score_table(model: HybridLM, batches: list[dict[str, Tensor]], c: ElasticCon
 
     table = {}
     for axis, (field, kind, _) in HALVES.items():
-        nothing = halved(axis) == list(full.layers) if kind else len(full.layers) == 1
-        if nothing and axis != "d_model":
+        if halved(axis) == list(full.layers) if kind else axis == "depth" and len(full.layers) == 1:
             continue
-        known = [s for s in SCORES[field] if s != "pca" or not model.config.tie_embeddings]
+        known = [s for s in SCORES[field] if s != "pca" or not config.tie_embeddings]
         table[axis] = {score: half(axis, score, 0) for score in known}
         table[axis]["random"] = sum(half(axis, "random", seed) for seed in range(3)) / 3
     return table

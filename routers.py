@@ -23,7 +23,7 @@ from model import Block
 from nested import Masks, Widths, in_groups
 from system import parallel
 from system.config import WIDTH_FIELDS, ElasticConfig, ModelConfig
-from system.costs import axis_sizes, part_cache_bytes, part_flops, part_parameters, sum_of_parts
+from system.costs import axis_sizes, part_cache_bytes, part_flops, part_parameters
 from system.errors import require
 
 # Beside the stream and the depth, the axes of each kind of layer, in the order of `WIDTH_FIELDS`;
@@ -161,11 +161,6 @@ def cost_measure(c: ElasticConfig, device: torch.device) -> Callable[[str, Model
         return float(n)
 
     return measure
-
-
-def total_cost(config: ModelConfig, c: ElasticConfig, device: torch.device) -> float:
-    """Cost of a whole model, of any shape."""
-    return sum_of_parts(cost_measure(c, device), config)
 
 
 class Costs(nn.Module):
@@ -323,7 +318,7 @@ class Router(nn.Module):
                 above, below = w - w[min(ends)], w[max(ends)] - w
                 away[a][j] = ABOVE * above.clamp(0) + BELOW * below.clamp(0)
         logp = {a: v - away[a] for a, v in logp.items()}
-        tries = [fit_to_budget(logp, self, (1 - less * MET) * self.fraction(budget))
+        tries = [fit_to_budget(logp, self, min(1.0, (1 - less * MET) * self.fraction(budget)))
                  for less in (0.0, 0.5, 0.75, -0.5, -0.75)]
         lost = {a: v.tolist() for a, v in away.items()}
         return min(tries, key=lambda choice: score_of(lost, choice))  # the first of equals

@@ -139,14 +139,15 @@ def run(config: Config) -> dict:
     found = mode.figures(Trained(model, objective, corpus, config, run_dir))
     if found is None:
         return {}
+    sizes = found.pop("sizes", None)  # of a family the shape of each, which FLOPs are counted by
     summary = {
         "mode": config.mode, "preset": config.preset, "seed": config.seed,
         "split": config.eval.split,
-        "parameters": n_parameters, **base_facts, "steps_flops": estimate.steps_flops(
-            replace(config, model=model.config), rundir.logged_mean(run_dir, "thought_tokens"),
-            1 - (rundir.logged_mean(run_dir, "no_signal") or 0)), **found,
+        "parameters": n_parameters, **base_facts, **found,
         "seconds_to_90": rundir.seconds_to(run_dir, "correct", 0.9),
-        "steps_s": rundir.logged_seconds(run_dir),
+        "steps_s": rundir.logged_seconds(run_dir), "steps_flops": estimate.steps_flops(
+            replace(config, model=model.config), rundir.logged_mean(run_dir, "thought_tokens"),
+            1 - (rundir.logged_mean(run_dir, "no_signal") or 0), sizes),
         "wall_s": time.perf_counter() - began, "peak_memory_gib": peak_memory_gib(device),
         **hardware(device), "versions": versions()}
     write_figures(run_dir / "summary.json", summary)
@@ -345,7 +346,6 @@ def figures_of_family(t: Trained) -> dict | None:
     rivals = list(dict.fromkeys([*had, *c.baseline]))
     kept = parallel.whole if rivals else parallel.in_host_memory
     parent = t.objective.teacher = kept(t.objective.teacher)
-    shapes = [nested.shrink(t.model.config, w) for w in widths.values()]
     alone, flops = {}, {}
     for name in rivals:
         console.print(f"baseline {name}")
@@ -394,8 +394,7 @@ def figures_of_family(t: Trained) -> dict | None:
         "curves": {f"{b:g}": rundir.logged_curve(t.run_dir, f"loss_{b:g}") for b in c.budgets},
         "train_s": {"elastic": rundir.logged_seconds(t.run_dir), **seconds},
         "baselines_flops": flops,
-        "steps_flops": estimate.steps_flops(
-            replace(config, model=t.model.config), sizes=shapes),
+        "sizes": [m.config for m in families["elastic"]],
         "hand_over": handed_over,
         "memory": evals.family_bytes(t.model, router, families["elastic"]),
         "n_tokens": c.n_tokens()}
@@ -418,6 +417,7 @@ def train_rival(name: str, t: Trained, widths: dict[float, nested.Widths],
     parent, which is there already."""
     c, parent, router = t.config.elastic, t.objective.teacher, t.objective.router
     model, sizes = parallel.frozen_copy(parent), []
+    shapes = {b: nested.shrink(parent.config, w) for b, w in widths.items()}
     n_alone = sum(not router.is_full(b) for b in widths)
     if name != "scratch":
         order_parent(model, calibration(model, t.corpus, t.config), t.config)
@@ -434,12 +434,11 @@ def train_rival(name: str, t: Trained, widths: dict[float, nested.Widths],
         folder = run_dir / f"{b:g}"
         if name == "scratch":
             torch.manual_seed(t.config.seed)
-            size = HybridLM(nested.shrink(parent.config, w)).to(parallel.device_of(parent))
+            size = HybridLM(shapes[b]).to(parallel.device_of(parent))
             for phase in ("pretrain", "warmup"):
                 fit_alone(phase, size, folder / phase, t.config)
         else:
             size = parallel.frozen_copy(nested.submodel(model, w)).requires_grad_(True)
-            shapes = {b: nested.shrink(parent.config, w) for b, w in widths.items()}
             steps = (equal_flops(t.config, parent.config, b, n_alone, shapes)
                      if name == "separate" else c.steps)
             config = replace(t.config, elastic=replace(one_size(c, 1.0), steps=steps))

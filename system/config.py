@@ -297,6 +297,10 @@ class RLPConfig(FitConfig):
         require(self.back <= self.context_len, f"rlp.back ({self.back}) must be at most "
                 f"rlp.context_len ({self.context_len}): the thought stands inside the context")
 
+    def reads_problems(self) -> bool:
+        """Whether texts and computed documents leave contexts for problems."""
+        return self.text_share + self.computed_share < 1
+
 
 # Those that every mode's figures are made by, or that have a rule of their own for modes.
 MEASURED = ("back", "context_len", "distractors", "horizon", "more_steps", "positions", "prompt",
@@ -429,10 +433,9 @@ class ElasticConfig(FitConfig):
         require(self.kl + self.ce > 0 or not set(self.baseline) & {"separate", "minitron"},
                 "elastic.baseline: separate and minitron learn by elastic.kl and elastic.ce, and "
                 "both are 0; give one a weight")
-        has_stage_2 = self.stage_1_steps() < self.steps
-        if has_stage_2:
+        if self.has_stage_2():
             _divides("elastic.long_len", self.long_len, "elastic.seq_len", self.seq_len)
-        if has_stage_2 and self.long_batch == 0:
+        if self.has_stage_2() and self.long_batch == 0:
             times = self.long_len // self.seq_len
             _divides("elastic.batch", self.batch, "elastic.long_len / elastic.seq_len", times)
         most = max(1, len(budgets) - 2)
@@ -441,13 +444,12 @@ class ElasticConfig(FitConfig):
                 f"{len(budgets)} budgets anyway")
         n, names = self.accumulate * self.shared_by(), "elastic.accumulate x elastic.draws"
         _divides("elastic.batch", self.batch, names, n)
-        if self.stage_1_steps() < self.steps:
+        if self.has_stage_2():
             _divides("the sequences of stage 2", self.long_rows(), names, n)
 
     def fewest_rows(self) -> int:
         """The most parts that the batches of both stages can be dealt out to evenly."""
-        both = self.stage_1_steps() < self.steps
-        rows = math.gcd(self.batch, self.long_rows()) if both else self.batch
+        rows = math.gcd(self.batch, self.long_rows()) if self.has_stage_2() else self.batch
         return rows // self.shared_by()
 
     def shared_by(self) -> int:
@@ -457,6 +459,10 @@ class ElasticConfig(FitConfig):
     def stage_1_steps(self) -> int:
         """How many steps have short sequences; the rest is stage 2."""
         return self.steps - round(self.long_share * self.steps)
+
+    def has_stage_2(self) -> bool:
+        """Whether any step has long sequences."""
+        return self.stage_1_steps() < self.steps
 
     def search_steps(self) -> int:
         """How many steps run on masks while routers learn; none where nothing is left to them."""
@@ -645,9 +651,8 @@ class Config(Settings):
         require(reads, f"{said} is for problems without written thoughts, and mode {self.mode} "
                 "reads some that have them; leave it out, or choose rlp, rlvr, or cpt with "
                 "--cpt.no-thoughts")
-        require(self.mode != "rlp" or self.rlp.text_share + self.rlp.computed_share < 1,
-                f"{said} is for problems, and rlp.text_share and rlp.computed_share leave none; "
-                "leave it out, or lower them")
+        require(self.mode != "rlp" or self.rlp.reads_problems(), f"{said} is for problems, and "
+                "rlp.text_share and rlp.computed_share leave none; leave it out, or lower them")
         require(self.data.problems == "built-in", f"{said} is for the built-in problems, not those "
                 f"of data.problems ({self.data.problems}); leave it out")
 

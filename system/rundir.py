@@ -102,10 +102,10 @@ def was_warmed(init: str) -> bool:
     if not init or huggingface.is_hf(Path(init)) or not file.is_file():
         return False
     saved = saved_config(Path(init))
+    if saved.mode in ("pretrain", "warmup") or saved.warmup.steps > 0:
+        return saved.mode != "pretrain"
     began = read_json(file).get("warmed")  # what it began with may be gone
-    began = was_warmed(saved.init) if began is None else began
-    return saved.mode != "pretrain" and (
-        saved.mode == "warmup" or saved.warmup.steps > 0 or began)
+    return was_warmed(saved.init) if began is None else began
 
 
 def logged_seconds(run_dir: Path) -> float:

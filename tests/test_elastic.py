@@ -34,7 +34,7 @@ from nested import Units, Widths
 from routers import Costs, Router, Space
 from system import parallel
 from system.config import ElasticConfig, ParallelConfig
-from system.costs import count_parameters, part_cache_bytes, part_flops, part_parameters
+from system.costs import count_parameters, part_cache_bytes, part_flops, part_parameters, sum_of_parts
 from system.presets import PRESETS
 
 CPU = torch.device("cpu")
@@ -743,7 +743,7 @@ def test_exact_cost_is_the_cost_of_the_small_models_shape(cost, data):
     router = tiny_family(cost)
     choice = data.draw(choices(router.space))
     shape = nested.shrink(router.space.config, router.space.widths(choice, router.depth_order))
-    expected = routers.total_cost(shape, router.settings, CPU)
+    expected = sum_of_parts(routers.cost_measure(router.settings, CPU), shape)
     assert router.costs.exact(choice, router.depth_order) == pytest.approx(expected, rel=1e-12)
 
 
@@ -1335,7 +1335,7 @@ def test_routers_learn_to_meet_their_budgets():
     for budget in (0.95, 0.9, 0.8, 0.6):
         widths = router.choose(budget)
         small = nested.shrink(space.config, widths)
-        assert routers.total_cost(small, c, CPU) == pytest.approx(budget * router.full_cost, rel=0.006)
+        assert sum_of_parts(routers.cost_measure(c, CPU), small) == pytest.approx(budget * router.full_cost, rel=0.006)
     assert all(
         most >= some >= least
         for own in ("ffn", "mamba_heads", "mamba_channels", "attn_heads", "d_model")

@@ -32,7 +32,7 @@ import train
 from nested import Widths
 from system import checkpoint, rundir
 from system.config import Config, from_dict
-from system.costs import count_parameters, part_cache_bytes, part_parameters
+from system.costs import count_parameters, part_cache_bytes, part_parameters, sum_of_parts
 from system.objective import NextToken
 from system.presets import PRESETS
 from text import batches
@@ -391,7 +391,8 @@ def test_widths_without_a_search_are_settled_before_the_first_step_and_stay_afte
     again.router.load_state_dict(objective.router.state_dict())
     for budget in (0.75, 0.6, 0.5):
         assert again.router.choose(budget) == objective.router.choose(budget)
-        cost = routers.total_cost(nested.shrink(model.config, objective.router.choose(budget)), config.elastic, CPU)
+        small = nested.shrink(model.config, objective.router.choose(budget))
+        cost = sum_of_parts(routers.cost_measure(config.elastic, CPU), small)
         assert cost / objective.router.full_cost == pytest.approx(budget, rel=0.02)
 
 
@@ -1059,7 +1060,7 @@ def test_no_text_is_long_enough_for_a_long_loss(corpus):
 def test_facts_of_a_size_by_another_count(corpus):
     model = noisy_model(SMOKE, corpus)
     facts = evals.size_facts(model, SMOKE)
-    flops = routers.total_cost(model.config, replace(SMOKE.elastic, cost="flops"), CPU)
+    flops = sum_of_parts(routers.cost_measure(replace(SMOKE.elastic, cost="flops"), CPU), model.config)
     assert facts["parameters"] == count_parameters(model)
     assert facts["bytes"] == 4 * facts["parameters"]
     assert facts["flops_per_token"] == pytest.approx(flops)

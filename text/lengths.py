@@ -36,8 +36,8 @@ def with_horizon(config: Config, corpus: Corpus, rooms: dict[str, int]) -> tuple
     if c.reward == "match" and config.mode in ("rlp", "rlvr") and any(p.scorer for p in problems):
         said.append("what scorers of problems accept counts in the figures; the reward of mode "
                     f"{config.mode} is for the answers themselves")
-    at_text = config.mode == "rlp" and c.text_share + c.computed_share == 1
-    if n_answer > fit.horizon and c.positions == "answer" and not at_text:
+    if n_answer > fit.horizon and c.positions == "answer" and (
+            c.reads_problems() or config.mode != "rlp"):
         said.append(f"answers take up to {n_answer} tokens of this tokenizer: rlp.horizon is "
                     f"{n_answer} instead of {fit.horizon}, so that accuracy and reward are those "
                     "of whole answers; at text as many tokens count")

@@ -137,15 +137,12 @@ class FileTokenizer(Tokenizer):
         content = json.loads(self.json)
         for token in content.get("added_tokens", []):
             token["special"] = token["special"] or token["content"] in (END, THINK, CLOSE)
-        self.file = HFTokenizer.from_str(json.dumps(content))
-        self.file.encode_special_tokens = True
+        self.file = self.going_on = _plain(content)
         #    Some put a space before every text; none belongs before what goes on with one.
         going_on = content | {name: _without_space(content.get(name))
                               for name in ("normalizer", "pre_tokenizer")}
-        self.going_on = self.file
         if going_on != content:
-            self.going_on = HFTokenizer.from_str(json.dumps(going_on))
-            self.going_on.encode_special_tokens = True
+            self.going_on = _plain(going_on)
         # 5. what it puts before every text: all that stands before the first token of "a"
         try:
             framed, plain = self.file.encode("a").ids, self.encode("a")
@@ -167,6 +164,13 @@ class FileTokenizer(Tokenizer):
     def decode(self, tokens: list[int]) -> str:
         """Text of token ids, special tokens included; ids beyond the vocabulary are left out."""
         return self.file.decode([int(t) for t in tokens], skip_special_tokens=False)
+
+
+def _plain(content: dict) -> HFTokenizer:
+    """What a tokenizer.json says, but to it a special token that a text spells out is text."""
+    made = HFTokenizer.from_str(json.dumps(content))
+    made.encode_special_tokens = True
+    return made
 
 
 def _without_space(step: dict | None) -> dict | None:

@@ -8,7 +8,6 @@ RESULTS.md is written as a whole, README.md's tables between the lines `<!-- tab
 `<!-- end -->`. A test compares both with what this file would write.
 """
 
-import json
 import re
 import shutil
 import statistics
@@ -531,7 +530,7 @@ def add_tries(file: Path, tries: list[dict]) -> None:
     """Rates that were tried into a file: those of before stay, the same ones are taken anew."""
     known = read_json(file)["tries"] if file.exists() else []
     by_try = {(t["arm"], t["rate"], t["seed"]): t for t in (*known, *tries)}
-    file.write_text(json.dumps({"tries": list(by_try.values())}, indent=1) + "\n")
+    write_figures(file, {"tries": list(by_try.values())})
 
 
 def report(run_dirs: list[str], root: Path = Path(__file__).parent.parent) -> None:

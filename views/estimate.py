@@ -277,8 +277,7 @@ def memory(config: Config, n_gpus: int = 1, recompute: bool = False) -> dict[str
         # a thought's backward pass keeps what it has read of its context
         update["forked contexts"] = n_caches * cache_bytes(shape, c.context_len, low)
     elif config.mode == "elastic":  # the parent is teacher, and reference of the figures
-        has_stage_2 = c.stage_1_steps() < c.steps
-        states |= {"parent": share, "end of stage 1": has_stage_2 * share}
+        states |= {"parent": share, "end of stage 1": c.has_stage_2() * share}
         update["gathered layers"] *= 2
         divergence = min(n_scored * shape.vocab_size, 2 * 2**24)  # see elastic.distillation_loss
         n_logits = max(divergence, (c.ce + c.full_ce > 0) * n_logits)

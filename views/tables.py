@@ -141,10 +141,10 @@ def budget_rows(summary: dict, show: Callable[..., str] = cell) -> list[list[str
     parent, entries = summary["teacher"], summary["budgets"]
     rows = [[f"{parent['loss_nats']['n']} sequences", "parent", *budget_heads(summary)],
             *([name, *map(f, [parent, *entries])] for name, f in facts.items())]
-    for stage, sizes in ((1, summary["stage1"]), (2, entries)) if summary["stage1"] else ():
-        if "long_loss_nats" in parent:
-            losses = [f"{e['long_loss_nats']['mean']:.3f}" for e in [parent, *sizes]]
-            rows.append([f"long text, stage {stage}", *losses])
+    stages = {1: summary["stage1"], 2: entries}
+    for stage, sizes in stages.items() if stages[1] and "long_loss_nats" in parent else ():
+        losses = [f"{e['long_loss_nats']['mean']:.3f}" for e in [parent, *sizes]]
+        rows.append([f"long text, stage {stage}", *losses])
     return rows
 
 
