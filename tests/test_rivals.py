@@ -52,12 +52,14 @@ def test_every_arm_of_elastic_is_a_valid_command_with_a_name_in_the_table(arm):
     """It changes one setting of the default or, at a third of the steps, one more; but for orders of several axes."""
     config, default = train.parse(program_of_rivals.ELASTIC[arm].split()).check(), train.parse([]).elastic
     assert config.mode == "elastic"
-    assert f"{arm}-cpu" in {"elastic-cpu", *families.FAMILIES, *families.THIRDS, *families.RANDOM, families.FIVE}
+    short = {*families.THIRDS, *families.RANDOM, *families.WHOLE}
+    assert f"{arm}-cpu" in {"elastic-cpu", *families.FAMILIES, *short, families.FIVE}
     changed = {name for name, value in vars(config.elastic).items() if value != getattr(default, name)} - {"choose_seed"}
-    if f"{arm}-cpu" in {*families.THIRDS, *families.RANDOM}:
+    if f"{arm}-cpu" in short:
         assert config.elastic.steps == default.steps // 3
         changed -= {"steps"}
-    by_hand = {"unturned": 1, "units": 4, "order": 5, "drawn": 1, "full": 1, "five": 2}.get(arm.removeprefix("elastic-"), 0)
+    by_hand = {"unturned": 1, "units": 4, "order": 5, "drawn": 1, "full": 1, "five": 2, "layers": 6}
+    by_hand = by_hand.get(arm.removeprefix("elastic-"), 0)
     expected = 1 + by_hand if by_hand else int(arm != "elastic-third")
     assert len(changed) == expected
 
@@ -350,6 +352,16 @@ def test_the_router_is_ranked_among_all_random_widths_of_its_seed():
     assert rank == ["rank by loss", "1", "4.0", "1.0"]
     assert lead[2:] == ["+0.025", "+0.100"]
     assert families.router_rows(found_of()) == [[]]
+
+
+def test_narrower_layers_stand_beside_fewer():
+    """Paired by seed: what fewer lose more; seed 1 has no such run."""
+    narrow = [family(seed, (1.0, 1.1, 1.2)) for seed in (0, 1)]
+    found = found_of(elastic__widths__cpu=narrow, elastic__layers__cpu=[family(0, (1.0, 1.3, 1.6))])
+    rows = families.layer_rows(found)
+    assert [row[:2] for row in rows[2:]] == [["widths alone", "2"], ["whole layers alone", "1"]]
+    assert rows[3][-2:] == ["+0.200", "+0.400"]
+    assert families.layer_rows(found_of()) == [[]]
 
 
 def test_rows_of_curves_have_a_stretch_a_column():

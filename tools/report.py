@@ -495,6 +495,7 @@ def results(folder: Path) -> str:
                           for run in found[families.FIVE]),
                         ("Single settings, at a third of the steps", families.third_rows(found)),
                         ("The router among random widths, at a third", families.router_rows(found)),
+                        ("Narrower layers or fewer, at a third", families.layer_rows(found)),
                         ("The order of units, while budgets train", families.curve_rows(found)),
                         ("How much longer other orders train", families.steps_rows(found)),
                         ("Read by one size, answered by another",

@@ -79,6 +79,7 @@ COMPUTED = {"rlp-paper": "--mode rlp --rlp.predictor 0"}  # of preset computed, 
 # steps, one setting at a time, and units in other orders at equal widths, by hand.
 UNITS = " ".join(f"--elastic.score-{axis} random" for axis in ("ffn", "mamba", "attn", "depth"))
 THIRD = "--elastic.steps 300 --eval.problems-per-family 75 --eval.samples 1"
+WHOLE = "--elastic.budgets 1 .795 .605"  # what whole layers come nearest to 75 and 50 % by
 ELASTIC = {"elastic": "--mode elastic --elastic.baseline separate minitron"} | {
     f"elastic-{name}": f"--mode elastic {words}" for name, words in {
         "sensitivity": "--elastic.choose sensitivity", "searched": "--elastic.choose search",
@@ -91,7 +92,10 @@ ELASTIC = {"elastic": "--mode elastic --elastic.baseline separate minitron"} | {
             "alike": "--elastic.long-weights 1 1 1", "large": "--elastic.long-weights .5 .3 .2",
             "short": "--elastic.long-share 0", "long": "--elastic.long-share 1",
             "self": "--elastic.self-kl 1", "text": "--elastic.ce 1",
-            "depth": "--elastic.depth-choices 6 5 4",
+            "depth": "--elastic.depth-choices 6 5 4", "widths": WHOLE,
+            "layers": f"{WHOLE} --elastic.depth-choices 6 4 2 --elastic.d-model-choices 128 "
+                      "--elastic.ffn-choices 384 --elastic.mamba-head-choices 8 "
+                      "--elastic.mamba-channel-choices 32 --elastic.attn-head-choices 4",
             "full": "--elastic.router-start full --elastic.search-share .3",
             "search": "--elastic.choose search",
             **{f"random{i}": f"--elastic.choose random --elastic.choose-seed {i}"

@@ -23,6 +23,7 @@ THIRDS = {f"elastic-{name}-cpu": told for name, told in {  # at a third of the s
     "order": "by hand, units and stream in random order"}.items()}
 ORDERS = [f"elastic-{name}-cpu" for name in ("hand", "unturned", "units", "order")]
 FIVE = "elastic-five-cpu"  # sizes, of which each sequence trains three
+WHOLE = {"elastic-widths-cpu": "widths alone", "elastic-layers-cpu": "whole layers alone"}
 RANDOM = [f"elastic-random{i}-cpu" for i in range(8)]
 
 
@@ -109,6 +110,12 @@ def third_rows(found: Found) -> list[list[str]]:
     shared = set().union(*arms.values())
     return arm_rows((THIRDS[first], [
         run for run in found[first] if run["seed"] in shared or not shared]), arms)
+
+
+def layer_rows(found: Found) -> list[list[str]]:
+    """At a third of the steps, narrower layers or fewer, at sizes that whole layers can have."""
+    (first, told), (other, fewer) = WHOLE.items()
+    return arm_rows((told, found[first]), {fewer: arm(found[other])})
 
 
 def router_rows(found: Found) -> list[list[str]]:
