@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -103,28 +104,44 @@ def test_the_quick_version_of_all_tables_runs(tmp_path, cache_dir):
     assert (tmp_path / "rlp-smoke-seed0" / "controls.json").exists()
 
 
-@pytest.mark.parametrize(("which", "least"), [("all", 1), ("seeds", 3)])
-def test_the_command_for_all_tables_runs_every_arm(which, least, tmp_path, monkeypatch):
-    """A stand-in for python writes down its words; what the program makes of them is counted and not trained."""
+def asked_of(which, tmp_path, monkeypatch):
+    """What runs/all.sh asks for: a stand-in for python writes down its words, and the program's runs are checked, not
+    trained. By arm the seeds, and those whose rates are tried."""
     (tmp_path / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$@" > "$ASKED/words-$$"\n')
     (tmp_path / "python").chmod(0o755)
     settings = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "ASKED": str(tmp_path), "OUT": str(tmp_path / "runs")}
     subprocess.run([ROOT / "runs" / "all.sh", which], env=os.environ | settings, check=True)
-    ran, tried = [], []
-    monkeypatch.setattr(train, "main", lambda words: ran.append(Path(words[words.index("--out") + 1]).name) or 0)
+    seeds, tried = defaultdict(set), []
+
+    def run(words):
+        config = replace(train.parse(words), init="").check()  # what --init names is not there
+        arm, seed = config.run_dir().name.rsplit("-seed", 1)
+        assert config.seed == int(seed)
+        seeds[arm].add(config.seed)
+        return 0
+
+    monkeypatch.setattr(train, "main", run)
     monkeypatch.setattr(program_of_rivals.controls, "write", lambda *of: None)
     monkeypatch.setattr(program_of_rivals, "try_rates", lambda run, arms, seeds, out, preset: tried.append(seeds))
     for asked in tmp_path.glob("words-*"):
         _, program, *words = asked.read_text().splitlines()
         assert program == "tools.report" or program_of_rivals.main(words) == 0
-    seeds = defaultdict(set)
-    for arm, seed in (name.rsplit("-seed", 1) for name in ran):
-        seeds[arm].add(seed)
+    return seeds, tried
+
+
+@pytest.mark.parametrize(("which", "least"), [("all", 1), ("seeds", 3)])
+def test_the_command_for_all_tables_runs_every_arm(which, least, tmp_path, monkeypatch):
+    seeds, tried = asked_of(which, tmp_path, monkeypatch)
     assert tried == [(0,)]
-    of_claims = ["rlp-cpu", "cpt-cpu", "rlp-computed", "elastic-cpu"]
-    assert {len(seeds[arm]) for arm in of_claims} == {5}
+    assert {len(seeds[arm]) for arm in ("rlp-cpu", "cpt-cpu", "rlp-computed", "elastic-cpu")} == {5}
     assert {f"{arm}-cpu" for arms in program_of_rivals.SETS.values() for arm in arms} <= seeds.keys()
     assert {len(seeds[f"{arm}-cpu"]) for arm in program_of_rivals.ABLATIONS} == {least}
+
+
+def test_the_quick_version_asks_for_what_each_mode_reads(tmp_path, monkeypatch):
+    seeds, tried = asked_of("quick", tmp_path, monkeypatch)
+    assert seeds == {"rlp-cpu": {0}, "cpt-cpu": {0}, "elastic-cpu": {0}}
+    assert not tried
 
 
 def test_tried_rates_are_measured_on_validation_and_no_such_run_is_reported(
