@@ -269,6 +269,7 @@ class RLP(Objective):
             "no_signal": ~batch["signal_B"],  # share of groups
             "floored": gain_BG < self.config.reward_floor,
             "thought_tokens": t.length_R,
+            "context_tokens": torch.full_like(kind_B, batch["context_BT"].shape[1]),  # padded
             "closed": t.closed_R,
             "entropy_nats": -thought_mean(t.logp_RL, t.length_R),
         }

@@ -147,7 +147,8 @@ def run(config: Config) -> dict:
         "seconds_to_90": rundir.seconds_to(run_dir, "correct", 0.9),
         "steps_s": rundir.logged_seconds(run_dir), "steps_flops": estimate.steps_flops(
             replace(config, model=model.config), rundir.logged_mean(run_dir, "thought_tokens"),
-            1 - (rundir.logged_mean(run_dir, "no_signal") or 0), sizes),
+            1 - (rundir.logged_mean(run_dir, "no_signal") or 0), sizes,
+            rundir.logged_mean(run_dir, "context_tokens")),
         "wall_s": time.perf_counter() - began, "peak_memory_gib": peak_memory_gib(device),
         **hardware(device), "versions": versions()}
     write_figures(run_dir / "summary.json", summary)

@@ -128,7 +128,8 @@ def logged_curve(run_dir: Path, name: str) -> list[dict[str, float]]:
     found, low, high = [], 0, 25
     while any(line["step"] > low for line in lines):
         if values := [line[name] for line in lines if low < line["step"] <= high]:
-            found.append({"until": high, "mean": sum(values) / len(values)})
+            found.append({"until": min(high, lines[-1]["step"]),
+                          "mean": sum(values) / len(values)})
         low, high = high, 2 * high
     return found
 

@@ -516,6 +516,9 @@ def test_flops_of_a_runs_own_steps_count_thoughts_as_long_as_they_were():
     expected = 3 * sum(estimate.phases(run_of("rlp", rlp=short))[-1].flops.values())
     assert estimate.steps_flops(run_of("rlp", rlp=c), 2.1) == pytest.approx(expected)
     assert estimate.steps_flops(run_of("rlp", rlp=c), 2.1) < estimate.steps_flops(run_of("rlp", rlp=c), None)
+    padded = dataclasses.replace(c, context_len=5)
+    assert estimate.steps_flops(run_of("rlp", rlp=c), None, context_tokens=5.4) == pytest.approx(
+        3 * sum(estimate.phases(run_of("rlp", rlp=padded))[-1].flops.values()))  # fmt: skip
     same = run_of("rlvr", rlp=dataclasses.replace(c, steps=9, text_share=0.5), rlvr=RLVRConfig(steps=3, batch=2))
     assert estimate.steps_flops(same, 2.1) == pytest.approx(expected)
     cpt = run_of("cpt")

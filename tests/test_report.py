@@ -87,7 +87,7 @@ def test_a_cell_and_its_short_form_by_hand():
 def test_over_seeds_is_the_mean_with_its_smallest_and_largest_or_the_figure_of_the_only_seed():
     assert tables.over_seeds([leaf(1.0), leaf(2.0), leaf(6.0)]) == {"mean": 3.0, "low": 1.0, "high": 6.0}
     assert tables.over_seeds([leaf(1.0)]) == leaf(1.0)
-    assert tables.over_seeds([]) is tables.over_seeds([None, leaf(1.0)]) is None
+    assert tables.over_seeds([]) is tables.over_seeds([None, leaf(1.0)]) is tables.over_seeds([leaf(1.0), None]) is None
 
 
 def test_rows_of_thoughts_by_hand():
@@ -329,8 +329,8 @@ def test_results_of_a_kind_come_in_the_order_of_their_seeds(tmp_path):
 
 def test_tables_of_readme_have_at_most_eight_rows():
     made = report.tables(ROOT / "results")
-    assert set(made) == {"rlp", "elastic", "speed", "samples", "rivals", "positions"}
-    assert all(made[name].count("\n") - 1 <= 8 for name in ("rlp", "elastic", "speed", "rivals"))
+    assert set(made) == {"rlp", "elastic", "speed", "samples", "positions"}
+    assert all(made[name].count("\n") - 1 <= 8 for name in ("rlp", "elastic", "speed"))
     assert "gain at ordinary text" in made["rlp"]
 
 

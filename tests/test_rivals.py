@@ -160,6 +160,21 @@ def test_tried_rates_are_measured_on_validation_and_no_such_run_is_reported(
     assert "was measured on validation" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("arm", "muon"), [("cpt", ["0.005", "0.01", "0.02"]), ("match", [])])
+def test_with_a_rate_muons_is_tried_in_proportion(arm, muon, tmp_path, monkeypatch):
+    """cpt's are 7.5e-4 and .01; RLP has none."""
+    tried = []
+
+    def run(name, seed, folder, words):
+        tried.append(words)
+        folder.mkdir(parents=True)
+        (folder / "summary.json").write_text(json.dumps(thinking(mode=program_of_rivals.ARMS[name].split()[1])))
+
+    program_of_rivals.try_rates(run, (arm,), (0,), tmp_path, "cpu")
+    assert [words[i + 1] for words in tried for i, word in enumerate(words) if word.endswith("muon-lr")] == muon
+    assert len(json.loads((tmp_path / "rates-cpu.json").read_text())["tries"]) == len(tried) == 3
+
+
 # ---------------------------------------------------------------------------------------------------- rows, by hand
 
 
@@ -185,16 +200,35 @@ def test_rows_of_arms_and_of_the_lead_pair_the_seeds():
     assert base == ["base", "3", "0.50 ±0.00", "0.50 ±0.00", "", "", "", ""]
     assert rlp == ["RLP", "3", "0.90 ±0.00", "0.90 ±0.00", "-2.00 ±0.00", "+3.0% ±0.0%", "2.0", "30"]
     assert rival[:3] == ["CPT, FLOPs of RLP", "2", "0.70 ±1.27"]
-    assert rivals.lead_rows(found)[1:] == [["CPT, FLOPs of RLP", "2", "+0.200 ±1.271", "+0.200 ±1.271"]]
+    assert rivals.lead_rows(found)[1:] == [["(RLP) minus (CPT, FLOPs of RLP)", "2", "+0.200 ±1.271", "+0.200 ±1.271"]]
+
+
+def test_arms_that_begin_with_others_stand_beside_the_base_of_all():
+    """Text: RLP's base 3, SFT 3.1 of that, then RLVR 3.3 of 3.1: +10 %. FLOPs are those of the whole chain, on the seeds
+    that the arm has: 2 + 1 + 4."""
+
+    def run(mode, before, after, flops):
+        return thinking(0, mode) | {
+            "loss_nats": {"no_think_text": {"base": leaf(before), mode: leaf(after)}, "no_think_text_change": leaf(9.0)},
+            "steps_flops": flops * 1e12, "steps_s": flops}  # fmt: skip
+
+    rlp, sft, rlvr = run("rlp", 3.0, 3.0, 2), run("sft", 3.0, 3.1, 1), run("rlvr", 3.1, 3.3, 4)
+    other = run("rlp", 3.0, 3.0, 50) | {"seed": 1}
+    rows = rivals.arm_rows(found_of(rlp__cpu=[rlp, other], rlp__sft__cpu=[sft], rlp__rlvr__cpu=[rlvr]))
+    assert [row[0] for row in rows[3:]] == ["RLP, SFT", "RLP, SFT, RLVR"]
+    assert rows[4][4:] == ["", "+10.0%", "7.0", "7"]
+    found = found_of(rlp__cpu=[rlp], sft__cpu=[run("sft", 3.0, 3.1, 1)], rlp__sft__cpu=[run("sft", 3.0, 3.1, 1)])
+    assert [row[0] for row in rivals.lead_rows(found)[1:]] == ["(RLP) minus (SFT)", "(RLP, SFT) minus (SFT)"]
 
 
 def test_a_lead_is_of_the_runs_before_where_more_seeds_have_both():
     runs = {"rlp__cpu": [thinking(0), thinking(1)], "cpt__cpu": [thinking(0, "cpt", 0.6)],
             "before__rlp__cpu": [thinking(0, after=0.8), thinking(2, after=0.8)],
             "before__cpt__cpu": [thinking(2, "cpt", 0.7)]}  # fmt: skip
-    assert rivals.lead_rows(found_of(**runs))[1:] == [["CPT, FLOPs of RLP", "1", "+0.300", "+0.300"]]
+    assert rivals.lead_rows(found_of(**runs))[1:] == [["(RLP) minus (CPT, FLOPs of RLP)", "1", "+0.300", "+0.300"]]
     runs["before__cpt__cpu"].append(thinking(0, "cpt", 0.7))
-    assert rivals.lead_rows(found_of(**runs))[1][:3] == ["CPT, FLOPs of RLP (before)", "2", "+0.100 ±0.000"]
+    assert rivals.lead_rows(found_of(**runs))[1][1:3] == ["2", "+0.100 ±0.000"]
+    assert rivals.lead_rows(found_of(**runs))[1][0] == "(RLP) minus (CPT, FLOPs of RLP) (before)"
 
 
 def behind(seed, mode, base, after):
@@ -222,7 +256,7 @@ def test_rows_of_controls(base, n_hard):
     assert rivals.pass_rows(found)[2][0] == "32"
     assert rivals.pass_rows(found)[2][-1] == "+0.100 ±0.000"
     assert rivals.remains_rows(found)[2] == ["swapped thought", "-1.00 ±0.00", "", "-1.00"]
-    assert rivals.changed_rows(found)[2] == ["its rank in the base, mean, text", "3.00 ±0.00", "", "3.00"]
+    assert rivals.changed_rows(found)[2] == ["its rank in the base, where changed, text", "11.00 ±0.00", "", "11.00"]
     assert rivals.changed_rows(found)[-1][1] == "3.600 ±0.000"
 
 
@@ -301,7 +335,7 @@ def test_results_show_the_rivals_and_judge_them(tmp_path):
     assert found["RLP: still ahead after SFT and RLVR, of the base with both"] == "not tested here"
     shown = report.results(tmp_path)
     assert "### By level" in shown
-    assert "| the reward of RPT | 1 | +0.300 | +0.300 |" in shown
+    assert "| (RLP) minus (the reward of RPT) | 1 | +0.300 | +0.300 |" in shown
 
 
 def family(seed, losses, **more):

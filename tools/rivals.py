@@ -29,9 +29,9 @@ from tools import controls, report
 # `--init ARM` begins with what that arm became. cpt takes as many FLOPs as rlp, cpt-more half as
 # many again, in about its time. Arms that are longer read problems of up to a step more than were
 # ever worked, and nobody works them; distractors stand in those of the last three. CPT beside those
-# takes about one and a half times RLP's FLOPs, and one more arm reads worked ones of as many steps
-# as ever. Where most worked thoughts go wrong, a floor of 0 keeps RLP from fleeing into filler,
-# which costs nothing.
+# takes about twice RLP's FLOPs, a quarter of them on text, and one more arm reads worked ones of as
+# many steps as ever. Where most worked thoughts go wrong, a floor of 0 keeps RLP from fleeing into
+# filler, which costs nothing.
 MATCH = "--mode rlp --rlp.reward match --rlp.min-entropy 1 --rlp.lr 4e-4"
 PLAIN = "--mode cpt --cpt.no-thoughts --cpt.muon-lr 0 --cpt.lr 1e-4"
 MORE = "--rlp.more-steps 1 --rlp.thought-len 48"
@@ -43,7 +43,7 @@ ARMS = {
     "cpt": "--mode cpt",
     "cpt-more": "--mode cpt --cpt.steps 1000",
     "cpt-plain": PLAIN,
-    "cpt-tokens": "--mode cpt --cpt.steps 300",  # as many as rlp reads in contexts
+    "cpt-tokens": "--mode cpt --cpt.steps 130",  # as many as rlp reads in contexts
     "sft": "--mode sft",
     "rlvr": "--mode rlvr --init sft",
     "rlp-sft": "--mode sft --init rlp",
@@ -106,7 +106,7 @@ ELASTIC = {"elastic": "--mode elastic --elastic.baseline separate minitron"} | {
             "order": f"--elastic.choose fixed {UNITS} --elastic.score-d-model random"}.items()},
     }.items()}
 SETS = {"rlp": ARMS, "ablations": ABLATIONS, "elastic": ELASTIC}
-# As many tries for each: its arm with every rate, and half of the problems.
+# As many tries for each: its arm with every rate, Muon's in proportion, and half of the problems.
 RATES = {"rlp": ("--rlp.lr", (1e-4, 2e-4, 4e-4)), "match": ("--rlp.lr", (1e-4, 2e-4, 4e-4)),
          "cpt": ("--cpt.lr", (3.75e-4, 7.5e-4, 1.5e-3)),
          "cpt-longer": ("--cpt.lr", (3e-5, 1e-4, 3e-4)),
@@ -171,10 +171,13 @@ def try_rates(run: Callable[..., Path], arms: tuple[str, ...], seeds: tuple[int,
     measured = "--eval.split", "val", "--eval.problems-per-family", str(few)
     for name in arms:
         setting, rates = RATES[name]
+        config = train.parse(["--preset", preset, *ARMS[name].split()])
+        own = getattr(config, config.mode)
         for rate in rates:
+            muon = f"--{config.mode}.muon-lr", f"{own.muon_lr * rate / own.lr:g}"
             for seed in seeds:
                 folder = out / "rates" / f"{name}-{rate:g}-{preset}-seed{seed}"
-                run(name, seed, folder, (*measured, setting, str(rate)))
+                run(name, seed, folder, (*measured, setting, str(rate), *muon * (own.muon_lr > 0)))
                 summary = read_json(folder / "summary.json")
                 found.append({"arm": name, "setting": setting, "rate": rate, "seed": seed, **{
                     how: summary["accuracy"][how]["all"][summary["mode"]]["mean"]

@@ -16,9 +16,10 @@ what attention and the scan add at length t), a backward pass is 2 f, a training
                 every budget while routers search on masks
 
 A token that goes on from a cache of T tokens sees T more positions than one that begins; contexts
-and thoughts count at their full length, an upper bound, and those of a run that has ended as long
-as they were on the mean. Not counted: optimizer, norms and activation functions, what pads thoughts
-of a pass to one length, the logits that losses make twice, and held-out evaluation.
+and thoughts count at their full length, an upper bound; those of a run that has ended as long as
+they were on the mean, contexts with what pads them to one length. Not counted: optimizer, norms and
+activation functions, what pads thoughts of a pass, the logits that losses make twice, and held-out
+evaluation.
 
 Memory counts what stays between steps in fp32 (weights, gradients, optimizer, moving averages and
 frozen copies), divided among the GPUs, and what a step needs: whole weights for rollouts, layers
@@ -97,11 +98,15 @@ def thinks(config: Config) -> bool:
 
 
 def steps_flops(config: Config, thought_tokens: float | None = None, signal: float = 1.0,
-                sizes: list[ModelConfig] | None = None) -> float:
-    """FLOPs of a run's own steps, its base left out, with thoughts as long as they were; signal:
-    the share of groups whose rewards differed; sizes: see `elastic_phases`."""
-    if thinks(config) and thought_tokens:
-        config = replace(config, rlp=replace(config.rlp, thought_len=round(thought_tokens)))
+                sizes: list[ModelConfig] | None = None, context_tokens: float | None = None
+                ) -> float:
+    """FLOPs of a run's own steps, its base left out, with thoughts as long as they were, and with
+    contexts as long as the longest of a batch was; signal: the share of groups whose rewards
+    differed; sizes: see `elastic_phases`."""
+    if thinks(config):
+        known = {"thought_len": thought_tokens, "context_len": context_tokens}
+        known = {name: round(value) for name, value in known.items() if value}
+        config = replace(config, rlp=replace(config.rlp, **known))
     found = (rlp_phases(config, signal) if thinks(config) else elastic_phases(config, sizes)
              if config.mode == "elastic" else own_phases(config))
     return sum(p.n_steps * sum(p.flops.values()) for p in found)

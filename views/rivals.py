@@ -21,10 +21,13 @@ ARMS = {  # by their names in results/, what tables call them
     "rlp-longer-cpu": "RLP, problems a step longer too",
     "match-longer-cpu": "the reward of RPT, problems a step longer too",
     "cpt-worked-longer-cpu": "CPT of worked problems as long as ever, for longer",
-    "cpt-longer-cpu": "CPT on what RLP reads, problems a step longer too",
+    "cpt-longer-cpu": "CPT without worked ones, problems a step longer too",
     "rlp-distractors-cpu": "RLP, lines that lead nowhere too",
     "match-distractors-cpu": "the reward of RPT, lines that lead nowhere too",
-    "cpt-distractors-cpu": "CPT on what RLP reads, lines that lead nowhere too"}
+    "cpt-distractors-cpu": "CPT without worked ones, lines that lead nowhere too"}
+BEGINS = {  # arms that begin with what another became, and that
+    "rlvr-cpu": "sft-cpu", "rlp-sft-cpu": "rlp-cpu", "rlp-rlvr-cpu": "rlp-sft-cpu",
+    "cpt-sft-cpu": "cpt-more-cpu", "cpt-rlvr-cpu": "cpt-sft-cpu"}
 ABLATIONS = {f"rlp-{name}-cpu": told for name, told in {
     "g2": "2 thoughts a context", "g4": "4 thoughts a context", "g16": "16 thoughts a context",
     "len20": "thoughts of 20 tokens", "len80": "thoughts of 80 tokens", "kl3": "KL 0.001",
@@ -33,6 +36,7 @@ ABLATIONS = {f"rlp-{name}-cpu": told for name, told in {
     "answers": "no text", "predictor": "predictor's term 0.1",
     "predictor1": "predictor's term 1", "nofloor": "no floor under rewards"}.items()}
 SAMPLED, GREEDY = "accuracy/sampled/all/WHO", "accuracy/greedy/all/WHO"
+GAIN, TEXT_LOSS = "positions/text/WHO/gain_nats/frozen_base", "loss_nats/no_think_text/WHO"
 
 Found = dict[str, list[dict]]  # what results/ holds: by kind, a summary a seed
 
@@ -80,7 +84,8 @@ def pair(found: Found, ours: str, theirs: str) -> tuple[list[dict], list[dict], 
 
 
 def arm_rows(found: Found) -> list[list[str]]:
-    """What every arm reached, and what it took."""
+    """What every arm reached, beside the base that the first of its chain began with, and what its
+    chain took. The gain over that base is measured where the chain is one run."""
     rows = [["", "seeds", "sampled", "greedy", "gain at text, nats", "loss on text", "TFLOP", "s"]]
     runs = found["rlp-cpu"]
     if runs:
@@ -89,19 +94,28 @@ def arm_rows(found: Found) -> list[list[str]]:
     for kind, name in ARMS.items():
         if not (runs := found[kind]):
             continue
-        columns = [(SAMPLED, ".2f"), (GREEDY, ".2f"),
-                   ("positions/text/WHO/gain_nats/frozen_base", "+.2f"),
-                   ("loss_nats/no_think_text_change", "+.1%")]
-        rows.append([name, str(len(runs)), *(spread(list(means(runs, path).values()), form)
-                                             for path, form in columns),
-                     *cost(runs)])
+        chain, gain = [runs], means(runs, GAIN)
+        change = means(runs, "loss_nats/no_think_text_change")
+        while kind := BEGINS.get(kind, ""):
+            seeds = {run["seed"] for run in runs}
+            chain.append([run for run in found[kind] if run["seed"] in seeds])
+            begun, gain = means(chain[-1], TEXT_LOSS, "base"), {}
+            change = {seed: loss / begun[seed] - 1
+                      for seed, loss in means(runs, TEXT_LOSS).items() if seed in begun}
+        figures = ((means(runs, SAMPLED), ".2f"), (means(runs, GREEDY), ".2f"), (gain, "+.2f"),
+                   (change, "+.1%"))
+        rows.append([name, str(len(runs)), *(spread(list(of_seed.values()), form)
+                                             for of_seed, form in figures), *cost(*chain)])
     return rows
 
 
-def cost(runs: list[dict]) -> list[str]:
-    """Mean TFLOP and seconds of the steps of runs."""
-    return [spread([run[name] / unit for run in runs if name in run], form).split(" ")[0]
-            for name, unit, form in (("steps_flops", 1e12, ".1f"), ("steps_s", 1, ".0f"))]
+def cost(*chain: list[dict]) -> list[str]:
+    """Mean TFLOP and seconds of the steps of runs, and of those that they began with."""
+    cells = []
+    for name, unit, form in (("steps_flops", 1e12, ".1f"), ("steps_s", 1, ".0f")):
+        known = [[run[name] / unit for run in runs if name in run] for runs in chain]
+        cells.append(f"{sum(map(statistics.mean, known)):{form}}" if all(known) else "")
+    return cells
 
 
 def ablation_rows(found: Found) -> list[list[str]]:
@@ -111,7 +125,7 @@ def ablation_rows(found: Found) -> list[list[str]]:
     for kind, name in ABLATIONS.items():
         if runs := found[kind]:
             columns = [(SAMPLED, ".2f"), (GREEDY, ".2f"),
-                       ("positions/text/WHO/gain_nats/frozen_base", "+.2f")]
+                       (GAIN, "+.2f")]
             gaps = (difference(means(runs, path), means(found["rlp-cpu"], path))
                     for path in (SAMPLED, GREEDY))
             rows.append([name, str(len(runs)), *(spread(list(means(runs, path).values()), form)
@@ -121,18 +135,18 @@ def ablation_rows(found: Found) -> list[list[str]]:
 
 
 def lead_rows(found: Found) -> list[list[str]]:
-    """RLP minus each arm, in accuracy; of what comes after SFT and RLVR, RLP's minus theirs. Said
+    """RLP minus each arm, in accuracy, and what began with RLP minus what began with another. Said
     where that is of runs before the default changed."""
-    rows = [["accuracy, RLP minus", "seeds", "sampled", "greedy"]]
+    rows = [["accuracy", "seeds", "sampled", "greedy"]]
     pairs = [("rlp-cpu", f"{name}-cpu")
-             for name in ("match", "cpt", "cpt-more", "cpt-plain", "cpt-tokens")]
+             for name in ("match", "cpt", "cpt-more", "cpt-plain", "cpt-tokens", "sft", "rlvr")]
     pairs += [("rlp-sft-cpu", "sft-cpu"), ("rlp-rlvr-cpu", "rlvr-cpu"),
               ("rlp-sft-cpu", "cpt-sft-cpu"), ("rlp-rlvr-cpu", "cpt-rlvr-cpu")]
     for ours, theirs in pairs:
         mine, others, told = pair(found, ours, theirs)
         gaps = [difference(means(mine, path), means(others, path)) for path in (SAMPLED, GREEDY)]
         if gaps[0]:
-            rows.append([ARMS[theirs] + told, str(len(gaps[0])),
+            rows.append([f"({ARMS[ours]}) minus ({ARMS[theirs]}){told}", str(len(gaps[0])),
                          *(spread(g, "+.3f") for g in gaps)])
     return rows
 
@@ -271,11 +285,19 @@ def changed_rows(found: Found) -> list[list[str]]:
     """How often a thought changes the likeliest token, to which rank of the base, and who is right;
     and the loss on text with thoughts and without."""
     at, runs = _controls(found), found["controls-rlp-cpu"]
-    names = {"changed": "likeliest token changed", "rank": "its rank in the base, mean",
+
+    def of(kind: str, where: str, key: str) -> dict[int, float]:
+        means = at(kind, f"changed/{where}/{key}")
+        if key != "rank":
+            return means
+        share = at(kind, f"changed/{where}/changed")  # the others' rank is 1
+        return {seed: 1 + (means[seed] - 1) / share[seed] for seed in means if share[seed]}
+
+    names = {"changed": "likeliest token changed", "rank": "its rank in the base, where changed",
              "right": "right", "base_right": "the base's without a thought right"}
     rows = [["", *COMPARED.values()]]
     for where in runs[0]["changed"] if runs else ():
-        rows += [[f"{name}, {where}", *(spread(list(at(kind, f"changed/{where}/{key}").values()))
+        rows += [[f"{name}, {where}", *(spread(list(of(kind, where, key).values()))
                                         for kind in COMPARED)] for key, name in names.items()]
     for name in runs[0]["text"] if runs else ():
         rows.append([f"loss at random text positions, {name}, nats",

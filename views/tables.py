@@ -40,9 +40,10 @@ def short(leaf: dict[str, Any] | None, form: str = ".2f") -> str:
 
 
 def over_seeds(leaves: list[dict[str, Any] | None]) -> dict[str, Any] | None:
-    """Of several seeds the mean, with the smallest and the largest as bounds; of one its figure."""
+    """Of several seeds the mean, with the smallest and the largest as bounds; of one its figure;
+    None where a seed has none."""
     if len(leaves) < 2 or None in leaves:
-        return leaves[0] if leaves else None
+        return leaves[0] if len(leaves) == 1 else None
     means = [leaf["mean"] for leaf in leaves]
     return {"mean": sum(means) / len(means), "low": min(means), "high": max(means)}
 
