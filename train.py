@@ -100,8 +100,12 @@ def run(config: Config) -> dict:
     require(start or not config.init or Path(config.init).exists(), f"init ({config.init}) does "
             "not exist; give the folder of an earlier run, or a Hugging Face directory")
     corpus = parallel.in_turn(lambda: Corpus.load(config.data))
+    if not corpus.tokenizer.json:  # tiktoken's: the run keeps its name, which shards may have said
+        named = replace(config.data, tokenizer=corpus.tokenizer.encoding.name)
+        config = replace(config, data=named)
+    known = start.meta["config"].get("rlp.horizon", 0) if start else 0
     config, said = with_horizon(config, corpus, {
-        phase.name: phase.row_tokens for phase in estimate.next_token_phases_of(config)})
+        phase.name: phase.row_tokens for phase in estimate.next_token_phases_of(config)}, known)
     if start:
         rundir.require_same(start, config, corpus.key)
     model = rundir.build_model(config, corpus.tokenizer.n_vocab, device, config.seed)
@@ -221,7 +225,11 @@ def phase(name: str, folder: Path, config: Config, corpus: Corpus, model: Hybrid
         found = rundir.newest(folder)
         return found if found and found.meta["ended"] else None
 
-    if not (found := ended()):
+    try:
+        found = ended()
+    except ValueError as error:
+        raise ValueError(f"{error}, so delete {folder}: it is made again") from error
+    if not found:
         with rundir.alone_in(folder):  # another program may have trained it meanwhile
             if not (found := ended()):
                 was_done = False

@@ -36,7 +36,7 @@ from torch.distributed.tensor import DTensor
 
 from system import lora, parallel
 from system.errors import require
-from system.files import read_json, sha256
+from system.files import read_json, sha256, writing
 
 KEEP = 2
 # What torch's description of shards is made of, beside dtypes.
@@ -175,9 +175,11 @@ def save(run_dir: Path, step: int, networks: dict[str, nn.Module], optimizer: li
 
     def write_whole() -> None:
         for name, network in networks.items():
-            save_file({k: v.contiguous() for k, v in network.state_dict().items()},
-                      partial / f"{name}.safetensors")
-        torch.save(optimizer, partial / "optimizer.pt")
+            tensors = {k: v.contiguous() for k, v in network.state_dict().items()}
+            with writing(partial):
+                save_file(tensors, partial / f"{name}.safetensors")
+        with writing(partial):
+            torch.save(optimizer, partial / "optimizer.pt")
 
     def finish() -> None:
         named = {str(f.relative_to(partial)) for f in partial.rglob("*") if f.is_file()}

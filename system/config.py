@@ -19,6 +19,7 @@ from system.files import fingerprint, read_json
 
 # The kinds of layers, by their letters in a pattern, with the widths that each has.
 WIDTH_FIELDS = {"M": ("mamba_heads", "mamba_head_dim"), "*": ("n_heads",), "-": ("d_ff",)}
+SHARD_LIST = "shards.json"  # what a folder of shards of tokens has (text/shards.py)
 N_VALIDATION = 48  # validation problems of a family, at most
 
 
@@ -677,6 +678,10 @@ class Config(Settings):
         return dataclasses.asdict(self)
 
 
+def _of_shards(config: Config) -> bool:
+    return bool(config.data.path) and (Path(config.data.path) / SHARD_LIST).is_file()
+
+
 # Settings on which nothing hangs without others, and those.
 NEEDS: dict[str, tuple[str, Callable[[Config], bool]]] = {
     "dry_run_gpus": ("dry_run", lambda c: c.dry_run),
@@ -684,9 +689,10 @@ NEEDS: dict[str, tuple[str, Callable[[Config], bool]]] = {
         "pretrain", "warmup", "elastic")),
     "eval.text_tokens": ("modes other than elastic", lambda c: c.mode != "elastic"),
     "eval.elastic_rows": ("mode elastic", lambda c: c.mode == "elastic"),
-    "data.text_key": ("data.path", lambda c: bool(c.data.path)),
-    "data.vocab_size": ("a tokenizer that is trained: data.tokenizer corpus, and no init",
-                        lambda c: c.data.tokenizer == "corpus" and not c.init),
+    "data.text_key": ("texts in data.path", lambda c: bool(c.data.path) and not _of_shards(c)),
+    "data.vocab_size": ("a tokenizer that is trained: data.tokenizer corpus, and no init or shards",
+                        lambda c: c.data.tokenizer == "corpus" and not c.init
+                        and not _of_shards(c)),
     "lora.alpha": ("adapters: lora.rank", lambda c: c.lora.rank > 0),
     **dict.fromkeys(("rlp.eps_low", "rlp.eps_high"), (
         "rlp.inner_epochs of 2 or more: until then all ratios are 1",

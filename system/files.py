@@ -1,12 +1,16 @@
 """Files: written whole or not at all, named by what they hold."""
 
+import contextlib
+import errno
 import hashlib
 import json
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from safetensors import SafetensorError
 
 from system.errors import require
 
@@ -72,6 +76,16 @@ def sha256(file: Path) -> str:
         while block := f.read(2**20):
             digest.update(block)
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Raises OSError, which names the folder, for what libraries raise where a disk is full."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        why = f"cannot be written ({str(error).splitlines()[0]}); is the disk full?"
+        raise OSError(errno.EIO, why, str(folder)) from error
 
 
 def write_whole(file: Path, write: Callable[[BinaryIO], Any]) -> None:

@@ -36,7 +36,7 @@ from system import checkpoint
 from system.config import WIDTH_FIELDS, ModelConfig, RopeScaling
 from system.costs import weights_of
 from system.errors import require
-from system.files import read_json, require_content
+from system.files import read_json, require_content, writing
 
 FAMILIES = {"nemotron_h": "NemotronH", "qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}
 
@@ -395,9 +395,10 @@ def _one_or_all(config: ModelConfig, field: str) -> Any:
 def family_of(config: ModelConfig) -> str:
     """The one family that a model can be written as. Raises ValueError where there is none."""
     if re.fullmatch(r"(\*-)+", config.pattern) and config.ffn == "swiglu" and config.rope_theta > 0:
-        require(config.qk_norm or config.d_model % config.n_heads == 0,
+        require(config.qk_norm or config.qkv_bias or config.d_model % config.n_heads == 0,
                 f"model.d_model ({config.d_model}) is no multiple of model.n_heads "
-                f"({config.n_heads}), and Llama and Qwen2 need that; set model.qk_norm, which is "
+                f"({config.n_heads}), and Llama needs that; choose widths of which one is the "
+                "other's multiple (elastic.d_model_choices), or train with model.qk_norm, which is "
                 "Qwen3")
         require(not (config.qk_norm and config.qkv_bias), "model.qk_norm and model.qkv_bias are "
                 "set, and no family has both; leave one out")
@@ -425,7 +426,8 @@ def _write_tensors(folder: Path, tensors: dict[str, Tensor], shard_bytes: int) -
     n, places = len(shards), {}
     for i, shard in enumerate(shards):
         file = "model.safetensors" if n == 1 else f"model-{i + 1:05d}-of-{n:05d}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        with writing(folder):
+            save_file(shard, folder / file, metadata={"format": "pt"})
         places |= dict.fromkeys(shard, file)
     if n > 1:
         index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())},

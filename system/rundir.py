@@ -20,10 +20,12 @@ from model import HybridLM
 from system import checkpoint, huggingface, parallel
 from system.config import Config, RLPConfig, saved_config
 from system.errors import require
-from system.files import read_json, read_log
+from system.files import read_json, read_log, write_whole
 from system.loop import warn
 from system.machine import pick_device, versions
 from text.tokenizer import FileTokenizer, Tokenizer, named_tokenizer, valid
+
+WRITTEN = ("hf", "metrics.jsonl", "samples.txt", "summary.json")  # beside config.json, checkpoint/
 
 
 def build_model(config: Config, n_vocab: int, device: torch.device, seed: int) -> HybridLM:
@@ -84,9 +86,16 @@ def resolve(config: Config) -> Config:
     if not config.init or not (folder / "config.json").is_file():
         return config
     is_hf = huggingface.is_hf(folder)
-    shape = huggingface.read_config(folder)[0] if is_hf else saved_config(folder).model
+    saved = None if is_hf else saved_config(folder)
+    shape = huggingface.read_config(folder)[0] if is_hf else saved.model
     tokenizer = folder if is_hf else folder / "hf"
-    if tokenizer.is_dir():
+    if not tokenizer.is_dir():
+        named = kept_name(saved, folder)
+        require(config.data.tokenizer in ("corpus", named), f"data.tokenizer "
+                f"({config.data.tokenizer}) is not read where init brings one, {named}; leave it "
+                "out")
+        config = replace(config, data=replace(config.data, tokenizer=named))
+    else:
         require(config.data.tokenizer in ("corpus", str(tokenizer)), f"data.tokenizer "
                 f"({config.data.tokenizer}) is not read where init brings one, {tokenizer}; leave "
                 "it out")
@@ -94,6 +103,14 @@ def resolve(config: Config) -> Config:
         shape = replace(shape, vocab_size=n_vocab)
         config = replace(config, data=replace(config.data, tokenizer=str(tokenizer)))
     return replace(config, model=shape)
+
+
+def kept_name(saved: Config, run_dir: Path) -> str:
+    """The name of the tokenizer of a run that keeps no tokenizer.json, such as tiktoken's. Raises
+    ValueError for one that should."""
+    require(saved.data.tokenizer != "corpus", f"{run_dir / 'hf'}, the run's tokenizer, is missing; "
+            "copy it from where the run was made, or train again")
+    return saved.data.tokenizer
 
 
 def was_warmed(init: str) -> bool:
@@ -158,6 +175,14 @@ def resume_point(config: Config, run_dir: Path) -> checkpoint.Checkpoint | None:
     if not config.resume:
         require(not found, f"out ({run_dir}) already holds a run; add --resume to go on with it, "
                 "or choose another --out")
+        texts, own = Path(config.data.path).resolve(), run_dir.resolve()
+        require(not config.data.path or texts not in (own, *own.parents), f"out ({run_dir}) is or "
+                f"lies in data.path ({config.data.path}), and would be read as text; choose "
+                "another --out")
+        foreign = [] if (run_dir / "config.json").exists() else [
+            name for name in WRITTEN if (run_dir / name).exists()]
+        require(not foreign, f"out ({run_dir}) holds {', '.join(foreign)}, and no config.json of a "
+                "run: they would be written over; choose another --out")
         return None
     require(found, f"resume: {run_dir} holds no checkpoint; leave --resume out to start")
     require("config" in found.meta, f"resume: {run_dir} holds an extracted size, which was not "
@@ -209,7 +234,8 @@ def prepare_run_dir(config: Config, tokenizer: Tokenizer) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         text = {"command": " ".join(sys.argv), "versions": versions(),
                 "warmed": was_warmed(config.init), "config": config.to_dict()}
-        (run_dir / "config.json").write_text(json.dumps(text, indent=1) + "\n")
+        saved = (json.dumps(text, indent=1) + "\n").encode()
+        write_whole(run_dir / "config.json", lambda f: f.write(saved))
         if tokenizer.json:  # from files or from the text, which may change
             tokenizer.save(run_dir / "hf")
     except OSError as error:
@@ -221,12 +247,10 @@ def load_run(run_dir: Path) -> tuple[HybridLM, Tokenizer, Config]:
     """Model, tokenizer, settings of a finished or interrupted run. Raises ValueError if none."""
     found = newest(run_dir)
     require(found, f"{run_dir} holds no checkpoint; give a run's folder, like runs/rlp-cpu-seed0")
-    config = saved_config(run_dir)
-    if (run_dir / "hf").is_dir():
-        config = replace(config, data=replace(config.data, tokenizer=str(run_dir / "hf")))
-    require(config.data.tokenizer != "corpus", f"{run_dir / 'hf'}, the run's tokenizer, is missing;"
-            " copy it from where the run was made, or train again")
-    tokenizer = named_tokenizer(config.data.tokenizer)
+    config, kept = saved_config(run_dir), run_dir / "hf"
+    named = str(kept) if kept.is_dir() else kept_name(config, run_dir)
+    config = replace(config, data=replace(config.data, tokenizer=named))
+    tokenizer = named_tokenizer(named)
     model = build_model(config, tokenizer.n_vocab, pick_device(config), config.seed)
     checkpoint.load_weights(model, found.weights(), found.path)
     return model, tokenizer, config

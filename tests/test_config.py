@@ -404,11 +404,11 @@ def test_command_line_changes_the_preset_it_names():
         ("--mode pretrain --warmup.gap 3", "warmup.gap (3) is not read in mode pretrain; leave it out"),
         ("--init x --pretrain.lr 1", "pretrain.lr (1.0) is not read where init is given; leave it out"),
         ("--lora.alpha 8", "lora.alpha (8.0) is for adapters: lora.rank; leave it out, or give that"),
-        ("--data.text-key t", "data.text_key (t) is for data.path; leave it out, or give that"),
+        ("--data.text-key t", "data.text_key (t) is for texts in data.path; leave it out, or give that"),
         *(
             (
                 f"--data.vocab-size 700 {other}",
-                "data.vocab_size (700) is for a tokenizer that is trained: data.tokenizer corpus, and no init; "
+                "data.vocab_size (700) is for a tokenizer that is trained: data.tokenizer corpus, and no init or shards; "
                 "leave it out, or give that",
             )
             for other in ("--init x", "--data.tokenizer gpt2")

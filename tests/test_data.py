@@ -11,6 +11,7 @@ import random
 import re
 import statistics
 import tempfile
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from hypothesis import strategies as st
 
 from system.config import Config, DataConfig, RLPConfig
 from system.presets import PRESETS
-from text import batches, problems, tokenizer
+from text import batches, held_out, problems, tokenizer
 from text import corpus as corpus_module
 from text.batches import (
     KINDS,
@@ -514,6 +515,12 @@ def test_the_tokenizer_json_of_a_corpus_makes_the_tokens_of_real_text(corpus):
     tk = corpus.tokenizer
     texts = [tk.decode(document.tolist()[:-1]) for document in list(corpus.documents["test"])[:5]]
     assert [reread(tk.json).encode(text) for text in texts] == [tk.encode(text) for text in texts]
+
+
+def test_names_that_are_no_text_have_a_bucket():
+    """As Python gives a file name in Latin-1 where names are UTF-8; of text it is that of before."""
+    assert held_out.bucket_of("caf\udce9.txt") in range(100)
+    assert held_out.bucket_of("café") == zlib.crc32("café".encode()) % 100
 
 
 def test_tiktokens_own_vocabularies_get_the_think_tags_after_their_last_id():

@@ -12,12 +12,13 @@ from pathlib import Path
 import hf_models
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, NemotronHConfig, NemotronHForCausalLM
 
 from model import HybridLM
-from system import checkpoint
+from system import checkpoint, huggingface
 from system.config import ModelConfig, RopeScaling
 from system.huggingface import add_rows, family_of, load_hf, names, read_config, save_hf
 from tools import export
@@ -580,6 +581,22 @@ def test_new_rows_are_the_mean_of_those_before_them():
 def test_a_model_that_no_family_has_is_refused(shape, said):
     with pytest.raises(ValueError, match=said):
         family_of(ModelConfig(**shape))
+
+
+def test_qwen2_needs_no_multiple_of_its_heads():
+    shape = {"pattern": "*-", "ffn": "swiglu", "rope_theta": 1e4, "n_heads": 6, "n_kv_heads": 2, "qkv_bias": True}
+    assert family_of(ModelConfig(**shape)) == "qwen2"
+
+
+def test_an_export_onto_a_full_disk_names_the_folder(make_model, tmp_path, monkeypatch):
+    def full(*of, **options):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    model = make_model()
+    monkeypatch.setattr(huggingface, "save_file", full)
+    with pytest.raises(OSError, match=r"cannot be written .*No space left.*; is the disk full") as caught:
+        save_hf(tmp_path / "out", model.config, model.state_dict())
+    assert caught.value.filename.startswith(str(tmp_path))
 
 
 def test_an_export_overwrites_nothing_and_fits_its_settings(make_model, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -130,6 +131,29 @@ def test_the_tokenizer_of_a_larger_model_is_warned_of(program, hf, tmp_path, cap
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizer
+
+
+@pytest.mark.parametrize(("letters", "said"), [("ab ", []), ("abcde ", ["loses 50%"]), ("cdef", None)])
+def test_a_tokenizer_that_drops_letters_is_said_or_refused(tmp_path, letters, said):
+    """It knows a, b, spaces, and the end of a text. A byte-level one drops nothing."""
+    (tmp_path / "tk").mkdir()
+    known = Tokenizer(models.BPE({letter: i for i, letter in enumerate(["a", "b", " ", END])}, []))
+    known.decoder = decoders.Fuse()
+    known.save(str(tmp_path / "tk" / "tokenizer.json"))
+    write_tokenizer(tmp_path / "whole")
+    draws = random.Random(0)
+    pieces = ["".join(draws.choices(letters, k=2500)) for _ in range(120)]
+    (tmp_path / "text.txt").write_text("\n\n".join(pieces))
+    config = DataConfig(path=str(tmp_path / "text.txt"), held_out_percent=25, tokenizer=str(tmp_path / "tk"),
+                        cache_dir=str(tmp_path / "cache"))  # fmt: skip
+    assert not Corpus.load(dataclasses.replace(config, tokenizer=str(tmp_path / "whole"))).notes
+    if said is None:
+        with pytest.raises(ValueError, match=r"data.tokenizer \(.*tk\) makes no tokens of the \w+ split; give"):
+            Corpus.load(config)
+    else:
+        notes = Corpus.load(config).notes
+        assert len(notes) == len(said)
+        assert all(part in note for part, note in zip(said, notes, strict=True))
 
 
 @pytest.mark.parametrize("tags", [(), (THINK,), (THINK, CLOSE)], ids=len)

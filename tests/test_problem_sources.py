@@ -14,7 +14,7 @@ import evals
 import thoughts
 import train
 from system import checkpoint
-from system.config import Config, DataConfig, RLPConfig
+from system.config import Config, DataConfig, RLPConfig, saved_config
 from text.batches import Position, collate_contexts, pretrain_batch, warmup_batch
 from text.corpus import Corpus
 from text.held_out import SPLITS
@@ -96,6 +96,25 @@ def test_a_file_of_lines_holds_problems_by_family(tmp_path, name):
     assert set(found) == {"Twice 50?", "Twice 51?", "Twice 52?"}
     assert found["Twice 51?"] == Problem("double", "Twice 51?", (" 51", " +", " 51"), " 102", "twice 51?")
     assert families["mine"](random.Random(0)).thought is None
+
+
+@pytest.mark.parametrize(("name", "pack"), [("cut.jsonl.gz", lambda b: gzip.compress(b)[:-20]), ("plain.jsonl.gz", bytes)])
+def test_a_damaged_file_of_lines_is_refused_by_name(tmp_path, name, pack):
+    two_families(tmp_path / "mine.jsonl")
+    (tmp_path / name).write_bytes(pack((tmp_path / "mine.jsonl").read_bytes()))
+    with pytest.raises(ValueError, match=rf"{name} cannot be read \(.*\); copy it again"):
+        load_families(str(tmp_path / name))
+
+
+def test_a_python_file_may_define_classes_and_import_what_lies_beside_it(tmp_path):
+    program_of(tmp_path / "words_beside.py", "WORDS = ['one', 'two']\n")
+    text = ("from __future__ import annotations\nfrom dataclasses import dataclass\n"
+            "from text.problems import Problem\nfrom words_beside import WORDS\n"
+            "@dataclass\nclass Case:\n    n: int\n"
+            "def say_problem(rng):\n    case = Case(rng.randrange(2))\n"
+            "    return Problem('say', f'Say {case.n}?', (), f' {WORDS[case.n]}')\n")  # fmt: skip
+    families, _ = load_families(program_of(tmp_path / "own.py", text))
+    assert families["say"](random.Random(0)).answer in (" one", " two")
 
 
 def test_functions_of_a_python_file_are_families(tmp_path):
@@ -307,6 +326,26 @@ def test_questions_longer_than_a_sequence_are_refused_and_longer_problems_are_sa
         r"warmup cuts problems after \d+ tokens; .* with thought and answer; give a longer warmup.seq_len", said
     )
     assert "pretrain cuts" not in said
+    capsys.readouterr()
+    text = tmp_path / "text.txt"
+    text.write_text("".join(paragraphs(40)))
+    alone = ["--mode", "sft", "--data.path", str(text), "--data.text-share", "1", "--data.held-out-percent", "25"]
+    assert program(tmp_path / "sft", *mine, *alone, "--warmup.seq-len", "16") == 2  # sft reads problems all the same
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"error: sft cuts problems after \d+ tokens; .* give a longer warmup.seq_len", said)
+
+
+def test_a_run_goes_on_with_its_horizon_whatever_its_figures_are_of(program, tmp_path, capsys):
+    """One answer in twenty has many tokens: among few held-out problems there is none, among many there are some."""
+    lines = [{"question": f"Is it {i}?", "answer": "2 3 5 7 9" if i % 20 == 0 else "7"} for i in range(1500)]
+    words = ["--data.problems", lines_of(tmp_path / "rare.jsonl", *lines), "--rlp.steps", "2"]
+    assert program(tmp_path / "run", *words, "--eval.problems-per-family", "40") == 0
+    assert re.search(r"rlp.horizon is \d+ instead of 1", " ".join(capsys.readouterr().out.split()))
+    before = saved_config(tmp_path / "run").rlp.horizon
+    assert before > 1
+    for n in ("2", "60"):
+        assert program(tmp_path / "run", *words, "--eval.problems-per-family", n, "--resume") == 0
+        assert saved_config(tmp_path / "run").rlp.horizon == before
 
 
 # ------------------------------------------------------------------------------------------------ how they are used

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 import re
 import sys
 
@@ -40,6 +41,7 @@ def write_parquet(file, key):
 WRITE = {
     "a.jsonl": lambda file, key: file.write_bytes(json_lines(key)),
     "A.JSONL": lambda file, key: file.write_bytes(json_lines(key)),
+    "a.ndjson": lambda file, key: file.write_bytes(json_lines(key)),
     "a.json": lambda file, key: file.write_text(json.dumps([{key: text, "id": i} for i, text in enumerate(TEXTS)])),
     "a.jsonl.gz": lambda file, key: file.write_bytes(gzip.compress(json_lines(key))),
     "a.jsonl.zst": write_zst,
@@ -64,6 +66,27 @@ def test_text_is_unpacked_and_lines_of_json_under_another_name_are_said_to_be_th
     (tmp_path / "a.json").write_bytes(json_lines())
     with pytest.raises(ValueError, match=r"a.json is not JSON .* call it .jsonl if there is an object in each line"):
         texts_of(tmp_path / "a.json")
+    (tmp_path / "a.json.txt").write_bytes(json_lines())
+    with pytest.raises(ValueError, match=r"a.json.txt begins with a JSON object that has 'text'; .* call it .jsonl"):
+        texts_of(tmp_path / "a.json.txt")
+    assert texts_of(tmp_path / "a.json.txt", "body") == [json_lines().decode()]
+
+
+@pytest.mark.parametrize("name", ["a.txt.zst", "a.jsonl.zst", "a.jsonl.gz"])
+def test_a_packed_file_that_was_cut_short_is_refused_though_its_beginning_can_be_read(tmp_path, name):
+    """Of thousands of lines; whole it is read, over several frames and long lines too."""
+    pack = gzip.compress if name.endswith("gz") else pytest.importorskip("zstandard").compress
+    rng = random.Random(0)
+    lines = [json.dumps({"text": rng.randbytes(500).hex()}) + "\n" for _ in range(2000)]
+    parts = ["".join(lines).encode(), json.dumps({"text": "x" * 3_000_000}).encode()]
+    (tmp_path / name).write_bytes(b"".join(map(pack, parts)))
+    if "jsonl" in name:
+        assert len(texts_of(tmp_path / name)) == 2001
+    for share in (0.3, 0.6, 0.99999):
+        whole = b"".join(map(pack, parts))
+        (tmp_path / name).write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(ValueError, match=f"{name} cannot be read .*; copy it again"):
+            texts_of(tmp_path / name, "other" if "txt" in name else "text")
 
 
 @pytest.mark.parametrize(("name", "package"), [("a.jsonl.zst", "zstandard"), ("a.parquet", "pyarrow")])

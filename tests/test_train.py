@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import contents, die, disturb, metrics_of, paragraphs, press_ctrl_c, summary_of, weights_of
+from safetensors import SafetensorError
 
 import generate
 import train
@@ -604,8 +605,50 @@ def test_a_base_that_broke_off_keeps_nobody_out(tmp_path):
 def test_a_run_without_its_tokenizer_is_refused(finished, tmp_path):
     run_dir = shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(run_dir / "hf")
-    with pytest.raises(ValueError, match=r"run/hf, the run's tokenizer, is missing; copy it"):
+    said = r"run/hf, the run's tokenizer, is missing; copy it"
+    with pytest.raises(ValueError, match=said):
         rundir.load_run(run_dir)
+    with pytest.raises(ValueError, match=said):
+        rundir.resolve(train.parse(["--init", str(run_dir)]))
+
+
+def test_init_from_a_run_brings_the_name_of_its_tokenizer(finished, tmp_path):
+    """tiktoken's vocabularies are kept by name alone; another one beside it is refused."""
+    run_dir = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(run_dir / "hf")
+    saved = json.loads((run_dir / "config.json").read_text())
+    saved["config"]["data"]["tokenizer"] = "gpt2"
+    (run_dir / "config.json").write_text(json.dumps(saved))
+    assert rundir.resolve(train.parse(["--init", str(run_dir)])).data.tokenizer == "gpt2"
+    with pytest.raises(ValueError, match=r"data.tokenizer \(r50k_base\) is not read where init brings one, gpt2"):
+        rundir.resolve(train.parse(["--init", str(run_dir), "--data.tokenizer", "r50k_base"]))
+
+
+@pytest.mark.parametrize(("name", "error"), [("save_file", SafetensorError), ("torch.save", RuntimeError)])
+def test_a_full_disk_is_said_and_what_was_saved_stays(program, tmp_path, monkeypatch, capsys, name, error):
+    """The checkpoint at the end cannot be written; the one in the middle goes on."""
+    owner, attribute = (torch, "save") if name == "torch.save" else (checkpoint, name)
+    real = getattr(owner, attribute)
+
+    def write(what, file, *more, **options):
+        if "step_000003" in str(file):
+            raise error("No space left on device (os error 28)\nmore")
+        return real(what, file, *more, **options)
+
+    monkeypatch.setattr(owner, attribute, write)
+    assert program(tmp_path / "run", "--rlp.checkpoint-every", 2) == 1
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert "cannot be written (No space left on device (os error 28)); is the disk full?" in said
+    assert "what was saved goes on with --resume" in said
+    assert checkpoint.newest(tmp_path / "run").meta["step"] == 2
+
+
+def test_a_damaged_base_that_was_kept_says_what_to_delete(finished, tmp_path):
+    folder = shutil.copytree(summary_of(finished)["base_dir"], tmp_path / "base-1")
+    for weights in folder.rglob("model.safetensors"):
+        weights.write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"no usable checkpoint in {folder}.*, so delete {folder}: it is made again"):
+        train.phase("pretrain", folder, train.parse([]), None, None)
 
 
 def test_config_json_holds_the_resolved_settings(finished, cache_dir):
@@ -822,6 +865,24 @@ def test_resuming_with_other_logging_and_measuring_is_allowed(program, finished,
     free = ("--rlp.log-every", 2, "--rlp.checkpoint-every", 1, "--pretrain.log-every", 2, "--eval.text-positions", 6)
     assert program(tmp_path, "--resume", *free) == 0
     assert weights_of(tmp_path) == weights_of(finished)
+
+
+@pytest.mark.parametrize("name", ["hf", "metrics.jsonl", "samples.txt", "summary.json"])
+def test_a_folder_with_other_peoples_files_is_left_as_it_is(program, tmp_path, capsys, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("mine")
+    assert program(tmp_path / "run") == 2
+    assert f"holds {name}, and no config.json of a run: they would be written over" in capsys.readouterr().out
+    assert contents(tmp_path / "run") == {tmp_path / "run" / name: b"mine"}
+
+
+@pytest.mark.parametrize("below", ["", "run"])
+def test_the_texts_are_no_place_for_a_run(program, text_file, tmp_path, capsys, below):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    shutil.copy(text_file, texts)
+    assert program(texts / below, "--data.path", texts) == 2
+    assert "and would be read as text; choose another --out" in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_resuming_nothing_is_refused(program, tmp_path, capsys):

@@ -102,6 +102,12 @@ class Corpus:
                     [np.array([*tokenizer.encode(text), tokenizer.end], dtype=np.int32)
                      for text in texts[split]])
             write_cached(file, lambda f: np.savez(f, **kept))
+        for split in SPLITS:
+            require(np.diff(kept[f"{split}_starts"]).max() > 1, f"data.tokenizer "
+                    f"({config.tokenizer}) makes no tokens of the {split} split; give one that "
+                    f"knows the letters of data.path ({config.path})")
+        if (lost := _share_lost(tokenizer, texts["train"])) > 0.01:
+            notes += [f"data.tokenizer ({config.tokenizer}) loses {lost:.0%} of the characters"]
         documents = {s: Documents([(kept[f"{s}_tokens"], kept[f"{s}_starts"])]) for s in SPLITS}
         return Corpus(tokenizer, documents, percent, key, tuple(notes), families)
 
@@ -125,7 +131,15 @@ class Corpus:
 def _require_some(documents: Documents | list[str], split: str, config: DataConfig,
                   why: str = "") -> None:
     require(len(documents), f"data.path ({config.path}) leaves no document for the {split} split; "
-            f"add documents or raise data.held_out_percent{why}")
+            f"add documents or raise data.held_out_percent{why}; long documents are cut, at blank "
+            "lines, where they are plain text (*.txt)")
+
+
+def _share_lost(tokenizer: Tokenizer, texts: list[str], n: int = 50) -> float:
+    """The share of their characters that a tokenizer does not give back, of the first n texts."""
+    some = [text[:1000] for text in texts[:n]]
+    back = sum(len(tokenizer.decode(tokenizer.encode(text))) for text in some)
+    return 1 - back / sum(map(len, some))
 
 
 def _load_arrays(file: Path) -> dict[str, np.ndarray] | None:

@@ -19,7 +19,7 @@ N_BUCKETS = 100
 
 def bucket_of(text: str) -> int:
     """0 to 99, by the checksum of a string."""
-    return zlib.crc32(text.encode()) % N_BUCKETS
+    return zlib.crc32(text.encode(errors="surrogateescape")) % N_BUCKETS  # of file names too
 
 
 def buckets_of(split: str, held_out_percent: int) -> range:

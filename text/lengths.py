@@ -10,11 +10,13 @@ from text.problems import Problem, held_out_problems
 from text.tokenizer import Tokenizer
 
 
-def with_horizon(config: Config, corpus: Corpus, rooms: dict[str, int]) -> tuple[Config, list[str]]:
+def with_horizon(config: Config, corpus: Corpus, rooms: dict[str, int], known: int = 0
+                 ) -> tuple[Config, list[str]]:
     """The settings with an rlp.horizon that sees whole answers, where thoughts stand before them;
     and lines that say so, and where contexts or sequences of training are too short. All problems
     that will be measured are drawn for that: raises ValueError if a family has too few, lacks what
-    the mode needs, or asks longer than a sequence is. rooms: see `cut_problems`."""
+    the mode needs, or asks longer than a sequence is. rooms: see `cut_problems`; known: the horizon
+    of a run that goes on, which figures of more problems do not change."""
     fit, n = config.rlp, config.eval.problems_per_family
     sizes = {"train": 4, "val": min(n, N_VALIDATION), config.eval.split: n}
     problems = [p for split, size in sizes.items() for p in held_out_problems(
@@ -27,16 +29,20 @@ def with_horizon(config: Config, corpus: Corpus, rooms: dict[str, int]) -> tuple
             f"of {', '.join(mute)} have none; give them `thought`, or leave them out "
             "(data.problems)")
     reads_problems = config.data.text_share + config.warmup.computed_share < 1
-    said = cut_problems(rooms, corpus.tokenizer, problems) if reads_problems else []
+    rooms = {name: room for name, room in rooms.items() if reads_problems or name == "sft"}
+    said = cut_problems(rooms, corpus.tokenizer, problems) if rooms else []
     if n_prompt > fit.context_len:
         said.append(f"questions take up to {n_prompt} tokens of this tokenizer, and rlp.context_len"
                     f" ({fit.context_len}) looks at the last; with --rlp.context-len {n_prompt} "
                     "they are whole")
+    if known > fit.horizon and (n_answer > fit.horizon or fit.horizon == RLPConfig().horizon):
+        fit = replace(fit, horizon=known)
+        config = replace(config, rlp=fit)
     c = config.rollouts()
     if c.reward == "match" and config.mode in ("rlp", "rlvr") and any(p.scorer for p in problems):
         said.append("what scorers of problems accept counts in the figures; the reward of mode "
                     f"{config.mode} is for the answers themselves")
-    if n_answer > fit.horizon and c.positions == "answer" and (
+    if n_answer > fit.horizon and not known and c.positions == "answer" and (
             c.reads_problems() or config.mode != "rlp"):
         said.append(f"answers take up to {n_answer} tokens of this tokenizer: rlp.horizon is "
                     f"{n_answer} instead of {fit.horizon}, so that accuracy and reward are those "

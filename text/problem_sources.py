@@ -15,6 +15,7 @@ import importlib.metadata
 import importlib.util
 import random
 import re
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -100,10 +101,11 @@ def _of_functions(file: Path) -> Families:
     of problems.py do. Family: NAME, whatever the problem says. Answer and steps begin with a space.
     Without worked thoughts, steps are (). What copies or renamed twins of a question share is its
     `canonical`; where more than the answer is right, `scorer` gives 1 for it. The file is run: it
-    is your own code.
+    is your own code, and can import what lies beside it.
     """
     spec = importlib.util.spec_from_file_location(f"problems_of_{file.stem}", file)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    sys.path += [beside for beside in [str(file.parent.resolve())] if beside not in sys.path]
     _run(file, lambda: spec.loader.exec_module(module))
     return {name.removesuffix("_problem"): functools.partial(_made_by, file, name, function)
             for name, function in vars(module).items()

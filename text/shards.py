@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from system.config import SHARD_LIST
 from system.errors import require
 from system.files import fingerprint, read_json, sha256, write_whole
 from text.documents import Documents, join
@@ -31,7 +32,7 @@ from text.held_out import N_BUCKETS, bucket_of
 from text.problems import FAMILIES, tokenizer_examples
 from text.tokenizer import CorpusTokenizer, FileTokenizer, Tokenizer, named_tokenizer
 
-VERSION, LIST = 2, "shards.json"
+VERSION, LIST = 2, SHARD_LIST
 AGAIN = "copy it again from where it was built, or build again"
 
 

@@ -3,6 +3,8 @@
     *.jsonl, *.json, *.parquet    a document a line, element or row, under `data.text_key`
     any other file                UTF-8 text, cut at END and at blank lines
 
+*.ndjson and *.jl are other names of *.jsonl.
+
 Both also as *.gz and *.zst, but for Parquet; capitals in a name are as good as small letters.
 Whatever is read is valid text: see `valid` in tokenizer.py.
 """
@@ -10,6 +12,7 @@ Whatever is read is valid text: see `valid` in tokenizer.py.
 import gzip
 import importlib
 import io
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -55,7 +58,7 @@ def read_texts(files: Iterable[Path], key: str, size: int, root: Path | None = N
         name = file.name.lower().removesuffix(".gz").removesuffix(".zst")
         kinds = [read for ending, read in READERS.items() if name.endswith(ending)]
         try:
-            texts = kinds[0](file, key) if kinds else _pieces(_lines(file), size)
+            texts = kinds[0](file, key) if kinds else _pieces(_lines(file, key), size)
             for n, text in enumerate(t for t in texts if t.strip()):
                 yield f"{file.relative_to(root) if root else file.name} {n}", text
         except Exception as error:  # the packages raise nothing narrower
@@ -77,7 +80,13 @@ def _needed(package: str, file: Path) -> Any:
 def _decoded(file: Path) -> Iterator[str]:
     """UTF-8 lines, unpacked, without the mark that some programs begin a file with."""
     with _open(file) as f:
-        for i, line in enumerate(f, 1):
+        for i in itertools.count(1):
+            try:
+                line = f.readline()
+            except Exception as error:  # of what is no such file, or was cut short
+                raise ValueError(f"{file} cannot be read ({error}); copy it again") from error
+            if not line:
+                return
             try:
                 yield line.decode("utf-8-sig" if i == 1 else "utf-8").replace("\r\n", "\n")
             except UnicodeDecodeError as error:
@@ -85,11 +94,22 @@ def _decoded(file: Path) -> Iterator[str]:
                                  "it or leave it out") from None
 
 
-def _lines(file: Path) -> Iterator[str]:
+def _lines(file: Path, key: str) -> Iterator[str]:
+    """Of a file of text. Raises ValueError where that is not text, or JSON under another name."""
     for i, line in enumerate(_decoded(file), 1):
         require("\0" not in line, f"{file} line {i} holds zero bytes, so it is not text; "
                 "convert the file or leave it out")
+        require(i > 1 or not _is_object(line, key), f"{file} begins with a JSON object that has "
+                f"{key!r}; if there is one in each line, call it .jsonl")
         yield line
+
+
+def _is_object(line: str, key: str) -> bool:
+    try:
+        value = json.loads(line) if line.startswith("{") else None
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and key in value
 
 
 def _pieces(lines: Iterable[str], size: int) -> Iterator[str]:
@@ -148,7 +168,40 @@ def _open(file: Path) -> BinaryIO:
     if suffix != ".zst":
         return gzip.open(file) if suffix == ".gz" else open(file, "rb")
     unpacker = _needed("zstandard", file).ZstdDecompressor(max_window_size=2**31)
-    return io.BufferedReader(unpacker.stream_reader(open(file, "rb"), read_across_frames=True))
+    return io.BufferedReader(Frames(open(file, "rb"), unpacker))
+
+
+class Frames(io.RawIOBase):
+    """The bytes of all frames of a *.zst file, unpacked. The package's own reader ends quietly
+    inside a frame that was cut short; here that is a ValueError."""
+
+    def __init__(self, packed: BinaryIO, unpacker: Any):
+        self.raw, self.unpacker, self.frame = packed, unpacker, None
+        self.packed, self.ready = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        """As `io.RawIOBase` has it."""
+        return True
+
+    def readinto(self, room: memoryview) -> int:
+        """Number of bytes that were put into a buffer; 0 at the end."""
+        while not self.ready:
+            self.packed = self.packed or self.raw.read(2**16)
+            if not self.packed:
+                require(self.frame is None, "it ends inside a frame")
+                return 0
+            self.frame = self.frame or self.unpacker.decompressobj()
+            self.ready = memoryview(self.frame.decompress(self.packed))
+            self.packed = self.frame.unused_data if self.frame.eof else b""
+            self.frame = None if self.frame.eof else self.frame
+        n = min(len(room), len(self.ready))
+        room[:n], self.ready = self.ready[:n], self.ready[n:]
+        return n
+
+    def close(self) -> None:
+        """Close the packed file."""
+        self.raw.close()
+        super().close()
 
 
 def _parquet(file: Path, key: str) -> Iterator[str]:
@@ -173,4 +226,5 @@ def _text_of(value: Any, key: str, where: str) -> str:
                      "--data.text-key (of tools.shards: --text-key)")
 
 
-READERS = {".jsonl": _json_lines, ".json": _json, ".parquet": _parquet}
+READERS = {**dict.fromkeys((".jsonl", ".ndjson", ".jl"), _json_lines), ".json": _json,
+           ".parquet": _parquet}

@@ -15,6 +15,8 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import tyro
+
 from system.errors import exit_code, require
 from system.files import read_figures, read_json, write_figures
 from system.presets import PRESETS
@@ -568,9 +570,18 @@ def report(run_dirs: list[str], root: Path = Path(__file__).parent.parent) -> No
         plots.plot_sizes(run, folder / "sizes.png")
 
 
+def command(runs: tyro.conf.Positional[tuple[str, ...]] = ()) -> None:
+    """Keep figures of runs in results/, then write README.md, RESULTS.md and the plots from there.
+
+    Args:
+        runs: Folders of finished runs, named ARM-PRESET-seedN, and files rates-PRESET.json.
+    """
+    report([*runs])
+
+
 def main(argv: list[str] | None = None) -> int:
     """`python -m tools.report [RUN ...]`. Returns 0, or 2 for a run that cannot be read."""
-    return exit_code(lambda: report(sys.argv[1:] if argv is None else argv))
+    return exit_code(lambda: tyro.cli(command, args=argv, prog="python -m tools.report"))
 
 
 if __name__ == "__main__":
