@@ -236,6 +236,14 @@ def test_the_budget_loss_is_logged_while_there_is_a_search(uninterrupted):
     assert named == {"loss_1", "loss_0.75", "loss_0.5"}
 
 
+def test_a_curve_has_means_of_stretches_and_ends_with_the_run(tmp_path):
+    """Steps 1 to 25, to 50, to 100, to 200: a run of 120 ends in the last."""
+    lines = [{"step": step, "loss_1": float(step)} for step in range(1, 121)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = rundir.logged_curve(tmp_path, "loss_1")
+    assert [(at["until"], at["mean"]) for at in found] == [(25, 13.0), (50, 38.0), (100, 75.5), (120, 110.5)]
+
+
 def test_choices_of_a_finished_run_are_those_it_trained(corpus, tmp_path):
     """What the router says at the end is what the slices were, in fp32 and from the checkpoint."""
     model, objective = fit(corpus, tmp_path, draws=2)
