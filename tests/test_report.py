@@ -283,7 +283,8 @@ def test_an_elastic_claim_needs_every_size(made_up, tmp_path, told):
     """Sizes alone are worse by .2 at one and better by .1 at the other: in part. No stage 1: not tested. Where a rival
     was run before the default changed alone, that says so."""
     memory = {"family_memory": 1e6, "separate_memory": 2e6}
-    run = made_up | {"baselines": {"separate": made_up["baselines"]["scratch"]}, "memory": memory, "versions": {}}
+    run = made_up | {"baselines": {"separate": made_up["baselines"]["scratch"]}, "memory": memory, "versions": {},
+                     "baselines_flops": {"scratch": 400e12, "minitron": 6e12}, "steps_flops": 1e12}  # fmt: skip
     runs = (
         {"before__elastic__cpu__seed3": run, "elastic__cpu__seed3": run | {"baselines": {}}}
         if told
@@ -297,6 +298,9 @@ def test_an_elastic_claim_needs_every_size(made_up, tmp_path, told):
     assert commit == "before 2026-11-26"
     assert found["the second stage, of long texts, helps on them"][1] == "not tested here"
     assert found["a family needs the memory of its largest model and of routers"][1] == "reproduced"
+    assert found["sizes from scratch take 360 times as much (there, of tokens)"][1] == "reproduced"
+    verdict, figure = found["sizes alone take 7 times as much (there, of tokens)"][1:3]
+    assert (verdict, figure) == ("**not reproduced**", "6.00 times the FLOPs, to the losses above")
 
 
 def test_the_speedrun_counts_the_base_whether_or_not_it_was_trained_in_this_run(tmp_path):

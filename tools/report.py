@@ -284,6 +284,13 @@ def claims(found: dict[str, list[dict]]) -> list[list[str]]:
             [above([e["difference_nats"] for e in size], least)
              for size in zip(*others, strict=True)],
             f"{view.RIVALS[name]} minus elastic: {shown} nats{then}")
+    for name, how, times in (("scratch", "from scratch", 360), ("minitron", "alone", 7)):
+        ratios = {run["seed"]: run["baselines_flops"][name] / run["steps_flops"] for run in runs
+                  if name in run.get("baselines_flops", {})}
+        add(f"Elastic: sizes {how} take {times} times as much (there, of tokens)",
+            f"{alone} --elastic.baseline {name}", [run for run in runs if run["seed"] in ratios],
+            [ratio >= times for ratio in ratios.values()],
+            f"{rivals.spread([*ratios.values()])} times the FLOPs, to the losses above")
     for claim, ours, kind in (
             ("the order of importance matters", "elastic-hand-cpu", "elastic-units-cpu"),
             ("so does that of the stream, here turned", "elastic-units-cpu", "elastic-order-cpu"),
