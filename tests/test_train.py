@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import tiktoken
 import torch
 from conftest import contents, die, disturb, metrics_of, paragraphs, press_ctrl_c, summary_of, weights_of
 from safetensors import SafetensorError
@@ -19,13 +20,14 @@ import generate
 import train
 from rlp import RLP
 from system import checkpoint, loop, rundir
-from system.config import Config, DataConfig, FitConfig, PretrainConfig, from_dict
+from system.config import Config, DataConfig, FitConfig, PretrainConfig, from_dict, saved_config
 from system.files import fingerprint
 from system.presets import PRESETS
 from text import corpus as corpus_module
 from text.batches import pretrain_batch, rlp_batch
 from text.problems import FAMILIES, held_out_problems
 from text.tokenizer import THINK
+from tools import shards as shards_program
 
 CPU = torch.device("cpu")
 LEAF = {"mean", "low", "high", "n"}
@@ -622,6 +624,28 @@ def test_init_from_a_run_brings_the_name_of_its_tokenizer(finished, tmp_path):
     assert rundir.resolve(train.parse(["--init", str(run_dir)])).data.tokenizer == "gpt2"
     with pytest.raises(ValueError, match=r"data.tokenizer \(r50k_base\) is not read where init brings one, gpt2"):
         rundir.resolve(train.parse(["--init", str(run_dir), "--data.tokenizer", "r50k_base"]))
+
+
+def test_a_vocabulary_of_tiktokens_is_kept_by_its_name(text_file, tmp_path, monkeypatch):
+    """Whether it was given or is that of shards; what begins with the run has it too."""
+    bytes_alone = tiktoken.Encoding("gpt2", pat_str=r"\S+|\s+", mergeable_ranks={bytes([i]): i for i in range(256)},
+                                    special_tokens={})  # fmt: skip
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: bytes_alone)
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in paragraphs(40)))
+    build = ["build", tmp_path / "texts.jsonl", "--out", tmp_path / "set", "--tokenizer", "gpt2"]
+    assert shards_program.main([*map(str, build)]) == 0
+    cache = ["--preset", "smoke", "--data.cache-dir", str(tmp_path / "cache"), "--data.held-out-percent", "25"]
+    own, shared = ["--data.path", str(text_file)], ["--data.path", str(tmp_path / "set")]
+    cache += ["--data.text-share", "1"]
+    pretrain = ["--mode", "pretrain", "--pretrain.steps", "1"]
+    assert train.main([*cache, *own, *pretrain, "--data.tokenizer", "gpt2", "--out", str(tmp_path / "a")]) == 0
+    assert train.main([*cache, *shared, *pretrain, "--out", str(tmp_path / "b")]) == 0
+    for run in ("a", "b"):
+        assert rundir.load_run(tmp_path / run)[1].n_vocab == 259
+        more = ["--mode", "cpt", "--cpt.steps", "1", "--init", str(tmp_path / run), "--out", str(tmp_path / f"of_{run}")]
+        assert train.main([*cache, *own, *more]) == 0
+        assert saved_config(tmp_path / f"of_{run}").data.tokenizer == "gpt2"
+    assert train.main([*cache, *shared, *pretrain, "--pretrain.steps", "2", "--out", str(tmp_path / "b"), "--resume"]) == 2
 
 
 @pytest.mark.parametrize(("name", "error"), [("save_file", SafetensorError), ("torch.save", RuntimeError)])

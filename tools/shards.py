@@ -11,6 +11,8 @@ from system.errors import exit_code, require
 from text import shards
 from text.sources import input_files, read_texts
 
+PIECE = 50_000  # characters of the pieces that plain text is cut into: more than a long sequence
+
 
 def run_build(inputs: tyro.conf.Positional[list[Path]], out: Path, tokenizer: str = "corpus",
               vocab_size: int = 32768, shard_tokens: int = 2**26,
@@ -27,7 +29,7 @@ def run_build(inputs: tyro.conf.Positional[list[Path]], out: Path, tokenizer: st
         text_key: What the text stands under in JSON and Parquet.
     """
     def texts() -> Iterator[str]:
-        return (text for _, text in read_texts(files, text_key, size=1_000_000))
+        return (text for _, text in read_texts(files, text_key, PIECE))
 
     found = [input_files(path, "input") for path in inputs]
     files = [file for own, _ in found for file in own]
