@@ -109,7 +109,7 @@ SETS = {"rlp": ARMS, "ablations": ABLATIONS, "elastic": ELASTIC}
 # As many tries for each: its arm with every rate, Muon's in proportion, and half of the problems.
 RATES = {"rlp": ("--rlp.lr", (1e-4, 2e-4, 4e-4)), "match": ("--rlp.lr", (1e-4, 2e-4, 4e-4)),
          "cpt": ("--cpt.lr", (3.75e-4, 7.5e-4, 1.5e-3)),
-         "cpt-longer": ("--cpt.lr", (3e-5, 1e-4, 3e-4)),
+         "cpt-longer": ("--cpt.lr", (1e-5, 3e-5, 1e-4)),
          "sft": ("--sft.lr", (1e-3, 2e-3, 4e-3)), "rlvr": ("--rlvr.lr", (1e-4, 2e-4, 4e-4))}
 
 
