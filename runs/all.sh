@@ -12,15 +12,14 @@ export out=${OUT:-runs/rivals} preset=${PRESET:-cpu} words="--threads 1 ${WORDS:
 
 # seeds PRESET "0 1 2" --what elastic ...: a line for each seed, words of tools.rivals
 seeds() { for seed in $2; do echo --preset "$1" --seeds "$seed" "${@:3}"; done; }
-# Such lines, two at a time. The words of Elastic: $elastic.
-run() {
-    xargs -P 2 -L 1 bash -c '[[ "$*" != *"--what elastic"* ]] || words="$words ${elastic:-}"
-        exec python -m tools.rivals --out "$out" --words="$words" "$@"' run
-}
+# Such lines, two at a time.
+run() { xargs -P 2 -L 1 bash -c 'exec python -m tools.rivals --out "$out" --words="$words" "$@"' run; }
 
 if [ "${1:-all}" = quick ]; then
-    if [ "$preset" = cpu ]; then export elastic="--elastic.steps 300"; fi
-    { seeds "$preset" 0 --arms rlp cpt; seeds "$preset" 0 --what elastic --arms elastic; } | run
+    seeds "$preset" 0 --arms rlp cpt | run & thinking=$!
+    if [ "$preset" = cpu ]; then words="$words --elastic.steps 300"; fi
+    seeds "$preset" 0 --what elastic --arms elastic | run
+    wait $thinking
     exit
 fi
 {

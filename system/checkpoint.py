@@ -174,11 +174,11 @@ def save(run_dir: Path, step: int, networks: dict[str, nn.Module], optimizer: li
         partial.mkdir(parents=True)
 
     def write_whole() -> None:
-        for name, network in networks.items():
-            tensors = {k: v.contiguous() for k, v in network.state_dict().items()}
-            with writing(partial):
-                save_file(tensors, partial / f"{name}.safetensors")
+        weights = {name: {k: v.contiguous() for k, v in network.state_dict().items()}
+                   for name, network in networks.items()}
         with writing(partial):
+            for name, tensors in weights.items():
+                save_file(tensors, partial / f"{name}.safetensors")
             torch.save(optimizer, partial / "optimizer.pt")
 
     def finish() -> None:

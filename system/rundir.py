@@ -88,26 +88,20 @@ def resolve(config: Config) -> Config:
     is_hf = huggingface.is_hf(folder)
     saved = None if is_hf else saved_config(folder)
     shape = huggingface.read_config(folder)[0] if is_hf else saved.model
-    tokenizer = folder if is_hf else folder / "hf"
-    if not tokenizer.is_dir():
-        named = kept_name(saved, folder)
-        require(config.data.tokenizer in ("corpus", named), f"data.tokenizer "
-                f"({config.data.tokenizer}) is not read where init brings one, {named}; leave it "
-                "out")
-        config = replace(config, data=replace(config.data, tokenizer=named))
-    else:
-        require(config.data.tokenizer in ("corpus", str(tokenizer)), f"data.tokenizer "
-                f"({config.data.tokenizer}) is not read where init brings one, {tokenizer}; leave "
-                "it out")
-        n_vocab = max(shape.vocab_size, FileTokenizer(tokenizer).n_vocab)
+    named = str(folder) if is_hf else kept_tokenizer(saved, folder)
+    require(config.data.tokenizer in ("corpus", named), f"data.tokenizer ({config.data.tokenizer}) "
+            f"is not read where init brings one, {named}; leave it out")
+    if Path(named).is_dir():
+        n_vocab = max(shape.vocab_size, FileTokenizer(Path(named)).n_vocab)
         shape = replace(shape, vocab_size=n_vocab)
-        config = replace(config, data=replace(config.data, tokenizer=str(tokenizer)))
-    return replace(config, model=shape)
+    return replace(config, model=shape, data=replace(config.data, tokenizer=named))
 
 
-def kept_name(saved: Config, run_dir: Path) -> str:
-    """The name of the tokenizer of a run that keeps no tokenizer.json, such as tiktoken's. Raises
-    ValueError for one that should."""
+def kept_tokenizer(saved: Config, run_dir: Path) -> str:
+    """What `data.tokenizer` has for a run's own: its hf/ or, where it keeps no tokenizer.json, its
+    name, such as tiktoken's. Raises ValueError for a run that should keep one."""
+    if (run_dir / "hf").is_dir():
+        return str(run_dir / "hf")
     require(saved.data.tokenizer != "corpus", f"{run_dir / 'hf'}, the run's tokenizer, is missing; "
             "copy it from where the run was made, or train again")
     return saved.data.tokenizer
@@ -247,8 +241,8 @@ def load_run(run_dir: Path) -> tuple[HybridLM, Tokenizer, Config]:
     """Model, tokenizer, settings of a finished or interrupted run. Raises ValueError if none."""
     found = newest(run_dir)
     require(found, f"{run_dir} holds no checkpoint; give a run's folder, like runs/rlp-cpu-seed0")
-    config, kept = saved_config(run_dir), run_dir / "hf"
-    named = str(kept) if kept.is_dir() else kept_name(config, run_dir)
+    config = saved_config(run_dir)
+    named = kept_tokenizer(config, run_dir)
     config = replace(config, data=replace(config.data, tokenizer=named))
     tokenizer = named_tokenizer(named)
     model = build_model(config, tokenizer.n_vocab, pick_device(config), config.seed)

@@ -42,7 +42,10 @@ def test_every_arm_is_a_valid_command_and_begins_with_what_was_run_before_it(arm
         names = list(program_of_rivals.ARMS)
         assert words[-2] == "--init"
         assert names.index(words[-1]) < names.index(arm)
+        assert rivals.BEGINS[f"{arm}-cpu"] == f"{words[-1]}-cpu"
         words = words[:-2]
+    else:
+        assert f"{arm}-cpu" not in rivals.BEGINS
     config = train.parse([*words]).check()
     assert config.mode in train.MODES
     assert f"{arm}-cpu" in rivals.ARMS

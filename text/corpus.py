@@ -106,7 +106,7 @@ class Corpus:
             require(np.diff(kept[f"{split}_starts"]).max() > 1, f"data.tokenizer "
                     f"({config.tokenizer}) makes no tokens of the {split} split; give one that "
                     f"knows the letters of data.path ({config.path})")
-        if (lost := _share_lost(tokenizer, texts["train"])) > 0.01:
+        if own and (lost := _share_lost(tokenizer, texts["train"])) > 0.01:
             notes += [f"data.tokenizer ({config.tokenizer}) loses {lost:.0%} of the characters"]
         documents = {s: Documents([(kept[f"{s}_tokens"], kept[f"{s}_starts"])]) for s in SPLITS}
         return Corpus(tokenizer, documents, percent, key, tuple(notes), families)

@@ -105,7 +105,8 @@ def _of_functions(file: Path) -> Families:
     """
     spec = importlib.util.spec_from_file_location(f"problems_of_{file.stem}", file)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    sys.path += [beside for beside in [str(file.parent.resolve())] if beside not in sys.path]
+    if (beside := str(file.parent.resolve())) not in sys.path:
+        sys.path.append(beside)
     _run(file, lambda: spec.loader.exec_module(module))
     return {name.removesuffix("_problem"): functools.partial(_made_by, file, name, function)
             for name, function in vars(module).items()

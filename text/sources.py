@@ -9,10 +9,10 @@ Both also as *.gz and *.zst, but for Parquet; capitals in a name are as good as 
 Whatever is read is valid text: see `valid` in tokenizer.py.
 """
 
+import contextlib
 import gzip
 import importlib
 import io
-import itertools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -57,15 +57,21 @@ def read_texts(files: Iterable[Path], key: str, size: int, root: Path | None = N
         n = -1
         name = file.name.lower().removesuffix(".gz").removesuffix(".zst")
         kinds = [read for ending, read in READERS.items() if name.endswith(ending)]
-        try:
-            texts = kinds[0](file, key) if kinds else _pieces(_lines(file, key), size)
-            for n, text in enumerate(t for t in texts if t.strip()):
-                yield f"{file.relative_to(root) if root else file.name} {n}", text
-        except Exception as error:  # the packages raise nothing narrower
-            if str(file) in str(error):
-                raise
-            raise ValueError(f"{file} cannot be read ({error}); copy it again") from error
+        texts = kinds[0](file, key) if kinds else _pieces(_lines(file, key), size)
+        for n, text in enumerate(t for t in texts if t.strip()):
+            yield f"{file.relative_to(root) if root else file.name} {n}", text
         require(n >= 0, f"{file} is empty: it holds no text; leave it out")
+
+
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Raises ValueError, which names the file, for whatever comes of one that is damaged."""
+    try:
+        yield
+    except Exception as error:  # the packages raise nothing narrower
+        if str(file) in str(error):
+            raise
+        raise ValueError(f"{file} cannot be read ({error}); copy it again") from error
 
 
 def _needed(package: str, file: Path) -> Any:
@@ -79,14 +85,8 @@ def _needed(package: str, file: Path) -> Any:
 
 def _decoded(file: Path) -> Iterator[str]:
     """UTF-8 lines, unpacked, without the mark that some programs begin a file with."""
-    with _open(file) as f:
-        for i in itertools.count(1):
-            try:
-                line = f.readline()
-            except Exception as error:  # of what is no such file, or was cut short
-                raise ValueError(f"{file} cannot be read ({error}); copy it again") from error
-            if not line:
-                return
+    with _reading(file), _open(file) as f:
+        for i, line in enumerate(f, 1):
             try:
                 yield line.decode("utf-8-sig" if i == 1 else "utf-8").replace("\r\n", "\n")
             except UnicodeDecodeError as error:
@@ -208,7 +208,7 @@ def _parquet(file: Path, key: str) -> Iterator[str]:
     """Of a *.parquet file, some rows at a time."""
     _needed("pyarrow", file)
     parquet = importlib.import_module("pyarrow.parquet")
-    with parquet.ParquetFile(file) as table:
+    with _reading(file), parquet.ParquetFile(file) as table:
         columns = [key] if key in table.schema_arrow.names else table.schema_arrow.names
         rows = (row for batch in table.iter_batches(1000, columns=columns)
                 for row in batch.to_pylist())

@@ -94,11 +94,11 @@ def arm_rows(found: Found) -> list[list[str]]:
     for kind, name in ARMS.items():
         if not (runs := found[kind]):
             continue
-        chain, gain = [runs], means(runs, GAIN)
-        change = means(runs, "loss_nats/no_think_text_change")
+        chain, seeds = [runs], {run["seed"] for run in runs}
         while kind := BEGINS.get(kind, ""):
-            seeds = {run["seed"] for run in runs}
             chain.append([run for run in found[kind] if run["seed"] in seeds])
+        gain, change = means(runs, GAIN), means(runs, "loss_nats/no_think_text_change")
+        if chain[1:]:
             begun, gain = means(chain[-1], TEXT_LOSS, "base"), {}
             change = {seed: loss / begun[seed] - 1
                       for seed, loss in means(runs, TEXT_LOSS).items() if seed in begun}
@@ -124,8 +124,7 @@ def ablation_rows(found: Found) -> list[list[str]]:
              "greedy, minus RLP"]]
     for kind, name in ABLATIONS.items():
         if runs := found[kind]:
-            columns = [(SAMPLED, ".2f"), (GREEDY, ".2f"),
-                       (GAIN, "+.2f")]
+            columns = [(SAMPLED, ".2f"), (GREEDY, ".2f"), (GAIN, "+.2f")]
             gaps = (difference(means(runs, path), means(found["rlp-cpu"], path))
                     for path in (SAMPLED, GREEDY))
             rows.append([name, str(len(runs)), *(spread(list(means(runs, path).values()), form)
