@@ -31,6 +31,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
@@ -212,10 +213,14 @@ def _write_shards(partial: Path, networks: dict[str, nn.Module],
     for n, state in enumerate(optimizer):
         tensors |= {f"optimizer/{n}/{i}/{k}": t for i, values in state["state"].items()
                     for k, t in values.items()}
-    dcp.save(tensors, checkpoint_id=partial / "shards")
-    if parallel.is_first():
-        torch.save([{"state": {}, "param_groups": state["param_groups"]} for state in optimizer],
-                   partial / "optimizer.pt")
+    with writing(partial):
+        try:
+            dcp.save(tensors, checkpoint_id=partial / "shards")
+        except CheckpointException as error:  # no Exception: by process, what went wrong there
+            raise next(iter(error.failures.values()))[0] from None
+        if parallel.is_first():
+            torch.save([{"state": {}, "param_groups": state["param_groups"]}
+                        for state in optimizer], partial / "optimizer.pt")
     mine = (partial / "shards").glob(f"__{parallel.team.rank}_*")
     return {f"shards/{file.name}": _file_facts(file) for file in mine}
 

@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import resource
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from system.checkpoint import KEEP, load_weights, newest, save
+from system.checkpoint import KEEP, _write_shards, load_weights, newest, save
 from system.files import sha256
 
 
@@ -195,3 +196,21 @@ def test_meta_lists_every_file_with_its_size_and_checksum(tmp_path):
     assert set(files) | {"meta.json"} == {p.name for p in path.iterdir()}
     for name, entry in files.items():
         assert entry == {"bytes": (path / name).stat().st_size, "sha256": sha256(path / name)}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_shards_onto_a_full_disk_say_so_and_what_was_saved_stays(tmp_path):
+    """No file may be longer than 4 KiB: the shards of the second checkpoint do not fit."""
+    networks, optimizer = {"model": network(width=9000)}, [{"state": {}, "param_groups": []}]
+    whole = save(tmp_path, 1, networks, optimizer, {})
+    partial = tmp_path / "checkpoint" / "step_000002.partial"
+    partial.mkdir()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match="is the disk full") as caught:
+            _write_shards(partial, networks, optimizer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.filename == str(partial)
+    assert newest(tmp_path).path == whole

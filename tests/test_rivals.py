@@ -322,6 +322,33 @@ def test_rows_of_the_gate():
 def test_rows_of_rates():
     tries = [{"arm": "cpt", "rate": 0.01, "seed": s, "sampled": 0.5, "greedy": 0.6} for s in (0, 1)]
     assert rivals.rate_rows(tries)[1:] == [["CPT, FLOPs of RLP", "0.01", "2", "0.50 ±0.00", "0.60 ±0.00"]]
+    tries.append({**tries[0], "arm": "cpt-longer", "as trained": 0.6, "1 more": 0.2, "distractors": 0.4})
+    assert [row[3:] for row in rivals.rate_rows(tries)] == [
+        ["sampled", "greedy", "of a step more", "with lines that lead nowhere"],
+        ["0.50 ±0.00", "0.60 ±0.00", "", ""], ["0.50", "0.60", "0.20", "0.40"]]  # fmt: skip
+
+
+def test_rates_of_an_arm_that_reads_unworked_problems_are_tried_on_those(tmp_path, monkeypatch):
+    """Its controls are measured by level, once; those of other arms are not."""
+    measured = []
+
+    def run(name, seed, folder, words):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "summary.json").write_text(json.dumps(thinking(mode="cpt")))
+
+    def controls_of(folders, parts):
+        measured.append(parts)
+        levels = {"as trained": 0.9, "1 more": 0.2, "distractors": 0.4}
+        found = {"levels": {level: {"all": {"base": {"mean": 0}, "cpt": {"mean": mean}}} for level, mean in levels.items()}}
+        (folders[0] / "controls.json").write_text(json.dumps(found))
+
+    monkeypatch.setattr(program_of_rivals.controls, "write", controls_of)
+    for _ in range(2):
+        program_of_rivals.try_rates(run, ("cpt", "cpt-longer"), (0,), tmp_path, "cpu")
+    assert measured == [("levels",)] * 3
+    tries = json.loads((tmp_path / "rates-cpu.json").read_text())["tries"]
+    assert [(t["1 more"], t["distractors"]) for t in tries if t["arm"] == "cpt-longer"] == [(0.2, 0.4)] * 3
+    assert all("1 more" not in t for t in tries if t["arm"] == "cpt")
 
 
 def test_results_show_the_rivals_and_judge_them(tmp_path):

@@ -33,7 +33,7 @@ from tools import controls, report
 # many steps as ever. Where most worked thoughts go wrong, a floor of 0 keeps RLP from fleeing into
 # filler, which costs nothing.
 MATCH = "--mode rlp --rlp.reward match --rlp.min-entropy 1 --rlp.lr 4e-4"
-PLAIN = "--mode cpt --cpt.no-thoughts --cpt.muon-lr 0 --cpt.lr 1e-4"
+PLAIN = "--mode cpt --cpt.no-thoughts --cpt.muon-lr 0"
 MORE = "--rlp.more-steps 1 --rlp.thought-len 48"
 UNWORKED = "--rlp.steps 400 --rlp.text-share 0"
 LONGER, ASIDE = f"{MORE} {UNWORKED}", f"--rlp.distractors {UNWORKED}"
@@ -42,7 +42,7 @@ ARMS = {
     "match": MATCH,
     "cpt": "--mode cpt",
     "cpt-more": "--mode cpt --cpt.steps 1000",
-    "cpt-plain": PLAIN,
+    "cpt-plain": f"{PLAIN} --cpt.lr 1e-4",
     "cpt-tokens": "--mode cpt --cpt.steps 130",  # as many as rlp reads in contexts
     "sft": "--mode sft",
     "rlvr": "--mode rlvr --init sft",
@@ -52,11 +52,11 @@ ARMS = {
     "cpt-rlvr": "--mode rlvr --init cpt-sft",
     "rlp-longer": f"--mode rlp {LONGER}",
     "match-longer": f"{MATCH} {LONGER}",
-    "cpt-longer": f"{PLAIN} {MORE} --cpt.steps 2700",
+    "cpt-longer": f"{PLAIN} --cpt.lr 3e-5 {MORE} --cpt.steps 2700",
     "cpt-worked-longer": "--mode cpt --rlp.thought-len 48 --cpt.steps 2700",
     "rlp-distractors": f"--mode rlp {ASIDE} --rlp.reward-floor 0 --rlp.lr 4e-4",
     "match-distractors": f"{MATCH} {ASIDE}",
-    "cpt-distractors": f"{PLAIN} --rlp.distractors --cpt.steps 2500",
+    "cpt-distractors": f"{PLAIN} --cpt.lr 3e-5 --rlp.distractors --cpt.steps 2500",
 }
 # What `tools.controls` measures of which arm.
 CONTROLS = dict.fromkeys(("rlp", "match", "cpt"), controls.PARTS) | dict.fromkeys(
@@ -110,6 +110,7 @@ SETS = {"rlp": ARMS, "ablations": ABLATIONS, "elastic": ELASTIC}
 RATES = {"rlp": ("--rlp.lr", (1e-4, 2e-4, 4e-4)), "match": ("--rlp.lr", (1e-4, 2e-4, 4e-4)),
          "cpt": ("--cpt.lr", (3.75e-4, 7.5e-4, 1.5e-3)),
          "cpt-longer": ("--cpt.lr", (1e-5, 3e-5, 1e-4)),
+         "cpt-distractors": ("--cpt.lr", (1e-5, 3e-5, 1e-4)),
          "sft": ("--sft.lr", (1e-3, 2e-3, 4e-3)), "rlvr": ("--rlvr.lr", (1e-4, 2e-4, 4e-4))}
 
 
@@ -179,9 +180,15 @@ def try_rates(run: Callable[..., Path], arms: tuple[str, ...], seeds: tuple[int,
                 folder = out / "rates" / f"{name}-{rate:g}-{preset}-seed{seed}"
                 run(name, seed, folder, (*measured, setting, str(rate), *muon * (own.muon_lr > 0)))
                 summary = read_json(folder / "summary.json")
+                mode = summary["mode"]
                 found.append({"arm": name, "setting": setting, "rate": rate, "seed": seed, **{
-                    how: summary["accuracy"][how]["all"][summary["mode"]]["mean"]
+                    how: summary["accuracy"][how]["all"][mode]["mean"]
                     for how in ("sampled", "greedy")}})
+                if CONTROLS.get(name) == ("levels",):  # what it is tried for is not as trained
+                    if not (folder / "controls.json").exists():
+                        controls.write((folder,), ("levels",))
+                    levels = read_json(folder / "controls.json")["levels"]
+                    found[-1] |= {level: of["all"][mode]["mean"] for level, of in levels.items()}
     report.add_tries(out / f"rates-{preset}.json", found)
 
 

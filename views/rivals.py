@@ -306,10 +306,13 @@ def changed_rows(found: Found) -> list[list[str]]:
 
 
 def rate_rows(tries: list[dict]) -> list[list[str]]:
-    """Every rate that was tried, on validation problems."""
-    rows = [["arm", "rate", "seeds", "sampled", "greedy"]]
+    """Every rate that was tried, on validation problems; of arms that read unworked ones, greedy
+    on those too."""
+    heads = {level: head for _, head, level in UNWORKED.values() if any(level in t for t in tries)}
+    rows = [["arm", "rate", "seeds", "sampled", "greedy", *heads.values()]]
     for arm, rate in dict.fromkeys((t["arm"], t["rate"]) for t in tries):
         own = [t for t in tries if (t["arm"], t["rate"]) == (arm, rate)]
         rows.append([ARMS[f"{arm}-cpu"], f"{rate:g}", str(len(own)),
-                     *(spread([t[how] for t in own]) for how in ("sampled", "greedy"))])
+                     *(spread([t[how] for t in own if how in t])
+                       for how in ("sampled", "greedy", *heads))])
     return rows
