@@ -56,7 +56,7 @@ ARMS = {
     "cpt-worked-longer": "--mode cpt --rlp.thought-len 48 --cpt.steps 2700",
     "rlp-distractors": f"--mode rlp {ASIDE} --rlp.reward-floor 0 --rlp.lr 4e-4",
     "match-distractors": f"{MATCH} {ASIDE}",
-    "cpt-distractors": f"{PLAIN} --cpt.lr 3e-5 --rlp.distractors --cpt.steps 2500",
+    "cpt-distractors": f"{PLAIN} --cpt.lr 1e-5 --rlp.distractors --cpt.steps 2500",
 }
 # What `tools.controls` measures of which arm.
 CONTROLS = dict.fromkeys(("rlp", "match", "cpt"), controls.PARTS) | dict.fromkeys(
