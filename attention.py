@@ -195,7 +195,7 @@ def attend(q_BHTP: Tensor, left: KeyValues, mask: Tensor | None) -> Tensor:
         if mask is not None:
             score_BKJS = score_BKJS.masked_fill(~mask, float("-inf"))
         return (score_BKJS.softmax(-1) @ v_BKSP).view(q_BHTP.shape)
-    causal = mask is None and T > 1
+    causal = mask is None and bool(T > 1)  # a bool, though the compiler keeps T open
     grouped = H != K
     if grouped and q_BHTP.is_cuda and (mask is not None or q_BHTP.dtype == torch.float32):
         # Flash attention takes no mask and no fp32; the other without all scores, no groups.

@@ -100,6 +100,9 @@ def run(config: Config) -> dict:
     require(start or not config.init or Path(config.init).exists(), f"init ({config.init}) does "
             "not exist; give the folder of an earlier run, or a Hugging Face directory")
     corpus = parallel.in_turn(lambda: Corpus.load(config.data))
+    require(len(set(parallel.everyone(corpus.key))) == 1, "data: the processes read different "
+            "texts or problems; give all of them the same files, and let families draw from lists, "
+            "not from sets, whose order is another in each process")
     if not corpus.tokenizer.json:  # tiktoken's: the run keeps its name, which shards may have said
         named = replace(config.data, tokenizer=corpus.tokenizer.encoding.name)
         config = replace(config, data=named)

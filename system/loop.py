@@ -6,7 +6,6 @@ randomness is a function of (seed, step): a resumed run repeats the whole one, o
 
 import contextlib
 import json
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -54,9 +53,8 @@ def fit(model: HybridLM, objective: Objective, make_batch: Callable[[int], dict[
     first, ended = step, ended or settings.steps == 0
     if start:
         restore(start, model, objective, optimizers)
-    log_file, sample_file = ((run_dir / name) if parallel.is_first() else Path(os.devnull)
-                             for name in ("metrics.jsonl", "thoughts.jsonl"))
-    for file in (log_file, sample_file):
+    log_file, sample_file = run_dir / "metrics.jsonl", run_dir / "thoughts.jsonl"
+    for file in (log_file, sample_file) if parallel.is_first() else ():
         trim_log(file, step)
 
     def save() -> Path:
@@ -66,7 +64,8 @@ def fit(model: HybridLM, objective: Objective, make_batch: Callable[[int], dict[
 
     columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(),
                TextColumn("{task.fields[note]}"), TimeRemainingColumn())
-    with (Interrupt() as interrupt, open(log_file, "a") as log,
+    with (Interrupt() as interrupt,
+          open(log_file, "a") if parallel.is_first() else contextlib.nullcontext() as log,
           open_board(run_dir, step, log_to) as board,
           Progress(*columns, console=console, disable=not parallel.is_first()) as progress):
         task = progress.add_task(label, total=settings.steps, completed=step, note="")
@@ -78,7 +77,9 @@ def fit(model: HybridLM, objective: Objective, make_batch: Callable[[int], dict[
             except ValueError as error:  # problems are made by programs of others
                 if step == first:
                     raise
-                raise ValueError(f"step {step}: {error}; the weights before it are in {save()}, to "
+                # Several processes save together, and this one may be alone in failing.
+                saved = save() if parallel.team.world == 1 else "the newest checkpoint"
+                raise ValueError(f"step {step}: {error}; the weights before it are in {saved}, to "
                                  "begin another run from with --init and --out") from error
             pieces = split_batch(batch, parallel.team.world * settings.accumulate)
             parts = []
@@ -97,16 +98,17 @@ def fit(model: HybridLM, objective: Objective, make_batch: Callable[[int], dict[
                         f"--out, and a smaller {label}.lr or {label}.clip_norm")
                 objective.after_step(model)
             step += 1
-            enough = objective.enough(model, step)
+            said = parallel.everyone((interrupt.asked, objective.enough(model, step)))
+            enough = said[0][1]  # all end where the first does, though they may measure otherwise
             ended = bool(enough) or step == settings.steps
             # 4. Write a line, say what must be said, show the headline.
-            if step % settings.log_every == 0:
+            if log and step % settings.log_every == 0:
                 line = {"step": step, **metrics, "seconds": time.perf_counter() - began}
                 log.write(json.dumps(line) + "\n")
                 log.flush()
                 for name, value in line.items() if board else ():
                     board.add_scalar(name, value, step)
-                if parallel.is_first() and step % (SAMPLE_EVERY * settings.log_every) == 0:
+                if step % (SAMPLE_EVERY * settings.log_every) == 0:
                     write_sample(sample_file, step, objective.sample(parts[0]))
                 began = time.perf_counter()
             if parallel.is_first():
@@ -114,7 +116,7 @@ def fit(model: HybridLM, objective: Objective, make_batch: Callable[[int], dict[
             shown = metrics.get(objective.headline, np.nan)
             progress.update(task, completed=step, note=f"{objective.headline} {shown:.3f}")
             # 5. Stop if any process was asked to; save what is due.
-            if any(parallel.everyone(interrupt.asked)):
+            if any(asked for asked, _ in said):
                 raise KeyboardInterrupt(f"stopped after step {step}; saved in {save()}")
             if step % settings.checkpoint_every == 0 or ended:
                 save()

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -42,12 +43,16 @@ def alone_in(folder: Path) -> Iterator[None]:
     """Wait until no other program is inside, and keep others out, at most until this one ends."""
     held = []
 
-    def take() -> None:
+    def take() -> bool:
         folder.mkdir(parents=True, exist_ok=True)
-        held.append(os.open(folder / "lock", os.O_CREAT | os.O_RDWR))
-        fcntl.flock(held[0], fcntl.LOCK_EX)
+        held[:] = held or [os.open(folder / "lock", os.O_CREAT | os.O_RDWR)]
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        return False
 
-    parallel.on_first(take)
+    while not parallel.on_first(take):  # again and again: the other processes wait only so long
+        time.sleep(1)
     try:
         yield
     finally:
@@ -197,7 +202,8 @@ def require_same(start: checkpoint.Checkpoint, config: Config, corpus_key: str) 
             f"{'; '.join(changes)}; use its settings, or choose another --out")
     require(start.meta["corpus"] == corpus_key,
             "resume: the text or the problems are not what the run was started with (data.path, or "
-            "what ships with this Python; data.problems); restore them, or choose another --out")
+            "what ships with this Python; data.problems, which differ each time if drawn from a "
+            "set); restore them, or choose another --out")
 
 
 def shared_settings(config: Config) -> dict:

@@ -52,6 +52,7 @@ def runs(tmp_path_factory):
     for mode in ("rlp", "elastic"):
         copy_up_to(2, folder / f"{mode}-one", folder / f"{mode}-resumed")
     parallel.stop()
+    (folder / "null").write_text("as it was")
     processes = launch("everything", folder, port=free_port())
     outputs = [p.communicate(timeout=900)[0] for p in processes]
     assert [p.returncode for p in processes] == [0, 0], "\n".join(outputs)
@@ -126,6 +127,12 @@ def test_sharded_runs_write_sharded_checkpoints_and_leave_whole_weights(runs, mo
     for sharing, found in (("data", data), ("fsdp", fsdp)):
         left = torch.load(runs / f"{mode}-{sharing}" / "left.pt", weights_only=True)
         torch.testing.assert_close(left, found.tensors("model"), rtol=0, atol=0)
+
+
+def test_only_the_first_process_writes_a_log(runs):
+    """The others once wrote theirs over the null device."""
+    assert (runs / "null").read_text() == "as it was"
+    assert not list(runs.glob("null.*"))
 
 
 def test_such_runs_change_their_weights(runs):
@@ -263,6 +270,27 @@ def test_a_lost_process_ends_the_other_and_the_run_goes_on_alone(runs, tmp_path)
     parallel.start(options("pretrain"), CPU)
     run("pretrain", tmp_path, accumulate=2, start=start)
     assert_same_run(runs / "pretrain-one", tmp_path)
+
+
+def test_processes_that_find_different_things_end_together(tmp_path):
+    """The first decides what is enough. Where only one cannot go on, it says so and ends, and does not wait to save."""
+    processes = launch("apart", tmp_path, port=free_port())
+    outputs = [p.communicate(timeout=120)[0] for p in processes]
+    assert [line["step"] for line in metrics_of(tmp_path / "enough")] == [1, 2]
+    assert checkpoint.newest(tmp_path / "enough").meta["step"] == 2
+    said = " ".join(outputs[1].split())
+    assert "step 2: mine.py, line 3: no answer; mend it; the weights before it are in the newest checkpoint" in said
+    assert "another process was lost" not in said
+    assert all(p.returncode for p in processes)
+
+
+def test_processes_that_read_different_problems_are_refused(program, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        parallel, "everyone", lambda value: [value, f"other {value}"] if isinstance(value, str) else [value]
+    )
+    assert program(tmp_path / "run") == 2
+    assert "the processes read different texts or problems; give all of them" in " ".join(capsys.readouterr().out.split())
+    assert not (tmp_path / "run").exists()
 
 
 def test_memory_that_runs_out_ends_with_what_to_change_and_a_usable_checkpoint(runs, tmp_path, monkeypatch, capsys):

@@ -1,8 +1,10 @@
 """The loop and the program, on runs of a few steps: resuming, interrupting, refusing, and what a run leaves behind."""
 
 import dataclasses
+import fcntl
 import functools
 import json
+import os
 import shutil
 import signal
 import sys
@@ -19,7 +21,7 @@ from safetensors import SafetensorError
 import generate
 import train
 from rlp import RLP
-from system import checkpoint, loop, rundir
+from system import checkpoint, loop, parallel, rundir
 from system.config import Config, DataConfig, FitConfig, PretrainConfig, from_dict, saved_config
 from system.files import fingerprint
 from system.presets import PRESETS
@@ -595,6 +597,17 @@ def test_a_second_program_waits_for_the_base_that_another_one_trains(program, co
     assert not train.base_weights(config, corpus, model)["base_was_cached"]
     assert train.base_weights(config, corpus, model)["base_was_cached"]
     assert events == ["left", "trained", "trained"]  # the base, and warmed up
+
+
+def test_who_waits_for_a_base_asks_again_and_again(tmp_path, monkeypatch):
+    """So that the other processes, which wait for its answer, do not take it for lost."""
+    (tmp_path / "base").mkdir()
+    other, asked, on_first = os.open(tmp_path / "base" / "lock", os.O_CREAT | os.O_RDWR), [], parallel.on_first
+    fcntl.flock(other, fcntl.LOCK_EX)
+    monkeypatch.setattr(rundir.parallel, "on_first", lambda f: asked.append(f) or on_first(f))
+    monkeypatch.setattr(rundir.time, "sleep", lambda _: len(asked) == 3 and os.close(other))
+    with rundir.alone_in(tmp_path / "base"):
+        assert len(asked) == 4
 
 
 def test_a_base_that_broke_off_keeps_nobody_out(tmp_path):

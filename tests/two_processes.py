@@ -116,6 +116,7 @@ def launch(*words, port):
 
 def everything(folder):
     """Every mode with the data and with the weights shared out, and the runs of one process gone on with on two."""
+    os.devnull = str(folder / "null")
     for mode in (*MODES, "lora"):
         for sharing in ("data", "fsdp")[: 1 + (mode in MODES)]:
             parallel.start(options(mode, sharing), CPU)
@@ -141,6 +142,28 @@ def lose_one(folder):
     return train.main(["--preset", "smoke", "--mode", "pretrain", "--out", str(folder)])
 
 
+def apart(folder):
+    """What the processes find differs: the first has enough after two steps, the second after three. Then the second's
+    third batch cannot be made."""
+
+    class Differing(train.NextToken):
+        def enough(self, model, step):
+            return f"process {parallel.team.rank}" if step == 2 + parallel.team.rank else ""
+
+    def whole_run(config):
+        parallel.start(options("pretrain"), CPU)
+        run("pretrain", folder / "enough", objective=Differing())
+
+        def before_step(step):
+            if step == 2 and parallel.team.rank == 1:
+                raise ValueError("mine.py, line 3: no answer; mend it")
+
+        run("pretrain", folder / "broken", before_step=before_step)
+
+    train.run = whole_run
+    return train.main(["--preset", "smoke", "--mode", "pretrain", "--out", str(folder / "broken")])
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    sys.exit(parallel.leave({"everything": everything, "lose_one": lose_one}[sys.argv[1]](Path(sys.argv[2]))))
+    sys.exit(parallel.leave(globals()[sys.argv[1]](Path(sys.argv[2]))))

@@ -26,7 +26,12 @@ from text.tokenizer import Tokenizer
 
 # ------------------------------------------------------------------------------ documents to read
 
-Marked = list[tuple[int, bool]]  # tokens, and whether each is to be predicted
+Marked = list[tuple[int, bool]] | np.ndarray  # tokens, and whether each is to be predicted
+
+
+def all_wanted(tokens_T: np.ndarray) -> np.ndarray:
+    """All tokens are to be predicted: [T, 2]."""
+    return np.stack((tokens_T.astype(np.int64), np.ones(len(tokens_T), dtype=np.int64)), axis=1)
 
 
 def place_thoughts(tokenizer: Tokenizer, document: list[int], thoughts: dict[int, list[int]],
@@ -86,6 +91,7 @@ def pack(n_rows: int, seq_len: int, shares: dict[str, float],
     kind that lacks most of its share of the batch's tokens."""
     tokens_BT = np.zeros((n_rows, seq_len + 1), dtype=np.int64)
     ids_BT, wanted_BT = np.zeros_like(tokens_BT), np.zeros(tokens_BT.shape, dtype=bool)
+    begin_T2 = np.array([(token, True) for token in begin], dtype=np.int64).reshape(-1, 2)
     n_tokens = dict.fromkeys(shares, 0)  # of each kind so far
     for row in range(n_rows):
         n = i = 0  # tokens and documents of the row so far
@@ -94,12 +100,12 @@ def pack(n_rows: int, seq_len: int, shares: dict[str, float],
             n_next = sum(n_tokens.values()) + 1
             kind = max(shares, key=lambda k: shares[k] * n_next - n_tokens[k])
             # 2. The document, into the row as far as there is room.
-            document = [*((token, True) for token in begin), *draw(kind)][: seq_len + 1 - n]
-            place = slice(n, n + len(document))
-            tokens_BT[row, place], wanted_BT[row, place] = zip(*document, strict=True)
+            document_T2 = np.concatenate([begin_T2, draw(kind)])[: seq_len + 1 - n]
+            place = slice(n, n + len(document_T2))
+            tokens_BT[row, place], wanted_BT[row, place] = document_T2.T
             ids_BT[row, place] = i
-            n, i = n + len(document), i + 1
-            n_tokens[kind] += len(document)
+            n, i = n + len(document_T2), i + 1
+            n_tokens[kind] += len(document_T2)
     # 3. A target is the next token of the same document, if it is to be predicted.
     tokens_BT, ids_BT, wanted_BT = map(torch.from_numpy, (tokens_BT, ids_BT, wanted_BT))
     other = (ids_BT[:, 1:] != ids_BT[:, :-1]) | ~wanted_BT[:, 1:]
@@ -125,7 +131,7 @@ def pretrain_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tenso
 
     def draw(kind: str) -> Marked:
         if kind == "text":
-            return [(t, True) for t in corpus.text_window(rng, "train", fit.seq_len).tolist()]
+            return all_wanted(corpus.text_window(rng, "train", fit.seq_len))
         family = families[0] if intro else rng.choice(families)
         problem = draw_problem(rng, "train", percent, corpus.families, family)
         thought = problem.thought if rng.random() < fit.think else None
@@ -162,7 +168,10 @@ def mixture(corpus: Corpus, config: Config, step: int, n_rows: int, seq_len: int
             return problem_document(
                 tokenizer, problem, thought_for(problem, rng, fit.worked) if has_thought else None)
         if kind == "text":
-            document = corpus.text_window(rng, split, seq_len).tolist()
+            window = corpus.text_window(rng, split, seq_len)
+            if not fit.gap:
+                return all_wanted(window)
+            document = window.tolist()
             worked, often = recalled(document) if fit.recall else {}, fit.recall
         else:
             document, worked = computed_tokens(tokenizer, draw_computed(rng, split, percent))
