@@ -15,7 +15,8 @@ thoughts of a group share log p_phi, so the teacher cancels in the advantages: i
 and for the reward's floor. With one update from each batch rho = 1, and the clip is idle.
 
 How to read: the functions down to `kl_estimate` take log-probabilities, not models. To try another
-reward change `reward`: `information_gain` stays what is reported. `RLP` is Algorithm 1.
+reward change `reward`, or `RLP.prepare`, which has the thoughts too: `information_gain` stays what
+is reported. `RLP` is Algorithm 1.
 
 Where it differs from the paper: neither scorer has the think tags in its softmax (else a base that
 likes to open a thought would seem to predict badly, and gains would look larger); rewards have a
@@ -70,7 +71,8 @@ def match(answer_RX: Tensor, target_BX: Tensor) -> Tensor:
 def group_advantages(reward_BG: Tensor) -> Tensor:
     """A_i = G / (G - 1) (r_i - r_bar) within each group (eq. 6), detached. They sum to 0.
     r_bar contains r_i itself, which shrinks r_i - r_bar by (G - 1) / G on average; the factor makes
-    the gradient unbiased. Nothing is divided by a deviation. Raises ValueError if G is 1."""
+    the gradient unbiased: A_i is r_i minus the mean of the others (leave-one-out). Nothing is
+    divided by a deviation. Raises ValueError if G is 1."""
     G = reward_BG.shape[1]
     require(G >= 2, f"a group has {G} thought; rlp.group_size must be at least 2, to compare them")
     r_bar_B1 = reward_BG.mean(dim=1, keepdim=True)
@@ -208,10 +210,11 @@ class RLP(Objective):
             logits_BV = mask_banned(wide(teacher.logits(read.hidden_BD)), tokenizer.tags)
             entropy_B = torch.special.entr(logits_BV.softmax(-1)).sum(-1)
             reward_BG = reward_BG.where(entropy_B[:, None] >= c.min_entropy, 0)
+        advantage_BG = group_advantages(reward_BG)
         batch = {**batch, **shared, "thoughts": thoughts, "gain_R": gain_BG.flatten(),
                  "is_right_BG": is_right_BG, "reward_BG": reward_BG,
-                 "advantage_R": group_advantages(reward_BG).flatten(),
-                 "signal_B": reward_BG.amax(dim=1) - reward_BG.amin(dim=1) > 1e-6}
+                 "advantage_R": advantage_BG.flatten(),
+                 "signal_B": advantage_BG.abs().amax(dim=1) > 1e-5}
         if c.kl > 0:
             with torch.no_grad():
                 reference = whole(self.networks["reference"])
@@ -223,8 +226,8 @@ class RLP(Objective):
         number, metrics."""
         c, thoughts, advantage_R = self.config, batch["thoughts"], batch["advantage_R"]
         length_R = thoughts.length_R
-        # Where rewards are equal there is nothing to learn, and the sampler's log p is good enough
-        # for the metrics. FSDP wants as many passes of all processes.
+        # Without advantages there is nothing to learn, and the sampler's log p is good enough for
+        # the metrics. FSDP wants as many passes of all processes.
         wanted_R = batch["signal_B"].repeat_interleave(c.group_size)
         if c.kl > 0 or parallel.is_dressed(model) or not wanted_R.any():
             wanted_R = torch.ones_like(wanted_R)

@@ -199,14 +199,17 @@ class Costs(nn.Module):
 
     def expected(self, p: dict[str, Tensor], depth_order: list[int]) -> Tensor:
         """Expected cost under probabilities [decisions, widths] of every axis."""
-        stream = p["d_model"][0].double()
-        total = stream @ self.outside
+        return p["d_model"][0].double() @ self.outside + self.by_layer(p, depth_order).sum()
+
+    def by_layer(self, p: dict[str, Tensor], depth_order: list[int]) -> Tensor:
+        """Expected cost of each layer."""
+        stream, found = p["d_model"][0].double(), []
         for i, gamma in enumerate(self.space.gamma(p["depth"][0], depth_order)):
             t = torch.tensordot(stream, self.table(i), dims=1)
             for axis in AXES_OF[self.space.config.pattern[i]]:
                 t = torch.tensordot(p[axis][self.space.decision(axis, i)].double(), t, dims=1)
-            total = total + gamma.double() * t
-        return total
+            found.append(gamma.double() * t)
+        return torch.stack(found)
 
     def exact(self, choice: Choice, depth_order: list[int]) -> float:
         """Cost of one choice."""

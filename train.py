@@ -654,8 +654,9 @@ def broke_off(error: Exception, config: Config) -> str:
                 f"--{config.mode}.accumulate (while the base trains: --pretrain.accumulate), more "
                 "processes, or --parallel.activation-checkpointing; a smaller "
                 f"--{config.mode}.batch is another run, with another --out")
+    slow = ", and a larger --parallel.timeout-s if it was at work on files"
     lost = (f"{who}another process was lost ({first_line}); {go_on}; go on {how}, on any number of "
-            "processes")
+            f"processes{slow * ('imed out' in first_line)}")
     return lost if parallel.is_lost(error) else ""
 
 

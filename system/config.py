@@ -391,7 +391,8 @@ class ElasticConfig(FitConfig):
     self_kl: Weight = 0.0  # Weight of the KL from the full model as it trains (smaller budgets).
     ce: Weight = 0.0  # Weight of the cross-entropy, for every budget.
     full_ce: Weight = 0.0  # Weight of the full model's cross-entropy (alpha), as it is a teacher.
-    kl_temperature: Positive = 1.0  # Temperature of both distributions in the divergences.
+    # Temperature T of both distributions in the divergences, which get no factor T^2.
+    kl_temperature: Positive = 1.0
     seq_len: Length = 256  # Tokens of a training sequence in stage 1.
     long_len: Length = 512  # Tokens of a training sequence in stage 2, a multiple of seq_len.
     # Sequences of a step in stage 2; 0: as many as make a step of as many tokens as in stage 1.
@@ -536,7 +537,8 @@ class ParallelConfig(Settings):
     # Sample thoughts by replaying a CUDA graph for each token. No card has run this yet; what it is
     # worth there, `python -m tools.gpu_check` measures.
     cuda_graphs: bool = False
-    # Seconds after which a process that does not answer counts as lost.
+    # Seconds after which a process that does not answer counts as lost, also while the first reads,
+    # encodes and checks the text, which the others wait for.
     timeout_s: Annotated[int, at_least(1, "; 1800 is usual")] = 1800
 
 

@@ -1021,7 +1021,7 @@ def test_half_of_the_mixtures_other_documents_have_thoughts_back_and_those_are_m
         data={"text_share": float(kind == "text")},
         warmup={"batch": 200, "seq_len": 512, "gap": 24, "computed_share": float(kind == "computed")},
     )
-    tk, batch, masked, n_text, n_thoughts = corpus.tokenizer, warmup_batch(corpus, config, 0), [], 0, 0
+    tk, batch, masked, n_text, n_thoughts, empty = corpus.tokenizer, warmup_batch(corpus, config, 0), [], 0, 0, []
     for tokens, targets, ids in zip(*(batch[k].tolist() for k in ("tokens_BT", "targets_BT", "ids_BT")), strict=True):
         for d in range(ids[-1] + 1):
             own = [i for i, of in enumerate(ids) if of == d]
@@ -1034,6 +1034,7 @@ def test_half_of_the_mixtures_other_documents_have_thoughts_back_and_those_are_m
                     thought = tk.decode(read[i + 1 : closes[0]])
                     n_thoughts += 1
                     n_text -= closes[0] - i + 1
+                    empty.append(thought == "")
                     if kind == "text":
                         assert thought == "" or thought.startswith(FILLER)
             n_text += len(read)
@@ -1044,6 +1045,7 @@ def test_half_of_the_mixtures_other_documents_have_thoughts_back_and_those_are_m
     assert sum(masked) / len(masked) == pytest.approx(0.5, abs=0.1)
     if kind == "text":
         assert n_text / n_thoughts == pytest.approx(24, rel=0.06)
+        assert statistics.mean(empty) == pytest.approx(0.85, abs=0.03)
     else:
         assert n_text / n_thoughts < 20  # results have one too
 

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import elastic
 import importance
+import kernels
 import nested
 import routers
 from elastic import Distillation, Elastic
@@ -614,6 +615,60 @@ def test_heads_of_several_groups_and_cut_channels_are_copies_of_their_own():
     assert own == {f"layers.0.mixer.{n}" for n in mamba} | {f"layers.3.mixer.{n}.weight" for n in ("q_proj", "o_proj")}
 
 
+def under_soft_masks(model, masks, tokens_BT):
+    """The model with masks on its activations, where the paper has them; no part of `nested` is used."""
+    c, mask_D, x = model.config, masks.d_model, model.embed(tokens_BT) * masks.d_model
+
+    def norm(x, weight_D):
+        return weight_D * mask_D * x * torch.rsqrt(x.square().sum(-1, keepdim=True) / mask_D.square().sum() + c.norm_eps)
+
+    for block, m, gamma in zip(model.layers, masks.layers, masks.gamma, strict=True):
+        h, mixer = norm(x, block.norm.weight), block.mixer
+        if block.kind == "-":
+            y = mixer.down_proj(F.relu(mixer.up_proj(h)).square() * m["F"])
+        elif block.kind == "*":
+            q, k, v = (f(h).unflatten(-1, (-1, c.attn_head_dim)).transpose(1, 2)
+                       for f in (mixer.q_proj, mixer.k_proj, mixer.v_proj))  # fmt: skip
+            k, v = (t.repeat_interleave(c.n_heads // c.n_kv_heads, 1) for t in (k, v))
+            y = F.scaled_dot_product_attention(q * m["H"][:, None, None], k, v, is_causal=True)
+            y = mixer.o_proj((y * m["H"][:, None, None]).transpose(1, 2).flatten(2))
+        else:
+            inside_E = torch.outer(m["H"], m["P"]).flatten()
+            z, xbc, dt = mixer.in_proj(h).split(mixer.rows, -1)
+            xs, b, cc = kernels.causal_conv(xbc, mixer.conv_weight, mixer.conv_bias, None, None)[0].split(
+                mixer.conv_rows, -1
+            )
+            xs, z = (F.silu(t * inside_E) for t in (xs, z))
+            b, cc = (F.silu(t).unflatten(-1, (mixer.n_groups, mixer.d_state)) for t in (b, cc))
+            dt = F.softplus(dt * m["H"] + mixer.dt_bias)
+            y = kernels.ssd(xs.unflatten(-1, (mixer.n_heads, mixer.head_dim)), dt, -mixer.A_log.exp(), b, cc, mixer.D, None,
+                            None, mixer.chunk)[0]  # fmt: skip
+            y = (y.flatten(2) * z).unflatten(-1, (mixer.n_groups, -1))
+            count_G1 = inside_E.square().view(mixer.n_groups, -1).sum(-1)[:, None]
+            y = (y * torch.rsqrt(y.square().sum(-1, keepdim=True) / count_G1 + c.norm_eps)).flatten(-2)
+            y = mixer.out_proj(y * mixer.norm_weight)
+        x = x + gamma * mask_D * y
+    return norm(x, model.norm.weight)
+
+
+def test_soft_masks_on_weights_are_those_on_activations():
+    """Values between 0 and 1 everywhere, heads alike in every group: a mask put on twice, or left out, shows."""
+    model, noise = tiny_model(tie_embeddings=False), torch.Generator().manual_seed(0)
+    full = nested.hard_masks(model.config, nested.full_widths(model.config))
+
+    def soft(mask):
+        return 0.3 + 0.7 * torch.rand(mask.shape, generator=noise, dtype=torch.float64)
+
+    layers = [{axis: soft(mask) for axis, mask in own.items()} for own in full.layers]
+    for kind, own in zip(model.config.pattern, layers, strict=True):
+        if kind == "M":
+            n = model.config.mamba_groups
+            own["H"] = own["H"][: len(own["H"]) // n].repeat(n)
+    masks = nested.Masks(soft(full.d_model), layers, [soft(gamma) for gamma in full.gamma])
+    found, _ = model(TOKENS_BT, inside=nested.masked_inside(model.config, masks))
+    assert_close(found, under_soft_masks(model, masks, TOKENS_BT), rtol=1e-9, atol=1e-10)
+
+
 # ------------------------------------------------------------------------------------------------- choices and masks
 
 
@@ -853,6 +908,20 @@ def test_latency_is_that_of_a_token_read_and_of_one_generated(monkeypatch, kind)
     assert seen == [(64, False)] * 9 + [(1, kind != "-")] * 8
 
 
+def test_latency_is_the_median_of_seven_runs_after_the_first(monkeypatch):
+    """Of 50, 9, 1, 8, 2, 7, 3, 4 ns: 4, for 128 tokens and for 2."""
+    clock, plain, times = [0.0], Block.forward, itertools.cycle([50, 9, 1, 8, 2, 7, 3, 4])
+
+    def forward(self, x_BTD, cached, context):
+        clock[0] += next(times) * 1e-9
+        return plain(self, x_BTD, cached, context)
+
+    monkeypatch.setattr(Block, "forward", forward)
+    monkeypatch.setattr(routers.time, "perf_counter", lambda: clock[0])
+    found = routers.part_latency_ns.__wrapped__("-", tiny_model().config, 2, CPU)
+    assert found == pytest.approx(4 / 128 + 4 / 2)
+
+
 def test_a_wider_part_never_costs_less_whatever_the_clock_says():
     """The measure below gives every narrower part a longer time; each then costs as much as the dearest that it holds."""
     c = settings(d_model_choices=(8, 5), ffn_choices=(12, 7), mamba_channel_choices=(3, 1))
@@ -860,10 +929,12 @@ def test_a_wider_part_never_costs_less_whatever_the_clock_says():
     assert_close(costs.ffn, torch.full_like(costs.ffn, 1e6 / (5 * 7)))
 
 
-def test_the_narrowest_order_drops_the_dearest_layers_first():
-    """Of the pattern M-M*- at its smallest choices: no order that keeps three layers has a cheaper smallest model."""
-    model = tiny_model()
-    costs = routers.build_router(model.config, settings(), None, CPU).costs
+@pytest.mark.parametrize("d_ff", [12, 60])
+def test_the_narrowest_order_drops_the_dearest_layers_first(d_ff):
+    """Of the pattern M-M*- at its smallest choices: no order that keeps three layers has a cheaper smallest model. Of 60
+    channels an FFN is the dearest layer at its largest, and not at its smallest, of one."""
+    model = tiny_model(d_ff=d_ff)
+    costs = routers.build_router(model.config, settings(ffn_choices=(d_ff, 1)), None, CPU).costs
     choice = costs.space.extreme(smallest=True)
     orders = itertools.permutations(range(5))
     assert costs.exact(choice, costs.dearest_first()) == min(costs.exact(choice, list(order)) for order in orders)
@@ -1292,6 +1363,25 @@ def test_the_task_alone_moves_every_router_in_each_mode(mode):
 
 
 @pytest.mark.parametrize("mode", ["soft", "top1", "straight-through"])
+def test_the_search_runs_under_the_masks_of_its_mode(mode):
+    model, batch = tiny_model(), batch_of([1])
+    objective = make_objective(model, 10, mask=mode)
+    space = objective.router.space
+    p = {a: random_weights((space.n_decisions(a), len(w))).softmax(-1) for a, w in space.choices.items()}
+    masks = space.masks(routers.mask_weighting(p, mode), objective.router.depth_order)
+    expected, _ = model(batch["tokens_BT"], ids_BT=batch["ids_BT"], inside=nested.masked_inside(model.config, masks))
+    assert_close(objective.run(model, p, 0.75, batch)[0], expected)
+
+
+def test_the_noise_of_choices_is_gumbels():
+    """Its mean is Euler's constant."""
+    objective, generator = make_objective(tiny_model(), 10), torch.Generator().manual_seed(0)
+    drawn = [objective.prepare(None, {}, 0, generator)["noise"].values() for _ in range(200)]
+    values = torch.cat([v.flatten() for noise in drawn for of_budget in noise for v in of_budget.values()])
+    assert float(values.mean()) == pytest.approx(0.5772, abs=0.05)
+
+
+@pytest.mark.parametrize("mode", ["soft", "top1", "straight-through"])
 def test_twenty_steps_of_the_search_stay_finite_and_move_the_routers(mode):
     """With the paper's rate for routers, in fp32, to the end of the annealing."""
     model = tiny_model(pattern="M*-").float()
@@ -1321,6 +1411,7 @@ def test_routers_learn_to_meet_their_budgets():
     objective, generator = Elastic(c, router, HybridLM(space.config)), torch.Generator().manual_seed(0)
     (optimizer,) = objective.optimizers()
     assert optimizer.param_groups[0]["lr"] == 1e-2
+    assert optimizer.param_groups[0]["weight_decay"] == 0
     for step in range(100):
         p = objective.choices(objective.prepare(None, {}, step, generator)["noise"])
         optimizer.zero_grad()

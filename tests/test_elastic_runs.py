@@ -26,6 +26,7 @@ from torch.testing import assert_close
 import elastic
 import evals
 import generate
+import importance
 import nested
 import routers
 import train
@@ -1058,6 +1059,47 @@ def test_what_a_hand_over_costs(corpus):
     accuracies = evals.size_accuracies(sizes, corpus, config)
     for found, size in zip((up, down), accuracies, strict=True):
         assert found["own"] == size["accuracy"]["greedy"]["all"]
+
+
+def test_what_a_hand_over_costs_by_hand(corpus, monkeypatch):
+    """From the half to the full size: of each problem, the answer's -log p after states of the half minus that after its
+    own, and both answers, which count here as right if they are even."""
+    monkeypatch.setattr(evals.Positions, "right", lambda self, said_RX, target_BX, first: (said_RX[:, 0] % 2 == 0).float())
+    model = noisy_model(replace(SMOKE, model=replace(SMOKE.model, pattern="M")), corpus)
+    model.head.weight.data.mul_(30)
+    widths = [nested.full_widths(model.config), nested.Widths(32, ((2, 16),))]
+    sizes, config = [model, nested.submodel(model, widths[1])], with_elastic(budgets=(1.0, 0.5), long_weights=(0.5, 0.5))
+    _, up = evals.handed_over(sizes, widths, model.config, corpus, config)
+    positions, sampling = evals.problem_positions(corpus, config), evals.Sampling(1, config.rlp.thought_len, 0.0)
+    (batch,) = positions.batches(model, 10**3)
+    own, half = (evals.prefill(size, batch) for size in sizes)
+    cache = nested.hand_over(half.cache, model.config, widths[1], widths[0])
+    alone, handed = (evals.sample_thoughts(model, batch, corpus.tokenizer, sampling, prefix=prefix)
+                     for prefix in (own, own._replace(cache=cache, early=cache)))  # fmt: skip
+    assert up["more_nats"]["mean"] == pytest.approx(float((alone.logp_target_R - handed.logp_target_R).mean()), rel=1e-4)
+    even = [float((found.answer_RX[:, 0] % 2 == 0).float().mean()) for found in (alone, handed)]
+    assert [up["own"]["mean"], up["handed"]["mean"]] == pytest.approx(even)
+    assert even[0] != even[1]
+
+
+def test_scores_of_layers_lose_the_least_important_and_of_units_three_random_orders(corpus, monkeypatch):
+    """A layer that writes nothing can go at no cost. The loss here is a size's distance from the model."""
+    rank, drawn = importance.rank, []
+    monkeypatch.setattr(importance, "rank", lambda *of: drawn.append((of[2].score_ffn, of[3])) or rank(*of))
+    config = replace(SMOKE, model=replace(SMOKE.model, pattern="M-*-"))
+    model = noisy_model(config, corpus)
+    model.layers[1].mixer.down_proj.weight.data.zero_()
+    batch = batches.mixture(corpus, config, 0, 4, 32)
+
+    def logits(size):
+        return size.logits(size(batch["tokens_BT"], ids_BT=batch["ids_BT"])[0])
+
+    def loss(size):
+        return float((logits(size) - logits(model)).abs().max().detach())
+
+    table = importance.score_table(model, [batch], config.elastic, loss)
+    assert table["depth"]["paper"] < 1e-5 < table["depth"]["random"]
+    assert [seed for score, seed in drawn if score == "random"] == [0, 1, 2]
 
 
 def test_no_text_is_long_enough_for_a_long_loss(corpus):

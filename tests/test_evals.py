@@ -860,6 +860,23 @@ def test_how_many_are_measured_at_once_changes_no_figure(corpus, networks, monke
     assert_close(figures(), together)
 
 
+def test_how_many_are_measured_at_once_changes_no_beginning_and_no_scorer(corpus, networks, monkeypatch):
+    """Five problems, each with a beginning of its own for its thoughts, and a scorer that accepts everything of every other
+    problem."""
+    found = evals.problem_positions(corpus, CONFIG)
+    problems = [dataclasses.replace(p, scorer=lambda _, i=i: float(i % 2)) for i, p in enumerate(found.problems[:5])]
+    five, forced_Bl = found._replace(places=found.places[:5], problems=problems), torch.arange(10).view(5, 2)
+
+    def figures():
+        return evals.measure_thoughts(networks[0], five, 0.0, 1, forced_Bl)
+
+    together = figures()
+    assert together["correct"][1::2].tolist() == [1.0, 1.0]
+    assert together["thought_BGL"][:, 0, :2].tolist() == forced_Bl.tolist()
+    monkeypatch.setattr(evals, "TOKENS_AT_ONCE", 1)
+    assert_close(figures(), together)
+
+
 # ---------------------------------------------------------------------------------------------------- models of many sizes
 
 SEQ_LEN, LONG_LEN, ROWS = 6, 14, 60

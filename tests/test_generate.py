@@ -54,6 +54,31 @@ def rows(thoughts):
         yield r, CONTEXTS[r // G], TARGETS[r // G], tokens[:n]
 
 
+@pytest.mark.parametrize("back", [0, 2, 20])
+@pytest.mark.parametrize("longest", [1, 6])
+def test_what_is_shown_is_the_thought_and_the_likeliest_tokens_behind_it(model, back, longest):
+    """By plain passes over whole sequences; a thought that does not close itself is closed; the thought stands behind the
+    first token at least."""
+    tokenizer = SimpleNamespace(**vars(TOKENIZER), begin=(), encode=lambda s: [*map(int, s)], decode=tuple)
+    config, prompt, closed = RLPConfig(thought_len=longest, temperature=1.0), CONTEXTS[0], set()
+    for seed in range(6):
+        shown = thoughts.show_thought(model, tokenizer, "".join(map(str, prompt)), config, seed, back)
+        end = shown.index(CLOSE)
+        assert shown[0] == THINK
+        assert end <= longest + 1
+        closed.add(end <= longest)
+        split = len(prompt) - min(back, len(prompt) - 1)
+        read, expected = [*prompt[:split], *shown[: end + 1], *prompt[split:]], []
+        for _ in range(8):
+            token = int(plain_logits(model, read, TAGS)[-1].argmax())
+            if token == END:
+                break
+            expected.append(token)
+            read.append(token)
+        assert list(shown[end + 1 :]) == expected
+    assert closed == ({True, False} if longest > 1 else closed)
+
+
 @torch.no_grad()
 def plain_logits(model, tokens, banned):
     """Next-token logits [T, V] of one plain forward pass."""

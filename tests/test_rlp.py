@@ -500,12 +500,16 @@ def test_what_is_logged_of_rewards_by_hand(model, monkeypatch):
     """Two groups of two. log p after the thoughts (-3, -1), (-4, -9); without, the model -2 and -2, the teacher -1 and -1.
 
     Gains over the teacher -2, 0 and -3, -8; over the model -1, 1 and -2, -7, on the mean -9/4. Floor -2.5: rewards -2, 0
-    (deviation sqrt 2) and twice -2.5 (0: a group of two without signal, both at the floor).
+    (deviation sqrt 2) and twice -2.5 (0: a group of two without signal, both at the floor). Thoughts of 1, 2, 1 and 2
+    tokens, -log pi of a token 1, 3, 5 and 2 on the mean; the last does not close itself.
     """
 
     def sampled(*args, **shared):
         found = sample_thoughts(*args, **shared)
         found.logp_target_R, found.logp_plain_B = f64(-3.0, -1.0, -4.0, -9.0), f64(-2.0, -2.0)
+        found.length_R, found.closed_R = torch.tensor([1, 2, 1, 2]), torch.tensor([True, True, True, False])
+        found.tokens_RL = torch.tensor([[CLOSE, CLOSE], [0, CLOSE], [CLOSE, CLOSE], [2, 1]])
+        found.logp_RL = f64([-1.0, 0.0], [-2.0, -4.0], [-5.0, 0.0], [-1.0, -3.0])
         return found
 
     monkeypatch.setattr(rlp, "sample_thoughts", sampled)
@@ -513,7 +517,8 @@ def test_what_is_logged_of_rewards_by_hand(model, monkeypatch):
     objective = objective_of(group_size=2, reward_floor=-2.5)
     found = means(objective.loss(model, objective.prepare(model, batch_of(), 0, generator()))[2])
     expected = {"gain_ema_nats": -3.25, "gain_own_nats": -2.25, "gain_text_nats": -1.0, "gain_problems_nats": -5.5,
-                "reward_std_nats": 2**0.5 / 2, "no_signal": 0.5, "floored": 0.5}  # fmt: skip
+                "reward_std_nats": 2**0.5 / 2, "no_signal": 0.5, "floored": 0.5,
+                "closed": 0.75, "entropy_nats": (1 + 3 + 5 + 2) / 4, "thought_tokens": 1.5}  # fmt: skip
     assert {name: found[name] for name in expected} == pytest.approx(expected)
 
 
@@ -625,18 +630,18 @@ def test_the_first_inner_update_is_not_clipped_and_a_later_one_is(model):
 
 
 def test_clipped_counts_the_tokens_whose_gradient_the_clip_takes(model, monkeypatch):
-    """Ratios 2 and 1/2 with advantages of both signs: the clip takes a good token that is likely, a bad unlikely one."""
-    objective = objective_of(group_size=2)
+    """Ratios 2, .8 and 1/2 with advantages of both signs: the clip takes a likely good token and unlikely bad ones."""
+    objective = objective_of(group_size=2, eps_low=0.3, eps_high=0.1)
     prepared = objective.prepare(model, batch_of([CONTEXTS[0]], [TARGETS[0]]), 0, generator())
-    prepared["thoughts"].length_R = torch.tensor([3, 3])
+    prepared["thoughts"].length_R = torch.tensor([3, 2])
     prepared["advantage_R"], prepared["old_logp_RL"] = f64(1.0, -1.0), torch.zeros(2, 3).double()
-    logp_RL = f64([2.0, 0.5, 1.0], [2.0, 0.5, 1.1]).log().requires_grad_()
+    logp_RL = f64([2.0, 0.5, 1.0], [0.8, 0.5, 1.1]).log().requires_grad_()
     monkeypatch.setattr(objective, "policy_logp", lambda *_: logp_RL)
     prepared["thoughts"].logp_RL = torch.zeros(2, 3).double()
     loss, _, metrics = objective.loss(model, prepared)
     (grad_RL,) = torch.autograd.grad(loss, logp_RL)
-    assert (grad_RL == 0).tolist() == [[True, False, False], [False, True, False]]
-    assert means(metrics)["clipped"] == pytest.approx(2 / 6)
+    assert (grad_RL == 0).tolist() == [[True, False, False], [False, True, True]]  # the last is behind its thought
+    assert means(metrics)["clipped"] == pytest.approx((1 / 3 + 1 / 2) / 2)
 
 
 def test_the_first_ratio_is_one_whatever_the_sampler_rounded_and_the_difference_is_logged(model):
@@ -674,6 +679,32 @@ def test_matches_by_hand():
     answer_RX = torch.tensor([[1, 2], [1, 3], [0, 2], [4, -100], [4, -100], [5, -100]])
     found = rlp.match(answer_RX, torch.tensor([[1, 2], [4, -100]]))
     assert found.tolist() == [[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]]
+
+
+def test_a_positions_entropy_is_that_of_the_prediction_whatever_the_thoughts_temperature(model, monkeypatch):
+    """.9 and .1 have .33 nats; at the thoughts' temperature of .7 they would have .17. At least .25 are asked for."""
+    objective = objective_of(group_size=2, reward="match", min_entropy=0.25, temperature=0.7)
+    objective.start(model)
+    sure = SimpleNamespace(logits=lambda hidden_BD: f64(*[[0.9, 0.1, 0, 0, 0, 0]] * 2).log())
+    monkeypatch.setattr(rlp, "score_context", lambda *_: (f64(-1.0, -1.0), None, SimpleNamespace(hidden_BD=None)))
+    monkeypatch.setattr(rlp, "match", lambda *_: f64([1.0, 0.0], [1.0, 0.0]))
+    monkeypatch.setitem(objective.networks, "teacher", sure)
+    monkeypatch.setattr(rlp.parallel, "whole", lambda network, **_: network)
+    assert objective.prepare(model, batch_of(), 0, generator())["signal_B"].all()
+
+
+def test_a_group_whose_rewards_are_equal_teaches_where_its_advantages_are_not_zero(model, monkeypatch):
+    """As with another baseline than the group's mean, here the batch's: A = (1/4, 1/4), (-3/4, 1/4)."""
+    monkeypatch.setattr(rlp, "group_advantages", lambda reward_BG: (reward_BG - reward_BG.mean()).detach())
+    monkeypatch.setattr(rlp, "match", lambda *_: f64([1.0, 1.0], [0.0, 1.0]))
+    objective = objective_of(group_size=2, reward="match")
+    prepared = objective.prepare(model, batch_of(), 0, generator())
+    assert prepared["signal_B"].tolist() == [True, True]
+    found = gradients(model, objective.loss(model, prepared)[0])
+    thoughts = prepared["thoughts"]
+    logp_RL = rlp.thought_logp(model, prepared, thoughts.tokens_RL, thoughts.length_R, THINK, 1.0)
+    loss_R = clipped_surrogate(logp_RL, logp_RL.detach(), prepared["advantage_R"], thoughts.length_R, 0.2, 0.2)
+    assert_close(found, gradients(model, loss_R.sum()))
 
 
 @pytest.mark.parametrize("min_entropy", [0.0, 1.0, 1.5])

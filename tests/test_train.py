@@ -3,6 +3,7 @@
 import dataclasses
 import fcntl
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -74,6 +75,21 @@ def pretrain_on_counting(run_dir, dtype=torch.float32, objective=None, **changes
     model = rundir.build_model(PRESETS["smoke"], 16, CPU, seed=0).to(dtype)
     loop.fit(model, objective or train.NextToken(), counting_batch, settings, run_dir, 0, {}, "pretrain")
     return model
+
+
+def test_what_follows_the_weights_does_so_after_every_update_of_a_batch(tmp_path):
+    """As RLP's teacher with several inner epochs: two updates a batch, three batches."""
+    followed = []
+
+    class Twice(train.NextToken):
+        n_updates = 2
+
+        def after_step(self, model):
+            followed.append(model.head.weight.detach().clone())
+
+    pretrain_on_counting(tmp_path / "run", objective=Twice(), steps=3)
+    assert len(followed) == 6
+    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(followed))
 
 
 @pytest.mark.parametrize(
