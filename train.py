@@ -331,11 +331,12 @@ def make_elastic(model: HybridLM, corpus: Corpus, config: Config) -> elastic.Ela
 
 def calibration(model: HybridLM, corpus: Corpus, config: Config) -> list[dict[str, Tensor]]:
     """Training sequences that no step will see: this process's share of them, in pieces of 8 at
-    most, so that memory does not grow with their number."""
+    most, or of 16384 tokens, so that memory does not grow with their number."""
     c, rank, world = config.elastic, parallel.team.rank, parallel.team.world
     batch = batches.mixture(corpus, config, 10**6, c.calibration_rows, c.seq_len)
     mine = evals.to_device({name: t[rank::world] for name, t in batch.items()}, model)
-    return split_batch(mine, -(-len(mine["tokens_BT"]) // 8))
+    rows = max(1, min(8, 2**14 // c.seq_len))
+    return split_batch(mine, -(-len(mine["tokens_BT"]) // rows))
 
 
 def order_parent(model: HybridLM, pieces: list[dict[str, Tensor]], config: Config

@@ -258,6 +258,13 @@ def test_choices_of_a_finished_run_are_those_it_trained(corpus, tmp_path):
         assert_close(hidden_BTd, nested.submodel(model, other.choose(b))(tokens_BT)[0])
 
 
+@pytest.mark.parametrize(("rows", "length", "pieces"), [(20, 32, [7, 7, 6]), (5, 8192, [2, 2, 1]), (2, 20_000, [1, 1])])
+def test_calibration_runs_in_pieces_of_a_few_rows_and_tokens(corpus, rows, length, pieces):
+    config = with_elastic(calibration_rows=rows, seq_len=length)
+    found = train.calibration(noisy_model(SMOKE, corpus), corpus, config)
+    assert [tuple(piece["tokens_BT"].shape) for piece in found] == [(n, length) for n in pieces]
+
+
 def test_fewer_calibration_rows_than_processes_are_refused(monkeypatch):
     """Each process ranks on its own rows: one without any would wait for nobody's sums."""
     monkeypatch.setattr(train.parallel.team, "world", 5)
