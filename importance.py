@@ -47,9 +47,9 @@ def activation_sums(
     sums: Sums = {}
 
     def add(key: str, x_BTE: Tensor) -> None:
-        x_TE = x_BTE.detach().flatten(0, 1)
-        for name, values_TE in ((key, x_TE.square()), (f"{key}.abs", x_TE.abs())):
-            sums[name] = sums.get(name, 0) + values_TE.sum(0, dtype=torch.float64).cpu()
+        x_NE = x_BTE.detach().flatten(0, 1)
+        for name, values_NE in ((key, x_NE.square()), (f"{key}.abs", x_NE.abs())):
+            sums[name] = sums.get(name, 0) + values_NE.sum(0, dtype=torch.float64).cpu()
 
     def see(name: str, module: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
         if isinstance(module, nn.Linear):
