@@ -354,8 +354,7 @@ Targets are answers of problems, and tokens at random places of ordinary text an
 results need thinking; gains there are against the frozen base without a thought. CPT is the base,
 trained on with as many FLOPs; beside problems that nobody worked, with about twice as many, a
 quarter of them on text. FLOPs of RLP are those of the groups that taught something; of arms that
-begin with another, those of both. CPT without worked ones beside problems that nobody worked ran
-at 1e-4, above its best rate (below): it is to be run again. `python -m tools.rivals` runs all arms.
+begin with another, those of both. `python -m tools.rivals` runs all arms.
 "(before)" marks runs of the default as it was before 2026-11-28, both of a pair.
 
 ![Accuracy by family, before and after RLP; a dot is a seed](results/accuracy.png)"""
