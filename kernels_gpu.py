@@ -46,7 +46,7 @@ TILES = {  # card, product: N in scan and dx; P and N in states; P, N in dbc. Wi
     (10, "half"): (128, 64, 128, 32),
     (10, "tf32"): (64, 64, 64, 32),
     (10, "tf32x3"): (32, 64, 32, 16)}
-MAX_P, MAX_TOKENS = 128, TILE * 65_534  # a head in one tile; tiles on an axis of the grid
+MAX_P, MAX_TOKENS = 128, TILE * 65_535  # a head in one tile; tiles on an axis of the grid
 CONV_TILE = 64, 64  # tokens and channels
 NORM_ROWS = 32  # tokens whose part of a weight gradient is summed in registers
 VOCABULARY_TILE = 4096  # ids whose logits are made at a time
