@@ -310,7 +310,9 @@ def rate_rows(tries: list[dict]) -> list[list[str]]:
     on those too."""
     heads = {level: head for _, head, level in UNWORKED.values() if any(level in t for t in tries)}
     rows = [["arm", "rate", "seeds", "sampled", "greedy", *heads.values()]]
-    for arm, rate in dict.fromkeys((t["arm"], t["rate"]) for t in tries):
+    order = [*ARMS].index
+    for arm, rate in sorted({(t["arm"], t["rate"]) for t in tries},
+                            key=lambda tried: (order(f"{tried[0]}-cpu"), tried[1])):
         own = [t for t in tries if (t["arm"], t["rate"]) == (arm, rate)]
         rows.append([ARMS[f"{arm}-cpu"], f"{rate:g}", str(len(own)),
                      *(spread([t[how] for t in own if how in t])
