@@ -1050,14 +1050,19 @@ def test_long_losses_are_of_what_follows_the_first_part(corpus):
     assert seen == [(4, 64), (4, 64)]
 
 
-def test_what_a_hand_over_costs(corpus):
-    """One Mamba layer: the full size's states hold the half's, so that loses nothing; the other way something is lost.
-    What each size has read itself is answered as in its other figures."""
-    shape = replace(SMOKE.model, pattern="M")
-    model = noisy_model(replace(SMOKE, model=shape), corpus)
+def two_mamba_sizes(corpus):
+    """A model of one Mamba layer, it and its half, their widths, and settings for both."""
+    model = noisy_model(replace(SMOKE, model=replace(SMOKE.model, pattern="M")), corpus)
     model.head.weight.data.mul_(30)
     widths = [nested.full_widths(model.config), nested.Widths(32, ((2, 16),))]
     sizes, config = [model, nested.submodel(model, widths[1])], with_elastic(budgets=(1.0, 0.5), long_weights=(0.5, 0.5))
+    return model, sizes, widths, config
+
+
+def test_what_a_hand_over_costs(corpus):
+    """One Mamba layer: the full size's states hold the half's, so that loses nothing; the other way something is lost.
+    What each size has read itself is answered as in its other figures."""
+    model, sizes, widths, config = two_mamba_sizes(corpus)
     down, up = evals.handed_over(sizes, widths, model.config, corpus, config)
     assert (down["read"], down["goes_on"], up["read"], up["goes_on"]) == (1.0, 0.5, 0.5, 1.0)
     assert abs(down["more_nats"]["mean"]) < 1e-5
@@ -1072,10 +1077,7 @@ def test_what_a_hand_over_costs_by_hand(corpus, monkeypatch):
     """From the half to the full size: of each problem, the answer's -log p after states of the half minus that after its
     own, and both answers, which count here as right if they are even."""
     monkeypatch.setattr(evals.Positions, "right", lambda self, said_RX, target_BX, first: (said_RX[:, 0] % 2 == 0).float())
-    model = noisy_model(replace(SMOKE, model=replace(SMOKE.model, pattern="M")), corpus)
-    model.head.weight.data.mul_(30)
-    widths = [nested.full_widths(model.config), nested.Widths(32, ((2, 16),))]
-    sizes, config = [model, nested.submodel(model, widths[1])], with_elastic(budgets=(1.0, 0.5), long_weights=(0.5, 0.5))
+    model, sizes, widths, config = two_mamba_sizes(corpus)
     _, up = evals.handed_over(sizes, widths, model.config, corpus, config)
     positions, sampling = evals.problem_positions(corpus, config), evals.Sampling(1, config.rlp.thought_len, 0.0)
     (batch,) = positions.batches(model, 10**3)

@@ -159,8 +159,15 @@ def rivals(seeds: tuple[int, ...] = (0, 1, 2, 3, 4), preset: str = "cpu",
     for seed in seeds:
         for name in arms or SETS[what]:
             folder = run(name, seed)
-            if name in CONTROLS and not (folder / "controls.json").exists():
-                controls.write((folder,), CONTROLS[name])
+            if name in CONTROLS:
+                measure(folder, CONTROLS[name])
+
+
+def measure(folder: Path, parts: tuple[str, ...]) -> Path:
+    """The file of a run's controls, which is written where it is missing."""
+    if not (folder / "controls.json").exists():
+        controls.write((folder,), parts)
+    return folder / "controls.json"
 
 
 def try_rates(run: Callable[..., Path], arms: tuple[str, ...], seeds: tuple[int, ...], out: Path,
@@ -185,9 +192,7 @@ def try_rates(run: Callable[..., Path], arms: tuple[str, ...], seeds: tuple[int,
                     how: summary["accuracy"][how]["all"][mode]["mean"]
                     for how in ("sampled", "greedy")}})
                 if CONTROLS.get(name) == ("levels",):  # what it is tried for is not as trained
-                    if not (folder / "controls.json").exists():
-                        controls.write((folder,), ("levels",))
-                    levels = read_json(folder / "controls.json")["levels"]
+                    levels = read_json(measure(folder, ("levels",)))["levels"]
                     found[-1] |= {level: of["all"][mode]["mean"] for level, of in levels.items()}
     report.add_tries(out / f"rates-{preset}.json", found)
 
