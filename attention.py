@@ -159,7 +159,7 @@ class Attention(nn.Module):
 def attend_forked(q_RH1P: Tensor, left: Forked, mask: Tensor | None) -> Tensor:
     """`attend` of one query in each fork: the queries of a context's n forks are a matrix, so its
     keys are read once for all. A place whose fork is gone has zeros."""
-    (B, K, S, P), n, place_R = left.shared.keys.shape, left.n, left.place_R
+    (B, K, n_shared, P), n, place_R = left.shared.keys.shape, left.n, left.place_R
     q_RKJP = q_RH1P.view(len(place_R), K, -1, P) * P**-0.5
 
     def side_by_side(rows_RKJX: Tensor) -> Tensor:
@@ -181,8 +181,8 @@ def attend_forked(q_RH1P: Tensor, left: Forked, mask: Tensor | None) -> Tensor:
         score_RKJS = score_RKJS.masked_fill(~mask, float("-inf"))
     wide = torch.promote_types(score_RKJS.dtype, torch.float32)
     p_RKJS = score_RKJS.softmax(-1, dtype=wide).to(score_RKJS.dtype)
-    y_RKJP = apart(side_by_side(p_RKJS[..., :S]) @ left.shared.values)
-    return (y_RKJP + p_RKJS[..., S:] @ left.own.values).reshape(q_RH1P.shape)
+    y_RKJP = apart(side_by_side(p_RKJS[..., :n_shared]) @ left.shared.values)
+    return (y_RKJP + p_RKJS[..., n_shared:] @ left.own.values).reshape(q_RH1P.shape)
 
 
 def attend(q_BHTP: Tensor, left: KeyValues, mask: Tensor | None) -> Tensor:

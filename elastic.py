@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 import nested
-from kernels import selected_logp, wide
+from kernels import for_products, selected_logp, wide
 from model import HybridLM, Inside
 from routers import (
     FULL_VOTE,
@@ -81,6 +81,7 @@ def distillation_loss(teachers: list[tuple[float, Tensor, Tensor]], student_Td: 
     softmax and sums, whose differences are small. At most `at_once` logits are made at a time;
     where that takes several pieces, they are made again in the backward pass.
     """
+    teachers = [(w, hidden_TD, for_products(matrix_VD)) for w, hidden_TD, matrix_VD in teachers]
 
     def piece(student_td: Tensor, token_t: Tensor, *teacher_tD: Tensor) -> Tensor:
         logits_tV = wide(F.linear(student_td / temperature, student_Vd))
@@ -118,9 +119,8 @@ class Distillation(Objective):
 
     def loss(self, model: nn.Module, batch: dict) -> tuple[Tensor, int, Metrics]:
         """Sum over tokens of kl KL(teacher || model) + ce CE."""
-        hidden_BTD, _ = model(batch["tokens_BT"], ids_BT=batch["ids_BT"])
         teachers = [(self.c.kl, *told(self.teacher, batch))] if self.c.kl else []
-        return *self.task(hidden_BTD, model.output_matrix, batch, teachers, self.c.ce), {}
+        return *self.task(*outputs(model, batch), batch, teachers, self.c.ce), {}
 
     def task(self, hidden_BTd: Tensor, head_Vd: Tensor, batch: dict,
              teachers: list[tuple[float, Tensor, Tensor]], ce: float) -> tuple[Tensor, int]:
@@ -137,10 +137,17 @@ class Distillation(Objective):
         return distillation_loss(wanted, student_td, head_Vd, token_t, ce, tau), len(token_t)
 
 
+def outputs(model: nn.Module, batch: dict, **inside: Inside | None) -> tuple[Tensor, Tensor]:
+    """Last hidden states of a batch, [B, T, d], and the output matrix that reads them, [V, d]. d is
+    less than D where a smaller model is cut out; under masks the last norm masks what is read."""
+    hidden_BTd, _ = model(batch["tokens_BT"], ids_BT=batch["ids_BT"], **inside)
+    return hidden_BTd, model.output_matrix[:, : hidden_BTd.shape[-1]]
+
+
 @torch.no_grad()
 def told(teacher: nn.Module, batch: dict) -> tuple[Tensor, Tensor]:
-    """What a teacher makes of a batch: its last hidden states [B, T, D], its output matrix."""
-    return teacher(batch["tokens_BT"], ids_BT=batch["ids_BT"])[0], teacher.output_matrix
+    """`outputs` of a teacher, which learns nothing from them."""
+    return outputs(teacher, batch)
 
 
 def sensitivities(router: Router, loss: Callable[[Choice], float]) -> dict[str, Tensor]:
@@ -187,9 +194,8 @@ class Elastic(Distillation):
             widths, total = router.space.widths(choice, router.depth_order), 0.0
             inside = nested.cut_inside(model.config, widths)
             for batch in batches:
-                hidden_BTd, _ = model(batch["tokens_BT"], ids_BT=batch["ids_BT"], inside=inside)
-                head_Vd = model.output_matrix[:, : hidden_BTd.shape[-1]]
-                total = total + self.task(hidden_BTd, head_Vd, batch, [], 1.0)[0]
+                found = outputs(model, batch, inside=inside)
+                total = total + self.task(*found, batch, [], 1.0)[0]
             return float(parallel.total(total))
 
         def chosen(budget: float) -> Choice:
@@ -274,11 +280,8 @@ class Elastic(Distillation):
 
     def run(self, model: HybridLM, p: dict[str, Tensor] | None, budget: float, batch: dict
             ) -> tuple[Tensor, Tensor]:
-        """Last hidden states of a budget's model, [B, T, d], and its output matrix, [V, d], where d
-        is D under masks: the last norm masks what the matrix reads."""
-        hidden_BTd, _ = model(batch["tokens_BT"], ids_BT=batch["ids_BT"],
-                              inside=self.inside(model.config, p, budget))
-        return hidden_BTd, model.output_matrix[:, : hidden_BTd.shape[-1]]
+        """`outputs` of a budget's model."""
+        return outputs(model, batch, inside=self.inside(model.config, p, budget))
 
     def inside(self, shape: ModelConfig, p: dict[str, Tensor] | None, budget: float
                ) -> Inside | None:

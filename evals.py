@@ -71,7 +71,7 @@ def evaluate_base(model: HybridLM, corpus: Corpus, config: Config) -> dict:
 
 def evaluate_both(model: HybridLM, base: HybridLM, teacher: HybridLM | None, corpus: Corpus,
                   config: Config) -> dict:
-    """Held-out figures before (`base`) and after (named by the mode, `rlp` or `cpt`); one network
+    """Held-out figures before (`base`) and after (named by the mode); one network
     after the other, for a device may not have room for all."""
     places = {"problems": problem_positions(corpus, config), "text": text_positions(corpus, config),
               "computed": computed_positions(corpus, config)}
@@ -416,7 +416,8 @@ def text_losses(model: HybridLM, corpus: Corpus, config: Config) -> tuple[Tensor
 
 
 def visiting(network: HybridLM, config: Config) -> AbstractContextManager[HybridLM]:
-    """Inside, the network on this process's device (`parallel.visiting`), in the run's dtype."""
+    """Inside, the network on this process's device (`parallel.visiting`): in fp32, but what was
+    sharded in the run's dtype."""
     return parallel.visiting(network, config.parallel.dtype == "bf16")
 
 

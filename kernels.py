@@ -348,6 +348,14 @@ def _cut(t_BTE: Tensor, pairs: tuple[Tensor, ...] | None) -> Tensor:
 def gated_norm_reference(
         y_BTI: Tensor, z_BTI: Tensor, weight_I: Tensor, n_groups: int, eps: float) -> Tensor:
     """weight g / sqrt(mean of g^2 over its group + eps), g = y silu(z): gate, then norm."""
+    groups = (wide(y_BTI) * F.silu(wide(z_BTI))).unflatten(-1, (n_groups, -1))
+    n_BTI = (groups / (groups.square().mean(-1, keepdim=True) + eps).sqrt()).flatten(-2)
+    return (weight_I * n_BTI).to(y_BTI.dtype)
+
+
+def gated_norm_torch(
+        y_BTI: Tensor, z_BTI: Tensor, weight_I: Tensor, n_groups: int, eps: float) -> Tensor:
+    """`gated_norm_reference` in few passes."""
     return GatedNorm.apply(wide(y_BTI), wide(z_BTI), weight_I, n_groups, eps).to(y_BTI.dtype)
 
 
@@ -381,6 +389,15 @@ class GatedNorm(torch.autograd.Function):
         dy_BTI = F.silu(z_BTI).mul_(buffer_BTI)
         dz_BTI = torch.ops.aten.silu_backward(buffer_BTI.mul_(y_BTI), z_BTI)
         return dy_BTI, dz_BTI, dweight_I, None, None
+
+
+def for_products(t: Tensor) -> Tensor:
+    """In the dtype that autocast gives to matrix products, where it is on: cast once, not at each.
+    """
+    device = t.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return t.to(torch.get_autocast_dtype(device))
+    return t
 
 
 def mask_banned(logits: Tensor, banned: tuple[int, ...]) -> Tensor:
@@ -449,7 +466,7 @@ def _vocabulary_parts(hidden_TD: Tensor, weight_VD: Tensor, banned: tuple[int, .
         logits = hidden_TD @ weight_VD[first : first + kernels_gpu.VOCABULARY_TILE].t()
         inside = tuple(i - first for i in banned if 0 <= i - first < logits.shape[1])
         if inside:
-            logits[:, inside] = float("-inf")
+            logits.index_fill_(1, _on(logits.device, inside), float("-inf"))
         yield first, logits
 
 
@@ -476,10 +493,7 @@ def _part_gradient(logits: Tensor, at_T: Tensor, temperature: float, lse_T: Tens
 def selected_logp_torch(hidden, weight_VD, token, banned=(), temperature=1.0,
                         passes=(_add_part, _part_gradient)):
     """The same in parts of the vocabulary, with these two passes over a part."""
-    device = hidden.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)  # here, so that backward is in it too
-        hidden, weight_VD = hidden.to(dtype), weight_VD.to(dtype)
+    hidden, weight_VD = for_products(hidden), for_products(weight_VD)  # so that backward is, too
     return SelectedLogp.apply(hidden.reshape(-1, hidden.shape[-1]), weight_VD, token.reshape(-1),
                               banned, temperature, *passes).view(token.shape)
 
@@ -504,11 +518,12 @@ def use(choice: str) -> None:
 
 
 def ssd_fault(x_BTHP, dt_BTH, a_H, b_BTKN, c_BTKN, d_H, state_BHPN=None, ids_BT=None, chunk=64):
-    """Why Triton must not run this scan: "", or a sentence. Looks once at each compiled kernel."""
+    """Why Triton must not run this scan: "", or a sentence. Looks once at each compiled kernel.
+    `not` makes a compiler settle whether 16 divides T, where it follows T as a variable."""
     gradients = torch.is_grad_enabled()
     return _known_fault(
         x_BTHP.device, x_BTHP.dtype, kernels_gpu.precision(), *x_BTHP.shape[2:], *b_BTKN.shape[2:],
-        x_BTHP.shape[1] % 16 == 0, state_BHPN is not None, ids_BT is not None, gradients)
+        not x_BTHP.shape[1] % 16, state_BHPN is not None, ids_BT is not None, gradients)
 
 
 @kernels_gpu.constant
@@ -535,7 +550,8 @@ def _scan_fault(device, dtype, precision, H, P, K, N, aligned, with_state, packe
     ids_BT = torch.tensor([[-1] * 5 + [0] * 70 + [1] * (T - 75)], device=device)
     b_BTKN, c_BTKN = integers(2, 1, T, K, N)
     rest = [ids_BT] if packed else []
-    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+    keep = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)  # not the caller's
+    with keep, torch.inference_mode(False), torch.autocast(device.type, enabled=False):
         inputs = [integers(1, T, H, P), integers(1, T, H).fill_(1),
                   -200.0 * (torch.arange(H, device=device) % 2), b_BTKN, c_BTKN, integers(H),
                   integers(1, H, P, N, dtype=torch.float32) if with_state else None]
@@ -591,5 +607,5 @@ def _operation(reference: Callable, fast: Callable, fused: Callable,
 ssd = _operation(ssd_reference, ssd_chunked, ssd_triton, ssd_fault)
 ssd_step = _operation(ssd_step_reference, ssd_step_torch, ssd_step_triton)
 causal_conv = _operation(causal_conv_reference, causal_conv_torch, causal_conv_triton)
-gated_norm = _operation(gated_norm_reference, gated_norm_reference, gated_norm_triton)
+gated_norm = _operation(gated_norm_reference, gated_norm_torch, gated_norm_triton)
 selected_logp = _operation(selected_logp_reference, selected_logp_torch, selected_logp_triton)

@@ -433,9 +433,9 @@ def _save_scan(ctx, inputs, output) -> None:
 
 
 def _scan_backward(ctx, dy_BTHP, dlast_BHPN, _):
-    x_BTHP = ctx.saved_tensors[0]
-    dy_BTHP = torch.zeros_like(x_BTHP) if dy_BTHP is None else dy_BTHP
-    *found, dstate_BHPN = ssd_scan_gradients(*ctx.saved_tensors, dy_BTHP, dlast_BHPN)
+    saved = ctx.saved_tensors  # read once: what is recomputed is there for one reading
+    dy_BTHP = torch.zeros_like(saved[0]) if dy_BTHP is None else dy_BTHP
+    *found, dstate_BHPN = ssd_scan_gradients(*saved, dy_BTHP, dlast_BHPN)
     return (*found, dstate_BHPN if ctx.needs_input_grad[6] else None, None)
 
 
@@ -609,9 +609,9 @@ def _save_convolution(ctx, inputs, output) -> None:
 
 
 def _convolution_backward(ctx, dy_BTE, dleft_BYE):
-    x_BTE, weight_EW, tail_BYE, _ = ctx.saved_tensors
+    x_BTE, weight_EW, tail_BYE, ids_BT = ctx.saved_tensors  # read once, as above
     dy_BTE, W = torch.zeros_like(x_BTE) if dy_BTE is None else dy_BTE, weight_EW.shape[1]
-    dx_BZE, dw = convolution_gradients(*ctx.saved_tensors, dy_BTE, dleft_BYE)
+    dx_BZE, dw = convolution_gradients(x_BTE, weight_EW, tail_BYE, ids_BT, dy_BTE, dleft_BYE)
     dw = dw.to(weight_EW.dtype)
     return (dx_BZE[:, W - 1 :], dw[:W].t(), dw[W],
             None if tail_BYE is None else dx_BZE[:, : W - 1], None)

@@ -3,8 +3,10 @@
 `M` is a Mamba-2 mixer, `*` attention, `-` a feed-forward network, as in Nemotron-H (arXiv
 2504.03624). Every layer is y = x + mixer(norm(x)); a last norm and the output matrix follow.
 `LanguageModel` says what the methods ask of a model: they train a network of another make too
-(tests/test_contract.py: a GRU). A new kind of layer has four places: `MIXERS` here, `WIDTH_FIELDS`
-in system/config.py, the tables of system/costs.py, and the names in system/huggingface.py.
+(tests/test_contract.py: a GRU). A new kind of layer has four places to train: `MIXERS` here,
+`WIDTH_FIELDS` in system/config.py, the tables of system/costs.py, the names in
+system/huggingface.py; views/estimate.py has what it keeps. To be made elastic, its units stand in
+nested.py, importance.py and routers.py.
 """
 
 import functools

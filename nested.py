@@ -7,8 +7,8 @@ every axis.
 
 A masked model equals the sliced one exactly: masked channels are zero in the residual stream, and
 the mean in every RMSNorm is over the active ones. With a share s of the channels active that is the
-norm over all of them with weight sqrt(s) w and epsilon s eps, so masks touch weights only, and the
-model's code does not know of them.
+norm over all of them with weight sqrt(s) w and epsilon s eps, so masks touch weights and epsilons
+only, and the model's code does not know of them.
 
 How to read: `UNITS` and `along`, the units of a layer and what runs along them; `take`, which
 permutes and cuts, and `widen`, its inverse; `rotate`, which turns the stream; `cut_inside`
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from model import Cache, HybridLM, Inside, Part
+from system import parallel
 from system.checkpoint import check_shapes
 from system.config import WIDTH_FIELDS, ModelConfig
 from system.costs import WEIGHTS, axis_sizes, in_proj_rows, weights_of
@@ -147,7 +148,7 @@ def cut_one(t: Tensor, picked: dict[int, Tensor]) -> Tensor:
     """A weight at the given indices of its dimensions; a view where they are the first."""
     for dim, index in picked.items():
         t = (t.narrow(dim, 0, len(index)) if torch.equal(index, torch.arange(len(index)))
-             else t.index_select(dim, index.to(t.device)))
+             else t.index_select(dim, parallel.sent(index, t.device)))
     return t
 
 

@@ -144,16 +144,17 @@ def thought_logp(model: HybridLM, batch: dict, tokens_RL: Tensor, length_R: Tens
     hidden, places = [], []
     for planned in [order.sort().values] if n_buckets == 1 else order.chunk(n_buckets):
         # 2. Run <think> and the thoughts without their last token.
-        n, rows = int(length[planned].max()), planned.to(tokens_RL.device)
+        n, rows = int(length[planned].max()), parallel.sent(planned, tokens_RL.device)
         token_rl = tokens_RL[rows, :n]
         fed_rl = torch.cat([torch.full_like(token_rl[:, :1], think), token_rl[:, :-1]], dim=1)
         start = cache.fork(G) if len(rows) == R else cache.select(rows // G)
         hidden_rlD, _ = model(fed_rl, start)
         r, u = (torch.arange(n) < length[planned, None]).nonzero(as_tuple=True)
-        hidden.append(hidden_rlD.flatten(0, 1).index_select(0, (r * n + u).to(rows.device)))
+        at = parallel.sent(r * n + u, rows.device)
+        hidden.append(hidden_rlD.flatten(0, 1).index_select(0, at))
         places.append(planned[r] * L + u)
     # 3. Logits only where a token follows.
-    place = torch.cat(places).to(tokens_RL.device)
+    place = parallel.sent(torch.cat(places), tokens_RL.device)
     logp = selected_logp(torch.cat(hidden), model.output_matrix, tokens_RL.flatten()[place],
                          (think,), temperature)
     return logp.new_zeros(R * L).index_copy(0, place, logp).view(R, L)

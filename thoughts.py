@@ -2,7 +2,8 @@
 
 `sample_thoughts` is the rollout of RLP. After a context x_<t it feeds `<think>`, samples up to L
 tokens for each of G thoughts, closes them, and reads log p(x_t | x_<t, c) from the state behind the
-closing tag: scoring costs no forward pass of its own. Rows that are done leave the batch.
+closing tag: scoring costs no forward pass of its own, but where thoughts of the batch stand some
+tokens before their target. Rows that are done leave the batch.
 """
 
 from collections.abc import Callable
@@ -209,25 +210,19 @@ def prefill(model: HybridLM, batch: dict[str, Tensor]) -> Prefix:
 @torch.no_grad()
 def score_context(model: HybridLM, batch: dict[str, Tensor], tags: tuple[int, int],
                   prefix: Prefix | None = None) -> tuple[Tensor, Tensor, Prefix]:
-    """`score_targets` right after the contexts, without a thought; and what was run for it."""
-    prefix = prefix or prefill(model, batch)
-    return *score_targets(model, prefix.hidden_BD, prefix.cache, batch["target_BX"], tags), prefix
+    """log p(target) right after the contexts, without a thought, summed over its X tokens; the
+    likeliest token at each place; and what was run for it, if it was not given.
 
-
-@torch.no_grad()
-def score_targets(model: HybridLM, hidden_BD: Tensor, cache: Cache | None, target_BX: Tensor,
-                  tags: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """log p(target) after a state, summed over its X tokens; and the likeliest token at each place.
-
-    The first token is read from `hidden_BD`, the others are teacher forced from the cache (unused
-    when X = 1), at temperature 1. The softmax leaves the think tags out: a model that likes to
-    think would else seem to predict the text badly. Returns logp_B in fp32 or wider, answer_BX.
+    The first token is read from the state behind the context, the others are teacher forced from
+    the cache, at temperature 1. The softmax leaves the think tags out: a model that likes to think
+    would else seem to predict the text badly. Returns logp_B in fp32 or wider, answer_BX.
     """
-    hidden_BXD = hidden_BD[:, None]
+    prefix, target_BX = prefix or prefill(model, batch), batch["target_BX"]
+    hidden_BXD = prefix.hidden_BD[:, None]
     if target_BX.shape[1] > 1:
-        rest, _ = model(target_BX[:, :-1].clamp(min=0), cache)
+        rest, _ = model(target_BX[:, :-1].clamp(min=0), prefix.cache)
         hidden_BXD = torch.cat([hidden_BXD, rest], dim=1)
-    return read_targets(model, hidden_BXD, target_BX, tags)
+    return *read_targets(model, hidden_BXD, target_BX, tags), prefix
 
 
 def read_targets(model: HybridLM, hidden_BXD: Tensor, target_BX: Tensor, tags: tuple[int, int]
@@ -242,7 +237,7 @@ def read_targets(model: HybridLM, hidden_BXD: Tensor, target_BX: Tensor, tags: t
 
 def score_thoughts(model: HybridLM, batch: dict[str, Tensor], tokenizer: Tokenizer,
                    tokens_RL: Tensor, prefix: Prefix | None = None) -> tuple[Tensor, Tensor]:
-    """log p(target | context, thought) of given thoughts, as `score_targets` has it, in one pass
+    """log p(target | context, thought) of given thoughts, as `score_context` has it, in one pass
     over all their tokens, with gradients.
 
     Where back_B is not 0, the thought stands so many tokens before the target: it has read them,

@@ -14,6 +14,7 @@ How to read: `MODES`, then `run`. The training loop is `fit` in system/loop.py.
 To add a mode: a settings class, derived from FitConfig, its field in `Config`, an entry in `MODES`.
 """
 
+import argparse
 import contextlib
 import itertools
 import json
@@ -39,8 +40,8 @@ import routers
 from model import HybridLM
 from rlp import RLP
 from system import checkpoint, huggingface, lora, parallel, rundir
-from system.config import Config, ElasticConfig, LoRAConfig, ModelConfig, require_known
-from system.costs import count_parameters, part_parameters, sum_of_parts
+from system.config import Config, LoRAConfig, ModelConfig, require_known
+from system.costs import count_parameters
 from system.errors import path_and_reason, require
 from system.files import fingerprint, read_figures, write_figures
 from system.loop import check_rows, console, fit, split_batch, warn
@@ -106,9 +107,10 @@ def run(config: Config) -> dict:
     if not corpus.tokenizer.json:  # tiktoken's: the run keeps its name, which shards may have said
         named = replace(config.data, tokenizer=corpus.tokenizer.encoding.name)
         config = replace(config, data=named)
-    known = start.meta["config"].get("rlp.horizon", 0) if start else 0
+    past = start.meta if start else {"config": {}}
     config, said = with_horizon(config, corpus, {
-        phase.name: phase.row_tokens for phase in estimate.next_token_phases_of(config)}, known)
+        phase.name: phase.row_tokens for phase in estimate.next_token_phases_of(config)},
+        past["config"].get("rlp.horizon", 0))
     if start:
         rundir.require_same(start, config, corpus.key)
     model = rundir.build_model(config, corpus.tokenizer.n_vocab, device, config.seed)
@@ -117,10 +119,9 @@ def run(config: Config) -> dict:
             f"({config.lora.rank}) must be 0 where weights are sharded; set it to 0, or "
             "parallel.mode to data")
     mode.refuse(model.config, config, device)
-    saved = start.meta.get("threads", 0) if start else 0  # with others, sums would round otherwise
-    threads = set_threads(model, config.threads or saved, device)
-    saved = start.meta.get("dtype", "") if start else ""
-    dtype, about_dtype = pick_dtype(model, config.parallel, saved, device)
+    # With other threads sums would round otherwise.
+    threads = set_threads(model, config.threads or past.get("threads", 0), device)
+    dtype, about_dtype = pick_dtype(model, config.parallel, past.get("dtype", ""), device)
     config = replace(config, parallel=replace(config.parallel, dtype=dtype))
     parallel.team.settings = config.parallel
     parallel.on_first(lambda: rundir.prepare_run_dir(config, corpus.tokenizer))
@@ -294,8 +295,8 @@ def thinking(_: HybridLM, corpus: Corpus, config: Config) -> RLP:
 
 def refuse_rlp(shape: ModelConfig, config: Config, device: torch.device) -> None:
     """Raises ValueError where processes would need different numbers of passes."""
-    n = sum_of_parts(part_parameters, shape)
-    require(config.rollouts().predictor == 0 or not parallel.shards(n), f"rlp.predictor "
+    sharded = parallel.shards(estimate.parameters(shape))
+    require(config.rollouts().predictor == 0 or not sharded, f"rlp.predictor "
             f"({config.rlp.predictor}) must be 0 where weights are sharded; set it to 0, or "
             "parallel.mode to data")
 
@@ -454,7 +455,7 @@ def train_rival(name: str, t: Trained, widths: dict[float, nested.Widths],
             size = parallel.frozen_copy(nested.submodel(model, w)).requires_grad_(True)
             steps = (equal_flops(t.config, parent.config, b, n_alone, shapes)
                      if name == "separate" else c.steps)
-            config = replace(t.config, elastic=replace(one_size(c, 1.0), steps=steps))
+            config = one_size(t.config, 1.0, steps=steps)
             fit_alone("elastic", size, folder, config,
                       elastic.Distillation(config.elastic, parent))
         sizes.append(size.requires_grad_(False))
@@ -467,7 +468,7 @@ def equal_flops(config: Config, shape: ModelConfig, budget: float, n_alone: int,
     the family takes. shapes: of each budget; until they are known see `estimate.family`."""
     c, whole = config.elastic, replace(config, mode="elastic", model=shape)
     family = estimate.steps_flops(whole, sizes=shapes and [*shapes.values()])
-    size = estimate.steps_flops(of_one_size(whole, budget), sizes=shapes and [shapes[budget]])
+    size = estimate.steps_flops(one_size(whole, budget), sizes=shapes and [shapes[budget]])
     return round(c.steps * family / n_alone / size) if c.steps else 0
 
 
@@ -478,7 +479,7 @@ def rival_flops(name: str, t: Trained, widths: dict[float, nested.Widths], run_d
     for b, w in widths.items():
         shape = nested.shrink(whole.model, w)
         own, small = run_dir / f"{b:g}", replace(whole, model=shape)
-        phases = {own: of_one_size(whole, b)} if name != "scratch" else {
+        phases = {own: one_size(whole, b)} if name != "scratch" else {
             own / mode: replace(small, mode=mode) for mode in ("pretrain", "warmup")}
         for folder, c in phases.items():
             if ended := rundir.newest(folder):
@@ -487,14 +488,10 @@ def rival_flops(name: str, t: Trained, widths: dict[float, nested.Widths], run_d
     return total
 
 
-def of_one_size(config: Config, budget: float) -> Config:
-    """Settings of a run that distils a budget's size by itself, as its FLOPs are counted."""
-    return replace(config, elastic=one_size(config.elastic, budget))
-
-
-def one_size(c: ElasticConfig, budget: float) -> ElasticConfig:
-    """Settings of one size that is distilled by itself."""
-    return replace(c, budgets=(budget,), long_weights=(1.0,), self_kl=0.0, choose="fixed")
+def one_size(config: Config, budget: float, **more: int) -> Config:
+    """Settings of a run that distils one size by itself; more: what else changes of elastic."""
+    return replace(config, elastic=replace(config.elastic, budgets=(budget,), long_weights=(1.0,),
+                                           self_kl=0.0, choose="fixed", **more))
 
 
 class Pretraining(NextToken):
@@ -586,12 +583,9 @@ def parse(argv: list[str], settings: type[Config] = Config) -> Config:
     """Settings from the command line, over the preset's. Raises ValueError if that is unknown, or
     for one that the mode does not read. Args: settings: `Config`, or a class derived from it that
     has settings of more modes."""
-    name, known = "cpu", PRESETS | PAPERS
-    for word, following in zip(argv, [*argv[1:], ""], strict=False):
-        if word == "--preset":
-            name = following
-        elif word.startswith("--preset="):
-            name = word.split("=", 1)[1]
+    early, known = argparse.ArgumentParser(add_help=False, allow_abbrev=False), PRESETS | PAPERS
+    early.add_argument("--preset", nargs="?", const="", default="cpu")
+    name = early.parse_known_args(argv)[0].preset
     require_known("preset", name, known)
     preset = settings(**vars(known[name]))
     given = tyro.cli(settings, default=preset, args=argv, prog="train.py", description=__doc__)

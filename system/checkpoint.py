@@ -1,4 +1,4 @@
-"""Checkpoints that survive crashes: written aside and renamed, verified on loading, the last kept.
+"""Checkpoints that survive crashes: written aside and renamed, verified on loading, two kept.
 
     RUN/checkpoint/step_000200/
         meta.json                what the caller says of it, and the size and SHA-256 of every file

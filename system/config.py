@@ -310,7 +310,7 @@ MEASURED = ("back", "context_len", "distractors", "horizon", "more_steps", "posi
 
 @dataclass(frozen=True)
 class CPTConfig(FitConfig):
-    """Continued pretraining of the base on its last mixture: RLP's rival at about equal time."""
+    """Continued pretraining of the base on its last mixture: RLP's rival at equal FLOPs."""
 
     # Whether its documents have written thoughts, as in the warm-up. Without them it reads what RLP
     # reads, text and problems with their answers, as the paper's rival does.
@@ -531,8 +531,8 @@ class ParallelConfig(Settings):
     dtype: Literal["fp32", "bf16", "auto"] = "fp32"
     # Compute each block's inside again in the backward pass, to save memory (elastic: a budget's).
     activation_checkpointing: bool = False
-    # Compile each block for the updates of pretrain and cpt: a CPU needs a C++ compiler for that.
-    # Others run uncompiled: rlp would compile again for every length.
+    # Compile each block for updates: a CPU needs a C++ compiler for that. It pays where lengths are
+    # always the same, as in pretrain and cpt; for new ones, as rlp has, it compiles again.
     compile: bool = False
     # Sample thoughts by replaying a CUDA graph for each token. No card has run this yet; what it is
     # worth there, `python -m tools.gpu_check` measures.

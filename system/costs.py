@@ -98,16 +98,20 @@ def part_parameters(kind: str, config: ModelConfig) -> int:
     return sum(math.prod(axes.values()) for axes in part_weights(kind, config).values())
 
 
+def matrices(kind: str, config: ModelConfig) -> list[tuple[int, ...]]:
+    """The shape of each matrix of a layer."""
+    return [tuple(axes.values()) for name, axes in part_weights(kind, config).items()
+            if name.endswith("_proj.weight")]
+
+
 def matrix_parameters(kind: str, config: ModelConfig) -> int:
     """Weights of the matrices of a layer."""
-    return sum(math.prod(axes.values()) for name, axes in part_weights(kind, config).items()
-               if name.endswith("_proj.weight"))
+    return sum(map(math.prod, matrices(kind, config)))
 
 
 def adapter_parameters(kind: str, config: ModelConfig, rank: int) -> int:
     """Weights of the adapters of a layer's matrices (lora.py): rank (in + out) each."""
-    return sum(rank * sum(axes.values()) for name, axes in part_weights(kind, config).items()
-               if name.endswith("_proj.weight"))
+    return sum(rank * sum(shape) for shape in matrices(kind, config))
 
 
 def part_flops(kind: str, config: ModelConfig, n_tokens: int) -> float:

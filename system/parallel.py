@@ -26,7 +26,7 @@ import functools
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -205,7 +205,7 @@ def shard(network: nn.Module) -> nn.Module:
     dressed.dressed = True
     for block in dressed.layers:
         if c.activation_checkpointing:
-            block.forward = recomputed(block.forward)
+            block.forward = functools.partial(recompute, block.forward, use_reentrant=False)
         if c.compile:
             block.run = torch.compile(block.run, recompile_limit=GRAPHS)
     if is_sharded:
@@ -247,13 +247,6 @@ def frozen_twin(network: nn.Module) -> nn.Module:
     return twin
 
 
-def recomputed(function: Callable) -> Callable:
-    """The function, recomputed inside the backward pass if the settings ask for it."""
-    if not team.settings.activation_checkpointing:
-        return function
-    return functools.partial(recompute, function, use_reentrant=False)
-
-
 def undressed(network: nn.Module, weights: dict[str, Tensor], trains: bool) -> nn.Module:
     """An undressed network of the same shape that takes these weights over."""
     plain = next(c for c in type(network).__mro__ if not issubclass(c, FSDPModule))
@@ -265,6 +258,12 @@ def undressed(network: nn.Module, weights: dict[str, Tensor], trains: bool) -> n
     return made if trains else made.requires_grad_(False)
 
 
+def sent(t: Tensor, device: torch.device) -> Tensor:
+    """A small tensor of the host on a device. A card is not waited for: it copies pinned memory
+    when it gets there."""
+    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
+
+
 def reshard(network: nn.Module) -> None:
     """Give up what FSDP has gathered."""
     if isinstance(network, FSDPModule):
@@ -272,7 +271,7 @@ def reshard(network: nn.Module) -> None:
 
 
 def is_dressed(network: nn.Module) -> bool:
-    """Whether `shard` has changed it, or it is a sharded copy of such a one."""
+    """Whether `shard` has changed it, or it is a copy of such a one."""
     return getattr(network, "dressed", False)
 
 
@@ -286,9 +285,8 @@ def whole(network: nn.Module, for_sampling: bool = False) -> nn.Module:
     known = {} if team.gathered is None else team.gathered
 
     if (network, low) not in known:
-        weights = {name: cast_weight(name, full_weight(p), low)
-                   for name, p in network.state_dict().items()}
-        known[network, low] = undressed(network, weights, trains=False)
+        weights = ((name, full_weight(p)) for name, p in network.state_dict().items())
+        known[network, low] = ready(network, weights, low)
     return known[network, low]
 
 
@@ -297,10 +295,17 @@ def full_weight(p: Tensor) -> Tensor:
     return p.full_tensor() if isinstance(p, DTensor) else p
 
 
-def cast_weight(name: str, t: Tensor, low: bool) -> Tensor:
-    """A weight; low: in bf16 if it is a matrix that products read, of a layer or the head."""
-    is_product = t.dim() == 2 and "conv" not in name and not name.startswith("embed")
-    return t.bfloat16() if low and is_product else t
+def ready(network: nn.Module, weights: Iterable[tuple[str, Tensor]], low: bool) -> nn.Module:
+    """A frozen network of these weights, by name, one after the other; low: matrices that products
+    read, of layers and the head, are bf16. A tied head has one of its own then, for the embedding
+    stays fp32."""
+    made = undressed(network, {
+        name: t.bfloat16() if low and t.dim() == 2 and "conv" not in name
+        and not name.startswith("embed") else t for name, t in weights}, trains=False)
+    if low and getattr(made, "head", made) is None:
+        made.head = nn.Linear(*made.embed.weight.shape[::-1], bias=False, device="meta")
+        made.head.weight = nn.Parameter(made.embed.weight.bfloat16(), requires_grad=False)
+    return made
 
 
 @torch.no_grad()
@@ -321,16 +326,15 @@ def waits(network: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def visiting(network: nn.Module, low: bool) -> Iterator[nn.Module]:
-    """Inside, the network on this process's device: itself, or a frozen copy of one that waits in
-    host memory, so that the device needs no room for all at once. low: the copy computes in bf16.
-    """
+    """Inside, the network on this process's device: itself, in fp32, or a frozen copy of one that
+    waits in host memory, so that the device needs no room for all at once. low: the copy computes
+    in bf16."""
     if not waits(network):
         yield network
         return
-    weights = {name: cast_weight(name, t.to(team.device), low)
-               for name, t in network.state_dict().items()}
+    weights = ((name, t.to(team.device)) for name, t in network.state_dict().items())
     with torch.autocast(team.device.type, torch.bfloat16, enabled=low):
-        yield undressed(network, weights, trains=False)
+        yield ready(network, weights, low)
 
 
 @contextlib.contextmanager

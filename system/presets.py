@@ -31,7 +31,7 @@ PRESETS: dict[str, Config] = {
     # The default: a base is trained once and kept; RLP, CPT and Elastic start from it.
     # Command:   python train.py --mode rlp    (or cpt, or elastic)
     # Hardware:  two CPU cores, 1.2 GiB of memory.
-    # Cost:      RLP 41 TFLOP, 10 to 14 minutes, 6 to 9 of them for the base; Elastic 50,
+    # Cost:      RLP 43 TFLOP, 10 to 14 minutes, 6 to 9 of them for the base; Elastic 50,
     #            by a hundred timed steps 20 to 22 minutes where there is AVX2 only.
     # Expected:  RLP raises the accuracy of sampled thoughts from .73 to .95 on made-up problems
     #            (five seeds); 75 and 50 % of Elastic keep 100 and 98 % of the parent's greedy.
@@ -111,7 +111,8 @@ PAPERS: dict[str, Config] = {
     #            python train.py --preset qwen3-1.7b-rlp
     # Hardware:  32 H100-80GB (the paper's).
     # Cost:      0.29 EFLOP a step, 48 in all: 33 GPU hours (18 at the paper's 12.47 s a step).
-    # Memory:    24 GB a GPU with layers recomputed, as here; 119 GB without.
+    # Memory:    24 GB a GPU with layers recomputed, as here; 119 GB without. The last figures need
+    #            7 GB on the first GPU.
     # Expected:  the paper's average over its benchmarks goes from 30.32 to 36.03 %.
     # Source:    arXiv 2510.01265, setup and results on Qwen3-1.7B-Base.
     "qwen3-1.7b-rlp": Config(
@@ -124,8 +125,7 @@ PAPERS: dict[str, Config] = {
     # Hardware:  32 H100-80GB.
     # Cost:      1.7 EFLOP a step, 408 EFLOP in all: 287 GPU hours.
     # Memory:    66 GB a GPU with layers recomputed, 60 while thoughts are sampled; 389 GB without.
-    #            The last figures need model, teacher and base whole in fp32, 148 GB, more than an
-    #            H100 has. They come after the last step is saved, which can be exported first.
+    #            The last figures need 49 GB on the first GPU.
     # Expected:  the paper's average over its benchmarks goes from 42.81 to 61.32 %.
     # Source:    arXiv 2510.01265, results on Nemotron-Nano-12B-v2; the rest as for Qwen3.
     "nemotron-12b-rlp": Config(
@@ -144,8 +144,7 @@ PAPERS: dict[str, Config] = {
     # Cost:      1.0 to 2.3 EFLOP a step, 9,609 EFLOP in all: 6,750 GPU hours.
     # Memory:    45 GB a GPU in stage 1, 82 GB in stage 2, a sequence at a time: more than an
     #            H100-80GB has, most of it the fp32 stream before each of 62 layers. On 64 GPUs with
-    #            accumulate 8 stage 1 takes 48 GB. The last figures need parent and family whole,
-    #            148 GB. They come after the last step is saved, and sizes can be extracted first.
+    #            accumulate 8 stage 1 takes 48 GB. The last figures need 55 GB on the first GPU.
     # Expected:  the paper's averages are 77.41, 75.95 and 70.61 % for 12B, 9B and 6B.
     # Source:    arXiv 2511.16664, recipe and results.
     "nemotron-12b-elastic": Config(

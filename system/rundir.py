@@ -244,12 +244,13 @@ def prepare_run_dir(config: Config, tokenizer: Tokenizer) -> None:
 
 
 def load_run(run_dir: Path) -> tuple[HybridLM, Tokenizer, Config]:
-    """Model, tokenizer, settings of a finished or interrupted run. Raises ValueError if none."""
+    """Model, tokenizer, settings of a finished or interrupted run, on the device of this machine,
+    which may be another's. Raises ValueError if there is none."""
     found = newest(run_dir)
     require(found, f"{run_dir} holds no checkpoint; give a run's folder, like runs/rlp-cpu-seed0")
     config = saved_config(run_dir)
     named = kept_tokenizer(config, run_dir)
-    config = replace(config, data=replace(config.data, tokenizer=named))
+    config = replace(config, device="auto", data=replace(config.data, tokenizer=named))
     tokenizer = named_tokenizer(named)
     model = build_model(config, tokenizer.n_vocab, pick_device(config), config.seed)
     checkpoint.load_weights(model, found.weights(), found.path)

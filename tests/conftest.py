@@ -118,6 +118,18 @@ def program(corpus_read_once, cache_dir):
     return run
 
 
+def plain_logits(model, tokens, banned):
+    """Next-token logits [T, V] of one plain pass over the whole sequence, no cache."""
+    logits_TV = model.logits(model(torch.tensor([tokens]))[0])[0]
+    return logits_TV.index_fill(-1, torch.tensor(banned, dtype=torch.long), -torch.inf)
+
+
+def plain_logp(model, before, tokens, banned, temperature=1.0):
+    """Log-probability of each of the tokens, one after the other, after those before."""
+    logits_TV = plain_logits(model, before + tokens, banned)[len(before) - 1 : -1]
+    return (logits_TV / temperature).log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0]
+
+
 def contents(*folders):
     """Every file below the folders."""
     return {p: p.read_bytes() for folder in folders for p in folder.rglob("*") if p.is_file()}

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from conftest import bytes_kept
 from test_kernels import conv_inputs, conv_torch, run
+from torch.utils.checkpoint import checkpoint
 
 import kernels
 import kernels_gpu
@@ -404,11 +405,13 @@ def test_the_check_of_a_card_breaks_no_graph(tmp_path, monkeypatch):
     """It is made while the compiler follows the call, and what it found is a constant of the graph."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernels._scan_fault.cache_clear()
-    inputs = {name: t.float() for name, t in ssd_inputs(9).items()}
     compiled = torch.compile(lambda **inputs: (inputs["d_H"] + 1, kernels.ssd_fault(**inputs)), fullgraph=True,
                              backend="eager")  # fmt: skip
-    assert compiled(**inputs)[1] == ""
+    assert compiled(**{name: t.float() for name, t in ssd_inputs(9).items()})[1] == ""
     assert len(list(tmp_path.glob("passed-*"))) == 1
+    monkeypatch.setattr(kernels, "_scan_fault", lambda *case: f"{case[7]}")  # whether 16 divides T
+    found = [compiled(**{name: t.float() for name, t in ssd_inputs(T).items()})[1] for T in (10, 16, 33, 48, 11)]
+    assert found == ["False", "True", "False", "True", "False"]
 
 
 # ---------------------------------------------------------------------------------------------------- together
@@ -468,6 +471,28 @@ def test_a_model_gives_the_same_with_triton_everywhere(make_model, triton_everyw
     kernels.use("reference")
     for t, expected in zip(results, work(make_model()), strict=True):
         assert (t.double() - expected).norm() < 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_recomputed_layers_give_the_same_gradients_in_the_first_step_too(packed, make_model, tmp_path, monkeypatch,
+                                                                         triton_everywhere):  # fmt: skip
+    """What is saved for backward is there for one reading; the check at the first use of a scan saves things of its own."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernels._scan_fault.cache_clear()
+    block = make_model(pattern="M").float().layers[0]
+    x_BTD = torch.randn(2, 11, block.norm.weight.shape[0], requires_grad=True)
+    ids_BT = torch.tensor([[0] * 4 + [1] * 7, [-1] * 3 + [0] * 8]) if packed else None
+
+    def layer(x_BTD):
+        T = torch.zeros(2, 11, 2, 2)
+        assert kernels.ssd_fault(T, T[..., 0], T[0, 0, :, 0], T, T, T[0, 0, :, 0]) == ""
+        return block.run(x_BTD, None, ids_BT)[0]
+
+    def gradients(hidden_BTD):
+        return torch.autograd.grad(hidden_BTD.square().sum(), [x_BTD, *block.parameters()])
+
+    found = gradients(checkpoint(layer, x_BTD, use_reentrant=False))
+    torch.testing.assert_close(found, gradients(layer(x_BTD)), rtol=0, atol=0)
 
 
 def test_fp64_is_refused_with_the_remedy(triton_everywhere):

@@ -4,9 +4,7 @@ The checks read a document as a person would: they know nothing of how documents
 """
 
 import contextlib
-import decimal
 import doctest
-import importlib
 import io
 import itertools
 import random
@@ -16,7 +14,7 @@ from collections import Counter
 import pytest
 
 from text import computed
-from text.computed import GENERATED, KINDS, Computed, computed_examples, doctests, draw_computed
+from text.computed import GENERATED, Computed, computed_examples, draw_computed
 from text.held_out import SPLITS
 
 # At least this share of a document's tokens are results, on the mean.
@@ -25,7 +23,7 @@ SHARES = {"ledger": 1 / 6, "session": 1 / 9, "trace": 1 / 8}
 
 def drawn(kind: str, n: int = 1000) -> list[Computed]:
     rng = random.Random(f"test {kind}")
-    return [KINDS[kind](rng) for _ in range(n)]
+    return [GENERATED[kind](rng) for _ in range(n)]
 
 
 def results(document: Computed):
@@ -174,7 +172,7 @@ def test_examples_for_the_tokenizer_are_training_documents_of_each_kind_with_the
 # -------------------------------------------------------------------------------------------------------------- splits
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", GENERATED)
 def test_splits_share_no_canonical_form(kind):
     rng = random.Random(0)
     forms = [{draw_computed(rng, split, 20, kind).canonical for _ in range(60)} for split in SPLITS]
@@ -185,9 +183,9 @@ def test_splits_share_no_canonical_form(kind):
 @pytest.mark.parametrize("kind", ["session", "trace"])
 def test_renamed_twins_share_their_canonical_form(kind, monkeypatch):
     """The same random numbers with other names to choose from, in which no name stays."""
-    plain = [KINDS[kind](random.Random(i)) for i in range(50)]
+    plain = [GENERATED[kind](random.Random(i)) for i in range(50)]
     monkeypatch.setattr(computed, "LETTERS", computed.LETTERS[3:] + computed.LETTERS[:3])
-    twins = [KINDS[kind](random.Random(i)) for i in range(50)]
+    twins = [GENERATED[kind](random.Random(i)) for i in range(50)]
     assert not {document.text for document in plain} & {document.text for document in twins}
     assert [document.canonical for document in plain] == [document.canonical for document in twins]
     assert len({document.canonical for document in plain}) >= 45
@@ -201,58 +199,12 @@ def test_draws_are_repeatable_and_of_every_generated_kind():
     first, again = ([draw_computed(rng, "val", 5) for _ in range(30)] for rng in (random.Random(3), random.Random(3)))
     assert first == again
     assert {document.kind for document in first} == set(GENERATED)
-    assert draw_computed(random.Random(0), "train", 5, "doctest").kind == "doctest"
 
 
 def test_a_kind_that_cannot_be_drawn_for_a_split_is_named(monkeypatch):
     """`a` has the bucket 7: with 3 per cent held out, a training document."""
-    monkeypatch.setattr(computed, "KINDS", {"one": lambda rng: Computed("one", (("a", ""),))})
+    monkeypatch.setattr(computed, "GENERATED", {"one": lambda rng: Computed("one", (("a", ""),))})
     assert draw_computed(random.Random(0), "train", 3, "one").text == "a"
     message = "kind 'one': none of the test split in 10,000 draws; let it make more than 1 different"
     with pytest.raises(ValueError, match=message):
         draw_computed(random.Random(0), "test", 3, "one")
-
-
-# ------------------------------------------------------------------------------------------------------------ doctests
-
-
-def test_doctests_are_found_and_pass_again():
-    found = doctests()
-    assert len(found) >= 30
-    assert len({document.text for document in found}) == len(found)
-    where = {}
-    for module in map(importlib.import_module, computed.DOCTEST_MODULES):
-        for test in doctest.DocTestFinder().find(module):
-            where.setdefault("".join(e.source for e in test.examples), test)
-    for document in found:
-        examples = doctest.DocTestParser().get_examples(document.text)
-        test = where["".join(e.source for e in examples)]
-        assert [e.want for e in test.examples] == [e.want for e in examples]
-        assert doctest.DocTestRunner(verbose=False).run(test, out=lambda _: None).failed == 0
-        assert not any(thought for _, thought in document.pieces)
-        assert 60 <= len(document.text) <= 1000
-        assert not re.search(r"0x[0-9a-f]{6,}", document.text)
-
-
-def test_running_the_doctests_leaves_the_decimal_context_and_the_streams():
-    context, stream = repr(decimal.getcontext()), io.StringIO()
-    with contextlib.redirect_stdout(stream):
-        doctests.cache_clear()
-        doctests()
-    assert repr(decimal.getcontext()) == context
-    assert stream.getvalue() == ""
-
-
-def test_doctests_that_fail_are_left_out(monkeypatch, tmp_path):
-    text = (
-        "def %s():\n    '''\n    >>> word = 'a rather long line of an example'\n    >>> len(word + word)\n    %d\n    '''\n"
-    )
-    (tmp_path / "some_examples.py").write_text(text % ("right", 64) + text % ("wrong", 65))
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(computed, "DOCTEST_MODULES", ("some_examples",))
-    try:
-        doctests.cache_clear()
-        (document,) = doctests()
-    finally:
-        doctests.cache_clear()
-    assert document.text == ">>> word = 'a rather long line of an example'\n>>> len(word + word)\n64\n"

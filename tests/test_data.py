@@ -969,7 +969,7 @@ def test_what_a_thought_may_quote_by_hand():
 def test_quotes_stand_where_text_repeats_and_nowhere_else(corpus, monkeypatch):
     """Half of such places have one, all of them whole; half of the documents have them `back` tokens early, masked."""
     text, tk = np.array([70, 71, 72, 73, 74, 70, 71, 75, 76]), corpus.tokenizer
-    monkeypatch.setattr(type(corpus), "text_window", lambda *_: text)
+    monkeypatch.setattr(Documents, "window", lambda *_: text)
     fit = {"batch": 60, "seq_len": 256, "gap": 10**6, "recall": 0.5, "worked": 1.0}
     batch = warmup_batch(corpus, config_of(data={"text_share": 1.0}, warmup=fit, rlp={"back": 1}), 0)
     quote, counts = [tk.think, 70, 71, 72, 73, tk.close], Counter()

@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ import train
 from elastic import Elastic
 from model import Block, HybridLM
 from rlp import RLP
-from system import loop, lora, parallel, rundir
+from system import loop, lora, parallel, presets, rundir
 from system.config import (
     Config,
     CPTConfig,
@@ -555,3 +556,8 @@ def test_figures_at_the_end_need_room_for_one_network():
     sizes = estimate.family_bytes(family.model, family.elastic)["separate"]
     assert estimate.figures_bytes(family, 64) == sizes < 72e9
     assert estimate.figures_bytes(family, 1) == 4 * n + 2 * sizes
+
+
+def test_presets_say_what_their_figures_at_the_end_need():
+    said = re.findall(r"last figures need[\s#]+(\d+) GB on the first", Path(presets.__file__).read_text())
+    assert said == [f"{estimate.figures_bytes(c, c.dry_run_gpus) / 1e9:.0f}" for c in PAPERS.values()]

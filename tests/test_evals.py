@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import tiny_model
+from conftest import plain_logits, tiny_model
 from torch.testing import assert_close
 
 import evals
@@ -335,12 +335,6 @@ def test_each_position_is_given_thoughts_of_another_one():
 
 
 @torch.no_grad()
-def plain_logits(model, tokens, tags):
-    """Next-token logits of one plain pass, without the tags."""
-    logits_TV = model.logits(model(torch.tensor([tokens]))[0])[0]
-    return logits_TV.index_fill(-1, torch.tensor(tags, dtype=torch.long), -torch.inf)
-
-
 def logp_by_hand(model, before, target, tags):
     """log p of the target's tokens after those before, summed; whether each is the likeliest."""
     logits_TV = plain_logits(model, before + target, tags)

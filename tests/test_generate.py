@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import plain_logits, plain_logp
 from torch.testing import assert_close
 
 import generate
@@ -81,18 +82,6 @@ def test_what_is_shown_is_the_thought_and_the_likeliest_tokens_behind_it(model, 
 
 
 @torch.no_grad()
-def plain_logits(model, tokens, banned):
-    """Next-token logits [T, V] of one plain forward pass."""
-    logits_TV = model.logits(model(torch.tensor([tokens]))[0])[0]
-    return logits_TV.index_fill(-1, torch.tensor(banned), -torch.inf)
-
-
-def plain_logp(model, before, tokens, banned, temperature=1.0):
-    """Log-probability of each of the tokens, one after the other, after those before."""
-    logits_TV = plain_logits(model, before + tokens, banned)[len(before) - 1 : -1]
-    return (logits_TV / temperature).log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0]
-
-
 def one_row(found, r):
     """All that is known of thought r of context r, cut to its length."""
     n = int(found.length_R[r])

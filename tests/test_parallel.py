@@ -15,6 +15,7 @@ import sys
 import pytest
 import torch
 import two_processes
+from conftest import metrics_of
 from torch import nn
 from two_processes import CPU, MODES, ROOT, TOKENIZER, launch, make_batch, options, run
 
@@ -65,11 +66,6 @@ def copy_up_to(step, run_dir, target):
     for path in (target / "checkpoint").glob("step_*"):
         if int(path.name[5:]) > step:
             shutil.rmtree(path)
-
-
-def metrics_of(run_dir):
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
 
 def assert_same_run(one, other):
@@ -178,6 +174,18 @@ def test_rollouts_in_bf16_come_from_bf16_matrices_and_leave_the_weights_alone():
     with parallel.compute():
         prepared = RLP(config, TOKENIZER).prepare(model, batch, 0, torch.Generator().manual_seed(0))
     assert prepared["gain_R"].isfinite().all()
+
+
+def test_rollouts_in_bf16_read_a_tied_head_in_bf16_and_embed_in_fp32():
+    parallel.start(options("bf16"), CPU)
+    tied = dataclasses.replace(PRESETS["smoke"].model, tie_embeddings=True)
+    model = rundir.build_model(dataclasses.replace(PRESETS["smoke"], model=tied), 32, CPU, seed=0)
+    sampled, tokens_BT = parallel.whole(model, for_sampling=True), torch.arange(10).view(2, 5)
+    assert sampled.output_matrix.dtype == torch.bfloat16
+    assert torch.equal(sampled.embed.weight, model.embed.weight)
+    with torch.no_grad(), parallel.compute():
+        expected_BTV, found_BTV = (network.logits(network(tokens_BT)[0]) for network in (model, sampled))
+    torch.testing.assert_close(found_BTV, expected_BTV, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("mode", ["pretrain", "rlp", "elastic"])

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import plain_logp
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -286,13 +287,6 @@ def batch_of(contexts=CONTEXTS, targets=TARGETS, horizon=1):
     positions = [Position(context, target) for context, target in zip(contexts, targets, strict=True)]
     kind_B = (torch.arange(len(contexts)) == 0).long()
     return {**collate_contexts(TOKENIZER, positions, RLPConfig(horizon=horizon)), "kind_B": kind_B}
-
-
-def plain_logp(model, before, tokens, banned, temperature=1.0):
-    """Log-probability of each of the tokens after those before: one plain pass over the whole sequence, no cache."""
-    hidden_BTD, _ = model(torch.tensor([before + tokens]))
-    logits_TV = model.logits(hidden_BTD)[0, len(before) - 1 : -1].index_fill(-1, torch.tensor(banned), -torch.inf)
-    return (logits_TV / temperature).log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0]
 
 
 def gradients(model, loss):

@@ -106,7 +106,7 @@ def test_a_window_is_what_the_same_documents_in_memory_give(folder):
                 at -= len(document)
             start = rng.randrange(max(1, len(document) - length + 1))
             for documents in (in_memory, on_disk):
-                window = Corpus(None, {"train": documents}, 5).text_window(random.Random(seed), "train", length)
+                window = documents.window(random.Random(seed), length)
                 assert window.tolist() == document[start : start + length].tolist()
                 assert window.dtype == np.int32
 

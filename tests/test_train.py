@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -592,6 +593,15 @@ def test_a_run_keeps_its_tokenizer_whatever_becomes_of_the_text(finished, corpus
     config = PRESETS["smoke"]
     other = dataclasses.replace(config, init=str(finished), data=dataclasses.replace(config.data, path=str(text_file)))
     assert rundir.resolve(other).data.tokenizer == str(finished / "hf")
+
+
+def test_a_run_of_another_machines_device_is_opened_on_this_ones(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    file = tmp_path / "run" / "config.json"
+    file.write_text(re.sub('"device": "[a-z]+"', '"device": "cuda"', file.read_text()))
+    assert rundir.saved_config(tmp_path / "run").device == "cuda"
+    model, *_ = rundir.load_run(tmp_path / "run")
+    assert parallel.device_of(model) == rundir.pick_device(PRESETS["smoke"])
 
 
 def test_a_second_program_waits_for_the_base_that_another_one_trains(program, corpus, tmp_path, monkeypatch):

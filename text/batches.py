@@ -131,7 +131,7 @@ def pretrain_batch(corpus: Corpus, config: Config, step: int) -> dict[str, Tenso
 
     def draw(kind: str) -> Marked:
         if kind == "text":
-            return all_wanted(corpus.text_window(rng, "train", fit.seq_len))
+            return all_wanted(corpus.documents["train"].window(rng, fit.seq_len))
         family = families[0] if intro else rng.choice(families)
         problem = draw_problem(rng, "train", percent, corpus.families, family)
         thought = problem.thought if rng.random() < fit.think else None
@@ -168,7 +168,7 @@ def mixture(corpus: Corpus, config: Config, step: int, n_rows: int, seq_len: int
             return problem_document(
                 tokenizer, problem, thought_for(problem, rng, fit.worked) if has_thought else None)
         if kind == "text":
-            window = corpus.text_window(rng, split, seq_len)
+            window = corpus.documents[split].window(rng, seq_len)
             if not fit.gap:
                 return all_wanted(window)
             document = window.tolist()

@@ -11,16 +11,13 @@ without work, and a short worked thought gives them away:
              4 6                                    thought: " 4 -7 7 +9 6"
     trace    a program that changes a variable and prints it in each round of a loop, and what it
              prints
-    doctest  examples from docstrings of Python's own modules; nobody wrote a thought for them
 
 About one token in 5 of a ledger, in 8 of a session and in 7 of a trace is a result. Every thought
 has two steps or more. A session's and a trace's results are what Python gave for that very text.
 
-A kind is a function from a random generator to a `Computed`, and its entry in `KINDS`.
+A kind is a function from a random generator to a `Computed`, and its entry in `GENERATED`.
 """
 
-import functools
-import importlib
 import random
 import re
 from collections.abc import Callable, Iterable
@@ -138,47 +135,18 @@ def trace(rng: random.Random) -> Computed:
     return Computed("trace", tuple(pieces), renamed(join(pieces), names))
 
 
-# Modules whose examples need no file, network or clock.
-DOCTEST_MODULES = ("collections", "decimal", "difflib", "enum", "fractions", "heapq", "ipaddress",
-                   "json", "math", "statistics", "textwrap")
-
-
-@functools.cache
-def doctests() -> list[Computed]:
-    """The docstrings' examples that pass when they are run, of 60 to 1,000 characters each.
-
-    The corpus holds the same lines inside the docstrings, dealt to splits by module: so a test
-    example may have been read in training, and its figures are no measure of what is new.
-    """
-    import doctest
-
-    found: dict[str, Computed] = {}
-    for name in DOCTEST_MODULES:
-        for test in doctest.DocTestFinder().find(importlib.import_module(name)):
-            pieces = []
-            for e in test.examples:
-                pieces += [(">>> " + e.source.rstrip("\n").replace("\n", "\n... ") + "\n", ""),
-                           (e.want, "")]
-            document = Computed("doctest", tuple(pieces))
-            if (60 <= len(document.text) <= 1000 and any(e.want for e in test.examples)
-                    and not doctest.DocTestRunner().run(test, out=lambda _: None).failed):
-                found.setdefault(document.text, document)
-    return list(found.values())
-
-
 GENERATED: dict[str, Callable[[random.Random], Computed]] = {
     "ledger": ledger, "session": session, "trace": trace}
-KINDS = GENERATED | {"doctest": lambda rng: rng.choice(doctests())}
 
 
 def draw_computed(rng: random.Random, split: str, held_out_percent: int,
                   kind: str | None = None) -> Computed:
-    """A random document of a split, of any generated kind or of the one given: drawn until its
+    """A random document of a split, of any kind or of the one given: drawn until its
     bucket is the split's. Raises ValueError if none of 10,000 draws is."""
     name, others = kind or rng.choice(list(GENERATED)), set()
     buckets = buckets_of(split, held_out_percent)
     for _ in range(10_000):
-        document = KINDS[name](rng)
+        document = GENERATED[name](rng)
         if bucket_of(document.canonical) in buckets:
             return document
         others.add(document.canonical)

@@ -5,7 +5,6 @@ What is made of a text is kept in data.cache_dir, under a fingerprint of the tex
 """
 
 import ast
-import random
 import sysconfig
 import zipfile
 from collections.abc import Iterator
@@ -122,10 +121,6 @@ class Corpus:
             _require_some(documents[split], split, config)
         key = fingerprint([found.key, percent, tokenizer_examples(percent, families), *origin])
         return Corpus(tokenizer, documents, percent, key, families=families)
-
-    def text_window(self, rng: random.Random, split: str, length: int) -> np.ndarray:
-        """Up to `length` tokens in a row from one document of a split."""
-        return self.documents[split].window(rng, length)
 
 
 def _require_some(documents: Documents | list[str], split: str, config: DataConfig,

@@ -61,7 +61,7 @@ def cut_problems(rooms: dict[str, int], tokenizer: Tokenizer, problems: list[Pro
     rooms: the tokens of a sequence by phase."""
     least = {}  # tokens, by family: of the shortest question, of the shortest problem
     for p in problems:
-        document = problem_document(tokenizer, p, p.thought or None)
+        document = problem_document(tokenizer, p, p.thought)
         sizes = len(tokenizer.encode(p.prompt)) + 1, len(document)
         least[p.family] = [*map(min, sizes, least.get(p.family, sizes))]
     question, whole = map(max, zip(*least.values(), strict=True))

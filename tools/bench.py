@@ -271,7 +271,7 @@ def base_step_work(device: torch.device, B=8, T=256, V=1024, model=CPU_MODEL) ->
     settings, batch = PRESETS["cpu"].pretrain, _text(device, B, T, V)
 
     def contestant(muon_lr: float, muon: type[torch.optim.Muon] | None = None) -> Run:
-        network = _network(device, model, V)
+        network = noisy_network(device, model, V)
         optimizers = build_optimizers(network, replace(settings, muon_lr=muon_lr))
         if muon:
             weights = optimizers[1].param_groups[0]["params"]
@@ -294,12 +294,9 @@ def base_step_work(device: torch.device, B=8, T=256, V=1024, model=CPU_MODEL) ->
 def rlp_step_work(device: torch.device, B=4, T=256, G=8, L=32, V=1024, model=CPU_MODEL,
                   dtype=torch.float32) -> Work:
     """A step of RLP: sampled thoughts, their reward, every weight's gradient; random contexts."""
-    network = _network(device, model, V).to(dtype)
-    tokenizer = SimpleNamespace(
-        think=V - 3, close=V - 2, end=V - 1, ends=(V - 1,), tags=(V - 3, V - 2))
-    objective = RLP(RLPConfig(group_size=G, thought_len=L), tokenizer)
-    objective.start(network)
-    batch, generator = _contexts(device, B, T, V), torch.Generator(device)
+    network, objective, batch = rlp_case(
+        device, RLPConfig(batch=B, context_len=T, group_size=G, thought_len=L), V, model, dtype)
+    generator = torch.Generator(device)
 
     def ours() -> list[Tensor]:
         prepared = objective.prepare(network, batch, 0, generator.manual_seed(0))
@@ -308,7 +305,8 @@ def rlp_step_work(device: torch.device, B=4, T=256, G=8, L=32, V=1024, model=CPU
                 *torch.autograd.grad(loss, list(network.parameters()))]
 
     sampling = Sampling(G, L, objective.config.temperature)
-    thoughts = sample_thoughts(network, batch, tokenizer, sampling, generator.manual_seed(0))
+    thoughts = sample_thoughts(network, batch, objective.tokenizer, sampling,
+                               generator.manual_seed(0))
     plain = partial(plain_rlp_step, network, objective, batch, thoughts, generator)
     sizes = f"{B} contexts of {T} tokens, G = {G} thoughts of up to {L}, {model.pattern}, V = {V}"
     return Work(f"RLP step, {sizes}", B * G * L, [
@@ -331,10 +329,10 @@ def rlp_trl_work(device: torch.device, B=2, T=256, G=8, L=32, V=4096, model=LLAM
     settings = RLPConfig(group_size=G, thought_len=L, reward_floor=-math.inf, lr=0.0,
                          clip_norm=math.inf)
     torch.manual_seed(0)
-    batch = _contexts(device, B, T, V)
+    batch = random_contexts(device, B, T, V)
 
     def load() -> HybridLM:
-        network = HybridLM(shape).to(device) if folder else _network(device, model, V)
+        network = HybridLM(shape).to(device) if folder else noisy_network(device, model, V)
         if folder:
             network.load_state_dict(load_hf(folder)[1])
         else:  # rewards that differ in their first digits: advantages are their differences
@@ -387,7 +385,7 @@ def elastic_step_work(device: torch.device, B=8, T=256, V=1024, model=CPU_MODEL)
     The teacher is the full model whatever the budget; a step on the text alone shows what the
     budget itself saves. The preset's step is the one of three budgets. The second teacher, where
     there is one, is the full model that trains."""
-    network, teacher = _network(device, model, V), _network(device, model, V, seed=1)
+    network, teacher = noisy_network(device, model, V), noisy_network(device, model, V, seed=1)
     settings = replace(PRESETS["cpu"].elastic, choose="fixed")
     router = routers.build_router(network.config, settings, list(range(len(model.pattern))), device)
     router.settle({budget: routers.by_hand(router, budget) for budget in settings.budgets[1:]})
@@ -413,9 +411,8 @@ def elastic_step_work(device: torch.device, B=8, T=256, V=1024, model=CPU_MODEL)
         return lambda: step(*objective.run(network, None, budget, batch), **options)
 
     def on_masks() -> list[Tensor]:
-        hidden_BTD, _ = network(batch["tokens_BT"], ids_BT=batch["ids_BT"],
-                                inside=nested.masked_inside(network.config, masks))
-        return step(hidden_BTD, network.output_matrix)
+        inside = nested.masked_inside(network.config, masks)
+        return step(*elastic.outputs(network, batch, inside=inside))
 
     other = {"50 %, two teachers": on_slices(0.5, self_kl=1.0), "100 %": on_slices(1.0),
              "50 %, on the text alone": on_slices(0.5, kl=0.0),
@@ -464,7 +461,7 @@ def with_gradients(forward: Callable[[], Tensor | tuple], leaves: list[Tensor]) 
     return run
 
 
-def _network(device: torch.device, model: ModelConfig, V: int, seed=0) -> HybridLM:
+def noisy_network(device: torch.device, model: ModelConfig, V: int, seed=0) -> HybridLM:
     """A model with noise on its weights: matrices that begin at zero would pass no gradient on."""
     torch.manual_seed(seed)
     network = HybridLM(replace(model, vocab_size=V)).to(device)
@@ -480,7 +477,18 @@ def _text(device: torch.device, B: int, T: int, V: int) -> dict[str, Tensor]:
     return {"tokens_BT": tokens_BT, "targets_BT": targets_BT, "ids_BT": torch.zeros_like(tokens_BT)}
 
 
-def _contexts(device: torch.device, B: int, T: int, V: int) -> dict[str, Tensor]:
+def rlp_case(device: torch.device, c: RLPConfig, V=1024, model=CPU_MODEL, dtype=torch.float32
+             ) -> tuple[HybridLM, RLP, dict[str, Tensor]]:
+    """A model, RLP on it, and a batch of random contexts."""
+    network = noisy_network(device, model, V).to(dtype)
+    tokenizer = SimpleNamespace(
+        think=V - 3, close=V - 2, end=V - 1, ends=(V - 1,), tags=(V - 3, V - 2))
+    objective = RLP(c, tokenizer)
+    objective.start(network)
+    return network, objective, random_contexts(device, c.batch, c.context_len, V)
+
+
+def random_contexts(device: torch.device, B: int, T: int, V: int) -> dict[str, Tensor]:
     """Random contexts and targets for thoughts, without the last three tokens of the vocabulary."""
     context_BT, target_BX = (torch.randint(V - 3, (B, n), device=device) for n in (T, 1))
     return {"context_BT": context_BT, "ids_BT": torch.zeros_like(context_BT),

@@ -84,6 +84,7 @@ ELASTIC = {"elastic": "--mode elastic --elastic.baseline separate minitron"} | {
     f"elastic-{name}": f"--mode elastic {words}" for name, words in {
         "sensitivity": "--elastic.choose sensitivity", "searched": "--elastic.choose search",
         "fifth": "--elastic.steps 600",
+        "grown": "--warmup.steps 7100",  # a parent of ten times the family's tokens
         "drawn": "--elastic.no-together --elastic.steps 2250",  # as many FLOPs
         "five": "--elastic.budgets 1 .875 .75 .625 .5 --elastic.long-weights .2 .1 .1 .1 .5 "
                 "--elastic.baseline separate",

@@ -25,7 +25,7 @@ Memory counts what stays between steps in fp32 (weights, gradients, optimizer, m
 frozen copies), divided among the GPUs, and what a step needs: whole weights for rollouts, layers
 that are gathered from the other GPUs, caches, and what layers keep for the backward pass. In bf16
 (`parallel.dtype`) that is what the kernels of a card keep, and the stream between layers and its
-norms stay fp32; in fp32 what the reference forms of kernels.py keep. A step of RLP needs its
+norms stay fp32; in fp32 what PyTorch's fast forms in kernels.py keep. A step of RLP needs its
 rollouts' part or its update's, whichever is larger. With adapters (`lora.rank`) every GPU has the
 frozen weights once, matrices of layers in the dtype of the products, and all else is the adapters'.
 Not counted: weights under a mask (elastic, while routers search), what the allocator wastes.
@@ -274,8 +274,7 @@ def memory(config: Config, n_gpus: int = 1, recompute: bool = False) -> dict[str
         states |= {"EMA teacher": share, "starting weights": (c.kl > 0) * share}
         n_contexts = sequences[0][0]
         n_caches = n_contexts * c.group_size
-        head = 0 if shape.tie_embeddings else shape.vocab_size * shape.d_model
-        n_cast = thin + head if rank else n
+        n_cast = thin + shape.vocab_size * shape.d_model if rank else n  # with a head in any case
         rollouts = {"whole weights": (low or n_shares > 1) * product * (2 + (c.kl > 0)) * n_cast,
                     "caches": n_contexts * cache_bytes(shape, c.context_len, low)
                     + n_caches * cache_bytes(shape, c.thought_len, low)}
@@ -338,7 +337,7 @@ def kept_bytes(kind: str, shape: ModelConfig, rank: int = 0, low: bool = True) -
     matrix has its input's cast beside it. Each adapter keeps `rank` numbers more."""
     D, F, H, K, P = shape.d_model, shape.d_ff, shape.n_heads, shape.n_kv_heads, shape.attn_head_dim
     own, n_norm = D, 1 if rank else 2  # numbers of products; what norms keep
-    thin = rank * sum(name.endswith("_proj.weight") for name in costs.part_weights(kind, shape))
+    thin = rank * len(costs.matrices(kind, shape))
     wide = n_norm * D  # numbers in fp32 in any case
     if kind == "-":
         own += 2 * F + low * (shape.ffn == "swiglu") * D

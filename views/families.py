@@ -22,6 +22,7 @@ THIRDS = {f"elastic-{name}-cpu": told for name, told in {  # at a third of the s
     "unturned": "by hand, stream not turned", "units": "by hand, units in random order",
     "order": "by hand, units and stream in random order"}.items()}
 ORDERS = [f"elastic-{name}-cpu" for name in ("hand", "unturned", "units", "order")]
+GROWN = "elastic-grown-cpu"  # of a parent that read ten times the family's tokens
 FIVE = "elastic-five-cpu"  # sizes, of which each sequence trains three
 WHOLE = {"elastic-widths-cpu": "widths alone", "elastic-layers-cpu": "whole layers alone"}
 RANDOM = [f"elastic-random{i}-cpu" for i in range(8)]
@@ -59,7 +60,7 @@ def arm_rows(first: tuple[str, list[dict]], others: dict[str, Arm]) -> list[list
     greedy, loss = "accuracy/greedy/all", "loss_nats"
     rows = [["", "seeds", *(f"greedy, {h}" for h in heads), *(f"loss, {h}" for h in heads)]]
     parent = {run["seed"]: [run["teacher"]] for run in runs}
-    same = [spread(list(_at(parent, 0, path).values()), form)
+    same = [spread(_at(parent, 0, path), form)
             for path, form in ((greedy, ".2f"), (loss, ".3f"))]
     rows.append(["parent", str(len(runs)), *(x for x in same for _ in heads)])
     for told, entries in {name: ours, **others}.items():
@@ -67,7 +68,7 @@ def arm_rows(first: tuple[str, list[dict]], others: dict[str, Arm]) -> list[list
                   difference(_at(entries, i, loss), _at(ours, i, loss)) for i in n]
         if entries:
             rows.append([told, str(len(entries)),
-                         *(spread(list(_at(entries, i, greedy).values())) for i in n),
+                         *(spread(_at(entries, i, greedy)) for i in n),
                          *(spread(x, ".3f" if entries is ours else "+.3f") for x in losses)])
     return rows
 
@@ -87,6 +88,11 @@ def family_rows(found: Found) -> list[list[str]]:
 def five_rows(found: Found) -> list[list[str]]:
     """Five sizes for about the cost of three, beside those below the full one alone."""
     return beside_rivals(found[FIVE], {})
+
+
+def grown_rows(found: Found) -> list[list[str]]:
+    """The same family of a parent that was trained three times as long."""
+    return arm_rows((RIVALS["elastic"], found[GROWN]), {})
 
 
 def cost_rows(found: Found) -> list[list[str]]:

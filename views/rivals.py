@@ -48,8 +48,10 @@ def half_width(values: list[float]) -> float | None:
     return T95[min(len(values), 5)] * statistics.stdev(values) / len(values) ** 0.5
 
 
-def spread(values: list[float], form: str = ".2f") -> str:
-    """`0.92 ±0.03`: the mean over seeds; of one seed its value; "" for none."""
+def spread(values: list[float] | dict[int, float], form: str = ".2f") -> str:
+    """`0.92 ±0.03`: the mean over seeds; of one seed its value; "" for none. values: by seed, or
+    as they come."""
+    values = [*values.values()] if isinstance(values, dict) else values
     if not values:
         return ""
     half = half_width(values)
@@ -89,7 +91,7 @@ def arm_rows(found: Found) -> list[list[str]]:
     rows = [["", "seeds", "sampled", "greedy", "gain at text, nats", "loss on text", "TFLOP", "s"]]
     runs = found["rlp-cpu"]
     if runs:
-        base = [spread(list(means(runs, path, "base").values())) for path in (SAMPLED, GREEDY)]
+        base = [spread(means(runs, path, "base")) for path in (SAMPLED, GREEDY)]
         rows.append(["base", str(len(runs)), *base, "", "", "", ""])
     for kind, name in ARMS.items():
         if not (runs := found[kind]):
@@ -104,8 +106,8 @@ def arm_rows(found: Found) -> list[list[str]]:
                       for seed, loss in means(runs, TEXT_LOSS).items() if seed in begun}
         figures = ((means(runs, SAMPLED), ".2f"), (means(runs, GREEDY), ".2f"), (gain, "+.2f"),
                    (change, "+.1%"))
-        rows.append([name, str(len(runs)), *(spread(list(of_seed.values()), form)
-                                             for of_seed, form in figures), *cost(*chain)])
+        rows.append([name, str(len(runs)), *(spread(of_seed, form) for of_seed, form in figures),
+                     *cost(*chain)])
     return rows
 
 
@@ -127,8 +129,8 @@ def ablation_rows(found: Found) -> list[list[str]]:
             columns = [(SAMPLED, ".2f"), (GREEDY, ".2f"), (GAIN, "+.2f")]
             gaps = (difference(means(runs, path), means(found["rlp-cpu"], path))
                     for path in (SAMPLED, GREEDY))
-            rows.append([name, str(len(runs)), *(spread(list(means(runs, path).values()), form)
-                                                 for path, form in columns),
+            rows.append([name, str(len(runs)),
+                         *(spread(means(runs, path), form) for path, form in columns),
                          *(spread(gap, "+.3f") for gap in gaps)])
     return rows
 
@@ -168,11 +170,10 @@ def position_rows(found: Found) -> list[list[str]]:
              "problems right, sampled": SAMPLED, "problems right, greedy": GREEDY}
     for name, path in paths.items() if runs else ():
         base, ours = means(runs, path, "base"), means(runs, path)
-        rows.append([name, *(spread(list(m.values())) for m in (base, ours)),
-                     spread(difference(ours, base), "+.3f")])
+        rows.append([name, spread(base), spread(ours), spread(difference(ours, base), "+.3f")])
         if cpt:
             theirs = means(cpt, path)
-            rows[-1] += [spread(list(theirs.values())), spread(difference(ours, theirs), "+.3f")]
+            rows[-1] += [spread(theirs), spread(difference(ours, theirs), "+.3f")]
     took = ["TFLOP", "", cost(runs)[0], "", *[cost(cpt)[0], ""] * bool(cpt)]
     return rows + [took] * (took[2] != "")
 
@@ -184,8 +185,7 @@ def gate_rows(found: Found) -> list[list[str]]:
                "gated": "through the gate", "weight": "weight of the thought"}
     rows = [["gain over the frozen base, nats", *columns.values()]]
     for kind, name in POSITIONS.items() if runs else ():
-        rows.append([name, *(spread(list(means(runs, f"gate/{kind}/{key}").values()))
-                             for key in columns)])
+        rows.append([name, *(spread(means(runs, f"gate/{kind}/{key}")) for key in columns)])
     return rows
 
 
@@ -207,7 +207,7 @@ def _level(found: Found, kinds: list[str], path: str, others: tuple[str, ...] = 
     at = _controls(found)
     base, sides = at(kinds[0], path, "base"), {kind: at(kind, path) for kind in kinds}
     behind = base, *(sides[kind] for kind in others)
-    return base, [*(spread(list(side.values())) for side in (base, *sides.values())),
+    return base, [*map(spread, (base, *sides.values())),
                   *(spread(difference(sides[kinds[0]], side), "+.3f") for side in behind)]
 
 
@@ -264,8 +264,7 @@ def pass_rows(found: Found) -> list[list[str]]:
     for k in runs[0]["pass"] if runs else ():
         path = f"pass/{k}/WHO"
         base, ours = at("rlp-cpu", path, "base"), at("rlp-cpu", path)
-        rows.append([k, spread(list(base.values()), ".3f"),
-                     *(spread(list(at(kind, path).values()), ".3f") for kind in COMPARED),
+        rows.append([k, spread(base, ".3f"), *(spread(at(kind, path), ".3f") for kind in COMPARED),
                      spread(difference(ours, base), "+.3f")])
     return rows
 
@@ -275,8 +274,8 @@ def remains_rows(found: Found) -> list[list[str]]:
     at, runs = _controls(found), found["controls-rlp-cpu"]
     rows = [["gain at answers, nats", *COMPARED.values()]]
     for name in runs[0]["thoughts"] if runs else ():
-        rows.append([f"{name} thought", *(spread(list(at(kind, f"thoughts/{name}").values()))
-                                          for kind in COMPARED)])
+        rows.append([f"{name} thought",
+                     *(spread(at(kind, f"thoughts/{name}")) for kind in COMPARED)])
     return rows
 
 
@@ -296,12 +295,11 @@ def changed_rows(found: Found) -> list[list[str]]:
              "right": "right", "base_right": "the base's without a thought right"}
     rows = [["", *COMPARED.values()]]
     for where in runs[0]["changed"] if runs else ():
-        rows += [[f"{name}, {where}", *(spread(list(of(kind, where, key).values()))
-                                        for kind in COMPARED)] for key, name in names.items()]
+        rows += [[f"{name}, {where}", *(spread(of(kind, where, key)) for kind in COMPARED)]
+                 for key, name in names.items()]
     for name in runs[0]["text"] if runs else ():
         rows.append([f"loss at random text positions, {name}, nats",
-                     *(spread(list(at(kind, f"text/{name}").values()), ".3f")
-                       for kind in COMPARED)])
+                     *(spread(at(kind, f"text/{name}"), ".3f") for kind in COMPARED)])
     return rows
 
 
