@@ -309,7 +309,7 @@ def claims(found: dict[str, list[dict]]) -> list[list[str]]:
     for kind, tokens, words in (("elastic-cpu", "30 %", ""),
                                 (families.GROWN, "10 %", " --warmup.steps 7100")):
         sizes_kept = kept(found[kind], "greedy")
-        add(f"Elastic: in {tokens} of the parent's tokens 75 % keep 97 % of its accuracy, 50 % 90 %",
+        add(f"Elastic: in {tokens} of the parent's tokens 75 % has 97 % of its accuracy, 50 % 90 %",
             alone + words, sizes_kept and found[kind],
             [above(size, [exact(least)] * len(size)) for size, least in
              zip(sizes_kept[1:], (0.97, 0.9), strict=False)],
