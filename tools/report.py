@@ -451,6 +451,14 @@ def released_parts(found: dict[str, list[dict]]) -> list[str]:
     parts = [RELEASED, view.markdown(view.thought_rows(columns, labels)), "; ".join(
         f"{name} {took(found[kind][0])}"
         for name, (kind, _) in RELEASED_ARMS.items() if found[kind])]
+    if text := found["smol-text"]:
+        columns = {"before RLP": (text, "base"), f"RLP, {n_seeds(text)}": (text, "rlp")}
+        rows = view.thought_rows(columns, [
+            *(f"{label} ordinary text{unit}" for label, unit, _ in view.AT_POSITIONS),
+            "gain where text repeats, nats", "loss on text, no thought, nats"])
+        rows[0][0] = "at random positions of text"
+        parts += ["### The same model at random positions of text", view.markdown(rows),
+                  took(text[0])]
     for title, kind in RELEASED_FAMILIES.items():
         for run in found[kind]:
             head, *rows = view.budget_rows(run)

@@ -17,6 +17,9 @@ RIVALS = {  # what tables and plots call an elastic family and each `elastic.bas
     "minitron": "alone, all tokens each", "scratch": "from scratch, as the parent"}
 # What tables call the sets of positions of a summary.
 POSITIONS = {"text": "ordinary text", "computed": "computed documents"}
+AT_POSITIONS = (("gain at", ", nats", "gain_nats/frozen_base"),  # around such a name; path
+                ("  over another's thought at", ", nats", "gain_nats/swapped_thought"),
+                ("  thoughts not empty at", "", "share_not_empty/all"))
 
 
 def cell(leaf: dict[str, Any] | None, form: str = ".2f") -> str:
@@ -60,16 +63,13 @@ def figures(families: list[str]) -> dict[str, tuple[str, str]]:
     gains = {"frozen_base": "the frozen base", "ema": "the EMA teacher",
              "own_no_think": "no thought", "empty_thought": "an empty thought",
              "swapped_thought": "another's thought"}
-    at_positions = (("gain at", ", nats", "gain_nats/frozen_base"),
-                    ("  over another's thought at", ", nats", "gain_nats/swapped_thought"),
-                    ("  thoughts not empty at", "", "share_not_empty/all"))
     alike = {"accuracy, sampled thoughts": "accuracy/sampled/all/WHO",
              "accuracy, greedy thought": "accuracy/greedy/all/WHO",
              "accuracy, no thought": "accuracy/no_think/all/WHO",
              **{f"  {name}, sampled thoughts": f"accuracy/sampled/{name}/WHO" for name in families},
              "loss on text, no thought, nats": "loss_nats/no_think_text/WHO",
              **{f"{label} {name}{unit}": f"positions/{key}/WHO/{path}"
-                for key, name in POSITIONS.items() for label, unit, path in at_positions},
+                for key, name in POSITIONS.items() for label, unit, path in AT_POSITIONS},
              "gain where text repeats, nats": "positions/text/WHO/gain_nats_by_kind/repeats",
              "thought, tokens": "thought_tokens/all/WHO", "thoughts that close": "closed/all/WHO"}
     forced = "forced_style_base/temperature_{}/all"
