@@ -20,12 +20,13 @@ A trained parent becomes elastic in four steps:
 Where it differs from the paper: the stream is turned, not only put in order; masks multiply weights
 instead of activations (the same function, for fewer multiplications); once the routers have settled
 (`elastic.search_share`) budgets run on slices, which cost less the smaller they are; the budget
-loss is relative, with a dead zone; routers begin with a head start for the largest widths, or for
-those that cost the loss least (`elastic.router_start`); mode 1 multiplies by the likeliest choice's
-probability, since its logit is NaN-prone; the full budget is always the full model; queries have
-elastic heads only where several share keys and values, which have none. By default neurons and
-Mamba heads are scored by what they add to the stream (`output`), and layers stay; preset `cpu`
-trains the smallest budget most in stage 2, where the paper trains the largest (.5, .3, .2).
+loss is relative, with a dead zone, and weighs 5; routers begin with a head start for the largest
+widths, or for those that cost the loss least (`elastic.router_start`); mode 1 multiplies by the
+likeliest choice's probability, since its logit is NaN-prone; the full budget is always the full
+model; queries have elastic heads only where several share keys and values, which have none. By
+default neurons and Mamba heads are scored by what they add to the stream (`output`), and layers
+stay; preset `cpu` trains the smallest budget most in stage 2, where the paper trains the largest
+(.5, .3, .2).
 """
 
 import itertools

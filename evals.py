@@ -14,7 +14,9 @@ Accuracy is that of the likeliest answer after sampled thoughts, the greedy one,
 Problems are independent, thoughts on one of them are not; positions and windows of one document of
 text are not either. So there are three intervals: `interval` of means over problems, `share` of
 shares of right answers and the like, `over_documents` of means over text. Held-out documents of
-text count alike, as far as they are long enough: else the two longest would be half of it.
+text count alike, as far as they are long enough: else the two longest would be half of it. Elastic
+draws windows of text as in training, longer documents more often, and counts each by itself: its
+intervals of one seed are too narrow there, those over seeds are not.
 """
 
 import itertools

@@ -47,9 +47,9 @@ def activation_sums(
     sums: Sums = {}
 
     def add(key: str, x_BTE: Tensor) -> None:
-        x_NE = x_BTE.detach().flatten(0, 1)
-        for name, values_NE in ((key, x_NE.square()), (f"{key}.abs", x_NE.abs())):
-            sums[name] = sums.get(name, 0) + values_NE.sum(0, dtype=torch.float64).cpu()
+        x_tE = x_BTE.detach().flatten(0, 1)
+        for name, values_tE in ((key, x_tE.square()), (f"{key}.abs", x_tE.abs())):
+            sums[name] = sums.get(name, 0) + values_tE.sum(0, dtype=torch.float64).cpu()
 
     def see(name: str, module: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
         if isinstance(module, nn.Linear):
@@ -173,7 +173,7 @@ def chosen_scores(c: ElasticConfig) -> dict[str, str]:
 def rank(
     model: HybridLM, batches: list[dict[str, Tensor]], c: ElasticConfig, seed: int = 0) -> Ranking:
     """Rank units by the scores that the settings name, from forward passes over the batches of all
-    processes, and layers, a pass each, if `depth_choices` drops some. Raises ValueError for an
+    processes, and layers, by more of them, if `depth_choices` drops some. Raises ValueError for an
     unknown score."""
     chosen, config = chosen_scores(c), model.config
     generator = torch.Generator().manual_seed(seed)

@@ -190,8 +190,8 @@ class HybridLM(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Embeddings N(0, 1), tied ones and the head N(0, 0.02); matrices N(0, 1/fan_in); 0 biases
-        of attention and what writes to the residual stream, which begins as the tokens alone."""
+        """Embeddings N(0, 1), tied ones and the head N(0, 0.02^2); matrices N(0, 1/fan_in); 0
+        biases of attention and what writes to the residual stream, which begins as the tokens."""
         for name, p in self.named_parameters():
             if name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight", "proj.bias")):
                 p.zero_()

@@ -483,12 +483,13 @@ def at_random(router: Router, budget: float, seed: int) -> Choice:
 
 
 def by_hand(router: Router, budget: float) -> Choice:
-    """Every width by about the same factor, all layers kept: as one chooses without a router."""
+    """Every width by about the same factor, as one chooses without a router. Layers go where that
+    comes nearer to the budget."""
     space, cost = router.space, router.costs.pricer(router.depth_order)
     full_cost, fraction = router.full_cost, router.fraction(budget)
 
     def logp(factor: float) -> dict[str, Tensor]:
-        """The nearer to that factor the likelier; depth must not change."""
+        """The nearer to that factor the likelier; layers go last."""
         rows = {}
         for a, w in space.choices.items():
             aim, weight = (1.0, 1e6) if a == "depth" else (factor, 10.0)

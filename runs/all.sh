@@ -3,7 +3,7 @@
 # then the tables. What has ended is kept, so it can be given again. On two quick cores:
 #   runs/all.sh quick    RLP, CPT and Elastic (a third of its steps) of seed 0, about half an hour;
 #                        results/ stay as they are
-#   runs/all.sh          five seeds of README's tables, one of all else, about nine hours
+#   runs/all.sh          five seeds of README's tables, one of all else: a night
 #   runs/all.sh seeds    that, and two more seeds of most of the rest, four hours more
 # PRESET=smoke: every part in minutes, nothing is learned. OUT: another folder. WORDS: of train.py.
 set -euo pipefail

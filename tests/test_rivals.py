@@ -232,6 +232,10 @@ def test_a_lead_is_of_the_runs_before_where_more_seeds_have_both():
     runs["before__cpt__cpu"].append(thinking(0, "cpt", 0.7))
     assert rivals.lead_rows(found_of(**runs))[1][1:3] == ["2", "+0.100 ±0.000"]
     assert rivals.lead_rows(found_of(**runs))[1][0] == "(RLP) minus (CPT, FLOPs of RLP) (before)"
+    runs["rlp__cpu"].append(thinking(2))  # three of today are enough, however many there are of before
+    runs["cpt__cpu"] += [thinking(seed, "cpt", 0.6) for seed in (1, 2)]
+    runs |= {f"before__{mode}__cpu": [thinking(seed, mode) for seed in range(5)] for mode in ("rlp", "cpt")}
+    assert rivals.lead_rows(found_of(**runs))[1][:2] == ["(RLP) minus (CPT, FLOPs of RLP)", "3"]
 
 
 def behind(seed, mode, base, after):
@@ -314,8 +318,8 @@ def test_rows_of_the_gate():
     gate = {kind: {name: leaf(x + i) for i, name in enumerate(("thought", "no thought", "gated", "weight"))}
             for kind, x in (("text", 0.1), ("computed", 0.2))}  # fmt: skip
     found = found_of(controls__rlp__computed=[behind(0, "rlp", 0.1, 0.2) | {"gate": gate}])
-    assert rivals.gate_rows(found)[1:] == [["ordinary text", "0.10", "1.10", "2.10", "3.10"],
-                                           ["computed documents", "0.20", "1.20", "2.20", "3.20"]]  # fmt: skip
+    assert rivals.gate_rows(found)[1:] == [["RLP, ordinary text", "1", "0.10", "1.10", "2.10", "3.10"],
+                                           ["RLP, computed documents", "1", "0.20", "1.20", "2.20", "3.20"]]  # fmt: skip
     assert len(rivals.gate_rows(found_of())) == 1
 
 
@@ -488,7 +492,8 @@ def test_rows_of_hand_overs():
 def test_results_show_and_judge_families(tmp_path):
     """In order .1 better in both seeds, at both budgets; the stream's order adds .2 and nothing. Long texts help by .1."""
     made = {"hand": (1.0, 1.1, 1.2), "units": (1.0, 1.2, 1.3), "order": (1.0, 1.4, 1.3),
-            "third": (1.0, 1.1, 1.2), "short": (1.1, 1.2, 1.3)}  # fmt: skip
+            "alike": (1.0, 1.1, 1.2), "short": (1.1, 1.2, 1.3), "large": (0.9, 1.0, 1.1),
+            "third": (0.9, 1.0, 1.1), "full": (0.9, 1.2, 1.1)}  # fmt: skip
     for seed, (kind, losses) in itertools.product((0, 1), made.items()):
         made_up = family(seed, losses)
         for size, loss in zip(made_up["budgets"], losses, strict=True):
@@ -505,4 +510,8 @@ def test_results_show_and_judge_families(tmp_path):
     assert verdict == "reproduced"
     assert figure == "there, short texts alone minus that: +0.100 ±0.000, +0.100 ±0.000, +0.100 ±0.000 nats"
     assert found["Elastic: the router beats widths by sensitivity"][0] == "not tested here"
+    verdict, figure = found["Elastic: the larger budgets more often in stage 2"]  # of the largest too, whose budget it is
+    assert (verdict, figure.count("±")) == ("reproduced", 3)
+    for begun, right in (("full widths, as the paper's", "in part"), ("widths by sensitivity", "reproduced")):
+        assert found[f"Elastic: the router, begun at {begun}, beats widths by hand"][0] == right
     assert "### The order of units, while budgets train" in report.results(tmp_path)

@@ -30,10 +30,11 @@ BEGINS = {  # arms that begin with what another became, and that
     "cpt-sft-cpu": "cpt-more-cpu", "cpt-rlvr-cpu": "cpt-sft-cpu"}
 ABLATIONS = {f"rlp-{name}-cpu": told for name, told in {
     "g2": "2 thoughts a context", "g4": "4 thoughts a context", "g16": "16 thoughts a context",
-    "len20": "thoughts of 20 tokens", "len80": "thoughts of 80 tokens", "kl3": "KL 0.001",
-    "kl2": "KL 0.01", "tau99": "tau 0.99", "tau1": "tau 1, the teacher stands still",
-    "hot": "temperature 1", "random": "random positions of problems", "back0": "back 0",
-    "answers": "no text", "predictor": "predictor's term 0.1",
+    "len20": "thoughts of 20 tokens, figures too",
+    "len80": "thoughts of 80 tokens, figures too", "kl3": "KL 0.001", "kl2": "KL 0.01",
+    "tau99": "tau 0.99", "tau1": "tau 1, the teacher stands still",
+    "hot": "temperature 1, figures too", "random": "random positions of problems",
+    "back0": "back 0", "answers": "no text", "predictor": "predictor's term 0.1",
     "predictor1": "predictor's term 1", "nofloor": "no floor under rewards"}.items()}
 SAMPLED, GREEDY = "accuracy/sampled/all/WHO", "accuracy/greedy/all/WHO"
 GAIN, TEXT_LOSS = "positions/text/WHO/gain_nats/frozen_base", "loss_nats/no_think_text/WHO"
@@ -71,10 +72,10 @@ def difference(first: dict[int, float], second: dict[int, float]) -> list[float]
 
 
 def now_or_before(of: Callable[[str], list]) -> tuple[list, str]:
-    """What a function finds of runs named with "" or "before-"; and "", or " (before)" where more
-    of them are from before the default changed."""
+    """What a function finds of runs named with "" or "before-"; and "", or " (before)" where fewer
+    than three, and fewer than of those, are from after the default changed."""
     sides = [(of(then), told) for then, told in (("", ""), ("before-", " (before)"))]
-    return max(sides, key=lambda side: len(side[0]))
+    return max(sides, key=lambda side: min(3, len(side[0])))
 
 
 def pair(found: Found, ours: str, theirs: str) -> tuple[list[dict], list[dict], str]:
@@ -179,13 +180,16 @@ def position_rows(found: Found) -> list[list[str]]:
 
 
 def gate_rows(found: Found) -> list[list[str]]:
-    """Preset `computed`: a learned gate between the prediction without a thought and after it."""
-    runs = [run for run in found["controls-rlp-computed"] if "gate" in run]
+    """Preset `computed`: a learned gate between the prediction without a thought and after it, of
+    RLP and of CPT of equal FLOPs."""
     columns = {"thought": "after a thought", "no thought": "without one",
                "gated": "through the gate", "weight": "weight of the thought"}
-    rows = [["gain over the frozen base, nats", *columns.values()]]
-    for kind, name in POSITIONS.items() if runs else ():
-        rows.append([name, *(spread(means(runs, f"gate/{kind}/{key}")) for key in columns)])
+    rows = [["gain over the frozen base, nats", "seeds", *columns.values()]]
+    for arm in ("rlp", "cpt"):
+        runs = [run for run in found[f"controls-{arm}-computed"] if "gate" in run]
+        for kind, name in POSITIONS.items() if runs else ():
+            rows.append([f"{arm.upper()}, {name}", str(len(runs)), *(
+                spread(means(runs, f"gate/{kind}/{key}")) for key in columns)])
     return rows
 
 
