@@ -412,7 +412,7 @@ def test_documents_of_one_name_are_in_one_split():
 def test_another_dealing_has_another_key(tmp_path, text_file, monkeypatch):
     """Of texts or of problems: nothing that was made of other splits is used again."""
     first = load(text_file, tmp_path).key
-    monkeypatch.setattr(problems, "bucket_of", lambda text: bucket_of(text + "!"))
+    monkeypatch.setattr(held_out, "bucket_of", lambda text: bucket_of(text + "!"))
     second = load(text_file, tmp_path).key
     monkeypatch.setattr(corpus_module, "bucket_of", lambda text: bucket_of(text + "!"))
     assert len({first, second, load(text_file, tmp_path).key}) == 3

@@ -23,7 +23,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from text.held_out import bucket_of, buckets_of
+from text.held_out import draw_of_split
 from text.problems import LETTERS
 
 
@@ -141,18 +141,11 @@ GENERATED: dict[str, Callable[[random.Random], Computed]] = {
 
 def draw_computed(rng: random.Random, split: str, held_out_percent: int,
                   kind: str | None = None) -> Computed:
-    """A random document of a split, of any kind or of the one given: drawn until its
-    bucket is the split's. Raises ValueError if none of 10,000 draws is."""
-    name, others = kind or rng.choice(list(GENERATED)), set()
-    buckets = buckets_of(split, held_out_percent)
-    for _ in range(10_000):
-        document = GENERATED[name](rng)
-        if bucket_of(document.canonical) in buckets:
-            return document
-        others.add(document.canonical)
-    raise ValueError(f"computed documents of the kind {name!r}: none of the {split} split in "
-                     f"10,000 draws; let it make more than {len(others)} different ones, or raise "
-                     "data.held_out_percent")
+    """A random document of a split, of any kind or of one (see `draw_of_split`)."""
+    name = kind or rng.choice(list(GENERATED))
+    return draw_of_split(
+        lambda: GENERATED[name](rng), split, held_out_percent,
+        f"computed documents of the kind {name!r}: none", "ones, or raise data.held_out_percent")
 
 
 def computed_examples(held_out_percent: int) -> list[str]:

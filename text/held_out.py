@@ -11,7 +11,8 @@ buckets 0 to p - 1, test p to 2p - 1, and train the others. What is alike shares
 
 import itertools
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 SPLITS = ("train", "val", "test")
 N_BUCKETS = 100
@@ -26,6 +27,20 @@ def buckets_of(split: str, held_out_percent: int) -> range:
     """The buckets of `train`, `val` or `test`."""
     p = held_out_percent
     return {"val": range(p), "test": range(p, 2 * p), "train": range(2 * p, N_BUCKETS)}[split]
+
+
+def draw_of_split(make: Callable[[], Any], split: str, held_out_percent: int, none: str,
+                  others: str) -> Any:
+    """A problem or a computed document of a split: made anew until its bucket is the split's.
+    Raises ValueError, with the words of `none` and `others`, if none of 10,000 draws is."""
+    buckets, seen = buckets_of(split, held_out_percent), set()
+    for _ in range(10_000):
+        made = make()
+        if bucket_of(made.canonical) in buckets:
+            return made
+        seen.add(made.canonical)
+    raise ValueError(f"{none} of the {split} split in 10,000 draws; let it make more than "
+                     f"{len(seen)} different {others}")
 
 
 def clusters_of(documents: list[tuple[str, str]]) -> dict[str, str]:

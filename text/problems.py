@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 
 from system.config import RLPConfig
 from system.errors import require
-from text.held_out import bucket_of, buckets_of
+from text.held_out import draw_of_split
 
 
 @dataclass(frozen=True)
@@ -179,17 +179,10 @@ def any_level(families: Families, others: Sequence[str], rng: random.Random) -> 
 def draw_problem(
     rng: random.Random, split: str, held_out_percent: int, families: Families,
     family: str | None = None) -> Problem:
-    """A random problem of a split, of any family or of one: drawn until its bucket is the split's.
-    Raises ValueError if none of 10,000 draws is."""
-    name, others = family or rng.choice(list(families)), set()
-    buckets = buckets_of(split, held_out_percent)
-    for _ in range(10_000):
-        problem = families[name](rng)
-        if bucket_of(problem.canonical) in buckets:
-            return problem
-        others.add(problem.canonical)
-    raise ValueError(f"problem family {name!r} makes no problem of the {split} split in 10,000 "
-                     f"draws; let it make more than {len(others)} different questions")
+    """A random problem of a split, of any family or of one (see `draw_of_split`)."""
+    name = family or rng.choice(list(families))
+    return draw_of_split(lambda: families[name](rng), split, held_out_percent,
+                         f"problem family {name!r} makes no problem", "questions")
 
 
 def held_out_problems(
