@@ -20,17 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import Block
-from nested import Masks, Widths, in_groups
+from nested import UNITS, Masks, Widths, in_groups
 from system import parallel
 from system.config import WIDTH_FIELDS, ElasticConfig, ModelConfig
-from system.costs import axis_sizes, part_cache_bytes, part_flops, part_parameters
+from system.costs import part_cache_bytes, part_flops, part_parameters
 from system.errors import require
 
-# Beside the stream and the depth, the axes of each kind of layer, in the order of `WIDTH_FIELDS`;
-# each with its letter in nested.py.
+# Beside the stream and the depth, the axes of each kind of layer, in the order of `WIDTH_FIELDS`
+# and of `nested.UNITS`.
 AXES_OF = {"-": ("ffn",), "M": ("mamba_heads", "mamba_channels"), "*": ("attn_heads",)}
 KIND_OF = {axis: kind for kind, axes in AXES_OF.items() for axis in axes}
-LETTER = {"d_model": "D", "ffn": "F", "mamba_heads": "H", "mamba_channels": "P", "attn_heads": "H"}
 SERVED_BYTES = 2  # of a weight and of a cached key or value, where memory is the cost: bf16
 FULL_VOTE = 10.0  # logit of the full width at the full budget
 # Nats that a width above or below both neighbours' loses, for all of its axis: what is above was
@@ -59,6 +58,7 @@ class Space:
                 "attn_heads": (queries, queries, queries // 2, config.n_kv_heads)}
         choices = {a: _choices(c, a.removesuffix("s"), *numbers) for a, numbers in axes.items()}
         self.choices = {a: w for a, w in choices.items() if self.layers.get(a, [0])}
+        self.n_groups = {a: unit for a, (*_, unit) in axes.items()}
         self.shared = {a: a not in c.heterogeneous for a in self.choices}
 
     def n_decisions(self, axis: str) -> int:
@@ -93,13 +93,13 @@ class Space:
         """Sum of the masks of all widths, weighted by p."""
 
         def mask(axis: str, weight: Tensor) -> Tensor:
-            size = axis_sizes(KIND_OF.get(axis, ""), self.config)
-            n, n_groups = size[LETTER[axis]], size["K"] if LETTER[axis] == "H" else 1
-            one_each = [torch.zeros(n).index_fill(0, in_groups(w, n, n_groups), 1.0)
-                        for w in self.choices[axis]]
-            return weight @ torch.stack(one_each).to(weight)
+            widths, n_groups = self.choices[axis], self.n_groups[axis]
+            kept = [in_groups(w, widths[0], n_groups) for w in widths]
+            one_each = torch.stack([torch.zeros(widths[0]).index_fill(0, k, 1.0) for k in kept])
+            return weight @ one_each.to(weight)
 
-        layers = [{LETTER[a]: mask(a, p[a][self.decision(a, i)]) for a in AXES_OF[kind]}
+        layers = [{unit: mask(a, p[a][self.decision(a, i)])
+                   for unit, a in zip(UNITS[kind], AXES_OF[kind], strict=True)}
                   for i, kind in enumerate(self.config.pattern)]
         gamma = self.gamma(p["depth"][0], depth_order)
         return Masks(mask("d_model", p["d_model"][0]), layers, gamma)
