@@ -30,7 +30,6 @@ stay; preset `cpu` trains the smallest budget most in stage 2, where the paper t
 """
 
 import itertools
-import json
 import math
 import shutil
 import time
@@ -62,6 +61,7 @@ from system import checkpoint, parallel
 from system.config import Config, ElasticConfig, ModelConfig
 from system.costs import count_parameters
 from system.errors import require
+from system.files import write_json
 from system.loop import warn
 from system.objective import Metrics, Objective
 from system.rundir import load_run, was_warmed
@@ -344,13 +344,12 @@ def extract(run_dir: Path, budget: float, out: Path) -> dict:
     small = nested.submodel(model, widths)
     # 2. write: the weights, where they come from, their settings
     origin = {"extracted_from": str(run_dir), "budget": budget}
-    out.mkdir(parents=True, exist_ok=True)
     checkpoint.save(out, 0, {"model": small}, [], origin)
     facts = {**origin, "parameters": count_parameters(small), "widths": asdict(widths),
              "seconds": time.perf_counter() - began}
     settings = replace(config, model=small.config, init=str(run_dir))
     text = {**facts, "warmed": was_warmed(str(run_dir)), "config": settings.to_dict()}
-    file.write_text(json.dumps(text, indent=1) + "\n")
+    write_json(file, text)
     if (run_dir / "hf").is_dir():  # the tokenizer, where it is not one that the corpus brings
         shutil.copytree(run_dir / "hf", out / "hf")
     return facts

@@ -34,11 +34,16 @@ def read_json(file: Path, object_hook: Callable[[dict], dict] | None = None) -> 
     return content
 
 
+def write_json(file: Path, content: Any, indent: int | None = 1) -> None:
+    """A value as a JSON file, whole or not at all."""
+    write_whole(file, lambda f: f.write((json.dumps(content, indent=indent) + "\n").encode()))
+
+
 def write_figures(file: Path, figures: dict[str, Any], indent: int | None = 1) -> None:
     """Figures as JSON. One observation has no interval: its bounds are NaN, which is no JSON, so
     null stands there."""
     plain = json.loads(json.dumps(figures), parse_constant=lambda _: None)
-    write_whole(file, lambda f: f.write((json.dumps(plain, indent=indent) + "\n").encode()))
+    write_json(file, plain, indent)
 
 
 def read_figures(file: Path) -> dict[str, Any]:

@@ -20,7 +20,6 @@ here says one that does nothing. Refused by name: other RoPE scaling than linear
 other biases than Qwen2's, sliding windows, experts, quantised weights.
 """
 
-import json
 import math
 import re
 from dataclasses import replace
@@ -36,7 +35,7 @@ from system import checkpoint
 from system.config import WIDTH_FIELDS, ModelConfig, RopeScaling
 from system.costs import weights_of
 from system.errors import require
-from system.files import read_json, require_content, writing
+from system.files import read_json, require_content, write_json, writing
 
 FAMILIES = {"nemotron_h": "NemotronH", "qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}
 
@@ -382,7 +381,7 @@ def save_hf(folder: Path, config: ModelConfig, tensors: dict[str, Tensor],
         hf |= {"hybrid_override_pattern": config.pattern,
                "layers_block_type": [words[kind] for kind in config.pattern],
                "time_step_min": 1e-12}
-    (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+    write_json(folder / "config.json", hf, indent=2)
 
 
 def _one_or_all(config: ModelConfig, field: str) -> Any:
@@ -432,4 +431,4 @@ def _write_tensors(folder: Path, tensors: dict[str, Tensor], shard_bytes: int) -
     if n > 1:
         index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
                  "weight_map": places}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        write_json(folder / "model.safetensors.index.json", index, indent=2)

@@ -21,7 +21,7 @@ from model import HybridLM
 from system import checkpoint, huggingface, parallel
 from system.config import Config, RLPConfig, saved_config
 from system.errors import require
-from system.files import read_json, read_log, write_whole
+from system.files import read_json, read_log, write_json
 from system.loop import warn
 from system.machine import pick_device, versions
 from text.tokenizer import FileTokenizer, Tokenizer, named_tokenizer, valid
@@ -234,8 +234,7 @@ def prepare_run_dir(config: Config, tokenizer: Tokenizer) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         text = {"command": " ".join(sys.argv), "versions": versions(),
                 "warmed": was_warmed(config.init), "config": config.to_dict()}
-        saved = (json.dumps(text, indent=1) + "\n").encode()
-        write_whole(run_dir / "config.json", lambda f: f.write(saved))
+        write_json(run_dir / "config.json", text)
         if tokenizer.json:  # from files or from the text, which may change
             tokenizer.save(run_dir / "hf")
     except OSError as error:

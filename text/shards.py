@@ -17,7 +17,6 @@ Reading is random access, by random numbers that depend on (seed, step) alone: r
 state, and every process can make any row. Building holds a shard in memory, twice while writing.
 """
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,7 +25,7 @@ import numpy as np
 
 from system.config import SHARD_LIST
 from system.errors import require
-from system.files import fingerprint, read_json, sha256, write_whole
+from system.files import fingerprint, read_json, sha256, write_json, write_whole
 from text.documents import Documents, join
 from text.held_out import N_BUCKETS, bucket_of
 from text.problems import FAMILIES, tokenizer_examples
@@ -77,7 +76,7 @@ def build(texts: Iterable[str], out: Path, tokenizer: Tokenizer, source: str,
     require(shards, "the inputs hold no text; give files with some")
     kept = {"source": source, "n_vocab": tokenizer.n_vocab, "fingerprint": tokenizer.fingerprint}
     listed = {"version": VERSION, "dtype": dtype, "tokenizer": kept, "shards": shards}
-    write_whole(out / LIST, lambda f: f.write((json.dumps(listed) + "\n").encode()))
+    write_json(out / LIST, listed, indent=None)
     return shards
 
 

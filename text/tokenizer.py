@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 from tokenizers import Tokenizer as HFTokenizer
 
 from system.errors import require
-from system.files import fingerprint, read_json, write_whole
+from system.files import fingerprint, read_json, write_json, write_whole
 
 END, THINK, CLOSE = "<|endoftext|>", "<think>", "</think>"
 LONGEST = 10_000  # characters in a row, all space or none: more may overflow a tokenizer's stack
@@ -82,9 +82,8 @@ class Tokenizer:
 
     def save(self, folder: Path) -> None:
         """Write what FileTokenizer reads: tokenizer.json, with the tags, and its config.json."""
-        settings = json.dumps(self.settings, indent=1) + "\n"
         write_whole(folder / "tokenizer.json", lambda f: f.write(self.json.encode()))
-        write_whole(folder / "config.json", lambda f: f.write(settings.encode()))
+        write_json(folder / "config.json", self.settings)
 
 
 class FileTokenizer(Tokenizer):

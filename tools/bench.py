@@ -49,6 +49,7 @@ from model import HybridLM
 from rlp import RLP, clipped_surrogate, group_advantages, information_gain, reward
 from system.config import ModelConfig, RLPConfig
 from system.errors import exit_code, require
+from system.files import write_json
 from system.huggingface import load_hf, names, read_config, save_hf
 from system.loop import build_optimizers, update
 from system.machine import hardware, peak_memory_gib, pick_device, versions
@@ -764,7 +765,7 @@ def bench(name: tyro.conf.Positional[Literal[(*BENCHES, "all")]], repeats: int =
     out.mkdir(parents=True, exist_ok=True)
     found = measure(name, where, repeats, **{"folder": model} if model else {})
     file = out / f"bench-{found['bench']}-{found['device']}.json"
-    file.write_text(json.dumps(found, indent=1) + "\n")
+    write_json(file, found)
     print(f"{bench_table(found)}\n\nwrote {file}\n")
 
 

@@ -43,7 +43,7 @@ from system import parallel
 from system.config import ParallelConfig
 from system.costs import count_parameters
 from system.errors import exit_code, require
-from system.files import read_json, read_log
+from system.files import read_json, read_log, write_json
 from system.machine import hardware, versions
 from system.presets import PRESETS
 from thoughts import Sampling, Thoughts, sample_thoughts
@@ -480,9 +480,8 @@ def check(part: str = "", rank: str = "", out: Path = Path("results"),
     facts = {"machine": machine(),
              "parts": [{"part": n, **needs, **found.get(n, {})} for n in parts]}
     # 2. The file, and the same as a table.
-    out.mkdir(parents=True, exist_ok=True)
     file = out / f"checked-{DEVICE.type}.json"
-    file.write_text(json.dumps(facts, indent=1) + "\n")
+    write_json(file, facts)
     print(f"\n{table(facts)}\n\nwrote {file}")
     failed = [n for n, p in found.items() if p["status"] != "right"]
     require(not failed, f"failed: {', '.join(failed)}")
