@@ -13,6 +13,7 @@ import shutil
 import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import tyro
@@ -181,33 +182,43 @@ def lower(found: dict[str, list[dict]], ours: str, theirs: str, key: str, first:
 
 def claims(found: dict[str, list[dict]]) -> list[list[str]]:
     """The table of claims; the first row is its head."""
-    rows = [["claim of the paper", "here", "figure", "seeds", "command", "commit"]]
+    head = ["claim of the paper", "here", "figure", "seeds", "command", "commit"]
+    methods = {"RLP": rlp_claims, "Elastic": elastic_claims}
+    return [head, *([f"{method}: {claim}", *cells] for method, rows in methods.items()
+                    for claim, *cells in rows(found))]
 
-    def add(claim: str, command: str, runs: list[dict] = (), checks: list[bool] = (),
-            figures: str = "") -> None:
-        verdict = ("not tested here" if not runs else "reproduced" if all(checks) else
-                   "in part" if any(checks) else "**not reproduced**")
-        seeds = ", ".join(str(run["seed"]) for run in runs)
-        commits = ", ".join(sorted({view.commit(run) for run in runs}))
-        shown = figures if runs else ""
-        program = "" if command.startswith("-m") else "train.py "
-        rows.append([claim, verdict, shown, seeds, f"`python {program}{command}`", commits])
 
+def judged(claim: str, command: str, runs: list[dict] = (), checks: list[bool] = (),
+           figures: str = "") -> list[str]:
+    """A row of that table: a claim, what the checks say of it, and the runs that it is judged by.
+    """
+    verdict = ("not tested here" if not runs else "reproduced" if all(checks) else
+               "in part" if any(checks) else "**not reproduced**")
+    seeds = ", ".join(str(run["seed"]) for run in runs)
+    commits = ", ".join(sorted({view.commit(run) for run in runs}))
+    program = "" if command.startswith("-m") else "train.py "
+    return [claim, verdict, figures if runs else "", seeds, f"`python {program}{command}`", commits]
+
+
+def rlp_claims(found: dict[str, list[dict]]) -> Iterator[list[str]]:
+    """Of RLP."""
     def get(path: str, runs: list[dict], who: str = "rlp") -> list[dict]:
         return [view.figure(run, path, who) for run in runs]
 
     def text(path: str, runs: list[dict], who: str = "rlp", form: str = ".2f") -> str:
         return view.cell(view.over_seeds(get(path, runs, who)), form)
 
-    # 1. RLP
+    def against(*sides: list[dict]) -> str:
+        return " against ".join(view.cell(view.over_seeds(side)) for side in sides if side)
+
     rlp = found["rlp-cpu"]
     ours, cpt, told = rivals.pair(found, "rlp-cpu", "cpt-cpu")
     sampled, greedy = "accuracy/sampled/all/WHO", "accuracy/greedy/all/WHO"
     gain, change = "positions/{}/WHO/gain_nats/frozen_base", "loss_nats/no_think_text_change"
-    add("RLP: thoughts learn to answer where thinking is needed", "--mode rlp", rlp,
+    yield judged("thoughts learn to answer where thinking is needed", "--mode rlp", rlp,
         [above(get(sampled, rlp), get(sampled, rlp, "base"))],
         f"accuracy {text(sampled, rlp, 'base')} → {text(sampled, rlp)}")
-    add("RLP: thoughts gain over the EMA teacher, which does not think", "--mode rlp", rlp,
+    yield judged("thoughts gain over the EMA teacher, which does not think", "--mode rlp", rlp,
         [above(get("gain_nats/ema", rlp))], f"{text('gain_nats/ema', rlp)} nats at answers")
     for kind, arm, note, words in (
             ("text", "rlp-cpu", "", "cpu"),
@@ -217,15 +228,14 @@ def claims(found: dict[str, list[dict]]) -> list[list[str]]:
         before, there = (get(gain.format(kind), runs, who) for who in ("base", "rlp"))
         for claim, sides in (("thoughts gain at random positions of", [there]),
                              ("it raises what thoughts gain in", [there, before])):
-            add(f"RLP: {note}{claim} {name}", f"--mode rlp --preset {words}", runs, [above(*sides)],
-                " against ".join(view.cell(view.over_seeds(side)) for side in sides if side)
-                + " nats")
-    add("RLP: better than continued pretraining at equal compute", "--mode cpt", cpt,
+            yield judged(f"{note}{claim} {name}", f"--mode rlp --preset {words}", runs,
+                [above(*sides)], f"{against(*sides)} nats")
+    yield judged("better than continued pretraining at equal compute", "--mode cpt", cpt,
         [above(get(path, ours), get(path, cpt, "cpt")) for path in (sampled, greedy)],
         f"accuracy {text(sampled, ours)} against {text(sampled, cpt, 'cpt')}; with a greedy "
         f"thought {text(greedy, ours)} against {text(greedy, cpt, 'cpt')}{told}")
-    add("RLP: prediction without a thought does not collapse; it gets better", "--mode rlp", rlp,
-        [all(leaf["high"] < bound for leaf in get(change, rlp)) for bound in (0.05, 0)],
+    yield judged("prediction without a thought does not collapse; it gets better", "--mode rlp",
+        rlp, [all(leaf["high"] < bound for leaf in get(change, rlp)) for bound in (0.05, 0)],
         f"loss on text {text(change, rlp, form='+.1%')}")
     for claim, kind, path in (
             ("better than the reward of RPT", "match-cpu", greedy),
@@ -235,8 +245,8 @@ def claims(found: dict[str, list[dict]]) -> list[list[str]]:
         mine = "rlp-cpu" if kind == "match-cpu" else "rlp-rlvr-cpu"
         *sides, told = rivals.pair(found, mine, kind)
         leaves = [[view.figure(run, path, run["mode"]) for run in side] for side in sides]
-        shown = " against ".join(view.cell(view.over_seeds(side)) for side in leaves if side)
-        add(f"RLP: {claim}", "-m tools.rivals", sides[1], [above(*leaves)], f"greedy {shown}{told}")
+        yield judged(claim, "-m tools.rivals", sides[1], [above(*leaves)],
+            f"greedy {against(*leaves)}{told}")
     behind = found["controls-rlp-cpu"]
     for claim, path, other in (
             ("what a thought gains hangs on its context", "thoughts/own", "thoughts/swapped"),
@@ -244,29 +254,29 @@ def claims(found: dict[str, list[dict]]) -> list[list[str]]:
              "levels/3 more/all/WHO", "levels/3 more/all/base"),
             ("solves what 32 thoughts of the base do not", "pass/32/WHO", "pass/32/base")):
         ours_there, others = (get(p, behind) for p in (path, other))
-        add(f"RLP: {claim}", "-m tools.controls runs/rlp-cpu-seed0", behind,
-            [above(ours_there, others)], " against ".join(
-                view.cell(view.over_seeds(side)) for side in (ours_there, others) if side))
+        yield judged(claim, "-m tools.controls runs/rlp-cpu-seed0", behind,
+            [above(ours_there, others)], against(ours_there, others))
     for what, (_, told, level) in rivals.UNWORKED.items():
         ours, others = f"rlp-{what}", f"cpt-{what}"
         mine, theirs, _ = rivals.pair(found, f"controls-{ours}-cpu", f"controls-{others}-cpu")
         there = f"levels/{level}/all/WHO"
         sides = [get(there, mine), get(there, mine, "base"), get(there, theirs, "cpt")]
-        add(f"RLP: it learns from problems {told}, which nobody worked; CPT of them does not",
+        yield judged(f"it learns from problems {told}, which nobody worked; CPT of them does not",
             f"-m tools.rivals --arms {ours} {others}", mine,
             [*(above(sides[0], other) for other in sides[1:]), not above(sides[2], sides[1])],
             f"there greedy {text(there, mine)}, base {text(there, mine, 'base')}, CPT "
             f"{text(there, theirs, 'cpt')}")
-    add("RLP: it holds for models of 1.7B and 12B", "--preset qwen3-1.7b-rlp")
+    yield judged("it holds for models of 1.7B and 12B", "--preset qwen3-1.7b-rlp")
 
-    # 2. Elastic
+
+def elastic_claims(found: dict[str, list[dict]]) -> Iterator[list[str]]:
+    """Of Nemotron Elastic."""
     runs, alone = found["elastic-cpu"], "--mode elastic"
     sizes = [run["budgets"] for run in runs]
-    off = max((abs(e["cost"] / e["target"] - 1) for size in sizes for e in size),
-              default=0)
-    add("Elastic: one run gives all sizes, and each meets its budget", alone, runs, [off < 0.01],
+    off = max((abs(e["cost"] / e["target"] - 1) for size in sizes for e in size), default=0)
+    yield judged("one run gives all sizes, and each meets its budget", alone, runs, [off < 0.01],
         f"off by {off:.1%} at most")
-    add("Elastic: sizes are cut out with no further training, as good as the parent", alone, runs,
+    yield judged("sizes are cut out with no further training, as good as the parent", alone, runs,
         [e["loss_change"]["high"] < 0.01 for size in sizes for e in size],
         f"loss {', '.join(over_sizes(sizes, 'loss_change', '+.1%'))}")
     for claim, name, margin in (
@@ -278,14 +288,14 @@ def claims(found: dict[str, list[dict]]) -> list[list[str]]:
             "parameters"]] for run in theirs]  # the full one is the parent
         shown = ", ".join(over_sizes(others, "difference_nats", "+.3f"))
         least = [exact(-margin * run["teacher"]["loss_nats"]["mean"]) for run in theirs]
-        add(f"Elastic: {claim}", f"{alone} --elastic.baseline {name}", theirs,
+        yield judged(claim, f"{alone} --elastic.baseline {name}", theirs,
             [above([e["difference_nats"] for e in size], least)
              for size in zip(*others, strict=True)],
             f"{view.RIVALS[name]} minus elastic: {shown} nats{then}")
     for name, how, times in (("scratch", "from scratch", 360), ("minitron", "alone", 7)):
         ratios = {run["seed"]: run["baselines_flops"][name] / run["steps_flops"] for run in runs
                   if name in run.get("baselines_flops", {})}
-        add(f"Elastic: sizes {how} take {times} times as much (there, of tokens)",
+        yield judged(f"sizes {how} take {times} times as much (there, of tokens)",
             f"{alone} --elastic.baseline {name}", [run for run in runs if run["seed"] in ratios],
             [ratio >= times for ratio in ratios.values()],
             f"{rivals.spread([*ratios.values()])} times the FLOPs, to the losses above")
@@ -302,14 +312,14 @@ def claims(found: dict[str, list[dict]]) -> list[list[str]]:
             ("the router beats widths by sensitivity", "elastic-cpu", "elastic-sensitivity-cpu")):
         full_too = kind == "elastic-alike-cpu"  # weights of budgets change the full one as well
         *compared, shown, then = lower(found, ours, kind, "loss_nats", first=int(not full_too))
-        add(f"Elastic: {claim}", "-m tools.rivals --what elastic", *compared,
+        yield judged(claim, "-m tools.rivals --what elastic", *compared,
             f"{(families.FAMILIES | families.THIRDS)[kind]}, minus that: {shown} nats{then}")
     # Both with budgets weighed alike: else the weights of stage 2 would pass for its long texts.
     *compared, shown, _ = lower(found, "elastic-alike-cpu", "elastic-short-cpu", "long_loss_nats")
-    add("Elastic: the second stage, of long texts, helps on them", "-m tools.rivals --what elastic",
+    yield judged("the second stage, of long texts, helps on them", "-m tools.rivals --what elastic",
         *compared, f"there, short texts alone minus that: {shown} nats")
     memory = [[run["memory"][f"{k}_memory"] / 1e6 for k in ("family", "separate")] for run in runs]
-    add("Elastic: a family needs the memory of its largest model and of routers", alone, runs,
+    yield judged("a family needs the memory of its largest model and of routers", alone, runs,
         [family < 0.6 * separate for family, separate in memory],
         "; ".join(f"{family:.2f} MB, apart {separate:.2f}" for family, separate in memory[:1]))
     for kind, claim, words in (
@@ -317,12 +327,11 @@ def claims(found: dict[str, list[dict]]) -> list[list[str]]:
             (families.GROWN, "as much is kept in a tenth of the parent's tokens",
              " --warmup.steps 7100")):
         sizes_kept = kept(found[kind], "greedy")
-        add(f"Elastic: {claim}", alone + words, sizes_kept and found[kind],
+        yield judged(claim, alone + words, sizes_kept and found[kind],
             [above(size, [exact(least)] * len(size)) for size, least in
              zip(sizes_kept[1:], (0.97, 0.9), strict=False)],
             ", ".join(view.cell(view.over_seeds(size), ".0%") for size in sizes_kept))
-    add("Elastic: it holds for a model of 12B", "--preset nemotron-12b-elastic")
-    return rows
+    yield judged("it holds for a model of 12B", "--preset nemotron-12b-elastic")
 
 
 # --------------------------------------------------------------------------------------- RESULTS.md
