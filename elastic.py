@@ -240,14 +240,14 @@ class Elastic(Distillation):
             if len(rows) == 0 or weight == 0:
                 continue
             part = {k: batch[k][rows] for k in ("tokens_BT", "targets_BT", "ids_BT")}
-            outputs = self.run(model, p.get(budget), budget, part)
+            student = self.run(model, p.get(budget), budget, part)
             is_full = self.router.is_full(budget)
             teachers = [(c.kl, parent[0][rows], parent[1])] if parent else []
             if is_full and c.together:
-                full = tuple(t.detach() for t in outputs)
+                full = tuple(t.detach() for t in student)
             elif c.self_kl and not is_full:
                 teachers.append((c.self_kl, *(full or told(model, part))))
-            part_loss, n_tokens = self.task(*outputs, part, teachers, c.ce + is_full * c.full_ce)
+            part_loss, n_tokens = self.task(*student, part, teachers, c.ce + is_full * c.full_ce)
             total = total + weight * part_loss
             metrics[f"loss_{budget:g}"] = part_loss.detach(), n_tokens
         count = int((batch["targets_BT"] != -100).sum())

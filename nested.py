@@ -127,10 +127,10 @@ def picks(config: ModelConfig, units: Units) -> dict[str, tuple[str, dict[int, T
     """What the given units are of each weight: by its name, the name in a model of these units, for
     where a layer is left out the ones after it move up, and indices by dimension; None of a layer
     that is left out."""
-    inside, out = along_all(config, units), {}
-    place = {i: n for n, i in enumerate(i for i, u in inside.items() if i is not None and u)}
+    lines, out = along_all(config, units), {}
+    place = {i: n for n, i in enumerate(i for i, own in lines.items() if i is not None and own)}
     for name, (i, rest, axes) in weights_of(config).items():
-        own = inside[i]
+        own = lines[i]
         out[name] = own and (name if i is None else f"layers.{place[i]}.{rest}",
                              {dim: own[a] for dim, a in enumerate(axes) if a in own})
     return out
@@ -166,7 +166,7 @@ def hand_over(cache: Cache, config: ModelConfig, old: Widths, new: Widths) -> Ca
 
     def moved(t: Tensor, i: int, axes: str) -> Tensor:
         for dim, axis in enumerate(axes, 1):
-            of_old, of_new = ((inside[i] | units[i])[axis].to(t.device) for inside, units in sides)
+            of_old, of_new = ((lines[i] | units[i])[axis].to(t.device) for lines, units in sides)
             n = axis_sizes(config.pattern[i], config)[axis]
             full = t.new_zeros(*t.shape[:dim], n, *t.shape[dim + 1 :])
             t = full.index_copy(dim, of_old, t).index_select(dim, of_new)
@@ -215,13 +215,13 @@ def widen(config: ModelConfig, weights: dict[str, Tensor]) -> tuple[ModelConfig,
         field: max(getattr(own, field) for k, own in layers if k == kind)
         for kind in set(config.pattern) for field in WIDTH_FIELDS[kind]})
     # 2. zeros, and in them the old weights where `take` would find them
-    inside, out = along_all(wide, kept_units(wide, full_widths(config))), {}
+    lines, out = along_all(wide, kept_units(wide, full_widths(config))), {}
     for name, (i, rest, axes) in weights_of(wide).items():
         t = weights[name]
         for dim, (axis, n) in enumerate(axes.items()):
-            if axis in inside[i]:
+            if axis in lines[i]:
                 zeros = t.new_zeros(*t.shape[:dim], n, *t.shape[dim + 1 :])
-                t = zeros.index_copy(dim, inside[i][axis].to(t.device), t)
+                t = zeros.index_copy(dim, lines[i][axis].to(t.device), t)
         if rest == "mixer.norm_weight":
             t = t * (narrow[name].axes["I"] / axes["I"]) ** 0.5
         out[name] = t

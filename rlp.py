@@ -307,7 +307,7 @@ class RLP(Objective):
         t, decode = prepared["thoughts"], self.tokenizer.decode
         inside_T = prepared["ids_BT"][0] >= 0
         return {"context": decode(prepared["context_BT"][0][inside_T].tolist())[-100:],
-                "target": decode([t for t in prepared["target_BX"][0].tolist() if t >= 0]),
+                "target": decode([i for i in prepared["target_BX"][0].tolist() if i >= 0]),
                 "thoughts": [{"text": decode(t.tokens_RL[r, : t.length_R[r]].tolist()),
                               "gain_nats": round(float(prepared["gain_R"][r]), 4)}
                              for r in range(self.config.group_size)]}

@@ -109,7 +109,7 @@ def run(config: Config) -> dict:
         config = replace(config, data=named)
     past = start.meta if start else {"config": {}}
     config, said = with_horizon(config, corpus, {
-        phase.name: phase.row_tokens for phase in estimate.next_token_phases_of(config)},
+        p.name: p.row_tokens for p in estimate.next_token_phases_of(config)},
         past["config"].get("rlp.horizon", 0))
     if start:
         rundir.require_same(start, config, corpus.key)
@@ -449,8 +449,8 @@ def train_rival(name: str, t: Trained, widths: dict[float, nested.Widths],
         if name == "scratch":
             torch.manual_seed(t.config.seed)
             size = HybridLM(shapes[b]).to(parallel.device_of(parent))
-            for phase in ("pretrain", "warmup"):
-                fit_alone(phase, size, folder / phase, t.config)
+            for mode in ("pretrain", "warmup"):
+                fit_alone(mode, size, folder / mode, t.config)
         else:
             size = parallel.frozen_copy(nested.submodel(model, w)).requires_grad_(True)
             steps = (equal_flops(t.config, parent.config, b, n_alone, shapes)
@@ -483,8 +483,8 @@ def rival_flops(name: str, t: Trained, widths: dict[float, nested.Widths], run_d
             own / mode: replace(small, mode=mode) for mode in ("pretrain", "warmup")}
         for folder, c in phases.items():
             if ended := rundir.newest(folder):
-                fit = replace(getattr(c, c.mode), steps=ended.meta["step"])
-                total += estimate.steps_flops(replace(c, **{c.mode: fit}), sizes=[shape])
+                taken = replace(getattr(c, c.mode), steps=ended.meta["step"])
+                total += estimate.steps_flops(replace(c, **{c.mode: taken}), sizes=[shape])
     return total
 
 

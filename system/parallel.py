@@ -432,9 +432,9 @@ def clip_gradients(parameters: list[nn.Parameter], largest: float) -> float:
     if not any(isinstance(p, DTensor) for p in parameters):
         return float(nn.utils.clip_grad_norm_(parameters, largest))
     trained = [p for p in parameters if p.grad is not None]
-    shards = [local(p.grad) for p in trained if isinstance(p, DTensor)]
+    sharded = [local(p.grad) for p in trained if isinstance(p, DTensor)]
     plain = [p.grad for p in trained if not isinstance(p, DTensor)]
-    square = total(torch.stack([g.double().square().sum() for g in shards]).sum())
+    square = total(torch.stack([g.double().square().sum() for g in sharded]).sum())
     norm = float((square + sum(g.double().square().sum() for g in plain)).sqrt())
-    torch._foreach_mul_(shards + plain, min(1.0, largest / (norm + 1e-6)))
+    torch._foreach_mul_(sharded + plain, min(1.0, largest / (norm + 1e-6)))
     return norm

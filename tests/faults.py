@@ -188,7 +188,7 @@ FAULTS = [
           "torch.Generator().manual_seed(0)", "elastic"),
     Fault("alone_for_all_of_the_flops", "train.py", "c.steps * family / n_alone / size", "c.steps * family / size",
           "elastic_runs"),
-    Fault("scratch_without_warm_up", "train.py", 'for phase in ("pretrain", "warmup"):', 'for phase in ("pretrain",):',
+    Fault("scratch_without_warm_up", "train.py", 'for mode in ("pretrain", "warmup"):', 'for mode in ("pretrain",):',
           "elastic_runs"),
     Fault("stream_in_bf16", "views/estimate.py", "stream = STATE_BYTES *", "stream = 2 *", "estimate"),
     Fault("stage_1_kept_late", "elastic.py", "self.step + 1 == self.c.stage_1_steps()",

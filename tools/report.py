@@ -97,9 +97,9 @@ def kept(runs: list[dict], how: str, rival: str = "") -> list[list[dict]]:
     parents = [run["teacher"]["accuracy"][how]["all"]["mean"] for run in runs]
     if not all(parents):  # one that answers nothing keeps nothing
         return []
-    families = [run["baselines"][rival] if rival else run["budgets"] for run in runs]
+    sizes = [run["baselines"][rival] if rival else run["budgets"] for run in runs]
     shares = [[e["accuracy"][how]["all"]["mean"] / parent for e in family]
-              for family, parent in zip(families, parents, strict=True)]
+              for family, parent in zip(sizes, parents, strict=True)]
     return [[exact(x) for x in size] for size in zip(*shares, strict=True)]
 
 

@@ -289,11 +289,11 @@ def changed_rows(found: Found) -> list[list[str]]:
     at, runs = _controls(found), found["controls-rlp-cpu"]
 
     def of(kind: str, where: str, key: str) -> dict[int, float]:
-        means = at(kind, f"changed/{where}/{key}")
+        by_seed = at(kind, f"changed/{where}/{key}")
         if key != "rank":
-            return means
+            return by_seed
         share = at(kind, f"changed/{where}/changed")  # the others' rank is 1
-        return {seed: 1 + (means[seed] - 1) / share[seed] for seed in means if share[seed]}
+        return {seed: 1 + (by_seed[seed] - 1) / share[seed] for seed in by_seed if share[seed]}
 
     names = {"changed": "likeliest token changed", "rank": "its rank in the base, where changed",
              "right": "right", "base_right": "the base's without a thought right"}
