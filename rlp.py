@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import mask_banned, selected_logp, wide
-from model import HybridLM
+from model import LanguageModel
 from system import lora, parallel
 from system.config import RLPConfig
 from system.errors import require
@@ -120,7 +120,7 @@ def ema_update(teacher: nn.Module, model: nn.Module, tau: float) -> None:
     torch._foreach_lerp_(phi, theta, 1 - tau)
 
 
-def thought_logp(model: HybridLM, batch: dict, tokens_RL: Tensor, length_R: Tensor, think: int,
+def thought_logp(model: LanguageModel, batch: dict, tokens_RL: Tensor, length_R: Tensor, think: int,
                  temperature: float, n_buckets: int | None = None, prefix: Prefix | None = None,
                  wanted_R: Tensor | None = None) -> Tensor:
     """log pi(c_u | x_<t, <think>, c_<u) of every thought token, with gradients.
@@ -181,12 +181,12 @@ class RLP(Objective):
         self.n_updates = config.inner_epochs
         self.recent, self.warned = deque(maxlen=LOOK_BACK), False
 
-    def start(self, model: HybridLM) -> None:
+    def start(self, model: LanguageModel) -> None:
         """phi <- theta."""
         for name in ("teacher", "reference") if self.config.kl > 0 else ("teacher",):
             self.networks[name] = parallel.frozen_copy(model)
 
-    def prepare(self, model: HybridLM, batch: dict[str, Tensor], step: int,
+    def prepare(self, model: LanguageModel, batch: dict[str, Tensor], step: int,
                 generator: torch.Generator) -> dict:
         """Sample G thoughts for each context, and reward them. Returns the batch with both."""
         c, tokenizer = self.config, self.tokenizer
@@ -222,7 +222,7 @@ class RLP(Objective):
                 batch["reference_logp_RL"] = self.policy_logp(reference, batch)
         return batch
 
-    def loss(self, model: HybridLM, batch: dict) -> tuple[Tensor, int, Metrics]:
+    def loss(self, model: LanguageModel, batch: dict) -> tuple[Tensor, int, Metrics]:
         """Sum over the thoughts of the clipped surrogate and the terms of kl and predictor, their
         number, metrics."""
         c, thoughts, advantage_R = self.config, batch["thoughts"], batch["advantage_R"]
@@ -312,11 +312,11 @@ class RLP(Objective):
                               "gain_nats": round(float(prepared["gain_R"][r]), 4)}
                              for r in range(self.config.group_size)]}
 
-    def after_step(self, model: HybridLM) -> None:
+    def after_step(self, model: LanguageModel) -> None:
         """The teacher follows."""
         ema_update(self.networks["teacher"], model, self.config.tau)
 
-    def policy_logp(self, model: HybridLM, batch: dict, prefix: Prefix | None = None,
+    def policy_logp(self, model: LanguageModel, batch: dict, prefix: Prefix | None = None,
                     wanted_R: Tensor | None = None) -> Tensor:
         """`thought_logp` of the batch's thoughts."""
         thoughts, n_buckets = batch["thoughts"], 3 if parallel.is_dressed(model) else None

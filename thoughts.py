@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import mask_banned, token_logp, wide
-from model import Cache, HybridLM
+from model import Cache, LanguageCache, LanguageModel
 from system import parallel
 from system.config import RLPConfig
 from system.errors import require
@@ -51,7 +51,7 @@ ASK_EVERY = {"cpu": 1}  # tokens after which rows that are done are dropped; a c
 
 
 @torch.no_grad()
-def sample_thoughts(model: HybridLM, batch: dict[str, Tensor], tokenizer: Tokenizer,
+def sample_thoughts(model: LanguageModel, batch: dict[str, Tensor], tokenizer: Tokenizer,
                     sampling: Sampling, generator: torch.Generator | None = None,
                     forced_Rl: Tensor | None = None, prefix: "Prefix | None" = None) -> Thoughts:
     """Sample G thoughts for each context and score the target after each of them.
@@ -139,8 +139,8 @@ def sample_thoughts(model: HybridLM, batch: dict[str, Tensor], tokenizer: Tokeni
 class Growing:
     """One more token for each row, hidden_RD = decode(feed_R), behind a cache that grows."""
 
-    model: HybridLM
-    cache: Cache
+    model: LanguageModel
+    cache: LanguageCache
 
     def __call__(self, feed_R: Tensor) -> Tensor:
         """The states after these tokens."""
@@ -153,7 +153,7 @@ class Replayed:
     recorded as a CUDA graph, and every token from there on is one launch of that. So rows cannot be
     dropped, and what a call returned is overwritten by the next."""
 
-    def __init__(self, model: HybridLM, cache: Cache, feed_R: Tensor, n_tokens: int):
+    def __init__(self, model: LanguageModel, cache: LanguageCache, feed_R: Tensor, n_tokens: int):
         require(isinstance(cache, Cache), "parallel.cuda_graphs replays a HybridLM, and this model "
                                           f"is a {type(model).__name__}; leave it out")
         self.model, self.cache = model, cache.with_room(feed_R, n_tokens)
@@ -191,11 +191,11 @@ class Prefix(NamedTuple):
     """Contexts that were run: what follows them is read and continued from here."""
 
     hidden_BD: Tensor  # after the last token
-    cache: Cache  # behind it
-    early: Cache  # the one `back` tokens before
+    cache: LanguageCache  # behind it
+    early: LanguageCache  # the one `back` tokens before
 
 
-def prefill(model: HybridLM, batch: dict[str, Tensor]) -> Prefix:
+def prefill(model: LanguageModel, batch: dict[str, Tensor]) -> Prefix:
     """Run the contexts once: context_BT, padded on the left (ids_BT -1), and back_B, of which those
     that are not 0 are alike."""
     context_BT, ids_BT = batch["context_BT"], batch["ids_BT"]
@@ -208,7 +208,7 @@ def prefill(model: HybridLM, batch: dict[str, Tensor]) -> Prefix:
 
 
 @torch.no_grad()
-def score_context(model: HybridLM, batch: dict[str, Tensor], tags: tuple[int, int],
+def score_context(model: LanguageModel, batch: dict[str, Tensor], tags: tuple[int, int],
                   prefix: Prefix | None = None) -> tuple[Tensor, Tensor, Prefix]:
     """log p(target) right after the contexts, without a thought, summed over its X tokens; the
     likeliest token at each place; and what was run for it, if it was not given.
@@ -225,7 +225,7 @@ def score_context(model: HybridLM, batch: dict[str, Tensor], tags: tuple[int, in
     return *read_targets(model, hidden_BXD, target_BX, tags), prefix
 
 
-def read_targets(model: HybridLM, hidden_BXD: Tensor, target_BX: Tensor, tags: tuple[int, int]
+def read_targets(model: LanguageModel, hidden_BXD: Tensor, target_BX: Tensor, tags: tuple[int, int]
                  ) -> tuple[Tensor, Tensor]:
     """log p(target) and the likeliest tokens, each from its state, think tags left out. Places
     filled up (-100) add nothing and are right."""
@@ -235,7 +235,7 @@ def read_targets(model: HybridLM, hidden_BXD: Tensor, target_BX: Tensor, tags: t
     return logp_BX.sum(-1), torch.where(is_filled_BX, target_BX, logits_BXV.argmax(-1))
 
 
-def score_thoughts(model: HybridLM, batch: dict[str, Tensor], tokenizer: Tokenizer,
+def score_thoughts(model: LanguageModel, batch: dict[str, Tensor], tokenizer: Tokenizer,
                    tokens_RL: Tensor, prefix: Prefix | None = None) -> tuple[Tensor, Tensor]:
     """log p(target | context, thought) of given thoughts, as `score_context` has it, in one pass
     over all their tokens, with gradients.
@@ -253,8 +253,8 @@ def score_thoughts(model: HybridLM, batch: dict[str, Tensor], tokenizer: Tokeniz
     return read_targets(model, hidden_RXD, target_RX, tokenizer.tags)
 
 
-def states_after(model: HybridLM, batch: dict[str, Tensor], tokenizer: Tokenizer, tokens_RL: Tensor,
-                 prefix: Prefix | None = None) -> Tensor:
+def states_after(model: LanguageModel, batch: dict[str, Tensor], tokenizer: Tokenizer,
+                 tokens_RL: Tensor, prefix: Prefix | None = None) -> Tensor:
     """hidden_RXD, from which `score_thoughts` reads each token of the target after each thought."""
     (B, X), T, close = batch["target_BX"].shape, batch["context_BT"].shape[1], tokenizer.close
     G, (_, cache, early) = len(tokens_RL) // B, prefix or prefill(model, batch)
@@ -302,7 +302,7 @@ def sample(logits_RV: Tensor, banned: tuple[int, ...], temperature: float, unifo
 
 
 @torch.no_grad()
-def show_thought(model: HybridLM, tokenizer: Tokenizer, prompt: str, c: RLPConfig, seed: int,
+def show_thought(model: LanguageModel, tokenizer: Tokenizer, prompt: str, c: RLPConfig, seed: int,
                  back: int = 0, read: Callable[[dict[str, Tensor]], Prefix] | None = None) -> str:
     """`<think> thought </think> continuation`, which is greedy, after c.prompt and a prompt. The
     continuation is predicted with the thought `back` tokens before the prompt's end, or after its

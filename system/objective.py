@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import selected_logp
-from model import HybridLM
+from model import LanguageModel
 
 Metrics = dict[str, tuple[Tensor, int]]
 
@@ -35,19 +35,19 @@ class Objective:
         # model: a resumed run makes it again before it loads its weights.
         self.networks: dict[str, nn.Module] = {}
 
-    def prepare(self, model: HybridLM, batch: dict[str, Tensor], step: int,
+    def prepare(self, model: LanguageModel, batch: dict[str, Tensor], step: int,
                 generator: torch.Generator) -> dict:
         """What the updates need of a batch, made once."""
         return batch
 
-    def loss(self, model: HybridLM, batch: dict) -> tuple[Tensor, int, Metrics]:
+    def loss(self, model: LanguageModel, batch: dict) -> tuple[Tensor, int, Metrics]:
         """A sum, the count that belongs to it, and metrics."""
         raise NotImplementedError
 
-    def after_step(self, model: HybridLM) -> None:
+    def after_step(self, model: LanguageModel) -> None:
         """Called after every optimizer step."""
 
-    def enough(self, model: HybridLM, step: int) -> str:
+    def enough(self, model: LanguageModel, step: int) -> str:
         """Why training is over after this step, although steps are left; "" if it is not."""
         return ""
 
@@ -65,7 +65,7 @@ class Objective:
 class NextToken(Objective):
     """Cross-entropy of the next token."""
 
-    def loss(self, model: HybridLM, batch: dict) -> tuple[Tensor, int, Metrics]:
+    def loss(self, model: LanguageModel, batch: dict) -> tuple[Tensor, int, Metrics]:
         """Sum of the cross-entropies in nats, and number of targets (those of -100 are none)."""
         hidden_BTD, _ = model(batch["tokens_BT"], ids_BT=batch["ids_BT"])
         inside = batch["targets_BT"] != -100
