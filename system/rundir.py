@@ -209,7 +209,9 @@ def require_same(start: checkpoint.Checkpoint, config: Config, corpus_key: str) 
 def shared_settings(config: Config) -> dict:
     """The settings that a resumed run must share, flat. Those of the phases before it are among
     them: of the run's base, and of the mixture that some modes go on with."""
-    groups = {"model", "data", "pretrain", config.mode, *["rlp"] * (config.mode == "rlvr")}
+    groups = {"model", "data", "pretrain", config.mode}
+    if config.mode == "rlvr":
+        groups.add("rlp")
     if config.mode != "pretrain":
         groups.add("warmup")
     # accumulate: on fewer processes it makes up for them; baseline: rivals can be added later;

@@ -72,7 +72,8 @@ def cut_problems(rooms: dict[str, int], tokenizer: Tokenizer, problems: list[Pro
                 f"or more for the question, {whole} with thought and answer; give a longer "
                 f"{'pretrain' if name == 'pretrain' else 'warmup'}.seq_len")
         require(question <= room, line)
-        said += [line] * (whole > room)
+        if whole > room:
+            said.append(line)
     return said
 
 

@@ -37,8 +37,10 @@ def input_files(path: Path, name: str) -> tuple[list[Path], list[str]]:
         why = ("hidden" if hidden else "a link to a folder" if file.is_dir() else
                "a link to nothing" if not file.exists() else
                "empty" if not file.stat().st_size else "")
-        files += [] if why else [file]
-        skipped += [f"{name}: {file} is {why}; skipped"] if why else []
+        if why:
+            skipped.append(f"{name}: {file} is {why}; skipped")
+        else:
+            files.append(file)
     require(files, f"{name} ({path}) is a folder without files that hold text; put some into it")
     return files, skipped
 

@@ -125,7 +125,8 @@ class FileTokenizer(Tokenizer):
             for one in eos if isinstance(eos, list) else [eos] * (eos is not None):
                 require(type(one) is int and 0 <= one < self.n_vocab, f"{source}: eos_token_id "
                         f"({one!r:.60}) is none of the {self.n_vocab} tokens of {file}; mend it")
-                ends += [one] * (one not in ends)
+                if one not in ends:
+                    ends.append(one)
         if ends:  # a copy has no generation_config.json
             self.settings = self.settings | {"eos_token_id": ends if len(ends) > 1 else ends[0]}
         ends = ends or [i for i in [base.token_to_id(END)] if i is not None]

@@ -158,7 +158,8 @@ def position_rows(found: Found) -> list[list[str]]:
     and after CPT of the same base, where that was run."""
     runs, cpt = found["rlp-computed"], found["cpt-computed"]
     rows = [["random positions, preset computed", "base", "RLP", "RLP - base"]]
-    rows[0] += [f"CPT, {len(cpt)} of the {len(runs)} seeds", "RLP - CPT, of the same"] * bool(cpt)
+    if cpt:
+        rows[0] += [f"CPT, {len(cpt)} of the {len(runs)} seeds", "RLP - CPT, of the same"]
     there, text = "positions/computed/WHO", "positions/text/WHO"
     kinds = list(runs[0]["positions"]["computed"]["base"]["gain_nats_by_kind"]) if runs else []
     paths = {"gain over the frozen base, nats": f"{there}/gain_nats/frozen_base",
@@ -175,8 +176,9 @@ def position_rows(found: Found) -> list[list[str]]:
         if cpt:
             theirs = means(cpt, path)
             rows[-1] += [spread(theirs), spread(difference(ours, theirs), "+.3f")]
-    took = ["TFLOP", "", cost(runs)[0], "", *[cost(cpt)[0], ""] * bool(cpt)]
-    return rows + [took] * (took[2] != "")
+    if tflop := cost(runs)[0]:
+        rows.append(["TFLOP", "", tflop, "", *([cost(cpt)[0], ""] if cpt else [])])
+    return rows
 
 
 def gate_rows(found: Found) -> list[list[str]]:
