@@ -52,7 +52,7 @@ from text.batches import (
 from text.computed import GENERATED, draw_computed
 from text.corpus import Corpus
 from text.documents import Documents
-from text.problems import Problem, held_out_problems
+from text.problems import Problem
 from text.tokenizer import Tokenizer
 from thoughts import Sampling, prefill, sample_thoughts, score_context, score_thoughts
 
@@ -226,8 +226,7 @@ class Positions(NamedTuple):
 def problem_positions(corpus: Corpus, config: Config) -> Positions:
     """At the answers of held-out problems."""
     c, encode = config.eval, corpus.tokenizer.encode
-    problems = held_out_problems(c.split, c.problems_per_family, config.seed,
-                                 corpus.held_out_percent, corpus.families)
+    problems = corpus.held_out(c.split, c.problems_per_family, config.seed)
     places = [Position(encode(p.prompt), encode(p.answer)) for p in problems]
     families = [p.family for p in problems]
     return Positions(places, corpus.tokenizer, config, families, problems=problems)

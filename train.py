@@ -51,7 +51,6 @@ from system.presets import PAPERS, PRESETS
 from text import batches
 from text.corpus import Corpus
 from text.lengths import with_horizon, worked_lengths
-from text.problems import held_out_problems
 from text.shards import ShardSet, is_shards
 from text.tokenizer import named_tokenizer
 from thoughts import show_thought
@@ -276,8 +275,7 @@ def figures_before_and_after(t: Trained) -> dict | None:
 def write_samples(networks: dict[str, HybridLM], t: Trained) -> None:
     """samples.txt: two held-out problems of each family, and what each network thinks of them."""
     c, lines, said = t.config, [], {}
-    percent, families = t.corpus.held_out_percent, t.corpus.families
-    problems = held_out_problems(c.eval.split, 2, c.seed, percent, families)
+    problems = t.corpus.held_out(c.eval.split, 2, c.seed)
     for name, waiting in networks.items():
         with evals.visiting(waiting, c) as network:
             said[name] = [show_thought(network, t.corpus.tokenizer, p.prompt, c.rlp, c.seed)

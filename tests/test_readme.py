@@ -165,7 +165,7 @@ def test_the_boxes_of_the_picture_add_up_to_the_thoughts_gain(corpus):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    problem = train.held_out_problems("test", 1, 0, 5, corpus.families)[0]
+    problem = corpus.held_out("test", 1, 0)[0]
     found = picture.think(model, corpus.tokenizer, problem, config)
     answer, nats = found["answer"], found["nats"]
     assert len(nats) == len(found["words"])

@@ -20,7 +20,7 @@ from text.computed import computed_examples
 from text.documents import Documents, join
 from text.held_out import SPLITS, bucket_of, buckets_of, clusters_of
 from text.problem_sources import load_families
-from text.problems import FAMILIES, Families, tokenizer_examples
+from text.problems import FAMILIES, Families, Problem, held_out_problems, tokenizer_examples
 from text.shards import ShardSet, is_shards, write_cached
 from text.sources import input_files, read_texts
 from text.tokenizer import CorpusTokenizer, Tokenizer, named_tokenizer
@@ -53,6 +53,10 @@ class Corpus:
     key: str = ""  # fingerprint of the splits' texts and problems, and of the settings
     notes: tuple[str, ...] = ()  # what was skipped, in words
     families: Families = field(default_factory=lambda: FAMILIES)
+
+    def held_out(self, split: str, n_per_family: int, seed: int) -> list[Problem]:
+        """Its `held_out_problems`."""
+        return held_out_problems(split, n_per_family, seed, self.held_out_percent, self.families)
 
     @staticmethod
     def load(config: DataConfig) -> "Corpus":

@@ -6,7 +6,7 @@ from system.config import N_VALIDATION, Config, RLPConfig
 from system.errors import require
 from text.batches import problem_document, problem_tokens
 from text.corpus import Corpus
-from text.problems import Problem, held_out_problems
+from text.problems import Problem
 from text.tokenizer import Tokenizer
 
 
@@ -19,8 +19,8 @@ def with_horizon(config: Config, corpus: Corpus, rooms: dict[str, int], known: i
     of a run that goes on, which figures of more problems do not change."""
     fit, n = config.rlp, config.eval.problems_per_family
     sizes = {"train": 4, "val": min(n, N_VALIDATION), config.eval.split: n}
-    problems = [p for split, size in sizes.items() for p in held_out_problems(
-        split, size, config.seed, corpus.held_out_percent, corpus.families)]
+    problems = [p for split, size in sizes.items()
+                for p in corpus.held_out(split, size, config.seed)]
     n_prompt, n_answer = _longest(corpus.tokenizer, problems)
     for p in {p.family: p for p in problems if p.scorer}.values():
         p.scorer("x"), p.scorer("")  # it must bear these; the figures at the end would tell late
@@ -82,8 +82,7 @@ def worked_lengths(config: Config, corpus: Corpus) -> Config:
     long as the longest that is worked. Nothing else is left of `rlp`: a base that is kept for all
     its settings is measured by none of them."""
     tokenizer, default, n = corpus.tokenizer, RLPConfig(), config.eval.problems_per_family
-    problems = held_out_problems("val", min(n, N_VALIDATION), config.seed, corpus.held_out_percent,
-                                 corpus.families)
+    problems = corpus.held_out("val", min(n, N_VALIDATION), config.seed)
     n_prompt, n_answer = _longest(tokenizer, problems)
     worked = [len(tokenizer.encode(p.thought)) + 1 for p in problems if p.thought]
     return replace(config, rlp=replace(
