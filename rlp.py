@@ -197,11 +197,11 @@ class RLP(Objective):
         sampler = whole(model)
         # The contexts are run once, for the thoughts and for their gradient, unless another network
         # samples, or the graphs of several parts would fill the memory.
-        shared = {}
+        prefix = None
         if sampler is model and c.accumulate == 1:
             with torch.enable_grad():
-                shared = {"prefix": prefill(model, batch)}
-        thoughts = sample_thoughts(sampler, batch, tokenizer, sampling, generator, **shared)
+                prefix = prefill(model, batch)
+        thoughts = sample_thoughts(sampler, batch, tokenizer, sampling, generator, prefix=prefix)
         teacher = whole(self.networks["teacher"])
         logp_ema_B, _, read = score_context(teacher, batch, tokenizer.tags)
         gain_BG = information_gain(thoughts.logp_target_R.view(-1, c.group_size), logp_ema_B)
@@ -212,7 +212,7 @@ class RLP(Objective):
             entropy_B = torch.special.entr(logits_BV.softmax(-1)).sum(-1)
             reward_BG = reward_BG.where(entropy_B[:, None] >= c.min_entropy, 0)
         advantage_BG = group_advantages(reward_BG)
-        batch = {**batch, **shared, "thoughts": thoughts, "gain_R": gain_BG.flatten(),
+        batch = {**batch, "prefix": prefix, "thoughts": thoughts, "gain_R": gain_BG.flatten(),
                  "is_right_BG": is_right_BG, "reward_BG": reward_BG,
                  "advantage_R": advantage_BG.flatten(),
                  "signal_B": advantage_BG.abs().amax(dim=1) > 1e-5}
