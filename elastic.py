@@ -339,6 +339,9 @@ def extract(run_dir: Path, budget: float, out: Path) -> dict:
     # 1. load and cut
     file = out / "config.json"
     require(not file.exists(), f"out ({out}) already holds a run; choose another --out")
+    there = [name for name in ("checkpoint", "hf") if (out / name).exists()]
+    require(not there, f"out ({out}) holds {', '.join(there)}, and no config.json of a run: they "
+            "would be written over; choose another --out")
     model, router, _, config = load_family(run_dir)
     began, widths = time.perf_counter(), widths_for(router, budget)
     small = nested.submodel(model, widths)

@@ -18,6 +18,8 @@ import argparse
 import contextlib
 import itertools
 import json
+import os
+import signal
 import sys
 import time
 import traceback
@@ -283,7 +285,7 @@ def write_samples(networks: dict[str, HybridLM], t: Trained) -> None:
     for i, problem in enumerate(problems):
         lines.append(f"[{problem.family}] {problem.prompt}   (right:{problem.answer})")
         lines += [f"  {name:>4}: {thoughts[i]}" for name, thoughts in said.items()]
-    (t.run_dir / "samples.txt").write_text("\n".join(lines) + "\n")
+    (t.run_dir / "samples.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def thinking(_: HybridLM, corpus: Corpus, config: Config) -> RLP:
@@ -592,8 +594,10 @@ def parse(argv: list[str], settings: type[Config] = Config) -> Config:
 
 def main(argv: list[str] | None = None, settings: type[Config] = Config) -> int:
     """0: success, 1: the run broke off, 2: unusable settings, 130: stopped by Ctrl-C or SIGTERM."""
-    config = None
+    config, before = None, signal.getsignal(signal.SIGTERM)
     try:
+        if os.environ.get("WORLD_SIZE", "1") == "1":  # who waits for others hears no handler
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
         config = parse(sys.argv[1:] if argv is None else argv, settings)
         run(config)
     except ValueError as error:
@@ -603,7 +607,7 @@ def main(argv: list[str] | None = None, settings: type[Config] = Config) -> int:
         console.print(f"[yellow]{escape(str(stop))}[/yellow]", soft_wrap=True)
         return 1
     except KeyboardInterrupt as stop:
-        how = f"; go on {TO_GO_ON[has_saved(config)]}" if str(stop) else ""
+        how = f"; go on {TO_GO_ON[has_saved(config)]}" if config else ""
         console.print(f"[yellow]{escape(str(stop)) or 'stopped'}{how}[/yellow]", soft_wrap=True)
         return 130
     except OSError as error:
@@ -615,6 +619,7 @@ def main(argv: list[str] | None = None, settings: type[Config] = Config) -> int:
             raise
         return give_up(f"[red]{escape(known or traceback.format_exc())}[/red]")
     finally:
+        signal.signal(signal.SIGTERM, before)
         parallel.stop()
     return 0
 

@@ -46,6 +46,9 @@ def positive(note: str = "") -> Rule:
     return Rule(f"must be positive{note}", lambda value: 0 < value < math.inf)
 
 
+# fp32 logits divided by less overflow, and 1 / more is 0: what is sampled then is the last token.
+HEAT = Rule("must be positive, from 1e-6 to 1e6; 0.7 and 1 are usual",
+            lambda value: 1e-6 <= value <= 1e6)
 Count = Annotated[int, at_least(1)]
 Length = Annotated[int, at_least(16)]
 Weight = Annotated[float, at_least(0)]
@@ -278,7 +281,8 @@ class RLPConfig(FitConfig):
     # Observed tokens after a thought that the reward looks at; 1 is the paper's. Where positions
     # are answers it is raised to the longest answer's, and a line says so.
     horizon: Count = 1
-    temperature: Positive = 0.7  # Temperature of thoughts, in training and after; the paper's.
+    # Temperature of thoughts, in training and after; the paper's.
+    temperature: Annotated[float, HEAT] = 0.7
     eps_low: Share = 0.2  # Lower clip of the likelihood ratio: 1 - eps_low.
     eps_high: Weight = 0.2  # Upper clip of the likelihood ratio: 1 + eps_high.
     inner_epochs: Count = 1  # Updates from each batch of thoughts.

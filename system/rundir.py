@@ -19,7 +19,7 @@ import torch
 
 from model import HybridLM
 from system import checkpoint, huggingface, parallel
-from system.config import Config, RLPConfig, saved_config
+from system.config import SHARD_LIST, Config, RLPConfig, saved_config
 from system.errors import require
 from system.files import read_json, read_log, write_json
 from system.loop import warn
@@ -174,10 +174,13 @@ def resume_point(config: Config, run_dir: Path) -> checkpoint.Checkpoint | None:
     if not config.resume:
         require(not found, f"out ({run_dir}) already holds a run; add --resume to go on with it, "
                 "or choose another --out")
-        texts, own = Path(config.data.path).resolve(), run_dir.resolve()
-        require(not config.data.path or texts not in (own, *own.parents), f"out ({run_dir}) is or "
-                f"lies in data.path ({config.data.path}), and would be read as text; choose "
-                "another --out")
+        texts = Path(config.data.path).resolve()
+        kept = {} if (texts / SHARD_LIST).is_file() else {"data.cache_dir": config.data.cache_dir}
+        for name, folder in {"out": run_dir, **kept}.items():
+            own = Path(folder).resolve()
+            require(not config.data.path or texts not in (own, *own.parents), f"{name} ({folder}) "
+                    f"is or lies in data.path ({config.data.path}), and would be read as text; "
+                    f"choose another --{name.replace('_', '-')}")
         foreign = [] if (run_dir / "config.json").exists() else [
             name for name in WRITTEN if (run_dir / name).exists()]
         require(not foreign, f"out ({run_dir}) holds {', '.join(foreign)}, and no config.json of a "

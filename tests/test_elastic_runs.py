@@ -814,6 +814,14 @@ def test_paths_of_no_use_are_refused_by_name(finished, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["checkpoint", "hf"])
+def test_an_extraction_over_parts_of_a_run_is_refused_before_anything_is_written(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=f"holds {name}, and no config.json"):
+        elastic.extract(tmp_path / "none", 1.0, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
 def test_a_run_that_stopped_early_says_so_when_it_is_cut(finished, tmp_path, capsys):
     """Its routers may not have settled."""
     run_dir = shutil.copytree(finished, tmp_path / "run")

@@ -567,3 +567,26 @@ def test_logp_of_a_sampled_token_is_at_its_temperature_and_for_greedy_at_one(tem
     token_R, logp_R = sample(logits_RV, (3,), temperature, uniform(50))
     kept_RV = logits_RV.index_fill(1, torch.tensor([3]), -torch.inf) / of_logp
     assert_close(logp_R, kept_RV.log_softmax(-1)[torch.arange(50), token_R])
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "rule"),
+    [
+        ("--seed", "99999999999999999999", "must be 0 or more, and below"),
+        ("--seed", "-1", "must be 0 or more, and below"),
+        ("--temperature", "inf", "must be 0 (greedy), or"),
+        ("--temperature", "1e-40", "must be 0 (greedy), or"),
+    ],
+)
+def test_numbers_that_sampling_cannot_bear_are_refused_by_name(capsys, option, value, rule):
+    assert generate.main(["nowhere", "hello", option, value]) == 2
+    said = capsys.readouterr().err
+    assert f"{option[2:]} (" in said
+    assert rule in said
+
+
+@pytest.mark.parametrize("value", [1e-40, 1e39])
+def test_a_temperature_beyond_fp32_is_refused(value):
+    """What is sampled there is the last token, with log p = NaN."""
+    with pytest.raises(ValueError, match=r"rlp\.temperature"):
+        RLPConfig(temperature=value).check("rlp")

@@ -645,3 +645,11 @@ def test_nothing_but_tests_and_benchmarks_imports_transformers():
         for node in ast.walk(ast.parse(file.read_text())):
             modules = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", "") or ""]
             assert not any(m.split(".")[0] == "transformers" for m in modules), file
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "model.safetensors.index.json"])
+def test_an_export_over_a_model_without_its_config_is_refused_and_leaves_it(tmp_path, capsys, name):
+    (tmp_path / name).write_text("kept")
+    assert export.main([str(tmp_path / "none"), "--out", str(tmp_path)]) == 2
+    assert f"holds {name}, which would be written over" in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == "kept"

@@ -399,3 +399,13 @@ def test_a_run_on_shards_trains_measures_resumes_and_is_found_again(program, tmp
     assert train.main([*words, "--resume"]) == 0
     model, tokenizer, _ = rundir.load_run(tmp_path / "run")
     assert model.config.vocab_size == tokenizer.n_vocab == 512
+
+
+def test_building_refuses_what_it_would_not_read(tmp_path, capsys):
+    (tmp_path / "t.txt").write_text("text " * 100)
+    build_it = ["build", str(tmp_path / "t.txt"), "--out", str(tmp_path / "out")]
+    assert shards_program.main([*build_it, "--tokenizer", "gpt2", "--vocab-size", "400"]) == 2
+    assert "vocab-size (400) is for tokenizer corpus" in capsys.readouterr().err
+    assert shards_program.main(["build", "--out", str(tmp_path / "out")]) == 2
+    assert "no input is named" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

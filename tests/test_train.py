@@ -20,6 +20,7 @@ import torch
 from conftest import contents, die, disturb, metrics_of, paragraphs, press_ctrl_c, summary_of, weights_of
 from safetensors import SafetensorError
 
+import evals
 import generate
 import train
 from rlp import RLP
@@ -849,6 +850,15 @@ def test_a_stopped_run_says_how_to_go_on(program, tmp_path, monkeypatch, capsys,
     assert said in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_a_run_that_is_stopped_in_its_figures_says_how_to_go_on(program, tmp_path, monkeypatch, capsys, number):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(evals, "evaluate_both", lambda *_: os.kill(os.getpid(), number))
+    assert program(tmp_path / "run") == 130
+    assert "stopped; go on with --resume" in " ".join(capsys.readouterr().out.split())
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_a_base_stopped_by_ctrl_c_is_finished_by_the_next_run(program, finished, tmp_path, monkeypatch):
     """In a cache of its own. The base is then the one that was never stopped, and so is what it becomes in the warm-up."""
     words = ("--data.cache-dir", tmp_path / "cache")
@@ -864,6 +874,16 @@ def test_a_base_stopped_by_ctrl_c_is_finished_by_the_next_run(program, finished,
     for own, other in ((base, original.parent / base.name), (warmed, original)):
         assert weights_of(own) == weights_of(other)
         assert metrics_of(own) == metrics_of(other)
+
+
+def test_a_cache_inside_the_text_is_refused(tmp_path, monkeypatch):
+    """What the first run keeps there the next would read."""
+    monkeypatch.chdir(tmp_path)
+    config = Config(data=DataConfig(path="."), out=str(tmp_path.parent / "run"))
+    with pytest.raises(ValueError, match=r"data.cache_dir \(runs/cache\) is or lies in data.path \(\.\).*--data.cache-dir"):
+        rundir.resume_point(config, config.run_dir())
+    free = dataclasses.replace(config, data=DataConfig(path=".", cache_dir=str(tmp_path.parent / "cache")))
+    assert rundir.resume_point(free, free.run_dir()) is None
 
 
 def test_a_run_that_explodes_ends_with_1_and_says_what_to_lower(program, tmp_path, capsys):

@@ -13,6 +13,7 @@ problem's own canonical form): so copies of a question are in one split.
 import functools
 import importlib.metadata
 import importlib.util
+import math
 import random
 import re
 import sys
@@ -73,7 +74,8 @@ def _of_lines(file: Path) -> Families:
         said = {}
         for name, missing in default.items():
             one = missing if value.get(name) is None else value[name]
-            is_text = isinstance(one, str | int | float) and not isinstance(one, bool)
+            is_text = isinstance(one, str | int | float) and not isinstance(one, bool) and (
+                not isinstance(one, float) or math.isfinite(one))
             said[name] = valid(str(one)).replace("\0", "\ufffd").strip()
             require(is_text and (said[name] or name == "thought"), f'{where}: "{name}" '
                     f"({one!r:.60}) must be text that is not blank, or a number; mend the line or "

@@ -33,6 +33,10 @@ def export(run: tyro.conf.Positional[Path], out: Path,
             and which undoes part of the compression, or listed in config.json, where vLLM reads a
             list for intermediate_size and transformers none.
     """
+    there = sorted(p.name for p in out.glob("*") if p.name == "tokenizer.json"
+                   or p.name.endswith((".safetensors", ".safetensors.index.json")))
+    require((out / "config.json").exists() or not there, f"out ({out}) holds {', '.join(there)}, "
+            "which would be written over; choose another --out")
     found, hf = checkpoint.newest(run), run / "hf"
     require(found, f"{run} holds no checkpoint; give a run's folder, such as runs/rlp-cpu-seed0")
     config, tensors = saved_config(run).model, found.weights()

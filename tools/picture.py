@@ -65,7 +65,8 @@ def draw(question: str, thoughts: tuple, tokenizer, gain_nats: list[float]) -> p
             (x, y - h / 2), w, h, f"round,pad=0,rounding_size={r}", fc=color, ec="none"))
 
     def write(x, y, text, size=14.5, color=PALE, **more):
-        page.text(x, y, text, size=size, color=color, va="center", family="monospace", **more)
+        page.text(x, y, text, size=size, color=color, va="center", family="monospace",
+                  parse_math=False, **more)
 
     box(0.06, high / 2, 7.88, high - 0.12, CARD, 0.25)
     write(0.4, (y - 0.1) / 2 + 0.05, "\n".join(lines), 17, INK, weight="bold", linespacing=1.35)

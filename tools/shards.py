@@ -15,7 +15,7 @@ PIECE = 50_000  # characters of the pieces that plain text is cut into: more tha
 
 
 def run_build(inputs: tyro.conf.Positional[list[Path]], out: Path, tokenizer: str = "corpus",
-              vocab_size: int = 32768, shard_tokens: int = 2**26,
+              vocab_size: int | None = None, shard_tokens: int = 2**26,
               text_key: str = "text") -> None:
     """Write texts as shards.
 
@@ -24,13 +24,17 @@ def run_build(inputs: tyro.conf.Positional[list[Path]], out: Path, tokenizer: st
         out: Folder to write.
         tokenizer: A folder with a tokenizer.json, or a name that tiktoken knows; "corpus" trains
             one on the texts.
-        vocab_size: Size of the vocabulary that "corpus" trains.
+        vocab_size: Size of the vocabulary that "corpus" trains; 32768, if left out.
         shard_tokens: Tokens of a shard; one shard is held in memory.
         text_key: What the text stands under in JSON and Parquet.
     """
     def texts() -> Iterator[str]:
         return (text for _, text in read_texts(files, text_key, PIECE))
 
+    require(inputs, "no input is named; give files of text, or folders of them")
+    require(vocab_size is None or tokenizer == "corpus", f"vocab-size ({vocab_size}) is for "
+            f"tokenizer corpus, which is trained, and not for {tokenizer}; leave it out")
+    vocab_size = 32768 if vocab_size is None else vocab_size
     found = [input_files(path, "input") for path in inputs]
     files = [file for own, _ in found for file in own]
     for note in (note for _, notes in found for note in notes):
