@@ -347,6 +347,7 @@ def extract(run_dir: Path, budget: float, out: Path) -> dict:
     small = nested.submodel(model, widths)
     # 2. write: the weights, where they come from, their settings
     origin = {"extracted_from": str(run_dir), "budget": budget}
+    out.mkdir(parents=True, exist_ok=True)
     checkpoint.save(out, 0, {"model": small}, [], origin)
     facts = {**origin, "parameters": count_parameters(small), "widths": asdict(widths),
              "seconds": time.perf_counter() - began}
