@@ -64,7 +64,7 @@ from system.errors import require
 from system.files import write_json
 from system.loop import warn
 from system.objective import Metrics, Objective
-from system.rundir import load_run, was_warmed
+from system.rundir import load_run, require_none_foreign, was_warmed
 from text.tokenizer import Tokenizer
 
 N_CANDIDATES = 50  # sets of widths that `elastic.choose search` compares, as many as Minitron-SSM
@@ -339,9 +339,7 @@ def extract(run_dir: Path, budget: float, out: Path) -> dict:
     # 1. load and cut
     file = out / "config.json"
     require(not file.exists(), f"out ({out}) already holds a run; choose another --out")
-    there = [name for name in ("checkpoint", "hf") if (out / name).exists()]
-    require(not there, f"out ({out}) holds {', '.join(there)}, and no config.json of a run: they "
-            "would be written over; choose another --out")
+    require_none_foreign(out, ("checkpoint", "hf"))
     model, router, _, config = load_family(run_dir)
     began, widths = time.perf_counter(), widths_for(router, budget)
     small = nested.submodel(model, widths)

@@ -12,7 +12,7 @@ from torch import Tensor
 from elastic import load_family, widths_for
 from model import HybridLM
 from nested import Widths, hand_over, submodel
-from system.config import HEAT, ModelConfig, RLPConfig
+from system.config import HEAT, SEED, ModelConfig, RLPConfig
 from system.errors import exit_code, require
 from system.rundir import load_model
 from text.tokenizer import Tokenizer, valid
@@ -40,8 +40,8 @@ def talk(run: tyro.conf.Positional[Path], prompt: tyro.conf.Positional[str],
     require(thought_len is None or thought_len >= 1,
             f"thought-len ({thought_len}) must be at least 1: the closing tag is a token of it")
     require(temperature is None or temperature == 0 or HEAT.holds(temperature),
-            f"temperature ({temperature}) must be 0 (greedy), or {HEAT.text[5:]}")
-    require(0 <= seed < 2**32, f"seed ({seed}) must be 0 or more, and below 4294967296")
+            f"temperature ({temperature}) must be 0 (greedy), or {HEAT.text.removeprefix('must ')}")
+    require(SEED.holds(seed), f"seed ({seed}) {SEED.text}")
     require(back >= 0, f"back ({back}) must be 0 (the thought stands at the end) or more")
     require(read is None or budget, f"read ({read}) needs budget: the sizes that go on")
 

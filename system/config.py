@@ -46,6 +46,7 @@ def positive(note: str = "") -> Rule:
     return Rule(f"must be positive{note}", lambda value: 0 < value < math.inf)
 
 
+SEED = Rule("must be 0 or more, and below 4294967296", lambda n: 0 <= n < 2**32)
 # fp32 logits divided by less overflow, and 1 / more is 0: what is sampled then is the last token.
 HEAT = Rule("must be positive, from 1e-6 to 1e6; 0.7 and 1 are usual",
             lambda value: 1e-6 <= value <= 1e6)
@@ -54,7 +55,7 @@ Length = Annotated[int, at_least(16)]
 Weight = Annotated[float, at_least(0)]
 Positive = Annotated[float, positive()]
 Share = Annotated[float, within(0, 1)]
-Seed = Annotated[int, Rule("must be 0 or more, and below 4294967296", lambda n: 0 <= n < 2**32)]
+Seed = Annotated[int, SEED]
 
 
 @dataclass(frozen=True)
@@ -684,7 +685,8 @@ class Config(Settings):
         return dataclasses.asdict(self)
 
 
-def _of_shards(config: Config) -> bool:
+def of_shards(config: Config) -> bool:
+    """Whether the texts of data.path are shards of tokens."""
     return bool(config.data.path) and (Path(config.data.path) / SHARD_LIST).is_file()
 
 
@@ -695,10 +697,10 @@ NEEDS: dict[str, tuple[str, Callable[[Config], bool]]] = {
         "pretrain", "warmup", "elastic")),
     "eval.text_tokens": ("modes other than elastic", lambda c: c.mode != "elastic"),
     "eval.elastic_rows": ("mode elastic", lambda c: c.mode == "elastic"),
-    "data.text_key": ("texts in data.path", lambda c: bool(c.data.path) and not _of_shards(c)),
+    "data.text_key": ("texts in data.path", lambda c: bool(c.data.path) and not of_shards(c)),
     "data.vocab_size": ("a tokenizer that is trained: data.tokenizer corpus, and no init or shards",
                         lambda c: c.data.tokenizer == "corpus" and not c.init
-                        and not _of_shards(c)),
+                        and not of_shards(c)),
     "lora.alpha": ("adapters: lora.rank", lambda c: c.lora.rank > 0),
     **dict.fromkeys(("rlp.eps_low", "rlp.eps_high"), (
         "rlp.inner_epochs of 2 or more: until then all ratios are 1",

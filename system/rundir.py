@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import torch
 
 from model import HybridLM
 from system import checkpoint, huggingface, parallel
-from system.config import SHARD_LIST, Config, RLPConfig, saved_config
+from system.config import Config, RLPConfig, of_shards, saved_config
 from system.errors import require
 from system.files import read_json, read_log, write_json
 from system.loop import warn
@@ -164,6 +164,14 @@ def newest(folder: Path) -> checkpoint.Checkpoint | None:
     return parallel.on_first(lambda: checkpoint.newest(folder) if folder.is_dir() else None)
 
 
+def require_none_foreign(folder: Path, names: Iterable[str]) -> None:
+    """Raises ValueError if a folder has some of these files, and no run that they are of."""
+    foreign = [] if (folder / "config.json").exists() else [
+        name for name in names if (folder / name).exists()]
+    require(not foreign, f"out ({folder}) holds {', '.join(foreign)}, and no config.json of a run: "
+            "they would be written over; choose another --out")
+
+
 def resume_point(config: Config, run_dir: Path) -> checkpoint.Checkpoint | None:
     """The checkpoint to go on from, None to start anew. Raises ValueError if the folder holds a run
     and resume was not asked for (nothing saved is overwritten), or if there is nothing to resume.
@@ -175,16 +183,13 @@ def resume_point(config: Config, run_dir: Path) -> checkpoint.Checkpoint | None:
         require(not found, f"out ({run_dir}) already holds a run; add --resume to go on with it, "
                 "or choose another --out")
         texts = Path(config.data.path).resolve()
-        kept = {} if (texts / SHARD_LIST).is_file() else {"data.cache_dir": config.data.cache_dir}
+        kept = {} if of_shards(config) else {"data.cache_dir": config.data.cache_dir}
         for name, folder in {"out": run_dir, **kept}.items():
             own = Path(folder).resolve()
             require(not config.data.path or texts not in (own, *own.parents), f"{name} ({folder}) "
                     f"is or lies in data.path ({config.data.path}), and would be read as text; "
                     f"choose another --{name.replace('_', '-')}")
-        foreign = [] if (run_dir / "config.json").exists() else [
-            name for name in WRITTEN if (run_dir / name).exists()]
-        require(not foreign, f"out ({run_dir}) holds {', '.join(foreign)}, and no config.json of a "
-                "run: they would be written over; choose another --out")
+        require_none_foreign(run_dir, WRITTEN)
         return None
     require(found, f"resume: {run_dir} holds no checkpoint; leave --resume out to start")
     require("config" in found.meta, f"resume: {run_dir} holds an extracted size, which was not "

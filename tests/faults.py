@@ -236,7 +236,7 @@ FAULTS = [
     Fault("muon_at_one_rate", "tools/rivals.py", "own.muon_lr * rate / own.lr", "own.muon_lr", "rivals"),
     Fault("cut_frames", "text/sources.py", "require(self.frame is None,", "require(True,", "sources"),
     Fault("a_lost_tokenizer", "system/rundir.py", 'require(saved.data.tokenizer != "corpus",', "require(True,", "train"),
-    Fault("files_of_others", "system/rundir.py", 'if (run_dir / "config.json").exists() else', "if True else", "train"),
+    Fault("files_of_others", "system/rundir.py", 'if (folder / "config.json").exists() else', "if True else", "train"),
     Fault("sft_reads_no_problems", "text/lengths.py", 'if reads_problems or name == "sft"', "if reads_problems",
           "problem_sources"),
     Fault("horizon_of_the_figures", "text/lengths.py", "if known > fit.horizon and", "if False and", "problem_sources"),
