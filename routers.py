@@ -12,7 +12,8 @@ How to read: `Space`, what can be chosen; `cost_measure` and `Costs`; `Router`; 
 import functools
 import itertools
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -215,22 +216,30 @@ class Costs(nn.Module):
         """Cost of one choice."""
         return self.pricer(depth_order)(choice)
 
-    def pricer(self, depth_order: list[int]) -> Callable[[Choice], float]:
-        """The cost of a choice as a function, for many choices: it looks up lists, not tensors."""
+    def pricer(self, depth_order: list[int]) -> Callable[..., float]:
+        """The cost of a choice as a function, for many choices: it looks up lists, not tensors.
+        Given (axis, decision) pairs too, only what the layers cost that these are about."""
         s, outside = self.space, self.outside.tolist()
         lists = {kind: getattr(self, TABLES[kind]).tolist() for kind in set(s.config.pattern)}
         layers = [(lists[kind], [(a, s.decision(a, i)) for a in AXES_OF[kind]])
                   for i, kind in enumerate(s.config.pattern)]
+        about = defaultdict(list)
+        for i, (_, axes) in enumerate(layers):
+            for pair in axes:
+                about[pair].append(i)
 
-        def price(choice: Choice) -> float:
+        def price(choice: Choice, pairs: Iterable[tuple[str, int]] | None = None) -> float:
             d, total = choice["d_model"][0], 0.0
-            for i in depth_order[len(depth_order) - s.choices["depth"][choice["depth"][0]] :]:
+            kept = depth_order[len(depth_order) - s.choices["depth"][choice["depth"][0]] :]
+            if pairs is not None:
+                kept = {i for pair in pairs for i in about[pair]}.intersection(kept)
+            for i in kept:
                 table, axes = layers[i]
                 cost = table[d]
                 for axis, j in axes:
                     cost = cost[choice[axis][j]]
                 total += cost
-            return outside[d] + total
+            return total if pairs is not None else outside[d] + total
 
         return price
 
@@ -451,25 +460,28 @@ def _approach(choice: Choice, scores: dict[str, list], cost: Callable[[Choice], 
     Each time, of all changes of up to n_at_once decisions, that one is made which loses least
     log-probability for each unit that it comes nearer. Returns the choice, and how far it is off.
     """
-    single = [(a, j, k) for a in scores if a in KIND_OF
-              for j, row in enumerate(scores[a]) for k in range(len(row))]
-    gap = abs(cost(choice) - target)
+    gap = abs((total := cost(choice)) - target)
     while gap > near:
+        single = [(a, j, k) for a in scores if a in KIND_OF for j, row in enumerate(scores[a])
+                  for k in range(len(row)) if k != choice[a][j]]
         best = None
         for n in range(1, n_at_once + 1):
             for changes in itertools.combinations(single, n) if best is None else ():
+                pairs = [(a, j) for a, j, _ in changes]
                 changed = {a: list(v) for a, v in choice.items()}
                 for a, j, k in changes:
                     changed[a][j] = k
-                new_gap = abs(cost(changed) - target)
+                new_total = total + (cost(changed, pairs) - cost(choice, pairs))
+                new_gap = abs(new_total - target)
                 if new_gap < gap - 1e-9:
                     loss = sum(scores[a][j][choice[a][j]] - scores[a][j][changed[a][j]]
-                               for a, j, _ in changes)
+                               for a, j in pairs)
                     if best is None or loss / (gap - new_gap) < best[0]:
-                        best = (loss / (gap - new_gap), changed, new_gap)
+                        best = (loss / (gap - new_gap), changed, new_total)
         if best is None:
             break
-        _, choice, gap = best
+        _, choice, total = best
+        gap = abs(total - target)
     return choice, gap
 
 
