@@ -802,6 +802,19 @@ def test_exact_cost_is_the_cost_of_the_small_models_shape(cost, data):
     assert router.costs.exact(choice, router.depth_order) == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("heterogeneous", [AXES, ()], ids=["heterogeneous", "homogeneous"])
+@examples(max_examples=30)
+@given(data=st.data())
+def test_a_change_of_some_decisions_costs_what_their_layers_cost_more(heterogeneous, data):
+    """Of layers that are gone nothing, of a layer with two of the decisions once."""
+    router = tiny_family(heterogeneous=heterogeneous)
+    before, other = data.draw(choices(router.space)), data.draw(choices(router.space))
+    pairs = data.draw(st.sets(st.sampled_from([(a, j) for a in routers.KIND_OF for j in range(len(before[a]))])))
+    after = {a: [other[a][j] if (a, j) in pairs else k for j, k in enumerate(v)] for a, v in before.items()}
+    price = router.costs.pricer(router.depth_order)
+    assert price(after, pairs) - price(before, pairs) == price(after) - price(before)
+
+
 @examples(max_examples=30)
 @given(st.data())
 def test_expected_cost_of_a_certain_choice_is_its_exact_cost(data):
