@@ -378,8 +378,10 @@ RELEASED = """## A released model
 
 SmolLM2-135M-Instruct, warmed up so that it resumes after worked thoughts, then each arm with
 adapters from there, on three tasks of reasoning-gym; no arm but CPT reads text. The frozen base is
-the warmed-up model, one for all; each seed draws held-out problems of its own, so an arm stands
-beside that model on the same ones. Commands: [docs/real-models.md](docs/real-models.md)."""
+the warmed-up model; each seed draws held-out problems of its own, so an arm stands beside its own
+base on the same ones. RLP and RLVR have 150 steps, CPT 300. RLVR's seed 0 (120 steps) and CPT's
+seed 2 (240) begin with an earlier warm-up, by the same commands on another machine of this kind.
+Commands: [docs/real-models.md](docs/real-models.md)."""
 RELEASED_ARMS = {"RLP": ("smol-rlp", "rlp"), "RLVR": ("smol-rlvr", "rlvr"),
                  "CPT": ("smol-cpt", "cpt")}
 RELEASED_FAMILIES = {
