@@ -12,7 +12,6 @@ How to read: `Space`, what can be chosen; `cost_measure` and `Costs`; `Router`; 
 import functools
 import itertools
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
@@ -69,6 +68,10 @@ class Space:
     def decision(self, axis: str, i: int) -> int:
         """Which decision of an axis holds for layer i."""
         return 0 if self.shared[axis] else self.layers[axis].index(i)
+
+    def about(self, axis: str, j: int) -> list[int]:
+        """The layers for which decision j of an axis holds."""
+        return self.layers[axis] if self.shared[axis] else self.layers[axis][j : j + 1]
 
     def extreme(self, smallest: bool = False) -> Choice:
         """The full model, or the smallest one."""
@@ -223,16 +226,12 @@ class Costs(nn.Module):
         lists = {kind: getattr(self, TABLES[kind]).tolist() for kind in set(s.config.pattern)}
         layers = [(lists[kind], [(a, s.decision(a, i)) for a in AXES_OF[kind]])
                   for i, kind in enumerate(s.config.pattern)]
-        about = defaultdict(list)
-        for i, (_, axes) in enumerate(layers):
-            for pair in axes:
-                about[pair].append(i)
 
         def price(choice: Choice, pairs: Iterable[tuple[str, int]] | None = None) -> float:
             d, total = choice["d_model"][0], 0.0
             kept = depth_order[len(depth_order) - s.choices["depth"][choice["depth"][0]] :]
             if pairs is not None:
-                kept = {i for pair in pairs for i in about[pair]}.intersection(kept)
+                kept = {i for a, j in pairs for i in s.about(a, j)}.intersection(kept)
             for i in kept:
                 table, axes = layers[i]
                 cost = table[d]
