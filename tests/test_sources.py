@@ -129,6 +129,19 @@ def test_a_folder_of_several_formats_trains_and_says_what_it_skipped(tmp_path, c
     assert ": 40 documents" in said
 
 
+def test_a_key_is_refused_where_every_file_is_plain_text(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("a text")
+    key = ["--data.path", tmp_path / "a.txt", "--data.text-key", "body", "--data.cache-dir", tmp_path / "cache"]
+    words = ["--preset", "smoke", "--mode", "pretrain", "--out", tmp_path / "run", *key]
+    assert train.main([*map(str, words)]) == 2
+    words = ["build", tmp_path / "a.txt", "--out", tmp_path / "set", "--text-key", "body"]
+    assert shards_program.main([*map(str, words)]) == 2
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert said.count("text-key (body) is for JSON and Parquet, and no file is called so") == 2, said
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "set").exists()
+
+
 def test_a_folder_of_nothing_but_hidden_and_empty_files_is_refused(tmp_path):
     (tmp_path / ".hidden").write_text("text")
     (tmp_path / "empty.txt").write_text("")

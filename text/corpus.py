@@ -22,7 +22,7 @@ from text.held_out import SPLITS, bucket_of, buckets_of, clusters_of
 from text.problem_sources import load_families
 from text.problems import FAMILIES, Families, Problem, held_out_problems, tokenizer_examples
 from text.shards import ShardSet, is_shards, write_cached
-from text.sources import input_files, read_texts
+from text.sources import input_files, read_texts, require_key_read
 from text.tokenizer import CorpusTokenizer, Tokenizer, named_tokenizer
 
 
@@ -68,6 +68,8 @@ class Corpus:
         #    two splits.
         first: dict[str, tuple[str, str]] = {}
         files, notes = input_files(Path(config.path), "data.path") if config.path else ([], [])
+        if config.path:
+            require_key_read(files, config.text_key)
         root = Path(config.path) if Path(config.path).is_dir() else None
         own_texts = read_texts(files, config.text_key, 2000, root)
         for name, text in own_texts if config.path else python_documents():

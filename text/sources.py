@@ -14,7 +14,7 @@ import gzip
 import importlib
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -45,6 +45,13 @@ def input_files(path: Path, name: str) -> tuple[list[Path], list[str]]:
     return files, skipped
 
 
+def require_key_read(files: Iterable[Path], key: str) -> None:
+    """Raises ValueError for a key of its own where no file is JSON or Parquet, which have keys."""
+    require(key == "text" or any(map(_reader, files)),
+            f"text-key ({key}) is for JSON and Parquet, and no file is called so (*.jsonl, *.json, "
+            "*.parquet); leave it out, or rename a file that holds them")
+
+
 def read_texts(files: Iterable[Path], key: str, size: int, root: Path | None = None
                ) -> Iterator[tuple[str, str]]:
     """(name, text) of every document of some files that is not blank.
@@ -57,12 +64,17 @@ def read_texts(files: Iterable[Path], key: str, size: int, root: Path | None = N
     for file in files:
         require_content(file)
         n = -1
-        name = file.name.lower().removesuffix(".gz").removesuffix(".zst")
-        kinds = [read for ending, read in READERS.items() if name.endswith(ending)]
-        texts = kinds[0](file, key) if kinds else _pieces(_lines(file, key), size)
+        read = _reader(file)
+        texts = read(file, key) if read else _pieces(_lines(file, key), size)
         for n, text in enumerate(t for t in texts if t.strip()):
             yield f"{file.relative_to(root) if root else file.name} {n}", text
         require(n >= 0, f"{file} is empty: it holds no text; leave it out")
+
+
+def _reader(file: Path) -> Callable[[Path, str], Iterator[str]] | None:
+    """What reads a file of documents; None for a file of text."""
+    name = file.name.lower().removesuffix(".gz").removesuffix(".zst")
+    return next((read for ending, read in READERS.items() if name.endswith(ending)), None)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import tyro
 
 from system.errors import exit_code, require
 from text import shards
-from text.sources import input_files, read_texts
+from text.sources import input_files, read_texts, require_key_read
 
 PIECE = 50_000  # characters of the pieces that plain text is cut into: more than a long sequence
 
@@ -37,6 +37,7 @@ def run_build(inputs: tyro.conf.Positional[list[Path]], out: Path, tokenizer: st
     vocab_size = 32768 if vocab_size is None else vocab_size
     found = [input_files(path, "input") for path in inputs]
     files = [file for own, _ in found for file in own]
+    require_key_read(files, text_key)
     for note in (note for _, notes in found for note in notes):
         print(note)
     shards.require_new(out)
