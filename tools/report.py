@@ -378,11 +378,10 @@ RELEASED = """## A released model
 
 SmolLM2-135M-Instruct, warmed up so that it resumes after worked thoughts, then each arm with
 adapters from there, on three tasks of reasoning-gym; no arm but CPT reads text. The frozen base is
-the warmed-up model; each seed draws held-out problems of its own, so an arm stands beside its own
-base on the same ones. RLP and RLVR have 150 steps, CPT 300. RLVR's seed 0 (120 steps) and CPT's
-seed 2 (240) begin with an earlier warm-up, by the same commands on another machine of this kind.
-Commands: [docs/real-models.md](docs/real-models.md)."""
-RELEASED_ARMS = {"RLP": ("smol-rlp", "rlp"), "RLVR": ("smol-rlvr", "rlvr"),
+the warmed-up model; a seed draws held-out problems of its own, the same for every arm. RLP and RLVR
+have 150 steps, CPT 300. Commands: [docs/real-models.md](docs/real-models.md)."""
+RELEASED_ARMS = {"as released": ("smol-as", "base"), "warmed up": ("smol-rlp", "base"),
+                 "RLP": ("smol-rlp", "rlp"), "RLVR": ("smol-rlvr", "rlvr"),
                  "CPT": ("smol-cpt", "cpt")}
 RELEASED_FAMILIES = {
     "Elastic on the model as released: order of units alone, tied": "smol-order",
@@ -455,11 +454,12 @@ def released_parts(found: dict[str, list[dict]]) -> list[str]:
     """What a released model became: by problems, and made elastic."""
     if not found["smol-rlp"]:
         return []
-    columns = {"as released": (found["smol-as"], "base")}
-    for name, (kind, who) in RELEASED_ARMS.items():
-        columns |= {f"before {name}": (found[kind], "base"),
-                    f"{name}, {n_seeds(found[kind])}": (found[kind], who)}
-    columns = {name: column for name, column in columns.items() if column[0]}
+
+    def of_arms(prefix: str = "") -> dict[str, tuple[list[dict], str]]:
+        return {f"{name}, {n_seeds(runs)}": (runs, who)
+                for name, (kind, who) in RELEASED_ARMS.items() if (runs := found[prefix + kind])}
+
+    columns = of_arms()
     tasks = next(iter(columns.values()))[0][0]["accuracy"]["greedy"]
     labels = ["gain over the frozen base, nats", "gain over no thought, nats",
               "gain over an empty thought, nats", "gain over another's thought, nats",
@@ -469,7 +469,9 @@ def released_parts(found: dict[str, list[dict]]) -> list[str]:
               "gain at ordinary text, nats"]
     parts = [RELEASED, view.markdown(view.thought_rows(columns, labels)), "; ".join(
         f"{name} {took(found[kind][0])}"
-        for name, (kind, _) in RELEASED_ARMS.items() if found[kind])]
+        for name, (kind, who) in RELEASED_ARMS.items() if found[kind] and who != "base")]
+    if behind := of_arms("controls-"):
+        parts.append(view.markdown(view.pass_rows(behind)))
     if text := found["smol-text"]:
         columns = {"before RLP": (text, "base"), f"RLP, {n_seeds(text)}": (text, "rlp")}
         rows = view.thought_rows(columns, [

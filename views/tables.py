@@ -105,6 +105,14 @@ def thought_rows(columns: dict[str, tuple[list[dict], str]], labels: list[str] |
     return rows
 
 
+def pass_rows(columns: dict[str, tuple[list[dict], str]]) -> list[list[str]]:
+    """pass@k by columns: controls of runs of several seeds, and whose."""
+    passed = next(iter(columns.values()))[0][0].get("pass", ())
+    return [["pass@k", *columns], *(
+        [k, *(cell(over_seeds([figure(run, f"pass/{k}/WHO", who) for run in runs]))
+              for runs, who in columns.values())] for k in passed)]
+
+
 def budget_heads(summary: dict) -> list[str]:
     """`75 %` for each budget of an elastic run."""
     return [f"{100 * e['fraction']:.0f} %" for e in summary["budgets"]]
