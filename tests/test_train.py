@@ -850,6 +850,7 @@ def test_a_stopped_run_says_how_to_go_on(program, tmp_path, monkeypatch, capsys,
     assert said in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.usefixtures("ctrl_c_interrupts")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
 def test_a_run_that_is_stopped_in_its_figures_says_how_to_go_on(program, tmp_path, monkeypatch, capsys, number):
     before = signal.getsignal(signal.SIGTERM)
