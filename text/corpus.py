@@ -67,12 +67,15 @@ class Corpus:
         # 1. Every text once: of copies under two names the first stays, else they could land in
         #    two splits.
         first: dict[str, tuple[str, str]] = {}
-        files, notes = input_files(Path(config.path), "data.path") if config.path else ([], [])
         if config.path:
+            path = Path(config.path)
+            files, notes = input_files(path, "data.path")
             require_key_read(files, config.text_key)
-        root = Path(config.path) if Path(config.path).is_dir() else None
-        own_texts = read_texts(files, config.text_key, 2000, root)
-        for name, text in own_texts if config.path else python_documents():
+            root = path if path.is_dir() else None
+            named_texts = read_texts(files, config.text_key, 2000, root)
+        else:
+            named_texts, notes = python_documents(), []
+        for name, text in named_texts:
             first.setdefault(text.strip(), (name, text))
         named = [pair for stripped, pair in first.items() if stripped]
         n_characters = sum(len(text) for _, text in named)

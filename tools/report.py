@@ -470,8 +470,8 @@ def released_parts(found: dict[str, list[dict]]) -> list[str]:
     parts = [RELEASED, view.markdown(view.thought_rows(columns, labels)), "; ".join(
         f"{name} {took(found[kind][0])}"
         for name, (kind, who) in RELEASED_ARMS.items() if found[kind] and who != "base")]
-    if behind := of_arms("controls-"):
-        parts.append(view.markdown(view.pass_rows(behind)))
+    if (rows := view.pass_rows(of_arms("controls-")))[1:]:
+        parts.append(view.markdown(rows))
     if text := found["smol-text"]:
         columns = {"before RLP": (text, "base"), f"RLP, {n_seeds(text)}": (text, "rlp")}
         rows = view.thought_rows(columns, [

@@ -107,10 +107,13 @@ def thought_rows(columns: dict[str, tuple[list[dict], str]], labels: list[str] |
 
 def pass_rows(columns: dict[str, tuple[list[dict], str]]) -> list[list[str]]:
     """pass@k by columns: controls of runs of several seeds, and whose."""
-    passed = next(iter(columns.values()))[0][0].get("pass", ())
-    return [["pass@k", *columns], *(
-        [k, *(cell(over_seeds([figure(run, f"pass/{k}/WHO", who) for run in runs]))
-              for runs, who in columns.values())] for k in passed)]
+    rows = [["pass@k", *columns]]
+    measured = (run["pass"] for runs, _ in columns.values() for run in runs if "pass" in run)
+    for k in next(measured, ()):
+        leaves = [over_seeds([figure(run, f"pass/{k}/WHO", who) for run in runs])
+                  for runs, who in columns.values()]
+        rows.append([k, *map(cell, leaves)])
+    return rows
 
 
 def budget_heads(summary: dict) -> list[str]:
